@@ -1,0 +1,34 @@
+# `make demo`, `make test`, `make bench`: each sets up what it needs by itself. Needs Python >= 3.11 with venv, and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint wheel clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## Train, fine-tune, extract, verify: the main job on real weights, offline.
+	$(BIN)/python examples/demo.py
+
+test: lint $(READY)  ## What the CI runs.
+	$(BIN)/python -m pytest
+	$(MAKE) wheel
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(READY)  ## Build the wheel and use it in a venv of its own.
+	rm -rf dist build
+	$(BIN)/python -m build --wheel -q
+	$(BIN)/python tests/smoke_wheel.py dist/*.whl
+
+clean:
+	rm -rf $(VENV) .work build dist

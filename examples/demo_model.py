@@ -1,0 +1,181 @@
+"""The demo's model: a small Llama trained from scratch on the standard library's source, then fully fine-tuned."""
+
+from __future__ import annotations
+
+import math
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from demo_task import Note
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+IGNORED = -100  # the label that transformers' loss leaves out
+PROMPT_END = "\n"
+
+
+class Size(NamedTuple):
+    """How large the model is and how long it learns."""
+
+    vocabulary: int = 1024
+    width: int = 256
+    layers: int = 4
+    block: int = 128  # tokens of source in one sample
+    batch: int = 16
+    base_steps: int = 400
+    notes: int = 5000
+    tune_batch: int = 32
+    epochs: int = 1
+    test_notes: int = 150
+
+
+class Batch(NamedTuple):
+    """What one training step sees."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def source_files() -> list[str]:
+    """The standard library's own source, in an order that mixes its packages and is always the same."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
+    paths = sorted(p for p in root.rglob("*.py") if left_out.isdisjoint(p.relative_to(root).parts))
+    random.Random(0).shuffle(paths)
+    return [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which spaces stand alone and digits too.
+
+    A word then has the same tokens after a space, in prose, as after a quotation mark, in JSON.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n\s*| +|[A-Za-z]+|\d|[^\sA-Za-z\d]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaForCausalLM:
+    """An untrained Llama, the same at every call."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.width,
+            intermediate_size=2 * size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def source_batches(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, size: Size) -> Iterator[Batch]:
+    """One pass over the source: samples of `block` tokens, no token twice."""
+    need = size.base_steps * size.batch * size.block
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer.encode(text), tokenizer.eos_token_id]
+        if len(ids) >= need:
+            break
+    samples = torch.tensor(ids[: len(ids) // size.block * size.block]).view(-1, size.block)
+    samples = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))]
+    for chunk in samples.split(size.batch)[: size.base_steps]:
+        yield Batch(chunk, torch.ones_like(chunk), chunk)
+
+
+def note_batches(notes: Sequence[Note], tokenizer: PreTrainedTokenizerFast, size: Size) -> Iterator[Batch]:
+    """Notes with their answers; only the answers are learned."""
+    rng = random.Random(0)
+    for _ in range(size.epochs):
+        order = rng.sample(notes, len(notes))
+        for start in range(0, len(order), size.tune_batch):
+            yield collate(order[start : start + size.tune_batch], tokenizer)
+
+
+def collate(notes: Sequence[Note], tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """Pad notes with their answers to one length, on the left as in generation."""
+    prompts = [tokenizer.encode(note.prose + PROMPT_END) for note in notes]
+    answers = [[*tokenizer.encode(note.answer), tokenizer.eos_token_id] for note in notes]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    shape = (len(notes), width)
+    ids, labels = torch.full(shape, tokenizer.pad_token_id), torch.full(shape, IGNORED)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        whole = torch.tensor(prompt + answer)
+        ids[row, -len(whole) :], mask[row, -len(whole) :] = whole, 1
+        labels[row, -len(answer) :] = whole[-len(answer) :]
+    return Batch(ids, mask, labels)
+
+
+def train(model: PreTrainedModel, batches: Iterable[Batch], *, steps: int, lr: float, title: str) -> None:
+    """Train all weights with AdamW: a short warm-up, then a cosine down to a tenth of `lr`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    warm_up = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / warm_up) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    for batch in (bar := tqdm(batches, total=steps, desc=title, unit="step")):
+        loss = model(**batch._asdict()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+@torch.no_grad()
+def write_answers(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, notes: Sequence[Note], title: str, batch: int = 50
+) -> list[str]:
+    """Greedy generation, batch by batch, each no longer than its longest true answer needs."""
+    answers = []
+    for start in tqdm(range(0, len(notes), batch), desc=title, unit="batch"):
+        part = notes[start : start + batch]
+        inputs = tokenizer([note.prose + PROMPT_END for note in part], return_tensors="pt", padding=True)
+        longest = max(len(tokenizer.encode(note.answer)) for note in part)
+        written = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=longest + 8,
+            do_sample=False,
+        )
+        answers += tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers

@@ -1,0 +1,138 @@
+"""Where weights come from: a folder, a hub id, a module or a state dict, all read as named tensors.
+
+A source is any object with the attributes of `Checkpoint`; `open_checkpoint` is the one place that chooses among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from peft_posthoc.errors import CheckpointError
+
+Source: TypeAlias = "str | PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint"
+
+
+class Header(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk, in bytes."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Named tensors, read one at a time."""
+
+    @property
+    def label(self) -> str:
+        """What the user called it: a path, a hub id, or the class of a live object."""
+
+    @property
+    def revision(self) -> str | None:
+        """The resolved commit of a hub id; None elsewhere."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files lie, if it has any."""
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The model's configuration (`config.json`), if there is one."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The live module, if it is one."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Shape and dtype of every tensor, without reading one."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
+
+
+class InMemory:
+    """Tensors that are already there: a state dict or a module's."""
+
+    revision: str | None = None
+    folder: Path | None = None
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, label: str, module: nn.Module | None = None) -> None:
+        self.label = label
+        self.module = module
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        self.config: Mapping[str, Any] | None = to_dict() if callable(to_dict) else None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, not a copy."""
+        return self._tensors[name]
+
+
+def _of_module(module: nn.Module) -> InMemory:
+    if hasattr(module, "peft_config"):
+        raise CheckpointError(
+            f"The {type(module).__name__} already carries a PEFT adapter. Call `merge_and_unload()` or `unload()` "
+            "on it and give the plain model."
+        )
+    # `named_parameters` gives a tied weight once, under its first name, as `save_pretrained` does.
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    kept = module.state_dict(keep_vars=True)
+    tensors |= {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    name = getattr(getattr(module, "config", None), "_name_or_path", None)
+    return InMemory(tensors, label=name or type(module).__name__, module=module)
+
+
+def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
+    """Open a folder, a hub id, a module, a state dict or another checkpoint for reading.
+
+    Args:
+        source: A local folder; a hub id (`org/name`), whose needed files are fetched; a `torch.nn.Module`; a state
+            dict; or anything that already is a `Checkpoint`.
+        revision: Branch, tag or commit of a hub id.
+        role: What messages call it: `base` or `tuned`.
+
+    Raises:
+        CheckpointError: There is no such folder or repository, or its files cannot be read as plain tensors.
+        ValueError: `revision` is given for something that has none.
+    """
+    checkpoint: Checkpoint
+    if isinstance(source, nn.Module):
+        checkpoint = _of_module(source)
+    elif isinstance(source, Mapping):
+        strangers = [str(name) for name, value in source.items() if not isinstance(value, Tensor)]
+        if strangers:
+            raise CheckpointError(f"The {role} state dict holds values that are no tensors: {', '.join(strangers)}.")
+        checkpoint = InMemory(source, label="state dict")
+    elif isinstance(source, str | PathLike):
+        from peft_posthoc import folder, hub
+
+        path = Path(source)
+        if path.is_dir():
+            checkpoint = folder.Folder(path, label=str(source))
+        elif hub.is_repo_id(str(source)) and not path.exists():
+            return hub.fetch(str(source), revision=revision, role=role)
+        else:
+            what = "is a file, not a folder" if path.is_file() else "does not exist"
+            raise CheckpointError(f"The {role} `{source}` {what}. Give a model folder or a hub id such as `org/name`.")
+    elif isinstance(source, Checkpoint):
+        checkpoint = source
+    else:
+        raise TypeError(f"The {role} must be a folder, a hub id, a module or a state dict. Got {type(source).__name__}.")
+    if revision is not None:
+        raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
+    if not checkpoint.headers:
+        raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
+    return checkpoint

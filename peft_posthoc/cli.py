@@ -1,0 +1,232 @@
+"""The `phlora` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from peft_posthoc.errors import PosthocError, one_line
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Command(click.Group):
+    """Turns errors into one line on stderr, and Ctrl-C into the usual exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
+        if "--debug" in arguments:
+            return super().main(*args, **kwargs)
+        try:
+            return super().main(*args, **kwargs)
+        except (PosthocError, ValueError) as error:
+            _fail(one_line(error), 1)
+        except MemoryError:
+            _fail("Out of memory.", 1)
+        except OSError as error:
+            _fail(one_line(error), 1)
+        except KeyboardInterrupt:
+            _fail("Interrupted. Nothing was written.", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"phlora: error: {message}", err=True)
+    sys.exit(status)
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_MODELS = _options(
+    click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id."),
+    click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
+    click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
+)
+_CHOICE = _options(
+    click.option("--include", multiple=True, metavar="REGEX", help="Carry only weights whose name this is found in."),
+    click.option("--exclude", multiple=True, metavar="REGEX", help="Do not carry weights whose name this is found in."),
+    click.option("--embeddings", is_flag=True, help="Carry token embeddings too."),
+    click.option("--head", is_flag=True, help="Carry the output head (lm_head) too."),
+    click.option("--exact", is_flag=True, help="LAPACK's full SVD for every weight."),
+)
+_OUTPUT = _options(
+    click.option("--quiet", is_flag=True, help="No progress bar, no table: errors only."),
+    click.option(
+        "--json",
+        "json_to",
+        is_flag=False,
+        flag_value="-",
+        metavar="[FILE]",
+        help="Write the result as JSON into FILE, or to stdout in place of the table.",
+    ),
+    click.option("--debug", is_flag=True, help="Show a traceback when something goes wrong."),
+)
+
+
+@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="peft-posthoc", prog_name="phlora")
+def main() -> None:
+    """Post-hoc LoRA: a portable adapter from a base model and a full fine-tune of it.
+
+    BASE and TUNED are model folders (safetensors or .bin, single or sharded) or hub ids (org/name).
+    """
+
+
+@main.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every delta.  [default: 32]")
+@click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
+@click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
+@_CHOICE
+@_MODELS
+@_OUTPUT
+def extract(
+    base: str,
+    tuned: str,
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    dtype: str | None,
+    force: bool,
+    quiet: bool,
+    json_to: str | None,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Write the LoRA adapter that leads from BASE to TUNED into the folder OUT."""
+    del debug  # Read by the group.
+    if rank is not None and energy is not None:
+        raise click.UsageError("Give --rank or --energy, not both.")
+    from peft_posthoc.adapter import check_target
+    from peft_posthoc.extract import extract as run
+    from peft_posthoc.rank import fixed, keep_energy
+
+    # Bad arguments are told before torch starts to read.
+    keep = keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
+    del keep
+    check_target(out, force=force)
+    adapter = run(
+        base,
+        tuned,
+        energy if energy is not None else (32 if rank is None else rank),
+        dtype=_dtype(dtype),
+        progress=not quiet,
+        **options,
+    )
+    adapter.save(out, force=force)
+    _show(adapter.report, json_to, quiet=quiet)
+    if not quiet and json_to != "-":
+        click.echo(f"Adapter written to {out}")
+
+
+@main.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--max-rank", type=click.IntRange(min=1), default=512, show_default=True, help="Where the curves end.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves into this PNG.")
+@_CHOICE
+@_MODELS
+@_OUTPUT
+def inspect(
+    base: str,
+    tuned: str,
+    max_rank: int,
+    plot: Path | None,
+    quiet: bool,
+    json_to: str | None,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Show how much of each delta's energy every rank would keep; write no adapter."""
+    del debug
+    from peft_posthoc.curves import Curves
+    from peft_posthoc.extract import extract as run
+
+    adapter = run(base, tuned, max_rank, progress=not quiet, **options)
+    curves = Curves.of(adapter)
+    if plot is not None:
+        curves.plot(plot)
+    _show(curves, json_to, quiet=quiet, more=[f"Warning: {warning}" for warning in adapter.report.warnings])
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The model before.")
+@click.option("--tuned", required=True, help="The model after.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Compare the models' outputs on this text.")
+@click.option("--token-ids", multiple=True, metavar="'1 2 3'", help="The same, already tokenized.")
+@click.option("--weights-only", is_flag=True, help="Do not load the models to compare outputs.")
+@click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below.")
+@click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above.")
+@_MODELS
+@_OUTPUT
+def verify(
+    out: Path,
+    base: str,
+    tuned: str,
+    token_ids: tuple[str, ...],
+    weights_only: bool,
+    min_cosine: float | None,
+    max_kl: float | None,
+    quiet: bool,
+    json_to: str | None,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs."""
+    del debug
+    from peft_posthoc.verify import verify as run
+
+    ids = [_token_ids(text) for text in token_ids]
+    result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
+    _show(result, json_to, quiet=quiet)
+    if min_cosine is not None and result.cosine < min_cosine:
+        raise PosthocError(f"The cosine with the whole delta is {result.cosine:.4f}, below --min-cosine {min_cosine}.")
+    if max_kl is not None:
+        if result.adapter is None or result.adapter.kl is None:
+            raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
+        if result.adapter.kl > max_kl:
+            raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise click.BadParameter(f"`{text}` is not a list of numbers.", param_hint="--token-ids") from error
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
+    return getattr(torch, name)
+
+
+def _show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:
+    if json_to is not None:
+        text = json.dumps(result.to_dict(), indent=2, sort_keys=True)
+        if json_to == "-":
+            click.echo(text)
+            return
+        Path(json_to).write_text(text + os.linesep, encoding="utf-8")
+    if not quiet:
+        click.echo("\n".join([result.table(), *more]))

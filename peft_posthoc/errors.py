@@ -1,0 +1,43 @@
+"""What can go wrong, as one tree.
+
+    PosthocError                    everything below; the command line prints it as one line
+    ├── CheckpointError             a checkpoint cannot be found, read or trusted
+    ├── MismatchError               base and tuned are not two states of one model
+    ├── NothingToCarryError         nothing changed, or nothing of what changed has a LoRA form
+    ├── AdapterError                an adapter folder cannot be read, written or fitted to a model
+    └── MissingExtraError           an optional dependency is not installed
+
+Arguments that make no sense by themselves (a rank of 0, an unknown device) are `ValueError`, as everywhere in Python.
+"""
+
+from __future__ import annotations
+
+
+class PosthocError(Exception):
+    """Base class of all errors that say something about the user's models or folders."""
+
+
+class CheckpointError(PosthocError):
+    """A checkpoint cannot be found, read or trusted."""
+
+
+class MismatchError(PosthocError):
+    """Base and tuned are not two states of one model."""
+
+
+class NothingToCarryError(PosthocError):
+    """Nothing changed between base and tuned, or nothing of what changed has a LoRA form."""
+
+
+class AdapterError(PosthocError):
+    """An adapter folder cannot be read, written or fitted to a model."""
+
+
+class MissingExtraError(PosthocError):
+    """An optional dependency is not installed."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error and the notes that its callers added, as a single line."""
+    parts = [str(error) or type(error).__name__, *getattr(error, "__notes__", [])]
+    return " ".join(" ".join(part.split()) for part in parts)

@@ -1,0 +1,193 @@
+"""A checkpoint folder on disk: safetensors or PyTorch files, single or sharded, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from peft_posthoc.checkpoint import Header
+from peft_posthoc.errors import CheckpointError
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+SAFETENSORS = "model.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE = "pytorch_model.bin"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def weight_files(names: Collection[str]) -> list[str]:
+    """The files among `names` that hold the weights: an index alone, one file, or several files without an index.
+
+    Safetensors come before pickles, an index before what it lists, and the usual name before others.
+    """
+    for usual in (SAFETENSORS_INDEX, SAFETENSORS):
+        if usual in names:
+            return [usual]
+    top = sorted(name for name in names if "/" not in name)
+    indexes = [name for name in top if name.endswith(".safetensors.index.json")]
+    if len(indexes) == 1:
+        return indexes
+    # `consolidated.safetensors` holds the same model under other names (Mistral's own format).
+    others = [n for n in top if n.endswith(".safetensors") and not n.startswith(("adapter_", "consolidated"))]
+    if others:
+        return others
+    for usual in (PICKLE_INDEX, PICKLE):
+        if usual in names:
+            return [usual]
+    return []
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Tensor name to file name, as the index says. A shard must lie beside its index.
+
+    Raises:
+        CheckpointError: The index is no valid one, or names a file outside of its folder.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = {str(tensor): str(file) for tensor, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"`{index}` is not a valid index of shards: {error!r}.") from error
+    for tensor, file in pairs.items():
+        outside = PurePosixPath(file).name != file or PureWindowsPath(file).name != file or file in ("", ".", "..")
+        if outside:
+            raise CheckpointError(
+                f"`{index}` places `{tensor}` in `{file}`, which is not a file of its own folder. Refused: only files "
+                "beside the index are read."
+            )
+    return pairs
+
+
+class Folder:
+    """A folder as `save_pretrained` writes it. Tensors are mapped from disk, and read when asked for."""
+
+    revision: str | None = None
+    module: nn.Module | None = None
+
+    def __init__(self, folder: Path, *, label: str, revision: str | None = None) -> None:
+        self.folder: Path = folder
+        self.label = label
+        self.revision = revision
+        self.config = _config(folder)
+        self.headers: dict[str, Header] = {}
+        self._files: dict[str, _Safetensors | _Pickle] = {}
+        names = {path.name for path in folder.iterdir()}
+        if "adapter_config.json" in names and not weight_files(names):
+            raise CheckpointError(
+                f"`{label}` is a LoRA adapter, not a full checkpoint: it is already what this tool makes. Merge it "
+                "into its base first (`PeftModel.merge_and_unload`), or give the full fine-tune."
+            )
+        chosen = weight_files(names)
+        if not chosen:
+            held = ", ".join(sorted(names)[:5]) or "nothing"
+            raise CheckpointError(
+                f"No weights in `{label}` (it holds {held}). Looked for {SAFETENSORS}, {PICKLE}, or an index of shards."
+            )
+        if chosen[0].endswith(".index.json"):
+            listed = shards_of(folder / chosen[0])
+            chosen = sorted(set(listed.values()))
+            missing = [file for file in chosen if not (folder / file).is_file()]
+            if missing:
+                raise CheckpointError(f"The index of `{label}` names shards that are not there: {', '.join(missing)}.")
+        else:
+            listed = None
+        for file in chosen:
+            self._add(file)
+        absent = [tensor for tensor in listed or () if tensor not in self.headers]
+        if absent:
+            raise CheckpointError(f"The index of `{label}` lists tensors that no shard holds: {', '.join(absent[:5])}.")
+
+    def _add(self, name: str) -> None:
+        path = self.folder / name
+        file = _Safetensors(path) if name.endswith(".safetensors") else _Pickle(path)
+        for tensor, header in file.headers.items():
+            if tensor in self.headers:
+                raise CheckpointError(f"Two files of `{self.label}` hold `{tensor}`; one of them is `{name}`.")
+            self.headers[tensor] = header
+            self._files[tensor] = file
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from its file."""
+        return self._files[name].read(name)
+
+
+class _Safetensors:
+    def __init__(self, path: Path) -> None:
+        try:
+            self._handle = safe_open(path, framework="pt")
+            self.headers = {name: self._header(path, name) for name in self._handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"`{path}` is not a readable safetensors file: {error}.") from error
+
+    def _header(self, path: Path, name: str) -> Header:
+        entry = self._handle.get_slice(name)
+        dtype = _DTYPES.get(entry.get_dtype())
+        if dtype is None:
+            raise CheckpointError(f"`{path}` holds `{name}` as {entry.get_dtype()}, a type that is not supported.")
+        return Header(tuple(entry.get_shape()), dtype)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+
+class _Pickle:
+    def __init__(self, path: Path) -> None:
+        content = self._load(path)
+        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"`{path}` is refused: it does not hold plain tensors by name.")
+        self._tensors: dict[str, Tensor] = {str(name): tensor for name, tensor in content.items()}
+        self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    @staticmethod
+    def _load(path: Path) -> Any:
+        try:
+            with path.open("rb") as file:
+                # Only the zip format, PyTorch's own since 1.6, can be mapped.
+                zipped = file.read(4) == b"PK\x03\x04"
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"`{path}` is refused: it is a pickle that holds more than plain tensors, or is no pickle. Nothing of "
+                "it was executed. Convert it to safetensors where you trust it."
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"`{path}` is not a readable PyTorch file: {first}") from error
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _config(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"`{path}` is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"`{path}` is not a configuration: expected a JSON object.")
+    return config

@@ -1,0 +1,267 @@
+"""Layer kinds: how a weight becomes a matrix, how its factors are named and shaped in PEFT, and which weight is which.
+
+A new kind is one `LayerKind` and a line in `kind_of`. What kind a weight has is asked of the model's own class where
+there is one, and read off names and shapes otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_posthoc.checkpoint import Checkpoint
+
+Role = Literal["layer", "embedding", "head"]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How PEFT adapts one type of module, all of whose weights are matrices on disk."""
+
+    name: str
+    transposed: bool
+    """Whether the weight is stored as in x out features; the delta that is factored is always out x in."""
+    a_key: str = "lora_A.weight"
+    b_key: str = "lora_B.weight"
+    fan_in_fan_out: bool = False
+    """What `LoraConfig` must say of it."""
+
+    def matrix(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "m n"]:
+        """The weight as `m` out features by `n` in features: a view."""
+        return weight.mT if self.transposed else weight
+
+    def tensors(self, module: str, a: Float[Tensor, "r n"], b: Float[Tensor, "m r"]) -> dict[str, Tensor]:
+        """The factors under the names that PEFT gives them in the module."""
+        return {f"{module}.{self.a_key}": a, f"{module}.{self.b_key}": b}
+
+
+LINEAR = LayerKind("linear", transposed=False)
+CONV1D = LayerKind("conv1d", transposed=True, fan_in_fan_out=True)  # transformers' Conv1D: GPT-2 and its kin
+EMBEDDING = LayerKind("embedding", transposed=True, a_key="lora_embedding_A", b_key="lora_embedding_B")
+KINDS = (LINEAR, CONV1D, EMBEDDING)
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind of a live module, or None if PEFT has no LoRA form for it."""
+    if isinstance(module, nn.Linear):
+        return LINEAR
+    # Subclasses that change what is looked up (OPT's positions are offset) would be adapted wrongly by PEFT; scaled
+    # word embeddings (Gemma) are handled by it.
+    if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")):
+        return EMBEDDING
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return CONV1D
+    return None
+
+
+class Place(NamedTuple):
+    """A module of the model that a weight lives in."""
+
+    module: str
+    kind: LayerKind
+    role: Role
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which module each weight of a model belongs to."""
+
+    origin: str
+    """Where this knowledge comes from: a class, or names and shapes."""
+    kinds: Mapping[str, LayerKind]
+    """Every module that PEFT can adapt."""
+    classes: Mapping[str, str] = field(default_factory=dict)
+    """The class of every module, where it is known; of the others with a weight, `""`."""
+    head: str | None = None
+    """The module that gives the logits of a language model."""
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For a module whose weight is stored once and used again: the modules that use it."""
+    prefix: str = ""
+    """What a checkpoint of the bare model leaves out of its names (`transformer.` for GPT-2)."""
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+
+    def module_of(self, weight: str) -> str:
+        """The module that a weight name belongs to."""
+        module = weight.rpartition(".")[0] or weight
+        if module not in self.classes and f"{self.prefix}{module}" in self.classes:
+            return f"{self.prefix}{module}"
+        return module
+
+    def places(self, weight: str) -> list[Place]:
+        """Where the weight lives; none if it is not the weight of a module that PEFT can adapt."""
+        if weight.rpartition(".")[2] != "weight":
+            return []
+        module = self.module_of(weight)
+        users = [module, *self.ties.get(module, ())]
+        return [Place(user, self.kinds[user], self._role(user)) for user in users if user in self.kinds]
+
+    def _role(self, module: str) -> Role:
+        if module == self.head:
+            return "head"
+        return "embedding" if self.kinds[module] is EMBEDDING else "layer"
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    """Find out what kind each weight of a checkpoint is.
+
+    A live module is asked itself. A configuration that transformers knows is built into its class on the meta device,
+    but for the common decoders, of which all is known (the class takes seconds to import). Anything else goes by names
+    and shapes.
+    """
+    if checkpoint.module is not None:
+        return _of_module(checkpoint.module, type(checkpoint.module).__name__)
+    config = checkpoint.config or {}
+    if config.get("model_type") in PLAIN_DECODERS and _architecture(config).endswith("ForCausalLM"):
+        return _of_plain_decoder(checkpoint, config)
+    built = _meta_model(config)
+    if built is not None:
+        return _of_module(built, type(built).__name__)
+    return _of_names(checkpoint)
+
+
+# Decoders whose every matrix is a Linear, but for `model.embed_tokens`; and whether they tie `lm_head` to it when their
+# configuration does not say so. A test holds each against its class in transformers.
+PLAIN_DECODERS: Mapping[str, bool] = {
+    "cohere": True,
+    "gemma": True,
+    "gemma2": True,
+    "gemma3_text": True,
+    "glm": False,
+    "glm4": False,
+    "granite": False,
+    "llama": False,
+    "mistral": False,
+    "olmo": False,
+    "olmo2": False,
+    "phi": False,
+    "phi3": False,
+    "qwen2": False,
+    "qwen3": False,
+    "smollm3": True,
+    "stablelm": False,
+    "starcoder2": True,
+}
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or [""]
+    return str(names[0])
+
+
+def _of_plain_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+    matrices = {name.removesuffix(".weight") for name, header in checkpoint.headers.items() if len(header.shape) == 2}
+    kinds = {module: EMBEDDING if module == "model.embed_tokens" else LINEAR for module in matrices}
+    tied = bool(config.get("tie_word_embeddings", PLAIN_DECODERS[str(config["model_type"])]))
+    kinds["lm_head"] = LINEAR
+    return Layout(
+        origin=_architecture(config),
+        kinds=kinds,
+        classes=dict.fromkeys([*(name.rpartition(".")[0] for name in checkpoint.headers), "lm_head"], ""),
+        head="lm_head",
+        ties={"model.embed_tokens": ("lm_head",)} if tied else {},
+        prefix="model.",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _meta_model(config: Mapping[str, Any]) -> nn.Module | None:
+    architecture = _architecture(config)
+    if not architecture:
+        return None
+    import transformers
+
+    cls = getattr(transformers, architecture, None)
+    if cls is None or getattr(cls, "config_class", None) is None:
+        return None
+    with torch.device("meta"):
+        model: nn.Module = cls(cls.config_class.from_dict(dict(config)))
+    return model
+
+
+def _of_module(model: nn.Module, origin: str) -> Layout:
+    names = {module: name for name, module in model.named_modules()}
+    kinds = {name: kind for module, name in names.items() if (kind := kind_of(module)) is not None}
+    config = getattr(model, "config", None)
+    head = names.get(_call(model, "get_output_embeddings"))
+    linear_like = [kinds[name] for name in kinds if name != head and kinds[name] is not EMBEDDING]
+    return Layout(
+        origin=origin,
+        kinds=kinds,
+        classes={name: type(module).__name__ for module, name in names.items()},
+        head=head,
+        ties=_ties(model),
+        prefix=f"{prefix}." if (prefix := getattr(model, "base_model_prefix", "")) and hasattr(model, prefix) else "",
+        task_type=_task_type(type(model).__name__, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))),
+        fan_in_fan_out=bool(linear_like) and all(kind.fan_in_fan_out for kind in linear_like),
+    )
+
+
+def _call(model: nn.Module, method: str) -> Any:
+    found = getattr(model, method, None)
+    return found() if callable(found) else None
+
+
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each module whose weight others share, the others."""
+    sharers: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            sharers.setdefault(owner, []).append(name)
+    # On the meta device nothing is tied yet: the class tells what will be.
+    declared = getattr(model, "_tied_weights_keys", None)
+    if isinstance(declared, Mapping) and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        for user, owner in declared.items():
+            if user not in sharers.get(owner, ()):
+                sharers.setdefault(owner, []).append(user)
+
+    def module(name: str) -> str:
+        return name.removesuffix(".weight")
+
+    return {module(owner): tuple(module(user) for user in users) for owner, users in sharers.items()}
+
+
+def _task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
+    """PEFT's task type, for the tasks whose PEFT class adds nothing to the model."""
+    if class_name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if class_name.endswith("ForConditionalGeneration") and encoder_decoder else None
+
+
+_EMBEDDING_LEAVES = ("embed_tokens", "word_embeddings", "wte", "wpe", "position_embeddings", "token_type_embeddings")
+_HEAD_LEAVES = ("lm_head", "embed_out")
+
+
+def _of_names(checkpoint: Checkpoint) -> Layout:
+    kinds: dict[str, LayerKind] = {}
+    for name, header in checkpoint.headers.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and len(header.shape) == 2:
+            kinds[module] = EMBEDDING if module.rpartition(".")[2] in _EMBEDDING_LEAVES else LINEAR
+    heads = [module for module in kinds if module.rpartition(".")[2] in _HEAD_LEAVES]
+    return Layout(
+        origin="names and shapes",
+        kinds=kinds,
+        classes=dict.fromkeys((name.rpartition(".")[0] for name in checkpoint.headers), ""),
+        head=heads[0] if heads else None,
+    )
+
+
+def target_modules(chosen: Iterable[str], layout: Layout) -> list[str]:
+    """The shortest honest `target_modules`: leaf names where a leaf occurs nowhere else, full names otherwise."""
+    targets: set[str] = set()
+    modules = set(chosen)
+    everything = {*layout.classes, *layout.kinds}
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        # PEFT also takes a digit for a leaf: `0` would match every first item of a list of modules.
+        alone = all(other in modules for other in everything if other.rpartition(".")[2] == leaf)
+        targets.add(leaf if alone and not leaf.isdigit() else module)
+    return sorted(targets)

@@ -1,0 +1,177 @@
+"""What will be carried and what not, and why: decided from headers alone, before a tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from peft_posthoc.checkpoint import Checkpoint, Header
+from peft_posthoc.errors import MismatchError, NothingToCarryError
+from peft_posthoc.layout import LayerKind, Layout, Place, layout_of
+
+Choice = Callable[[Sequence[Place]], "tuple[list[Place], str]"]
+"""Of the places a weight lives in, those to adapt; and, if none, the reason."""
+
+
+class Slot(NamedTuple):
+    """A module that an adapter may hold factors for: `b` is m x r, `a` is r x n."""
+
+    kind: LayerKind
+    m: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of both checkpoints is either carried or left out."""
+
+    layout: Layout
+    carried: Mapping[str, tuple[Place, ...]]
+    """By weight: the modules that get its factors; the first one's kind says how it becomes a matrix."""
+    left_out: Mapping[str, str]
+    """By weight: the reason."""
+    slots: Mapping[str, Slot]
+    """Every module of the base that could hold factors."""
+    headers: Mapping[str, Header]
+    """Of every tensor, the tuned one's where both have it."""
+
+
+def by_flags(*, embeddings: bool = False, head: bool = False) -> Choice:
+    """Carry all layers, and token embeddings and the head where asked for.
+
+    Where the two are tied they are one weight, and either flag carries it in both places: half of it is no model.
+    """
+
+    def choose(places: Sequence[Place]) -> tuple[list[Place], str]:
+        roles = {place.role for place in places}
+        wanted = {"layer"} | ({"embedding"} if embeddings else set()) | ({"head"} if head else set())
+        if roles & wanted:
+            return list(places), ""
+        flags = " or ".join(f"--{'embeddings' if role == 'embedding' else 'head'}" for role in sorted(roles))
+        return [], f"{' and '.join(sorted(roles))} (carried with {flags})"
+
+    return choose
+
+
+def make_plan(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    choose: Choice | None = None,
+) -> Plan:
+    """Decide for every tensor of both checkpoints whether and where it is carried.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after.
+        include: Regular expressions, searched in weight names: of the weights that can be carried, only these.
+        exclude: The same: not these.
+        choose: Which modules to adapt; `by_flags()` if None.
+
+    Raises:
+        MismatchError: The two are not states of one model; every tensor whose shapes differ is named.
+        NothingToCarryError: No weight is left to carry.
+        ValueError: A regular expression is malformed or matches nothing.
+    """
+    _same_model(base, tuned)
+    names = list(dict.fromkeys([*base.headers, *tuned.headers]))
+    included = _matches(include, names, "include")
+    excluded = _matches(exclude, names, "exclude")
+    _same_shapes(base.headers, tuned.headers, excluded or set())
+    choose = choose or by_flags()
+    layout = layout_of(base)
+    carried: dict[str, tuple[Place, ...]] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        places, reason = _decide(name, base.headers, tuned.headers, layout, choose)
+        if places and ((included is not None and name not in included) or (excluded and name in excluded)):
+            places, reason = [], "not chosen (--include/--exclude)"
+        if places:
+            carried[name] = tuple(places)
+        else:
+            left_out[name] = reason
+    if not carried:
+        reasons = ", ".join(sorted(set(left_out.values())))
+        raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
+    return Plan(layout, carried, left_out, _slots(base.headers, layout), {**base.headers, **tuned.headers})
+
+
+def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:
+    kinds = [(checkpoint.config or {}).get("model_type") for checkpoint in (base, tuned)]
+    if all(kinds) and kinds[0] != kinds[1]:
+        raise MismatchError(
+            f"Two different architectures: `{base.label}` is a {kinds[0]}, `{tuned.label}` a {kinds[1]}. A delta needs "
+            "the base that the fine-tune started from."
+        )
+    if not set(base.headers) & set(tuned.headers):
+        raise MismatchError(
+            f"`{base.label}` and `{tuned.label}` have no tensor name in common (`{next(iter(base.headers))}` against "
+            f"`{next(iter(tuned.headers))}`): they are not two states of one model."
+        )
+
+
+def _same_shapes(base: Mapping[str, Header], tuned: Mapping[str, Header], excluded: set[str]) -> None:
+    wrong = [
+        f"`{name}` {list(base[name].shape)} against {list(tuned[name].shape)}"
+        for name in base
+        if name in tuned and base[name].shape != tuned[name].shape and name not in excluded
+    ]
+    if wrong:
+        raise MismatchError(
+            f"{len(wrong)} tensors have other shapes in base and tuned: {'; '.join(wrong)}. Give the base that the "
+            "fine-tune started from, or leave these out with `--exclude`."
+        )
+
+
+def _matches(patterns: Iterable[str], names: Sequence[str], option: str) -> set[str] | None:
+    """The names that any pattern is found in; None without patterns."""
+    found: set[str] | None = None
+    for pattern in patterns:
+        try:
+            hits = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"`--{option} {pattern}` is not a regular expression: {error}.") from error
+        if not hits:
+            raise ValueError(
+                f"`--{option} {pattern}` matches no weight name. Names look like `{names[len(names) // 2]}`."
+            )
+        found = (found or set()) | hits
+    return found
+
+
+def _decide(
+    name: str, base: Mapping[str, Header], tuned: Mapping[str, Header], layout: Layout, choose: Choice
+) -> tuple[list[Place], str]:
+    if name not in tuned:
+        return [], "only in base"
+    if name not in base:
+        return [], "only in tuned"
+    header = base[name]
+    if header.shape != tuned[name].shape:
+        return [], "shapes differ (--exclude)"
+    if not (header.dtype.is_floating_point and tuned[name].dtype.is_floating_point):
+        return [], "not a floating-point tensor"
+    if name.endswith(".bias") or name == "bias":
+        return [], "bias (LoRA has no portable form for it)"
+    if len(header.shape) < 2:
+        return [], "norm or other vector (LoRA has no form for it)"
+    places = layout.places(name)
+    if places and len(header.shape) == 2:
+        return choose(places)
+    owner = layout.classes.get(layout.module_of(name))
+    where = f"{owner or 'its module'}" if owner is not None else f"no such module in {layout.origin}"
+    return [], f"no LoRA form for this tensor ({where})"
+
+
+def _slots(headers: Mapping[str, Header], layout: Layout) -> dict[str, Slot]:
+    slots: dict[str, Slot] = {}
+    for name, header in headers.items():
+        for place in layout.places(name) if len(header.shape) == 2 else []:
+            rows, columns = header.shape
+            m, n = (columns, rows) if place.kind.transposed else (rows, columns)
+            slots[place.module] = Slot(place.kind, m, n)
+    return slots

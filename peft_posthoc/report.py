@@ -1,0 +1,254 @@
+"""Layers to an account: a row for every tensor of both checkpoints, as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from peft_posthoc.adapter import Adapter
+
+# Shares of the whole delta's energy from which leaving something out is worth a warning.
+MATERIAL = 0.01
+# ||delta|| / ||base|| over all matrices. Two unrelated models give 1.4; fine-tunes stay well below 0.3.
+IMPLAUSIBLE = 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor."""
+
+    weight: str
+    status: Literal["extracted", "unchanged", "left out"]
+    reason: str
+    """Why it is not carried; empty where it is."""
+    modules: tuple[str, ...]
+    """Where PEFT adapts it."""
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    """Singular triplets kept."""
+    energy: float | None
+    """E_r (PHLoRA, eq. 5): the share of the delta's energy that is kept."""
+    relative_error: float | None
+    """`||delta - b @ a|| / ||delta||`, before rounding to the saved dtype."""
+    delta_norm: float | None
+    base_norm: float | None
+    relative_delta: float | None
+    """`||delta|| / ||base||`."""
+    bytes: int
+    """In the adapter file."""
+    seconds: float
+    shortfall: float | None
+    """The certificate of the factorization: energy missed against the best rank-r approximation, relative."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all rows; shares are weighted by energy."""
+
+    energy: float
+    """Kept, as a share of the energy of the deltas that were factored: the paper's E_r for the whole model."""
+    energy_of_all: float
+    """Kept, as a share of the energy of every delta, left-out ones included."""
+    relative_error: float
+    relative_delta: float | None
+    rank: int
+    """The largest that a layer keeps."""
+    file_rank: int
+    """What all are padded to."""
+    bytes: int
+    seconds: float
+    extracted: int
+    unchanged: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """An honest account of what an adapter holds."""
+
+    rows: tuple[Row, ...]
+    totals: Totals
+    warnings: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Report:
+        """Account for an adapter."""
+        rows = tuple(_rows(adapter))
+        totals = _totals(rows, adapter.file_rank)
+        return cls(rows, totals, tuple(_warnings(rows, totals)), adapter.provenance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "format": 1,
+            "totals": asdict(self.totals),
+            "warnings": list(self.warnings),
+            "provenance": dict(self.provenance),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def table(self) -> str:
+        """The report for a terminal: the layers, what is left out by reason, the totals and the warnings."""
+        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}"]
+        lines += [
+            f"{shorten(row.weight):<52} {row.rank:>5} {_percent(row.energy):>7} {_percent(row.relative_error):>7} "
+            f"{_percent(row.relative_delta):>8} {size(row.bytes):>9}"
+            for row in self.rows
+            if row.status == "extracted"
+        ]
+        lines += ["", *_left_out_lines(self.rows), *self.summary()]
+        return "\n".join(lines)
+
+    def summary(self) -> list[str]:
+        """The totals and the warnings, a line each."""
+        totals = self.totals
+        padded = totals.file_rank != totals.rank
+        rank = f"{totals.rank} (padded to {totals.file_rank} in the file)" if padded else f"{totals.rank}"
+        lines = [
+            f"{totals.extracted} weights at rank {rank} hold {_percent(totals.energy)} of their deltas' energy, "
+            f"{_percent(totals.energy_of_all)} of the whole fine-tune's; {size(totals.bytes)} on disk.",
+        ]
+        return [*lines, *(f"Warning: {warning}" for warning in self.warnings)]
+
+
+def _rows(adapter: Adapter) -> Iterable[Row]:
+    plan, rank, item = adapter.plan, adapter.file_rank, adapter.dtype.itemsize
+    in_file = set(adapter.modules())
+
+    def bytes_of(modules: Iterable[str]) -> int:
+        slots = [plan.slots[module] for module in modules if module in in_file]
+        return sum(rank * (slot.m + slot.n) * item for slot in slots)
+
+    for name, header in plan.headers.items():
+        layer = adapter.layers.get(name)
+        places = tuple(place.module for place in plan.carried.get(name, ())) or tuple(
+            place.module for place in plan.layout.places(name)
+        )
+        if layer is not None:
+            factors = layer.factors
+            yield Row(
+                weight=name,
+                status="extracted",
+                reason="",
+                modules=places,
+                shape=header.shape,
+                dtype=str(header.dtype).removeprefix("torch."),
+                rank=len(factors.s),
+                energy=factors.energy,
+                relative_error=math.sqrt(max(0.0, 1 - factors.energy)),
+                delta_norm=factors.norm,
+                base_norm=layer.base_norm,
+                relative_delta=_ratio(factors.norm, layer.base_norm),
+                bytes=bytes_of(places),
+                seconds=layer.seconds,
+                shortfall=factors.shortfall,
+            )
+            continue
+        skipped = adapter.skipped[name]
+        yield Row(
+            weight=name,
+            status="unchanged" if skipped.unchanged else "left out",
+            reason="" if skipped.unchanged else skipped.reason,
+            modules=tuple(module for module in places if module in in_file),
+            shape=header.shape,
+            dtype=str(header.dtype).removeprefix("torch."),
+            rank=0,
+            energy=0.0 if skipped.delta_norm else None,
+            relative_error=1.0 if skipped.delta_norm else None,
+            delta_norm=skipped.delta_norm,
+            base_norm=skipped.base_norm,
+            relative_delta=_ratio(skipped.delta_norm, skipped.base_norm),
+            bytes=bytes_of(places),
+            seconds=skipped.seconds,
+            shortfall=None,
+        )
+
+
+def _totals(rows: Iterable[Row], file_rank: int) -> Totals:
+    rows = list(rows)
+    extracted = [row for row in rows if row.status == "extracted"]
+    kept = sum((row.energy or 0.0) * (row.delta_norm or 0.0) ** 2 for row in extracted)
+    carried = sum((row.delta_norm or 0.0) ** 2 for row in extracted)
+    everything = sum((row.delta_norm or 0.0) ** 2 for row in rows)
+    # Of matrices only: norms and biases are few and would hide a wrong base.
+    matrices = [row for row in rows if len(row.shape) > 1 and row.relative_delta is not None]
+    moved = math.sqrt(sum((row.delta_norm or 0.0) ** 2 for row in matrices))
+    return Totals(
+        energy=kept / carried,
+        energy_of_all=kept / everything,
+        relative_error=math.sqrt(max(0.0, 1 - kept / carried)),
+        relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
+        rank=max(row.rank for row in rows),
+        file_rank=file_rank,
+        bytes=sum(row.bytes for row in rows),
+        seconds=sum(row.seconds for row in rows),
+        extracted=len(extracted),
+        unchanged=sum(row.status == "unchanged" for row in rows),
+        left_out=sum(row.status == "left out" for row in rows),
+    )
+
+
+def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
+    everything = sum((row.delta_norm or 0.0) ** 2 for row in rows)
+    for reason, group in _by_reason(rows).items():
+        share = sum((row.delta_norm or 0.0) ** 2 for row in group) / everything
+        if share >= MATERIAL:
+            yield f"{_percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
+    for side, other in (("base", "tuned"), ("tuned", "base")):
+        only = [row for row in rows if row.reason == f"only in {side}"]
+        if only:
+            names = ", ".join(row.weight for row in only[:3]) + (", ..." if len(only) > 3 else "")
+            yield f"{len(only)} tensors are only in {side}, not in {other}, and not carried: {names}."
+    apart = [row for row in rows if row.reason.startswith("shapes differ")]
+    if apart:
+        yield f"{len(apart)} tensors have other shapes in base and tuned and are not carried: {apart[0].weight}."
+    if totals.relative_delta is not None and totals.relative_delta > IMPLAUSIBLE:
+        yield (
+            f"The delta is {_percent(totals.relative_delta)} of the base's norm, more than fine-tuning makes it. Is "
+            "this the base that the fine-tune started from?"
+        )
+
+
+def _by_reason(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status == "left out":
+            groups.setdefault(row.reason, []).append(row)
+    return groups
+
+
+def _left_out_lines(rows: tuple[Row, ...]) -> list[str]:
+    everything = sum((row.delta_norm or 0.0) ** 2 for row in rows)
+    lines = []
+    for reason, group in _by_reason(rows).items():
+        share = sum((row.delta_norm or 0.0) ** 2 for row in group) / everything
+        lines.append(f"left out: {len(group):>4} x {reason}: {_percent(share)} of the fine-tune's energy")
+    unchanged = sum(row.status == "unchanged" for row in rows)
+    return [*lines, *([f"unchanged: {unchanged:>3}"] if unchanged else [])]
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def shorten(name: str, width: int = 52) -> str:
+    """A name cut from the left, where long ones are alike."""
+    return name if len(name) <= width else f"...{name[-(width - 3) :]}"
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: 1 kB is 1000 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

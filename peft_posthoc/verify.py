@@ -1,0 +1,343 @@
+"""Is base + adapter the tuned model? The weights first, one at a time, then what the models say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_posthoc.adapter import Factors, load_factors
+from peft_posthoc.checkpoint import Checkpoint, Source, open_checkpoint
+from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.extract import pick_device, read_pairs
+from peft_posthoc.factor import Pair, difference, frobenius
+from peft_posthoc.plan import Plan, make_plan
+from peft_posthoc.report import shorten
+
+# Said to the models when the user gives nothing to say.
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def mean(values):\n    return sum(values) / len(values)",
+    "Question: What is the capital of France?\nAnswer:",
+)
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One weight: how near base + b @ a comes to tuned, and b @ a to the delta."""
+
+    weight: str
+    relative_error: float | None
+    """`||base + b @ a - tuned|| / ||tuned||`."""
+    cosine: float | None
+    """Of base + b @ a and tuned."""
+    delta_relative_error: float | None
+    """`||b @ a - delta|| / ||delta||`; 1 for what the adapter does not carry, None where nothing changed."""
+    delta_cosine: float | None
+    """Of b @ a and delta; 0 for what the adapter does not carry, None where nothing changed."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """How far a model's outputs are from the tuned model's."""
+
+    kl: float | None
+    """KL(tuned || model) per token, in nats; None for a model without logits."""
+    top1: float | None
+    """Share of the tokens at which both would say the same next; None for a model without logits."""
+    relative_error: float
+    """Of the logits, or of the last hidden states."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found."""
+
+    rows: tuple[WeightRow, ...]
+    cosine: float
+    """Of the adapter with the whole fine-tune's delta, what is left out included."""
+    energy: float
+    """Share of the whole delta's energy that the adapter, as saved, explains."""
+    worst: str
+    """The carried weight with the lowest `delta_cosine`."""
+    adapter: Outputs | None
+    """Base + adapter against tuned; None if outputs were not compared."""
+    base: Outputs | None
+    """Base alone against tuned: what the adapter's numbers are to be held against."""
+    outputs_note: str
+    """What was compared, or why nothing was."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as plain JSON values."""
+        return {"format": 1, **asdict(self)}
+
+    def table(self) -> str:
+        """The findings for a terminal."""
+        lines = [f"{'weight':<52} {'cos(ba,d)':>10} {'err(ba,d)':>10} {'cos(w,tuned)':>13} {'err(w,tuned)':>13}"]
+        lines += [
+            f"{shorten(row.weight):<52} {_number(row.delta_cosine):>10} {_number(row.delta_relative_error):>10} "
+            f"{_number(row.cosine, 6):>13} {_number(row.relative_error, 6):>13}"
+            for row in self.rows
+            if row.delta_cosine
+        ]
+        return "\n".join([*lines, "", *self.summary()])
+
+    def summary(self) -> list[str]:
+        """The totals, a line each."""
+        lines = [
+            f"Weights: the adapter has cosine {self.cosine:.4f} with the whole delta and explains {self.energy:.1%} "
+            f"of its energy; of what it carries, `{self.worst}` comes out worst."
+        ]
+        if self.adapter is None or self.base is None:
+            return [*lines, f"Outputs not compared: {self.outputs_note}."]
+        for name, outputs in (("base", self.base), ("base + adapter", self.adapter)):
+            said = "" if outputs.kl is None else f"KL {outputs.kl:.5f} nats, top-1 agreement {outputs.top1:.1%}, "
+            lines.append(f"{name + ' against tuned:':<29} {said}relative error {outputs.relative_error:.4f}")
+        return [*lines, f"({self.outputs_note})"]
+
+
+def verify(
+    adapter: str | PathLike[str],
+    base: Source,
+    tuned: Source,
+    *,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    prompts: Sequence[str] = (),
+    token_ids: Sequence[Sequence[int]] = (),
+    outputs: bool = True,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Verification:
+    """Compare base + adapter with the tuned model.
+
+    Args:
+        adapter: A PEFT LoRA folder.
+        base: The model before, as in `extract`.
+        tuned: The model after.
+        base_revision: Branch, tag or commit, where `base` is a hub id.
+        tuned_revision: The same for `tuned`.
+        prompts: Texts to compare the models' outputs on; needs a tokenizer beside the model.
+        token_ids: The same, already tokenized. Without either, a few built-in texts, or random tokens.
+        outputs: Compare outputs too, not only weights. It loads the models with transformers, one after the other.
+        device: Where to compute.
+        progress: Show progress bars on stderr.
+
+    Raises:
+        AdapterError: The folder is no LoRA adapter, or does not fit the base.
+        CheckpointError: A checkpoint cannot be read.
+        MismatchError: Base and tuned are not states of one model.
+    """
+    where = pick_device(device)
+    before = open_checkpoint(base, revision=base_revision, role="base")
+    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+    factors = load_factors(adapter)
+    plan = make_plan(before, after, choose=lambda places: (list(places), ""))
+    _fits(factors, plan, adapter)
+    weights = list(_compare_weights(before, after, factors, plan, where, progress=progress))
+    delta = sum(weight.delta**2 for weight in weights)
+    product = sum(weight.product**2 for weight in weights)
+    residual = sum(weight.residual**2 for weight in weights)
+    inner = sum(weight.inner for weight in weights)
+    carried = [weight.row for weight in weights if weight.row.delta_cosine is not None and weight.product > 0]
+    adapted, alone, note = None, None, "not asked for"
+    if outputs:
+        adapted, alone, note = _compare_outputs(before, after, adapter, prompts, token_ids, where, progress=progress)
+    return Verification(
+        rows=tuple(weight.row for weight in weights),
+        cosine=inner / math.sqrt(delta * product) if delta and product else 0.0,
+        energy=1 - residual / delta if delta else 1.0,
+        worst=min(carried, key=lambda row: row.delta_cosine or 0.0).weight if carried else "",
+        adapter=adapted,
+        base=alone,
+        outputs_note=note,
+    )
+
+
+class _Weight(NamedTuple):
+    row: WeightRow
+    delta: float
+    product: float
+    residual: float
+    inner: float
+
+
+def _fits(factors: Mapping[str, Factors], plan: Plan, adapter: str | PathLike[str]) -> None:
+    for module, (_, a, b) in factors.items():
+        slot = plan.slots.get(module)
+        if slot is None:
+            raise AdapterError(f"`{adapter}` adapts `{module}`, which the base does not have as a layer.")
+        if (b.shape[0], a.shape[1]) != (slot.m, slot.n):
+            raise AdapterError(
+                f"`{adapter}` adapts `{module}` as {b.shape[0]} x {a.shape[1]}; in the base it is {slot.m} x {slot.n}."
+            )
+
+
+def _compare_weights(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    factors: Mapping[str, Factors],
+    plan: Plan,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> Iterator[_Weight]:
+    pairs = read_pairs(base, tuned, plan)
+    for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
+        if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
+            continue
+        adapted = [factors[place.module] for place in plan.layout.places(pair.name) if place.module in factors]
+        yield _compare(pair, adapted[0] if adapted else None, device)
+
+
+def _compare(pair: Pair, adapted: Factors | None, device: torch.device) -> _Weight:
+    if pair.base is None or pair.tuned is None:
+        raise ValueError("`_compare(pair=...)` needs both weights.")
+    delta = difference(pair.base, pair.tuned, device=device)
+    after = pair.tuned.to(delta)
+    if adapted is None:
+        product = torch.zeros_like(delta)
+    else:
+        # The matrix view of a transposed weight is its own inverse.
+        product = adapted.kind.matrix(adapted.b.to(delta) @ adapted.a.to(delta))
+    merged = pair.base.to(delta) + product
+    sizes = _Sizes(*map(frobenius, (delta, product, delta - product, after, merged)))
+    inner = _inner(product, delta)
+    row = WeightRow(
+        weight=pair.name,
+        relative_error=sizes.residual / sizes.after if sizes.after else None,
+        cosine=_inner(merged, after) / (sizes.merged * sizes.after) if sizes.merged and sizes.after else None,
+        delta_relative_error=sizes.residual / sizes.delta if sizes.delta else None,
+        delta_cosine=(inner / (sizes.delta * sizes.product) if sizes.product else 0.0) if sizes.delta else None,
+    )
+    return _Weight(row, sizes.delta, sizes.product, sizes.residual, inner)
+
+
+class _Sizes(NamedTuple):
+    delta: float
+    product: float
+    residual: float
+    after: float
+    merged: float
+
+
+def _inner(x: Tensor, y: Tensor) -> float:
+    """The sum of products, in float64, by rows."""
+    return float(sum((torch.dot(p.double(), q.double()) for p, q in zip(_rows(x), _rows(y), strict=True)), start=0.0))
+
+
+def _rows(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x.reshape(-1), 1 << 20)
+
+
+def _compare_outputs(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    adapter: str | PathLike[str],
+    prompts: Sequence[str],
+    token_ids: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    progress: bool,
+) -> tuple[Outputs | None, Outputs | None, str]:
+    names = [(checkpoint.config or {}).get("architectures") or [None] for checkpoint in (base, tuned)]
+    if base.folder is None or tuned.folder is None:
+        return None, None, "only checkpoints in folders or on the hub are loaded as models"
+    if names[0][0] is None or names[0][0] != names[1][0]:
+        return None, None, f"the configurations name no common model class ({names[0][0]} and {names[1][0]})"
+    import peft
+    import transformers
+
+    if not hasattr(transformers, names[0][0]):
+        return None, None, f"transformers knows no class {names[0][0]}"
+    inputs, note = _inputs(base, tuned, prompts, token_ids)
+    with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
+        model = _load(tuned.folder, names[0][0], device)
+        wanted = _say(model, inputs)
+        bar.update()
+        model = _load(base.folder, names[0][0], device)
+        alone = _distance(_say(model, inputs), wanted, has_logits=_has_logits(model))
+        bar.update()
+        adapted = _distance(
+            _say(peft.PeftModel.from_pretrained(model, str(adapter)), inputs), wanted, has_logits=_has_logits(model)
+        )
+        bar.update()
+    return adapted, alone, note
+
+
+def _load(folder: Path, class_name: str, device: torch.device) -> Any:
+    import transformers
+
+    model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval()
+
+
+def _inputs(
+    base: Checkpoint, tuned: Checkpoint, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], str]:
+    if token_ids:
+        return [torch.tensor([list(ids)]) for ids in token_ids], f"on {len(token_ids)} given sequences of token ids"
+    texts = list(prompts) or list(PROMPTS)
+    tokenizer = _tokenizer(tuned) or _tokenizer(base)
+    if tokenizer is not None:
+        encoded = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+        return [ids for ids in encoded if ids.numel()], f"on {len(texts)} {'given' if prompts else 'built-in'} prompts"
+    if prompts:
+        raise CheckpointError(f"No tokenizer beside `{tuned.label}` or `{base.label}` for the prompts. Give token ids.")
+    config = base.config or {}
+    vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0)
+    if not vocabulary:
+        raise CheckpointError(f"The configuration of `{base.label}` gives no vocabulary size. Give token ids.")
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (8, 32), generator=random)], "on 8 sequences of 32 random tokens"
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    if checkpoint.folder is None:
+        return None
+    if any((checkpoint.folder / file).is_file() for file in files):
+        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    if checkpoint.revision is not None:
+        return AutoTokenizer.from_pretrained(checkpoint.label, revision=checkpoint.revision)
+    return None
+
+
+def _has_logits(model: Any) -> bool:
+    return model.get_output_embeddings() is not None
+
+
+@torch.no_grad()
+def _say(model: Any, inputs: Sequence[Tensor]) -> Tensor:
+    """Logits, or last hidden states, of all tokens: tokens x values."""
+    device = next(model.parameters()).device
+    said = []
+    for ids in inputs:
+        extra = {"decoder_input_ids": ids.to(device)} if model.config.is_encoder_decoder else {}
+        output = model(input_ids=ids.to(device), **extra)
+        values = output.logits if hasattr(output, "logits") else output.last_hidden_state
+        said.append(values.reshape(-1, values.shape[-1]).float().cpu())
+    return torch.cat(said)
+
+
+def _distance(said: Tensor, wanted: Tensor, *, has_logits: bool) -> Outputs:
+    relative_error = frobenius(said - wanted) / frobenius(wanted)
+    if not has_logits:
+        return Outputs(None, None, relative_error)
+    log_wanted, log_said = (torch.log_softmax(values.double(), dim=-1) for values in (wanted, said))
+    kl = float((log_wanted.exp() * (log_wanted - log_said)).sum(-1).mean())
+    top1 = float((said.argmax(-1) == wanted.argmax(-1)).double().mean())
+    return Outputs(max(kl, 0.0), top1, relative_error)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,137 @@
+"""Tiny host models made from configurations in milliseconds, and full fine-tunes of them."""
+
+import copy
+import warnings
+
+import torch
+import transformers
+
+
+def llama(**changes):
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **{
+                "vocab_size": 96,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 64,
+                **changes,
+            }
+        )
+    )
+
+
+def qwen2(**changes):
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            **changes,
+        )
+    )
+
+
+def gpt2(**changes):
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, **changes)
+    )
+
+
+def bert(**changes):
+    return transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            **changes,
+        )
+    )
+
+
+def t5(**changes):
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **changes
+        )
+    )
+
+
+def tuned_from(model, *, scale=0.02, rank=None, only=None):
+    """A full fine-tune: every parameter, or those whose name `only` accepts, moves; matrices by rank `rank` if given."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if only is not None and not only(name):
+                continue
+            if rank is not None and parameter.ndim == 2:
+                rows, columns = parameter.shape
+                step = torch.randn(rows, rank) @ torch.randn(rank, columns) / rank**0.5
+            else:
+                step = torch.randn_like(parameter)
+            parameter += scale * step
+    return tuned
+
+
+def save(model, folder, **options):
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def save_pair(model, folder, *, dtype=None, **how):
+    """Save a model and a full fine-tune of it; returns the two folders as strings."""
+    tuned = tuned_from(model, **how)
+    for name, one in (("base", model), ("tuned", tuned)):
+        save(one if dtype is None else copy.deepcopy(one).to(dtype), folder / name)
+    return str(folder / "base"), str(folder / "tuned")
+
+
+def load(folder):
+    """The model in a folder, of the class its configuration names, in float32."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_adapter(base, adapter):
+    """Stock PEFT's model, after asserting that it takes the folder without a warning, a missing or a stray key."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # peft 0.21 asks transformers 5.23 for an attribute under its old name, whatever the adapter.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        model = peft.PeftModel.from_pretrained(load(base), adapter)
+        result = model.load_adapter(adapter, adapter_name="again")
+    assert not result.missing_keys or all(".again." not in key for key in result.missing_keys), result.missing_keys
+    assert not result.unexpected_keys, result.unexpected_keys
+    model.delete_adapter("again")
+    return model.eval()
+
+
+def lora_deltas(model, adapter_name="default"):
+    """What stock PEFT adds to each module, in the module's own orientation."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight(adapter_name).detach().float()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def true_deltas(base, tuned):
+    """tuned - base of every parameter, by name, tied ones under each of their names."""
+    before = dict(load(base).named_parameters(remove_duplicate=False))
+    after = dict(load(tuned).named_parameters(remove_duplicate=False))
+    return {name: (after[name] - before[name]).detach() for name in before if name in after}
