@@ -16,10 +16,10 @@ from peft_posthoc.extract import extract
 from peft_posthoc.rank import RankRule, Spectrum, fixed, keep_energy
 from peft_posthoc.report import Report
 from peft_posthoc.svd import LowRank, truncated_svd
+from peft_posthoc.verify import Verification, verify
 
 if TYPE_CHECKING:
     from peft_posthoc.config import LoraConfig, get_peft_model, patch_peft
-    from peft_posthoc.verify import verify
 
 __all__ = [
     "Adapter",
@@ -35,6 +35,7 @@ __all__ = [
     "RankRule",
     "Report",
     "Spectrum",
+    "Verification",
     "extract",
     "fixed",
     "get_peft_model",
@@ -45,13 +46,12 @@ __all__ = [
     "verify",
 ]
 
-# These import peft or transformers, which takes seconds: only when they are asked for.
-_LAZY = {"LoraConfig": "config", "get_peft_model": "config", "patch_peft": "config", "verify": "verify"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    # Importing peft takes seconds: only when it is asked for.
+    if name not in ("LoraConfig", "get_peft_model", "patch_peft"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    from peft_posthoc import config
 
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(config, name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -21,23 +23,28 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class _Command(click.Group):
     """Turns errors into one line on stderr, and Ctrl-C into the usual exit status."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
-        if "--debug" in arguments:
-            return super().main(*args, **kwargs)
+    # Here and not in `main`: there click has already turned Ctrl-C into its own message and a status of 1.
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = "--debug" in ctx.args
         try:
-            return super().main(*args, **kwargs)
-        except (PosthocError, ValueError) as error:
-            _fail(one_line(error), 1)
-        except MemoryError:
-            _fail("Out of memory.", 1)
-        except OSError as error:
-            _fail(one_line(error), 1)
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
         except KeyboardInterrupt:
-            _fail("Interrupted. Nothing was written.", 130)
+            _fail("Interrupted. Nothing was written.", 130, debug=debug)
+        except MemoryError:
+            _fail("Out of memory.", 1, debug=debug)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # Whoever reads our output has seen enough; click exits quietly.
+            known = isinstance(error, PosthocError | ValueError | OSError)
+            what = "" if known else f"Unexpected {type(error).__name__} (see it with --debug): "
+            _fail(f"{what}{one_line(error)}", 1, debug=debug)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int, *, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
     click.echo(f"phlora: error: {message}", err=True)
     sys.exit(status)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -39,9 +40,10 @@ _DTYPES = {
 def weight_files(names: Collection[str]) -> list[str]:
     """The files among `names` that hold the weights: an index alone, one file, or several files without an index.
 
-    Safetensors come before pickles, an index before what it lists, and the usual name before others.
+    Safetensors come before pickles, and the usual names before others. A single file comes before an index, as in
+    transformers: a folder that is saved into twice may keep the older form beside the newer one.
     """
-    for usual in (SAFETENSORS_INDEX, SAFETENSORS):
+    for usual in (SAFETENSORS, SAFETENSORS_INDEX):
         if usual in names:
             return [usual]
     top = sorted(name for name in names if "/" not in name)
@@ -52,7 +54,7 @@ def weight_files(names: Collection[str]) -> list[str]:
     others = [n for n in top if n.endswith(".safetensors") and not n.startswith(("adapter_", "consolidated"))]
     if others:
         return others
-    for usual in (PICKLE_INDEX, PICKLE):
+    for usual in (PICKLE, PICKLE_INDEX):
         if usual in names:
             return [usual]
     return []
@@ -67,7 +69,7 @@ def shards_of(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(tensor): str(file) for tensor, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CheckpointError(f"`{index}` is not a valid index of shards: {error!r}.") from error
     for tensor, file in pairs.items():
         outside = PurePosixPath(file).name != file or PureWindowsPath(file).name != file or file in ("", ".", "..")
@@ -155,9 +157,15 @@ class _Safetensors:
 class _Pickle:
     def __init__(self, path: Path) -> None:
         content = self._load(path)
-        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise CheckpointError(f"`{path}` is refused: it does not hold plain tensors by name.")
-        self._tensors: dict[str, Tensor] = {str(name): tensor for name, tensor in content.items()}
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"`{path}` is refused: it holds a {type(content).__name__}, not tensors by name.")
+        strangers = [f"`{name}` ({type(value).__name__})" for name, value in content.items() if not _plain(value)]
+        if strangers:
+            raise CheckpointError(
+                f"`{path}` is refused: it holds values that are not plain tensors: {', '.join(strangers[:5])}. Save the "
+                "model's state dict alone."
+            )
+        self._tensors: dict[str, Tensor] = {str(name): tensor.detach() for name, tensor in content.items()}
         self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     @staticmethod
@@ -166,18 +174,31 @@ class _Pickle:
             with path.open("rb") as file:
                 # Only the zip format, PyTorch's own since 1.6, can be mapped.
                 zipped = file.read(4) == b"PK\x03\x04"
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            with warnings.catch_warnings():
+                # PyTorch remarks on the pickle protocol, and on its own deprecated storages.
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"`{path}` is refused: it is a pickle that holds more than plain tensors, or is no pickle. Nothing of "
                 "it was executed. Convert it to safetensors where you trust it."
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except Exception as error:
+            # Damaged bytes make the unpickler fail with whatever its next step raises: KeyError, AssertionError, ...
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"`{path}` is not a readable PyTorch file: {first}") from error
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is a tensor with a value for each of its elements."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_quantized or value.is_meta or value.is_nested)
+    )
 
 
 def _config(folder: Path) -> Mapping[str, Any] | None:
@@ -186,7 +207,7 @@ def _config(folder: Path) -> Mapping[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"`{path}` is not a configuration: expected a JSON object.")

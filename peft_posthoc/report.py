@@ -207,6 +207,12 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
     apart = [row for row in rows if row.reason.startswith("shapes differ")]
     if apart:
         yield f"{len(apart)} tensors have other shapes in base and tuned and are not carried: {apart[0].weight}."
+    tied = [row for row in rows if row.status == "extracted" and len(row.modules) > 1]
+    if tied:
+        yield (
+            f"`{tied[0].weight}` is tied and carried in {', '.join(tied[0].modules)}. Serve it unmerged: PEFT's "
+            "`merge_and_unload` adds both to the one weight, and llama.cpp does not load it."
+        )
     if totals.relative_delta is not None and totals.relative_delta > IMPLAUSIBLE:
         yield (
             f"The delta is {_percent(totals.relative_delta)} of the base's norm, more than fine-tuning makes it. Is "

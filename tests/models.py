@@ -68,7 +68,7 @@ def t5(**changes):
 
 
 def tuned_from(model, *, scale=0.02, rank=None, only=None):
-    """A full fine-tune: every parameter, or those whose name `only` accepts, moves; matrices by rank `rank` if given."""
+    """A full fine-tune: every parameter, or those that `only` accepts by name, moves; matrices by `rank` if given."""
     tuned = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
@@ -103,7 +103,7 @@ def load(folder):
     return cls.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def load_adapter(base, adapter):
+def load_adapter(base, adapter, *, tied=False):
     """Stock PEFT's model, after asserting that it takes the folder without a warning, a missing or a stray key."""
     import peft
 
@@ -111,6 +111,9 @@ def load_adapter(base, adapter):
         warnings.simplefilter("error")
         # peft 0.21 asks transformers 5.23 for an attribute under its old name, whatever the adapter.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        if tied:
+            # PEFT says that merging such an adapter is no good idea; so does our report.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part")
         model = peft.PeftModel.from_pretrained(load(base), adapter)
         result = model.load_adapter(adapter, adapter_name="again")
     assert not result.missing_keys or all(".again." not in key for key in result.missing_keys), result.missing_keys

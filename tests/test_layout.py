@@ -1,0 +1,97 @@
+import pytest
+import torch
+import transformers
+
+from peft_posthoc import open_checkpoint
+from peft_posthoc.layout import CONV1D, EMBEDDING, LINEAR, PLAIN_DECODERS, layout_of, target_modules
+from tests import models
+
+
+def tiny(model_type):
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 0,
+    }
+    return transformers.AutoConfig.for_model(model_type, **sizes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", PLAIN_DECODERS)
+def test_what_is_known_of_a_plain_decoder_is_what_its_class_says(model_type, tied, tmp_path):
+    config = tiny(model_type)
+    config.tie_word_embeddings = tied
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    known, asked = layout_of(open_checkpoint(tmp_path)), layout_of(open_checkpoint(model))
+    assert known.origin == asked.origin == type(model).__name__
+    for name in open_checkpoint(tmp_path).headers:
+        assert known.places(name) == asked.places(name), name
+    assert known.task_type == asked.task_type
+    assert known.fan_in_fan_out == asked.fan_in_fan_out
+    everything = {place.module for name in open_checkpoint(tmp_path).headers for place in known.places(name)}
+    assert target_modules(everything, known) == target_modules(everything, asked)
+
+
+@pytest.mark.parametrize("model_type", PLAIN_DECODERS)
+def test_a_configuration_that_says_nothing_of_ties_means_the_default_of_its_type(model_type):
+    assert PLAIN_DECODERS[model_type] == transformers.AutoConfig.for_model(model_type).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("make", "weight", "kinds"),
+    [
+        (models.gpt2, "transformer.h.0.attn.c_attn.weight", [("transformer.h.0.attn.c_attn", CONV1D, "layer")]),
+        (
+            models.gpt2,
+            "transformer.wte.weight",
+            [("transformer.wte", EMBEDDING, "embedding"), ("lm_head", LINEAR, "head")],
+        ),
+        (models.gpt2, "transformer.ln_f.weight", []),
+        (models.gpt2, "h.0.mlp.c_fc.weight", [("transformer.h.0.mlp.c_fc", CONV1D, "layer")]),
+        (
+            models.bert,
+            "embeddings.position_embeddings.weight",
+            [("embeddings.position_embeddings", EMBEDDING, "embedding")],
+        ),
+        (models.bert, "encoder.layer.1.output.dense.weight", [("encoder.layer.1.output.dense", LINEAR, "layer")]),
+    ],
+    ids=str,
+)
+def test_a_class_says_what_its_weights_are(make, weight, kinds, tmp_path):
+    make().save_pretrained(tmp_path)
+    assert layout_of(open_checkpoint(tmp_path)).places(weight) == kinds
+
+
+def test_t5_shares_one_weight_among_four_modules(tmp_path):
+    models.t5().save_pretrained(tmp_path)
+    places = layout_of(open_checkpoint(tmp_path)).places("shared.weight")
+    assert [place.module for place in places] == ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
+
+
+def test_an_embedding_that_peft_would_adapt_wrongly_has_no_kind(tmp_path):
+    # OPT adds an offset of 2 to the positions it looks up; PEFT would look up without it.
+    config = transformers.OPTConfig(
+        vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    layout = layout_of(open_checkpoint(tmp_path))
+    assert layout.places("model.decoder.embed_positions.weight") == []
+    assert layout.places("model.decoder.embed_tokens.weight")[0].kind is EMBEDDING
+
+
+def test_without_a_class_names_and_shapes_decide():
+    shapes = {"a.embed_tokens.weight": (9, 4), "a.q.weight": (4, 4), "lm_head.weight": (9, 4), "a.norm.weight": (4,)}
+    layout = layout_of(open_checkpoint({name: torch.zeros(shape) for name, shape in shapes.items()}))
+    assert layout.origin == "names and shapes"
+    roles = {place.module: (place.kind, place.role) for name in shapes for place in layout.places(name)}
+    assert roles == {
+        "a.embed_tokens": (EMBEDDING, "embedding"),
+        "a.q": (LINEAR, "layer"),
+        "lm_head": (LINEAR, "head"),
+    }
