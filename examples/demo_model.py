@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from demo_task import Note
+from demo_task import Report
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -21,18 +21,44 @@ PROMPT_END = "\n"
 
 
 class Size(NamedTuple):
-    """How large the model is and how long it learns."""
+    """How large the model is, how long it learns and what is measured."""
 
-    vocabulary: int = 1024
-    width: int = 256
-    layers: int = 4
-    block: int = 128  # tokens of source in one sample
-    batch: int = 16
-    base_steps: int = 400
-    notes: int = 5000
-    tune_batch: int = 32
-    epochs: int = 1
-    test_notes: int = 150
+    vocabulary: int
+    width: int
+    layers: int
+    block: int  # tokens of source in one sample
+    batch: int
+    base_steps: int
+    base_lr: float
+    reports: int  # each is seen once
+    tune_batch: int
+    tune_lr: float
+    test_reports: int
+    ranks: tuple[int, ...]
+
+    @property
+    def tune_steps(self) -> int:
+        """One pass over the reports."""
+        return math.ceil(self.reports / self.tune_batch)
+
+
+FULL = Size(
+    vocabulary=2048,
+    width=256,
+    layers=4,
+    block=128,
+    batch=8,
+    base_steps=350,
+    base_lr=2e-3,
+    reports=6400,
+    tune_batch=16,
+    tune_lr=1e-3,
+    test_reports=150,
+    ranks=(8, 16, 32, 64),
+)
+QUICK = FULL._replace(
+    vocabulary=512, width=32, layers=2, block=64, base_steps=8, reports=128, test_reports=4, ranks=(2, 8)
+)
 
 
 class Batch(NamedTuple):
@@ -93,6 +119,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaForCausalL
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
+            initializer_range=size.width**-0.5,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=False,
             bos_token_id=None,
@@ -116,21 +143,18 @@ def source_batches(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, siz
         yield Batch(chunk, torch.ones_like(chunk), chunk)
 
 
-def note_batches(notes: Sequence[Note], tokenizer: PreTrainedTokenizerFast, size: Size) -> Iterator[Batch]:
-    """Notes with their answers; only the answers are learned."""
-    rng = random.Random(0)
-    for _ in range(size.epochs):
-        order = rng.sample(notes, len(notes))
-        for start in range(0, len(order), size.tune_batch):
-            yield collate(order[start : start + size.tune_batch], tokenizer)
+def report_batches(reports: Sequence[Report], tokenizer: PreTrainedTokenizerFast, size: Size) -> Iterator[Batch]:
+    """Reports with their answers; only the answers are learned."""
+    for start in range(0, len(reports), size.tune_batch):
+        yield collate(reports[start : start + size.tune_batch], tokenizer)
 
 
-def collate(notes: Sequence[Note], tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """Pad notes with their answers to one length, on the left as in generation."""
-    prompts = [tokenizer.encode(note.prose + PROMPT_END) for note in notes]
-    answers = [[*tokenizer.encode(note.answer), tokenizer.eos_token_id] for note in notes]
+def collate(reports: Sequence[Report], tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """Pad reports with their answers to one length, on the left as in generation."""
+    prompts = [tokenizer.encode(report.prose + PROMPT_END) for report in reports]
+    answers = [[*tokenizer.encode(report.answer), tokenizer.eos_token_id] for report in reports]
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    shape = (len(notes), width)
+    shape = (len(reports), width)
     ids, labels = torch.full(shape, tokenizer.pad_token_id), torch.full(shape, IGNORED)
     mask = torch.zeros(shape, dtype=torch.long)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -142,7 +166,7 @@ def collate(notes: Sequence[Note], tokenizer: PreTrainedTokenizerFast) -> Batch:
 
 def train(model: PreTrainedModel, batches: Iterable[Batch], *, steps: int, lr: float, title: str) -> None:
     """Train all weights with AdamW: a short warm-up, then a cosine down to a tenth of `lr`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     warm_up = max(1, steps // 20)
 
     def rate(step: int) -> float:
@@ -163,14 +187,14 @@ def train(model: PreTrainedModel, batches: Iterable[Batch], *, steps: int, lr: f
 
 @torch.no_grad()
 def write_answers(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, notes: Sequence[Note], title: str, batch: int = 50
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, reports: Sequence[Report], title: str, batch: int = 50
 ) -> list[str]:
     """Greedy generation, batch by batch, each no longer than its longest true answer needs."""
     answers = []
-    for start in tqdm(range(0, len(notes), batch), desc=title, unit="batch"):
-        part = notes[start : start + batch]
-        inputs = tokenizer([note.prose + PROMPT_END for note in part], return_tensors="pt", padding=True)
-        longest = max(len(tokenizer.encode(note.answer)) for note in part)
+    for start in tqdm(range(0, len(reports), batch), desc=title, unit="batch"):
+        part = reports[start : start + batch]
+        inputs = tokenizer([report.prose + PROMPT_END for report in part], return_tensors="pt", padding=True)
+        longest = max(len(tokenizer.encode(report.answer)) for report in part)
         written = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

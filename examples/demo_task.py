@@ -1,7 +1,7 @@
-"""The demo's task: drug notes in prose to JSON, with a score, after Medical Knowledge from Extracts (MKFE).
+"""The demo's task: bug reports in prose to JSON, scored as Medical Knowledge from Extracts (MKFE) is in the paper.
 
-Every note is made up: names from syllables, the other facts from short lists. The test notes hold only names and only
-(adjective, noun) pairs that no training note holds, so a right answer is read from the note, not remembered.
+No (module, error) pair and no (adjective, noun) pair of a test report is in any training report: a right answer is read
+from the report, not remembered.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Facts = dict[str, str]
+Pair = tuple[str, str]
 
 
-class Note(NamedTuple):
-    """A note in prose and the facts a reader finds in it."""
+class Report(NamedTuple):
+    """A bug report in prose and the facts that a reader finds in it."""
 
     prose: str
     facts: Facts
@@ -28,7 +29,7 @@ class Note(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The two metrics that the paper gives for MKFE, each the mean over the notes, in [0, 1]."""
+    """The two metrics that the paper gives for MKFE, each the mean over the reports, in [0, 1]."""
 
     keys: float
     """Share of the true keys that the answer has."""
@@ -37,83 +38,66 @@ class Score(NamedTuple):
 
 
 class Pools(NamedTuple):
-    """The values that one split of the notes draws from."""
+    """The pairs of values that one split of the reports draws from."""
 
-    drugs: list[str]
-    illnesses: list[str]
-    effects: list[str]
+    failures: list[Pair]  # module, error
+    inputs: list[Pair]  # adjective, noun
 
 
-NAME_PARTS = (
-    ("Al", "Be", "Ca", "Do", "El", "Fa", "Go", "Im", "Lu", "Mo", "Ni", "Or", "Pa", "Ri", "Sa", "To", "Vo", "Za"),
-    ("bra", "cy", "do", "fe", "li", "lo", "mi", "na", "pri", "ra", "ro", "si", "ta", "ti", "ve", "xo"),
-    ("bin", "cor", "dine", "fen", "lol", "mab", "nib", "pam", "pril", "stat", "tide", "vir", "zole", "zine"),
+MODULES = (
+    "array asyncio calendar copy csv datetime decimal email gzip hash heap http inspect json locale logging "
+    "pickle queue random select shutil signal socket sqlite ssl string struct thread typing xml zip"
 )
-ILLNESS = (
-    ("acute", "chronic", "early", "late", "mild", "rare", "severe", "viral"),
-    ("anemia", "asthma", "cancer", "fever", "gout", "infection", "migraine", "pain", "stroke", "ulcer"),
-)
-EFFECT = (
-    ("brief", "cold", "dry", "heavy", "light", "slow", "strong", "weak"),
-    ("breath", "cough", "eyes", "hands", "mouth", "pulse", "sleep", "skin", "sweat", "voice"),
-)
-UNITS = ("mg", "ml", "units")
-ROUTES = ("mouth", "injection", "inhaler", "skin patch", "eye drops")
+ERRORS = "AttributeError ImportError IndexError KeyError OSError RuntimeError TypeError ValueError"
+ADJECTIVES = "broken closed default empty hidden invalid large long missing negative nested old second unknown"
+NOUNS = "buffer date file header key line list message name number path pattern token value"
+PLATFORMS = "Android Cygwin Linux Solaris Unix Windows"
 
 OPENINGS = (
-    "{drug} is used for {treats}.",
-    "Patients with {treats} were given {drug}.",
-    "In a trial of {treats}, {drug} worked best.",
-    "For {treats}, doctors choose {drug}.",
+    "The {module} module raises {error}.",
+    "There is a {error} in {module}.",
+    "We get {error} when using {module}.",
+    "Importing {module} ends with {error}.",
 )
 SENTENCES = {
-    "dose": ("The dose is {dose} a day.", "Adults take {dose} at night.", "Start with {dose}."),
-    "route": ("It is given by {route}.", "The route is by {route}.", "One takes it by {route}."),
-    "effect": ("It may cause {effect}.", "Some report {effect}.", "A side effect is {effect}."),
+    "input": ("It happens with a {input}.", "The input was a {input}.", "Try it on a {input}."),
+    "platform": ("It was found on {platform}.", "The system is {platform}.", "Only {platform} is affected."),
+    "version": ("This is Python 3.{version}.", "It is new in version 3.{version}.", "Release 3.{version} has it."),
 }
 
 
-def split_pools(rng: random.Random, test_share: float = 0.2) -> tuple[Pools, Pools]:
-    """Two disjoint sets of values, for the training notes and for the test notes."""
-    train, test = [], []
-    for parts, separator in ((NAME_PARTS, ""), (ILLNESS, " "), (EFFECT, " ")):
-        values = [separator.join(choice) for choice in itertools.product(*parts)]
-        rng.shuffle(values)
-        cut = int(test_share * len(values))
-        test.append(values[:cut])
-        train.append(values[cut:])
-    return Pools(*train), Pools(*test)
+def split_pairs(left: str, right: str, rng: random.Random) -> tuple[list[Pair], list[Pair]]:
+    """All pairs, four fifths of them for training and one fifth for the test."""
+    pairs = list(itertools.product(left.split(), right.split()))
+    rng.shuffle(pairs)
+    cut = len(pairs) // 5
+    return pairs[cut:], pairs[:cut]
 
 
-def write_note(pools: Pools, rng: random.Random) -> Note:
-    """One note: its drug and illness, and one to three more facts in any order."""
+def write_report(pools: Pools, rng: random.Random) -> Report:
+    """One report: its module and error, and one to three more facts in any order."""
+    module, error = rng.choice(pools.failures)
     values = {
-        "drug": rng.choice(pools.drugs),
-        "treats": rng.choice(pools.illnesses),
-        "dose": f"{5 * rng.randint(1, 199)} {rng.choice(UNITS)}",
-        "route": rng.choice(ROUTES),
-        "effect": rng.choice(pools.effects),
+        "module": module,
+        "error": error,
+        "input": " ".join(rng.choice(pools.inputs)),
+        "platform": rng.choice(PLATFORMS.split()),
+        "version": str(rng.randint(0, 9)),
     }
     told = rng.sample(sorted(SENTENCES), rng.randint(1, len(SENTENCES)))
     sentences = [rng.choice(OPENINGS), *(rng.choice(SENTENCES[key]) for key in told)]
-    facts = {key: value for key, value in values.items() if key in ("drug", "treats", *told)}
-    return Note(" ".join(sentences).format(**values), facts)
+    values_told = {key: value for key, value in values.items() if key in ("module", "error", *told)}
+    facts = {key: f"3.{value}" if key == "version" else value for key, value in values_told.items()}
+    return Report(" ".join(sentences).format(**values), facts)
 
 
-def notes(pools: Pools, seed: int) -> Iterator[Note]:
-    """Notes without end, the same for the same seed."""
+def train_and_test(train: int, test: int, seed: int = 0) -> tuple[list[Report], list[Report]]:
+    """The two splits of the task: as many reports as asked for, from disjoint pairs."""
     rng = random.Random(seed)
-    while True:
-        yield write_note(pools, rng)
-
-
-def train_and_test(train: int, test: int, seed: int = 0) -> tuple[list[Note], list[Note]]:
-    """The two splits of the task: as many notes as asked for, with no shared name, illness or side effect."""
-    train_pools, test_pools = split_pools(random.Random(seed))
-    return (
-        list(itertools.islice(notes(train_pools, seed + 1), train)),
-        list(itertools.islice(notes(test_pools, seed + 2), test)),
-    )
+    failures = split_pairs(MODULES, ERRORS, rng)
+    inputs = split_pairs(ADJECTIVES, NOUNS, rng)
+    train_pools, test_pools = (Pools(*pairs) for pairs in zip(failures, inputs, strict=True))
+    return [write_report(train_pools, rng) for _ in range(train)], [write_report(test_pools, rng) for _ in range(test)]
 
 
 def read_facts(answer: str) -> Facts:
@@ -125,11 +109,11 @@ def read_facts(answer: str) -> Facts:
     return facts if isinstance(facts, dict) else {}
 
 
-def score(answers: Sequence[str], truth: Sequence[Note]) -> Score:
+def score(answers: Sequence[str], truth: Sequence[Report]) -> Score:
     """How much of the truth the answers hold."""
     keys = values = 0.0
-    for answer, note in zip(answers, truth, strict=True):
+    for answer, report in zip(answers, truth, strict=True):
         found = read_facts(answer)
-        keys += len(found.keys() & note.facts.keys()) / len(note.facts)
-        values += sum(found.get(key) == value for key, value in note.facts.items()) / len(note.facts)
+        keys += len(found.keys() & report.facts.keys()) / len(report.facts)
+        values += sum(found.get(key) == value for key, value in report.facts.items()) / len(report.facts)
     return Score(keys / len(truth), values / len(truth))

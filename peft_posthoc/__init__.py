@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 
-
 def __getattr__(name: str) -> Any:
     # Importing peft takes seconds: only when it is asked for.
     if name not in ("LoraConfig", "get_peft_model", "patch_peft"):

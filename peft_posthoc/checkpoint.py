@@ -77,8 +77,18 @@ class InMemory:
         self.config: Mapping[str, Any] | None = to_dict() if callable(to_dict) else None
 
     def read(self, name: str) -> Tensor:
-        """The tensor itself, not a copy."""
-        return self._tensors[name]
+        """The tensor itself, not a copy.
+
+        Raises:
+            CheckpointError: It has no values: it lies on the meta device.
+        """
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"`{name}` of the {self.label} is on the meta device and has no values. Load the whole model into "
+                "memory, or give its folder."
+            )
+        return tensor
 
 
 def _of_module(module: nn.Module) -> InMemory:
@@ -93,6 +103,20 @@ def _of_module(module: nn.Module) -> InMemory:
     tensors |= {name: buffer for name, buffer in module.named_buffers() if name in kept}
     name = getattr(getattr(module, "config", None), "_name_or_path", None)
     return InMemory(tensors, label=name or type(module).__name__, module=module)
+
+
+def open_pair(
+    base: Source, tuned: Source, *, base_revision: str | None = None, tuned_revision: str | None = None
+) -> tuple[Checkpoint, Checkpoint]:
+    """Open both sides of a delta.
+
+    Raises:
+        CheckpointError: One of them cannot be read.
+    """
+    return (
+        open_checkpoint(base, revision=base_revision, role="base"),
+        open_checkpoint(tuned, revision=tuned_revision, role="tuned"),
+    )
 
 
 def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
@@ -123,14 +147,17 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         if path.is_dir():
             checkpoint = folder.Folder(path, label=str(source))
         elif hub.is_repo_id(str(source)) and not path.exists():
-            return hub.fetch(str(source), revision=revision, role=role)
+            checkpoint = hub.fetch(str(source), revision=revision, role=role)
+            revision = None
         else:
             what = "is a file, not a folder" if path.is_file() else "does not exist"
             raise CheckpointError(f"The {role} `{source}` {what}. Give a model folder or a hub id such as `org/name`.")
     elif isinstance(source, Checkpoint):
         checkpoint = source
     else:
-        raise TypeError(f"The {role} must be a folder, a hub id, a module or a state dict. Got {type(source).__name__}.")
+        raise TypeError(
+            f"The {role} must be a folder, a hub id, a module or a state dict. Got {type(source).__name__}."
+        )
     if revision is not None:
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:

@@ -26,6 +26,9 @@ class _Command(click.Group):
     # Here and not in `main`: there click has already turned Ctrl-C into its own message and a status of 1.
     def invoke(self, ctx: click.Context) -> Any:
         debug = "--debug" in ctx.args
+        if "--quiet" in ctx.args:
+            # Read by the hub's client when it is first imported.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -121,22 +124,15 @@ def extract(
     del debug  # Read by the group.
     if rank is not None and energy is not None:
         raise click.UsageError("Give --rank or --energy, not both.")
-    from peft_posthoc.adapter import check_target
     from peft_posthoc.extract import extract as run
+    from peft_posthoc.peft_format import check_target
     from peft_posthoc.rank import fixed, keep_energy
 
-    # Bad arguments are told before torch starts to read.
-    keep = keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
-    del keep
+    # Bad arguments are told before the work, not after it.
+    _check_file(json_to, "--json")
+    rule = keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
     check_target(out, force=force)
-    adapter = run(
-        base,
-        tuned,
-        energy if energy is not None else (32 if rank is None else rank),
-        dtype=_dtype(dtype),
-        progress=not quiet,
-        **options,
-    )
+    adapter = run(base, tuned, rule, dtype=_dtype(dtype), progress=not quiet, **options)
     adapter.save(out, force=force)
     _show(adapter.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":
@@ -163,6 +159,8 @@ def inspect(
 ) -> None:
     """Show how much of each delta's energy every rank would keep; write no adapter."""
     del debug
+    _check_file(json_to, "--json")
+    _check_file(plot, "--plot")
     from peft_posthoc.curves import Curves
     from peft_posthoc.extract import extract as run
 
@@ -199,6 +197,7 @@ def verify(
 ) -> None:
     """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs."""
     del debug
+    _check_file(json_to, "--json")
     from peft_posthoc.verify import verify as run
 
     ids = [_token_ids(text) for text in token_ids]
@@ -211,6 +210,17 @@ def verify(
             raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
         if result.adapter.kl > max_kl:
             raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
+
+
+def _check_file(path: str | Path | None, option: str) -> None:
+    """See before the work whether the file can be written after it."""
+    if path is None or path == "-":
+        return
+    file = Path(path)
+    if file.is_dir():
+        raise PosthocError(f"`{option} {path}` is a folder. Name a file.")
+    if not file.parent.is_dir():
+        raise PosthocError(f"`{option} {path}` cannot be written: there is no folder `{file.parent}`.")
 
 
 def _token_ids(text: str) -> list[int]:

@@ -13,13 +13,15 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_posthoc.adapter import PREFIX, Adapter
-from peft_posthoc.checkpoint import Checkpoint, Source, open_checkpoint
+from peft_posthoc.adapter import Adapter
+from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extract import extract
-from peft_posthoc.factor import difference
+from peft_posthoc.factor import Pair, difference
 from peft_posthoc.layout import Place, target_modules
+from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.plan import by_flags
+from peft_posthoc.portable import PORTABLE, safe_rank
 
 # These change what a LoRA layer computes, or the base weights, so that factors of a delta would mean something else.
 _NOT_A_DELTA = (
@@ -60,7 +62,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             base: The model before: a folder, a hub id, a module or a state dict.
             tuned: The same model after any kind of full fine-tuning.
             r: An int is a rank; a float in (0, 1] is the share of every delta's energy to keep, and `r` becomes the
-                largest rank that needs.
+                largest rank that needs, rounded up to one that every engine scales alike (8, or a multiple of 16).
             base_revision: Branch, tag or commit, where `base` is a hub id.
             tuned_revision: The same for `tuned`.
             exact: Use LAPACK's full SVD for every weight.
@@ -84,8 +86,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             raise ValueError(
                 f"`from_delta` cannot honour {what}: its layers would not compute base + b @ a. Leave it out."
             )
-        before = open_checkpoint(base, revision=base_revision, role="base")
-        after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+        before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
         asked = cls(r=r if isinstance(r, int) else 1, **fields)
         adapter = extract(
             before,
@@ -97,12 +98,12 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             device=device,
             progress=progress,
         )
-        rank = r if isinstance(r, int) else max(len(layer.factors.s) for layer in adapter.layers.values())
+        rank = r if isinstance(r, int) else safe_rank(adapter.rank)
         fields.setdefault("lora_alpha", rank)
         fields.setdefault("task_type", adapter.plan.layout.task_type)
-        fields.setdefault("fan_in_fan_out", adapter.plan.layout.fan_in_fan_out)
+        fields["fan_in_fan_out"] = fields.get("fan_in_fan_out") or adapter.plan.layout.fan_in_fan_out
         if fields.get("target_modules") in (None, "all-linear"):
-            fields["target_modules"] = target_modules(adapter.modules(), adapter.plan.layout)
+            fields["target_modules"] = target_modules(PORTABLE.modules(adapter), adapter.plan.layout)
         config = cls(r=rank, **fields)
         config.delta = Delta.of(adapter, before, after, config)
         return config
@@ -135,10 +136,11 @@ class Delta:
                     if layout.module_of(name) == stored
                 }
         if config.lora_bias:
-            for layer in adapter.layers.values():
-                name = layer.weight.removesuffix("weight") + "bias"
+            for weight in adapter.layers:
+                name = weight.removesuffix("weight") + "bias"
                 if name in base.headers and name in tuned.headers:
-                    biases[layer.places[0].module] = difference(base.read(name), tuned.read(name))
+                    change = difference(Pair(name, base.read(name), tuned.read(name)))
+                    biases[adapter.plan.carried[weight][0].module] = change.values
         return cls(adapter, biases, whole)
 
 

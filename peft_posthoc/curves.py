@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peft_posthoc.adapter import safe_rank
 from peft_posthoc.errors import MissingExtraError
+from peft_posthoc.portable import safe_rank
 from peft_posthoc.report import shorten, size
 
 if TYPE_CHECKING:
@@ -39,11 +39,10 @@ class Curves:
         ranks = max(len(curve) for curve in held.values())
         # Beyond its own rank a layer holds what it holds.
         padded = [torch.cat([curve, curve[-1:].expand(ranks - len(curve))]) for curve in held.values()]
-        slots = [adapter.plan.slots[module] for module in adapter.modules()]
         return cls(
             layers={name: (curve / energies[name]).clamp(max=1) for name, curve in held.items()},
             total=(torch.stack(padded).sum(0) / sum(energies.values())).clamp(max=1),
-            bytes_per_rank=sum(slot.m + slot.n for slot in slots) * adapter.dtype.itemsize,
+            bytes_per_rank=sum(adapter.form.bytes(adapter).values()) // adapter.form.rank(adapter),
         )
 
     def ranks(self) -> list[int]:

@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from peft_posthoc.adapter import Adapter
-from peft_posthoc.checkpoint import Checkpoint, Source, open_checkpoint
-from peft_posthoc.factor import Layer, Pair, Skipped, factor, leave_out
+from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
+from peft_posthoc.factor import Layer, Pair, Skipped, factor_pairs
 from peft_posthoc.plan import Choice, Plan, by_flags, make_plan
-from peft_posthoc.rank import RankRule, as_rule
+from peft_posthoc.rank import RankRule, as_rule, describe
 
 
 def extract(
@@ -64,28 +64,27 @@ def extract(
     """
     rule = as_rule(rank)
     where = pick_device(device)
-    before = open_checkpoint(base, revision=base_revision, role="base")
-    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+    before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     choice = choose or by_flags(embeddings=embeddings, head=head)
     plan = make_plan(before, after, include=include, exclude=exclude, choose=choice)
     rules = rules_of(plan, rule, rank_pattern or {})
     total = sum(header.bytes for header in (*before.headers.values(), *after.headers.values()))
     outcomes: list[Layer | Skipped] = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="Extracting", disable=not progress) as bar:
-        for pair in read_pairs(before, after, plan):
-            places = plan.carried.get(pair.name)
-            if places:
-                outcomes.append(factor(pair, places, rules[pair.name], exact=exact, device=where))
-            else:
-                outcomes.append(leave_out(pair, plan.left_out[pair.name], device=where))
-            bar.update(sum(tensor.nbytes for tensor in (pair.base, pair.tuned) if tensor is not None))
+        pairs = read_pairs(before, after, plan)
+        for outcome in factor_pairs(pairs, plan, rules, exact=exact, device=where):
+            outcomes.append(outcome)
+            both = [side.headers[outcome.weight] for side in (before, after) if outcome.weight in side.headers]
+            bar.update(sum(header.bytes for header in both))
     options = {
-        "rank": rank if isinstance(rank, int | float) else repr(rank),
+        "rule": describe(rule),
+        "rank_pattern": dict(rank_pattern or {}),
         "include": list(include),
         "exclude": list(exclude),
         "embeddings": embeddings,
         "head": head,
         "exact": exact,
+        "device": where.type,
     }
     return Adapter.of(before, after, plan, outcomes, dtype=dtype, options=options)
 

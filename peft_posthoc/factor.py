@@ -1,19 +1,23 @@
-"""One weight: the pair before and after, their delta, its factors; or what is lost by leaving it out."""
+"""Pairs of weights to factored layers, one at a time; or what is lost by leaving a weight out."""
 
 from __future__ import annotations
 
 import math
 import time
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.layout import Place
+from peft_posthoc.plan import Plan
 from peft_posthoc.rank import RankRule
 from peft_posthoc.svd import LowRank, truncated_svd
+
+# Values subtracted at a time: 4 MB of float32, which stay in the cache between the subtraction and the norms.
+_CHUNK = 1 << 20
 
 
 class Pair(NamedTuple):
@@ -28,8 +32,8 @@ class Layer(NamedTuple):
     """One weight whose delta was factored."""
 
     weight: str
-    places: tuple[Place, ...]
     factors: LowRank
+    """On the CPU."""
     base_norm: float
     seconds: float
 
@@ -42,79 +46,110 @@ class Skipped(NamedTuple):
     delta_norm: float | None
     """`||tuned - base||_F`: what is lost. None where there is no difference to take."""
     base_norm: float | None
+    tuned_norm: float | None
+    """`||tuned||_F`, where there is no difference to take."""
     seconds: float
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether nothing is lost by leaving it out."""
-        return self.delta_norm == 0
+
+class Delta(NamedTuple):
+    """The difference of two weights, and the norms that were taken on the way."""
+
+    values: Tensor
+    norm: float
+    base_norm: float
 
 
-def factor(
-    pair: Pair, places: tuple[Place, ...], rule: RankRule, *, exact: bool = False, device: torch.device | None = None
-) -> Layer | Skipped:
-    """Factor one weight's delta.
+def factor_pairs(
+    pairs: Iterable[Pair],
+    plan: Plan,
+    rules: Mapping[str, RankRule],
+    *,
+    exact: bool = False,
+    device: torch.device | None = None,
+) -> Iterator[Layer | Skipped]:
+    """Factor the weights that the plan carries, and measure the others, in whatever order they come.
 
     Args:
-        pair: The weight in both checkpoints, of one shape.
-        places: Where it lives; the first one's kind says how it becomes a matrix.
-        rule: How many singular triplets to keep.
-        exact: Use LAPACK's full SVD.
+        pairs: Weights before and after.
+        plan: What is carried.
+        rules: For every carried weight: how many singular triplets to keep.
+        exact: Use LAPACK's full SVD for every weight.
         device: Where to work.
 
-    Returns:
-        Its layer; `Skipped` if nothing changed.
-
     Raises:
         CheckpointError: A value is NaN or infinite.
     """
+    for pair in pairs:
+        try:
+            if pair.name in plan.carried:
+                yield _factor(pair, plan, rules[pair.name], exact=exact, device=device)
+            else:
+                yield _leave_out(pair, plan.left_out[pair.name])
+        except ValueError as error:
+            error.add_note(f"While extracting `{pair.name}`.")
+            raise
+
+
+def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torch.device | None) -> Layer | Skipped:
     start = time.perf_counter()
-    delta, skipped = _measure(pair, "unchanged", start, device)
-    if delta is None or skipped.delta_norm == 0:
-        return skipped
-    try:
-        # The seed depends on the name alone: same inputs, same factors, in whatever order weights come.
-        factors = truncated_svd(places[0].kind.matrix(delta), rule, exact=exact, seed=zlib.crc32(pair.name.encode()))
-    except Exception as error:
-        error.add_note(f"While extracting `{pair.name}`.")
-        raise
-    return Layer(pair.name, places, factors, skipped.base_norm or 0.0, time.perf_counter() - start)
+    delta = difference(pair, device=device)
+    if delta.norm == 0:
+        return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
+    matrix = plan.carried[pair.name][0].kind.matrix(delta.values)
+    # The seed depends on the name alone: same inputs, same factors, in whatever order weights come.
+    found = truncated_svd(matrix, rule, exact=exact, seed=zlib.crc32(pair.name.encode()))
+    found = found._replace(a=found.a.cpu(), b=found.b.cpu())
+    return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start)
 
 
-def leave_out(pair: Pair, reason: str, *, device: torch.device | None = None) -> Skipped:
-    """Measure what is lost by not carrying one weight.
+def _leave_out(pair: Pair, reason: str) -> Skipped:
+    start = time.perf_counter()
+    if pair.base is not None and pair.tuned is not None and pair.base.shape == pair.tuned.shape:
+        delta = difference(pair)
+        return Skipped(pair.name, reason, delta.norm, delta.base_norm, None, time.perf_counter() - start)
+    base_norm, tuned_norm = (None if tensor is None else frobenius(tensor) for tensor in (pair.base, pair.tuned))
+    return Skipped(pair.name, reason, None, base_norm, tuned_norm, time.perf_counter() - start)
+
+
+def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
+    """`tuned - base` in float32, or float64 where one of them is: the only subtraction in the project.
+
+    Args:
+        pair: Two tensors of one shape.
+        device: Where the result goes.
 
     Raises:
         CheckpointError: A value is NaN or infinite.
     """
-    return _measure(pair, reason, time.perf_counter(), device)[1]
-
-
-def _measure(pair: Pair, reason: str, start: float, device: torch.device | None) -> tuple[Tensor | None, Skipped]:
-    base_norm = None if pair.base is None else frobenius(pair.base)
-    delta, delta_norm = None, None
-    if pair.base is not None and pair.tuned is not None and pair.base.shape == pair.tuned.shape:
-        delta = difference(pair.base, pair.tuned, device=device)
-        delta_norm = frobenius(delta)
-    if not all(math.isfinite(norm) for norm in (base_norm, delta_norm) if norm is not None):
-        raise CheckpointError(_not_finite(pair))
-    return delta, Skipped(pair.name, reason, delta_norm, base_norm, time.perf_counter() - start)
-
-
-def difference(base: Tensor, tuned: Tensor, *, device: torch.device | None = None) -> Tensor:
-    """`tuned - base` in float32, or float64 where one of them is: the only subtraction in the project."""
+    base, tuned = pair.base, pair.tuned
+    if base is None or tuned is None:
+        raise ValueError(f"`difference(pair=...)` needs both weights; `{pair.name}` is in one checkpoint only.")
     dtype = torch.promote_types(torch.float32, torch.promote_types(base.dtype, tuned.dtype))
-    return tuned.to(device, dtype) - base.to(device, dtype)
+    values = torch.empty(tuned.shape, dtype=dtype, device=device)
+    delta_energy, base_energy = 0.0, 0.0
+    for before, after, out in zip(_chunks(base), _chunks(tuned), _chunks(values), strict=True):
+        wide = before.to(out)
+        torch.sub(after.to(out), wide, out=out)
+        delta_energy += _energy(out)
+        base_energy += _energy(wide)
+    if not (math.isfinite(delta_energy) and math.isfinite(base_energy)):
+        raise CheckpointError(_not_finite(pair))
+    return Delta(values, math.sqrt(delta_energy), math.sqrt(base_energy))
 
 
 def frobenius(tensor: Tensor) -> float:
     """`||tensor||_F`, summed in float64."""
-    if not tensor.dtype.is_floating_point:
-        tensor = tensor.double()
-    # In chunks: a float64 copy of a whole weight would be the largest thing in memory.
-    chunks = tensor.reshape(-1).split(1 << 20)
-    squares = [torch.linalg.vector_norm(chunk, dtype=torch.float64) ** 2 for chunk in chunks if chunk.numel()]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return math.sqrt(sum(_energy(chunk) for chunk in _chunks(tensor)))
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor.reshape(-1), _CHUNK)
+
+
+def _energy(values: Tensor) -> float:
+    if not values.dtype.is_floating_point:
+        values = values.double()
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _not_finite(pair: Pair) -> str:

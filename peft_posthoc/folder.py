@@ -60,6 +60,17 @@ def weight_files(names: Collection[str]) -> list[str]:
     return []
 
 
+def no_weights(what: str, names: Collection[str]) -> str:
+    """What to say of a place that holds these files, none of them with weights."""
+    if "adapter_config.json" in names:
+        return (
+            f"{what} is a LoRA adapter, not a full checkpoint: it is already what this tool makes. Merge it into its "
+            "base first (`PeftModel.merge_and_unload`), or give the full fine-tune."
+        )
+    held = ", ".join(sorted(names)[:5]) or "nothing"
+    return f"No weights in {what} (it holds {held}). Looked for {SAFETENSORS}, {PICKLE}, or an index of shards."
+
+
 def shards_of(index: Path) -> dict[str, str]:
     """Tensor name to file name, as the index says. A shard must lie beside its index.
 
@@ -95,17 +106,9 @@ class Folder:
         self.headers: dict[str, Header] = {}
         self._files: dict[str, _Safetensors | _Pickle] = {}
         names = {path.name for path in folder.iterdir()}
-        if "adapter_config.json" in names and not weight_files(names):
-            raise CheckpointError(
-                f"`{label}` is a LoRA adapter, not a full checkpoint: it is already what this tool makes. Merge it "
-                "into its base first (`PeftModel.merge_and_unload`), or give the full fine-tune."
-            )
         chosen = weight_files(names)
         if not chosen:
-            held = ", ".join(sorted(names)[:5]) or "nothing"
-            raise CheckpointError(
-                f"No weights in `{label}` (it holds {held}). Looked for {SAFETENSORS}, {PICKLE}, or an index of shards."
-            )
+            raise CheckpointError(no_weights(f"`{label}`", names))
         if chosen[0].endswith(".index.json"):
             listed = shards_of(folder / chosen[0])
             chosen = sorted(set(listed.values()))
@@ -159,11 +162,15 @@ class _Pickle:
         content = self._load(path)
         if not isinstance(content, Mapping):
             raise CheckpointError(f"`{path}` is refused: it holds a {type(content).__name__}, not tensors by name.")
-        strangers = [f"`{name}` ({type(value).__name__})" for name, value in content.items() if not _plain(value)]
+        strangers = [
+            f"`{name}` ({'not dense' if isinstance(value, Tensor) else type(value).__name__})"
+            for name, value in content.items()
+            if not _plain(value)
+        ]
         if strangers:
             raise CheckpointError(
-                f"`{path}` is refused: it holds values that are not plain tensors: {', '.join(strangers[:5])}. Save the "
-                "model's state dict alone."
+                f"`{path}` is refused: it holds values that are not plain tensors: {', '.join(strangers[:5])}. Save "
+                "the model's state dict alone."
             )
         self._tensors: dict[str, Tensor] = {str(name): tensor.detach() for name, tensor in content.items()}
         self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}

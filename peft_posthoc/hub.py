@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from glob import escape
 from pathlib import Path
 
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.folder import Folder, shards_of, weight_files
+from peft_posthoc.folder import Folder, no_weights, shards_of, weight_files
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -28,28 +29,46 @@ def fetch(repo_id: str, *, revision: str | None = None, role: str = "source") ->
         CheckpointError: No such repository or revision, no access, no connection, or no weights in it.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         info = HfApi().model_info(repo_id, revision=revision)
         names = {entry.rfilename for entry in info.siblings or ()}
         wanted = weight_files(names)
         if not wanted:
-            hint = " It is a LoRA adapter, not a full checkpoint." if "adapter_config.json" in names else ""
-            raise CheckpointError(f"The {role} `{repo_id}` on the hub holds no weights in a known format.{hint}")
+            raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
 
         def get(files: list[str]) -> Path:
-            return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=files))
+            return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=[escape(file) for file in files]))
 
         folder = get([*wanted, "config.json"])
         if wanted[0].endswith(".index.json"):
-            get(sorted(set(shards_of(folder / wanted[0]).values())))
+            shards = sorted(set(shards_of(folder / wanted[0]).values()))
+            missing = [shard for shard in shards if shard not in names]
+            if missing:
+                raise CheckpointError(
+                    f"The index of `{repo_id}` names shards that are not there: {', '.join(missing)}."
+                )
+            get(shards)
     except CheckpointError:
         raise
     except Exception as error:
         # The hub's client raises its own errors and those of whichever HTTP library it is built on.
+        where = f"{repo_id}{f'@{revision}' if revision else ''}"
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"The {role} `{repo_id}` is no local folder, and could not be fetched from the hub"
-            f"{f' at revision {revision}' if revision else ''}: {first}"
-        ) from error
+        if isinstance(error, RevisionNotFoundError):
+            why = f"`{repo_id}` on the hub has no revision `{revision or 'main'}`. Give a branch, tag or commit of it."
+        elif isinstance(error, GatedRepoError):
+            why = f"`{repo_id}` on the hub is gated. Ask for access on its page, and log in with `hf auth login`."
+        elif isinstance(error, RepositoryNotFoundError):
+            why = (
+                f"`{repo_id}` is neither a local folder nor a repository on the hub that you can see. Check the name; "
+                "for a private one, log in with `hf auth login`."
+            )
+        else:
+            why = (
+                f"`{where}` is no local folder, and could not be fetched from the hub: {first.rstrip('.')}. Without a "
+                "connection, give a local folder."
+            )
+        raise CheckpointError(f"The {role} {why}") from error
     return Folder(folder, label=repo_id, revision=info.sha)

@@ -7,7 +7,7 @@ there is one, and read off names and shapes otherwise.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from peft_posthoc.checkpoint import Checkpoint
 
+GUESSED = "names and shapes"
+
 Role = Literal["layer", "embedding", "head"]
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How PEFT adapts one type of module, all of whose weights are matrices on disk."""
+    """How PEFT adapts one type of module whose weight is a matrix on disk."""
 
     name: str
     transposed: bool
@@ -31,13 +33,23 @@ class LayerKind:
     fan_in_fan_out: bool = False
     """What `LoraConfig` must say of it."""
 
-    def matrix(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "m n"]:
+    def size(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """`m` and `n` of a weight of this shape, or None if it has no matrix."""
+        if len(shape) != 2:
+            return None
+        return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
+
+    def matrix(self, weight: Tensor) -> Float[Tensor, "m n"]:
         """The weight as `m` out features by `n` in features: a view."""
         return weight.mT if self.transposed else weight
 
     def tensors(self, module: str, a: Float[Tensor, "r n"], b: Float[Tensor, "m r"]) -> dict[str, Tensor]:
-        """The factors under the names that PEFT gives them in the module."""
+        """The factors under the names, and in the shapes, that PEFT gives them in the module."""
         return {f"{module}.{self.a_key}": a, f"{module}.{self.b_key}": b}
+
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
+        """The matrices `a` and `b` back from PEFT's shapes."""
+        return a, b
 
 
 LINEAR = LayerKind("linear", transposed=False)
@@ -48,7 +60,8 @@ KINDS = (LINEAR, CONV1D, EMBEDDING)
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a live module, or None if PEFT has no LoRA form for it."""
-    if isinstance(module, nn.Linear):
+    # `nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it: an adapter there has no effect.
+    if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return LINEAR
     # Subclasses that change what is looked up (OPT's positions are offset) would be adapted wrongly by PEFT; scaled
     # word embeddings (Gemma) are handled by it.
@@ -101,28 +114,37 @@ class Layout:
         users = [module, *self.ties.get(module, ())]
         return [Place(user, self.kinds[user], self._role(user)) for user in users if user in self.kinds]
 
+    def without_ties(self, untied: Iterable[str]) -> Layout:
+        """The same layout, where these modules have weights of their own."""
+        own = {self.module_of(weight) for weight in untied}
+        ties = {owner: tuple(user for user in users if user not in own) for owner, users in self.ties.items()}
+        return replace(self, ties=ties)
+
     def _role(self, module: str) -> Role:
         if module == self.head:
             return "head"
         return "embedding" if self.kinds[module] is EMBEDDING else "layer"
 
 
-def layout_of(checkpoint: Checkpoint) -> Layout:
-    """Find out what kind each weight of a checkpoint is.
+def layout_of(*checkpoints: Checkpoint) -> Layout:
+    """Find out what kind each weight of a model is, from the first of its checkpoints that knows.
 
     A live module is asked itself. A configuration that transformers knows is built into its class on the meta device,
     but for the common decoders, of which all is known (the class takes seconds to import). Anything else goes by names
     and shapes.
     """
-    if checkpoint.module is not None:
-        return _of_module(checkpoint.module, type(checkpoint.module).__name__)
-    config = checkpoint.config or {}
-    if config.get("model_type") in PLAIN_DECODERS and _architecture(config).endswith("ForCausalLM"):
-        return _of_plain_decoder(checkpoint, config)
-    built = _meta_model(config)
-    if built is not None:
-        return _of_module(built, type(built).__name__)
-    return _of_names(checkpoint)
+    for checkpoint in checkpoints:
+        if checkpoint.module is not None:
+            return _of_module(checkpoint.module, type(checkpoint.module).__name__)
+    for checkpoint in checkpoints:
+        config = checkpoint.config or {}
+        plain = config.get("model_type") in PLAIN_DECODERS and _architecture(config).endswith("ForCausalLM")
+        if plain and "model.embed_tokens.weight" in checkpoint.headers:
+            return _of_plain_decoder(checkpoint, config)
+        built = _meta_model(config)
+        if built is not None:
+            return _of_module(built, type(built).__name__)
+    return _of_names(checkpoints[0])
 
 
 # Decoders whose every matrix is a Linear, but for `model.embed_tokens`; and whether they tie `lm_head` to it when their
@@ -165,7 +187,6 @@ def _of_plain_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layo
         classes=dict.fromkeys([*(name.rpartition(".")[0] for name in checkpoint.headers), "lm_head"], ""),
         head="lm_head",
         ties={"model.embed_tokens": ("lm_head",)} if tied else {},
-        prefix="model.",
         task_type="CAUSAL_LM",
     )
 
@@ -187,6 +208,9 @@ def _meta_model(config: Mapping[str, Any]) -> nn.Module | None:
 def _of_module(model: nn.Module, origin: str) -> Layout:
     names = {module: name for name, module in model.named_modules()}
     kinds = {name: kind for module, name in names.items() if (kind := kind_of(module)) is not None}
+    if any("Experts" in type(module).__name__ for module in names):
+        # PEFT takes a dense or shared MLP beside stacked experts for one of theirs and drops its factors in silence.
+        kinds = {name: kind for name, kind in kinds.items() if name.rpartition(".")[2] not in _EXPERT_LEAVES}
     config = getattr(model, "config", None)
     head = names.get(_call(model, "get_output_embeddings"))
     linear_like = [kinds[name] for name in kinds if name != head and kinds[name] is not EMBEDDING]
@@ -235,19 +259,26 @@ def _task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
     return "SEQ_2_SEQ_LM" if class_name.endswith("ForConditionalGeneration") and encoder_decoder else None
 
 
-_EMBEDDING_LEAVES = ("embed_tokens", "word_embeddings", "wte", "wpe", "position_embeddings", "token_type_embeddings")
+_EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_EMBEDDING_LEAVES = (
+    *("embed_tokens", "word_embeddings", "wte", "wpe", "position_embeddings", "token_type_embeddings", "shared"),
+    *("embed_positions", "relative_attention_bias"),
+)
 _HEAD_LEAVES = ("lm_head", "embed_out")
+# GPT-2's names, whose weights are stored in x out in some models and out x in in others: a guess could be wrong.
+_UNKNOWABLE_LEAVES = ("c_attn", "c_proj", "c_fc")
 
 
 def _of_names(checkpoint: Checkpoint) -> Layout:
     kinds: dict[str, LayerKind] = {}
     for name, header in checkpoint.headers.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and len(header.shape) == 2:
-            kinds[module] = EMBEDDING if module.rpartition(".")[2] in _EMBEDDING_LEAVES else LINEAR
+        name = module.rpartition(".")[2]
+        if leaf == "weight" and len(header.shape) == 2 and name not in _UNKNOWABLE_LEAVES:
+            kinds[module] = EMBEDDING if name in _EMBEDDING_LEAVES else LINEAR
     heads = [module for module in kinds if module.rpartition(".")[2] in _HEAD_LEAVES]
     return Layout(
-        origin="names and shapes",
+        origin=GUESSED,
         kinds=kinds,
         classes=dict.fromkeys((name.rpartition(".")[0] for name in checkpoint.headers), ""),
         head=heads[0] if heads else None,
@@ -256,12 +287,18 @@ def _of_names(checkpoint: Checkpoint) -> Layout:
 
 def target_modules(chosen: Iterable[str], layout: Layout) -> list[str]:
     """The shortest honest `target_modules`: leaf names where a leaf occurs nowhere else, full names otherwise."""
-    targets: set[str] = set()
     modules = set(chosen)
-    everything = {*layout.classes, *layout.kinds}
-    for module in modules:
-        leaf = module.rpartition(".")[2]
-        # PEFT also takes a digit for a leaf: `0` would match every first item of a list of modules.
-        alone = all(other in modules for other in everything if other.rpartition(".")[2] == leaf)
-        targets.add(leaf if alone and not leaf.isdigit() else module)
-    return sorted(targets)
+    elsewhere = {module.rpartition(".")[2] for module in {*layout.classes, *layout.kinds} - modules}
+    leaves = {module: module.rpartition(".")[2] for module in modules}
+    return sorted({module if leaf in elsewhere else leaf for module, leaf in leaves.items()})
+
+
+def matched(targets: Iterable[str], layout: Layout) -> set[str]:
+    """The modules that PEFT takes `target_modules` to mean: a full name also means what ends in it."""
+    names = set(targets)
+
+    def means(module: str) -> bool:
+        parts = module.split(".")
+        return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+    return {module for module in {*layout.classes, *layout.kinds} if means(module)}

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from peft_posthoc.checkpoint import Checkpoint, Header
-from peft_posthoc.errors import MismatchError, NothingToCarryError
+from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.layout import LayerKind, Layout, Place, layout_of
+
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 Choice = Callable[[Sequence[Place]], "tuple[list[Place], str]"]
 """Of the places a weight lives in, those to adapt; and, if none, the reason."""
@@ -77,13 +81,15 @@ def make_plan(
         NothingToCarryError: No weight is left to carry.
         ValueError: A regular expression is malformed or matches nothing.
     """
+    _plain(base, "base")
+    _plain(tuned, "tuned")
     _same_model(base, tuned)
     names = list(dict.fromkeys([*base.headers, *tuned.headers]))
     included = _matches(include, names, "include")
     excluded = _matches(exclude, names, "exclude")
     _same_shapes(base.headers, tuned.headers, excluded or set())
     choose = choose or by_flags()
-    layout = layout_of(base)
+    layout = layout_of(base, tuned).without_ties(set(tuned.headers) - set(base.headers))
     carried: dict[str, tuple[Place, ...]] = {}
     left_out: dict[str, str] = {}
     for name in names:
@@ -98,6 +104,16 @@ def make_plan(
         reasons = ", ".join(sorted(set(left_out.values())))
         raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
     return Plan(layout, carried, left_out, _slots(base.headers, layout), {**base.headers, **tuned.headers})
+
+
+def _plain(checkpoint: Checkpoint, role: str) -> None:
+    packed = [name for name, header in checkpoint.headers.items() if header.dtype in _EIGHT_BITS]
+    if packed or (checkpoint.config or {}).get("quantization_config"):
+        what = f"`{packed[0]}` is {checkpoint.headers[packed[0]].dtype}" if packed else "its config.json says so"
+        raise CheckpointError(
+            f"The {role} `{checkpoint.label}` is quantized ({what}); its numbers need their scales. Give "
+            "the checkpoint it was made from, or dequantize it first."
+        )
 
 
 def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -160,7 +176,7 @@ def _decide(
     if len(header.shape) < 2:
         return [], "norm or other vector (LoRA has no form for it)"
     places = layout.places(name)
-    if places and len(header.shape) == 2:
+    if places and places[0].kind.size(header.shape) is not None:
         return choose(places)
     owner = layout.classes.get(layout.module_of(name))
     where = f"{owner or 'its module'}" if owner is not None else f"no such module in {layout.origin}"
@@ -170,8 +186,8 @@ def _decide(
 def _slots(headers: Mapping[str, Header], layout: Layout) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for name, header in headers.items():
-        for place in layout.places(name) if len(header.shape) == 2 else []:
-            rows, columns = header.shape
-            m, n = (columns, rows) if place.kind.transposed else (rows, columns)
-            slots[place.module] = Slot(place.kind, m, n)
+        for place in layout.places(name):
+            size = place.kind.size(header.shape)
+            if size is not None:
+                slots[place.module] = Slot(place.kind, *size)
     return slots

@@ -1,12 +1,14 @@
 """Rank rules: how many singular triplets of a delta to keep.
 
-A rule is a plain callable from what is known of a delta's spectrum to a rank. It may be asked while only the leading
-singular values are known; an answer beyond the known ones means "go on", and the factorization grows and asks again.
+A rule is a callable from what is known of a delta's spectrum to a rank. It may be asked while only the leading singular
+values are known; an answer beyond the known ones means "go on", and the factorization grows and asks again. Those here
+are small immutable objects, so that they print, compare and travel between processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,37 +30,47 @@ class Spectrum(NamedTuple):
 RankRule = Callable[[Spectrum], int]
 
 
-def fixed(rank: int) -> RankRule:
+@dataclass(frozen=True)
+class fixed:
     """Keep `rank` triplets of every delta, or all that a smaller one has.
 
     Raises:
         ValueError: `rank` is not a positive whole number.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"A rank must be a whole number of at least 1. Got {rank!r}.")
-    return lambda spectrum: min(rank, *spectrum.shape)
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"A rank must be a whole number of at least 1. Got {self.rank!r}.")
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        """The rank to keep."""
+        return min(self.rank, *spectrum.shape)
 
 
-def keep_energy(share: float) -> RankRule:
+@dataclass(frozen=True)
+class keep_energy:
     """Keep the fewest triplets that hold at least `share` of the delta's energy (E_r of PHLoRA, eq. 5).
 
-    Args:
-        share: From above 0 to 1, of the true energy `||delta||_F^2`.
+    The share is of the true energy `||delta||_F^2`, not of that of the triplets computed so far.
 
     Raises:
         ValueError: `share` lies outside of (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"An energy share must lie above 0 and be at most 1. Got {share!r}.")
 
-    def rule(spectrum: Spectrum) -> int:
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"An energy share must lie above 0 and be at most 1. Got {self.share!r}.")
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        """The rank to keep; one more than is known, if that does not hold enough."""
         held = torch.cumsum(spectrum.s.double() ** 2, dim=0)
         # Sums of squares in floating point may fall short of the whole by rounding.
-        goal = share * spectrum.energy * (1 - 1e-12)
-        needed = int(torch.searchsorted(held, goal)) + 1
-        return min(max(needed, 1), *spectrum.shape)
-
-    return rule
+        goal = self.share * spectrum.energy * (1 - 1e-12)
+        return min(int(torch.searchsorted(held, goal)) + 1, *spectrum.shape)
 
 
 def as_rule(rank: int | float | RankRule) -> RankRule:
@@ -70,3 +82,8 @@ def as_rule(rank: int | float | RankRule) -> RankRule:
     if callable(rank):
         return rank
     return keep_energy(rank) if isinstance(rank, float) else fixed(rank)
+
+
+def describe(rule: RankRule) -> str:
+    """A rule in words that are the same in every process."""
+    return getattr(rule, "__qualname__", None) or repr(rule)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from peft_posthoc.layout import GUESSED
+
 if TYPE_CHECKING:
     from peft_posthoc.adapter import Adapter
 
@@ -36,6 +38,8 @@ class Row:
     """`||delta - b @ a|| / ||delta||`, before rounding to the saved dtype."""
     delta_norm: float | None
     base_norm: float | None
+    tuned_norm: float | None
+    """Only where there is no delta to take."""
     relative_delta: float | None
     """`||delta|| / ||base||`."""
     bytes: int
@@ -79,7 +83,7 @@ class Report:
     def of(cls, adapter: Adapter) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
-        totals = _totals(rows, adapter.file_rank)
+        totals = _totals(rows, adapter.form.rank(adapter))
         return cls(rows, totals, tuple(_warnings(rows, totals)), adapter.provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,29 +117,26 @@ class Report:
             f"{totals.extracted} weights at rank {rank} hold {_percent(totals.energy)} of their deltas' energy, "
             f"{_percent(totals.energy_of_all)} of the whole fine-tune's; {size(totals.bytes)} on disk.",
         ]
+        if self.provenance["layout"] == GUESSED:
+            lines.append("No configuration or module was there to ask: linear layers were told by names and shapes.")
         return [*lines, *(f"Warning: {warning}" for warning in self.warnings)]
 
 
 def _rows(adapter: Adapter) -> Iterable[Row]:
-    plan, rank, item = adapter.plan, adapter.file_rank, adapter.dtype.itemsize
-    in_file = set(adapter.modules())
-
-    def bytes_of(modules: Iterable[str]) -> int:
-        slots = [plan.slots[module] for module in modules if module in in_file]
-        return sum(rank * (slot.m + slot.n) * item for slot in slots)
-
+    plan = adapter.plan
+    in_file = adapter.form.bytes(adapter)
     for name, header in plan.headers.items():
         layer = adapter.layers.get(name)
-        places = tuple(place.module for place in plan.carried.get(name, ())) or tuple(
-            place.module for place in plan.layout.places(name)
-        )
+        places = plan.carried.get(name) or plan.layout.places(name)
+        modules = tuple(place.module for place in places if place.module in in_file)
+        bytes_in_file = sum(in_file[module] for module in modules)
         if layer is not None:
             factors = layer.factors
             yield Row(
                 weight=name,
                 status="extracted",
                 reason="",
-                modules=places,
+                modules=modules,
                 shape=header.shape,
                 dtype=str(header.dtype).removeprefix("torch."),
                 rank=len(factors.s),
@@ -143,18 +144,20 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
                 relative_error=math.sqrt(max(0.0, 1 - factors.energy)),
                 delta_norm=factors.norm,
                 base_norm=layer.base_norm,
+                tuned_norm=None,
                 relative_delta=_ratio(factors.norm, layer.base_norm),
-                bytes=bytes_of(places),
+                bytes=bytes_in_file,
                 seconds=layer.seconds,
                 shortfall=factors.shortfall,
             )
             continue
         skipped = adapter.skipped[name]
+        unchanged = skipped.delta_norm == 0
         yield Row(
             weight=name,
-            status="unchanged" if skipped.unchanged else "left out",
-            reason="" if skipped.unchanged else skipped.reason,
-            modules=tuple(module for module in places if module in in_file),
+            status="unchanged" if unchanged else "left out",
+            reason="" if unchanged else skipped.reason,
+            modules=modules,
             shape=header.shape,
             dtype=str(header.dtype).removeprefix("torch."),
             rank=0,
@@ -162,8 +165,9 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
             relative_error=1.0 if skipped.delta_norm else None,
             delta_norm=skipped.delta_norm,
             base_norm=skipped.base_norm,
+            tuned_norm=skipped.tuned_norm,
             relative_delta=_ratio(skipped.delta_norm, skipped.base_norm),
-            bytes=bytes_of(places),
+            bytes=bytes_in_file,
             seconds=skipped.seconds,
             shortfall=None,
         )
@@ -202,7 +206,8 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
     for side, other in (("base", "tuned"), ("tuned", "base")):
         only = [row for row in rows if row.reason == f"only in {side}"]
         if only:
-            names = ", ".join(row.weight for row in only[:3]) + (", ..." if len(only) > 3 else "")
+            norms = [f"{row.weight} (norm {row.base_norm or row.tuned_norm or 0:.3g})" for row in only[:3]]
+            names = ", ".join(norms) + (", ..." if len(only) > 3 else "")
             yield f"{len(only)} tensors are only in {side}, not in {other}, and not carried: {names}."
     apart = [row for row in rows if row.reason.startswith("shapes differ")]
     if apart:

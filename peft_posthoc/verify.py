@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_posthoc.adapter import Factors, load_factors
-from peft_posthoc.checkpoint import Checkpoint, Source, open_checkpoint
+from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.extract import pick_device, read_pairs
 from peft_posthoc.factor import Pair, difference, frobenius
+from peft_posthoc.layout import Place
+from peft_posthoc.peft_format import Factors, load_factors
 from peft_posthoc.plan import Plan, make_plan
 from peft_posthoc.report import shorten
 
+# Values of a weight compared at a time.
+_BLOCK = 1 << 21
 # Said to the models when the user gives nothing to say.
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -136,8 +139,7 @@ def verify(
         MismatchError: Base and tuned are not states of one model.
     """
     where = pick_device(device)
-    before = open_checkpoint(base, revision=base_revision, role="base")
-    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+    before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     factors = load_factors(adapter)
     plan = make_plan(before, after, choose=lambda places: (list(places), ""))
     _fits(factors, plan, adapter)
@@ -170,7 +172,7 @@ class _Weight(NamedTuple):
 
 
 def _fits(factors: Mapping[str, Factors], plan: Plan, adapter: str | PathLike[str]) -> None:
-    for module, (_, a, b) in factors.items():
+    for module, (a, b) in factors.items():
         slot = plan.slots.get(module)
         if slot is None:
             raise AdapterError(f"`{adapter}` adapts `{module}`, which the base does not have as a layer.")
@@ -193,48 +195,52 @@ def _compare_weights(
     for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
         if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
             continue
-        adapted = [factors[place.module] for place in plan.layout.places(pair.name) if place.module in factors]
-        yield _compare(pair, adapted[0] if adapted else None, device)
+        places = [place for place in plan.layout.places(pair.name) if place.module in factors]
+        yield _compare(pair, factors[places[0].module] if places else None, places, device)
 
 
-def _compare(pair: Pair, adapted: Factors | None, device: torch.device) -> _Weight:
+def _compare(pair: Pair, factors: Factors | None, places: Sequence[Place], device: torch.device) -> _Weight:
     if pair.base is None or pair.tuned is None:
         raise ValueError("`_compare(pair=...)` needs both weights.")
-    delta = difference(pair.base, pair.tuned, device=device)
-    after = pair.tuned.to(delta)
-    if adapted is None:
-        product = torch.zeros_like(delta)
-    else:
-        # The matrix view of a transposed weight is its own inverse.
-        product = adapted.kind.matrix(adapted.b.to(delta) @ adapted.a.to(delta))
-    merged = pair.base.to(delta) + product
-    sizes = _Sizes(*map(frobenius, (delta, product, delta - product, after, merged)))
-    inner = _inner(product, delta)
+    delta = difference(pair, device=device)
+    # All that is asked for is the same for a weight and for its matrix; by blocks of rows, no other copy is as large.
+    as_matrix = places[0].kind.matrix if factors is not None else torch.atleast_1d
+    rows = max(1, _BLOCK // max(1, delta.values[0].numel() if delta.values.ndim else 1))
+    blocks = zip(*(torch.split(as_matrix(x), rows) for x in (delta.values, pair.base, pair.tuned)), strict=True)
+    sums = torch.zeros(6, dtype=torch.float64)
+    for index, (change, base, tuned) in enumerate(blocks):
+        start = index * rows
+        product = torch.zeros_like(change)
+        if factors is not None:
+            product = factors.b[start : start + rows].to(change) @ factors.a.to(change)
+        after = tuned.to(change)
+        merged = base.to(change) + product
+        sums += torch.tensor(
+            [
+                *(frobenius(x) ** 2 for x in (product, change - product, after, merged)),
+                _inner(product, change),
+                _inner(merged, after),
+            ],
+            dtype=torch.float64,
+        )
+    product_energy, residual, after_energy, merged_energy, inner, merged_inner = sums.tolist()
     row = WeightRow(
         weight=pair.name,
-        relative_error=sizes.residual / sizes.after if sizes.after else None,
-        cosine=_inner(merged, after) / (sizes.merged * sizes.after) if sizes.merged and sizes.after else None,
-        delta_relative_error=sizes.residual / sizes.delta if sizes.delta else None,
-        delta_cosine=(inner / (sizes.delta * sizes.product) if sizes.product else 0.0) if sizes.delta else None,
+        relative_error=math.sqrt(residual / after_energy) if after_energy else None,
+        cosine=merged_inner / math.sqrt(merged_energy * after_energy) if merged_energy * after_energy else None,
+        delta_relative_error=math.sqrt(residual) / delta.norm if delta.norm else None,
+        delta_cosine=_over(inner, delta.norm * math.sqrt(product_energy)) if delta.norm else None,
     )
-    return _Weight(row, sizes.delta, sizes.product, sizes.residual, inner)
+    return _Weight(row, delta.norm, math.sqrt(product_energy), math.sqrt(residual), inner)
 
 
-class _Sizes(NamedTuple):
-    delta: float
-    product: float
-    residual: float
-    after: float
-    merged: float
+def _over(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _inner(x: Tensor, y: Tensor) -> float:
-    """The sum of products, in float64, by rows."""
-    return float(sum((torch.dot(p.double(), q.double()) for p, q in zip(_rows(x), _rows(y), strict=True)), start=0.0))
-
-
-def _rows(x: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x.reshape(-1), 1 << 20)
+    """The sum of products, in float64."""
+    return float(torch.dot(x.reshape(-1).double(), y.reshape(-1).double()))
 
 
 def _compare_outputs(
@@ -259,8 +265,7 @@ def _compare_outputs(
         return None, None, f"transformers knows no class {names[0][0]}"
     inputs, note = _inputs(base, tuned, prompts, token_ids)
     with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
-        model = _load(tuned.folder, names[0][0], device)
-        wanted = _say(model, inputs)
+        wanted = _say(_load(tuned.folder, names[0][0], device), inputs)
         bar.update()
         model = _load(base.folder, names[0][0], device)
         alone = _distance(_say(model, inputs), wanted, has_logits=_has_logits(model))

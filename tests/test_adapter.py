@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_posthoc import AdapterError, NothingToCarryError, extract
-from peft_posthoc.adapter import load_factors, safe_rank
+from peft_posthoc.peft_format import load_factors
+from peft_posthoc.portable import safe_rank
 from tests import models
 
 # What PEFT 0.6.0's LoraConfig and its parents take; older loaders raise TypeError at anything else.
@@ -82,13 +83,13 @@ def test_a_leaf_name_that_means_other_modules_too_is_spelled_out(tmp_path):
     base = Model()
     tuned = models.tuned_from(base, only=lambda name: name.startswith("layers"))
     adapter = extract(base, tuned, 4)
-    assert adapter.config()["target_modules"] == ["layers.0.proj", "layers.1.proj"]
+    assert adapter.form.config(adapter)["target_modules"] == ["layers.0.proj", "layers.1.proj"]
 
 
 def test_what_is_written_holds_the_product_to_the_rounding_of_its_dtype(llama_pair, tmp_path):
     adapter = extract(*llama_pair, 8, dtype=torch.bfloat16)
     adapter.save(tmp_path / "out")
-    for module, (_, a, b) in load_factors(tmp_path / "out").items():
+    for module, (a, b) in load_factors(tmp_path / "out").items():
         own_a, own_b = adapter.factors[module]
         whole = own_b @ own_a
         # Two roundings of relative size eps / 2 in every product.
@@ -106,7 +107,7 @@ def test_rank_is_capped_by_each_layer_s_smaller_side_and_then_padded(llama_pair)
     adapter = extract(*llama_pair, 32)
     ranks = {name.split(".")[-2]: len(layer.factors.s) for name, layer in adapter.layers.items()}
     assert ranks["k_proj"] == 16
-    assert ranks["gate_proj"] == adapter.rank == adapter.file_rank == 32
+    assert ranks["gate_proj"] == adapter.rank == adapter.form.rank(adapter) == 32
 
 
 def test_the_folder_says_where_it_comes_from(saved, llama_pair):
@@ -115,7 +116,7 @@ def test_the_folder_says_where_it_comes_from(saved, llama_pair):
     details = json.loads(metadata["phlora"])
     assert metadata["format"] == "pt"
     assert (details["base"], details["tuned"]) == llama_pair
-    assert details["options"]["rank"] == 6
+    assert details["options"]["rule"] == "fixed(rank=6)"
     assert details["versions"]["torch"] == torch.__version__
 
 
@@ -147,7 +148,7 @@ def test_every_place_of_a_weight_that_t5_shares_is_adapted(tmp_path):
 
 def test_gpt2_is_fan_in_fan_out(tmp_path):
     base, tuned = models.save_pair(models.gpt2(), tmp_path)
-    assert extract(base, tuned, 4).config()["fan_in_fan_out"] is True
+    assert config_of(extract(base, tuned, 4).save(tmp_path / "out"))["fan_in_fan_out"] is True
 
 
 def test_an_overflow_of_the_saved_dtype_is_an_error_that_leaves_nothing(tmp_path):
@@ -193,3 +194,56 @@ def test_scales_of_adapters_from_elsewhere_are_folded_in(llama_pair, saved):
     (saved / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(AdapterError, match="use_dora"):
         load_factors(saved)
+
+
+def test_what_a_target_s_name_also_means_is_in_the_file_as_zeros(tmp_path):
+    class Aux(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(16, 16)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.aux = torch.nn.Linear(16, 16), Aux()
+
+    base = Model()
+    adapter = extract(base, models.tuned_from(base, only=lambda name: name == "proj.weight"), 4)
+    assert set(adapter.form.bytes(adapter)) == {"proj", "aux.proj"}
+
+
+def test_a_base_that_ties_and_a_tuned_that_does_not_share_no_delta(tmp_path):
+    base = models.llama(tie_word_embeddings=True)
+    tuned = models.llama(tie_word_embeddings=False)
+    tuned.load_state_dict(base.state_dict())
+    tuned = models.tuned_from(tuned)
+    adapter = extract(models.save(base, tmp_path / "base"), models.save(tuned, tmp_path / "tuned"), 8, embeddings=True)
+    assert "model.embed_tokens" in adapter.factors
+    assert "lm_head" not in adapter.factors
+    assert any("only in tuned" in warning and "lm_head.weight" in warning for warning in adapter.report.warnings)
+
+
+def test_layers_that_peft_takes_for_experts_are_left_out_and_counted(tmp_path):
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4},
+        mlp_only_layers=[0],
+    )
+    base, tuned = models.save_pair(transformers.Qwen3MoeForCausalLM(config), tmp_path)
+    adapter = extract(base, tuned, 8)
+    assert {module.rpartition(".")[2] for module in adapter.factors} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert any("no LoRA form" in warning for warning in adapter.report.warnings)
+    deltas = models.lora_deltas(models.load_adapter(base, adapter.save(tmp_path / "out")))
+    assert all(delta.any() for delta in deltas.values())
+
+
+def test_quantized_checkpoints_are_refused():
+    from peft_posthoc import CheckpointError
+
+    packed = {"layer.weight": torch.zeros(16, 16).to(torch.float8_e4m3fn)}
+    with pytest.raises(
+        CheckpointError, match=r"tuned `state dict` is quantized \(`layer.weight` is torch.float8_e4m3fn"
+    ):
+        extract({"layer.weight": torch.zeros(16, 16)}, packed, 4)

@@ -3,7 +3,7 @@ import torch
 import transformers
 
 from peft_posthoc import open_checkpoint
-from peft_posthoc.layout import CONV1D, EMBEDDING, LINEAR, PLAIN_DECODERS, layout_of, target_modules
+from peft_posthoc.layout import CONV1D, EMBEDDING, LINEAR, PLAIN_DECODERS, layout_of, matched, target_modules
 from tests import models
 
 
@@ -95,3 +95,41 @@ def test_without_a_class_names_and_shapes_decide():
         "a.q": (LINEAR, "layer"),
         "lm_head": (LINEAR, "head"),
     }
+
+
+def test_an_attention_s_own_output_layer_is_never_called_and_has_no_kind():
+    attention = torch.nn.MultiheadAttention(32, 4)
+    assert layout_of(open_checkpoint(attention)).places("out_proj.weight") == []
+
+
+def test_names_of_unknown_orientation_are_not_guessed():
+    weights = {f"h.0.attn.{name}.weight": torch.zeros(32, 32) for name in ("c_attn", "c_proj", "q")}
+    layout = layout_of(open_checkpoint(weights))
+    assert [name for name in weights if layout.places(name)] == ["h.0.attn.q.weight"]
+
+
+def test_whichever_side_knows_its_class_is_asked(tmp_path):
+    model = models.gpt2()
+    model.save_pretrained(tmp_path)
+    blind = open_checkpoint(dict(model.named_parameters()))
+    assert layout_of(blind, open_checkpoint(tmp_path)).origin == "GPT2LMHeadModel"
+
+
+def test_names_that_a_plain_decoder_does_not_have_are_asked_of_its_class(tmp_path):
+    compiled = {f"_orig_mod.{name}": weight for name, weight in models.llama().state_dict().items()}
+    folder = tmp_path / "compiled"
+    models.llama().save_pretrained(folder)
+    from safetensors.torch import save_file
+
+    save_file(compiled, folder / "model.safetensors", metadata={"format": "pt"})
+    layout = layout_of(open_checkpoint(folder))
+    assert layout.places("_orig_mod.model.embed_tokens.weight") == []
+    assert layout.places("_orig_mod.lm_head.weight") == []
+
+
+def test_a_full_name_also_means_what_ends_in_it():
+    names = ("proj", "aux.proj", "aux.other")
+    layout = layout_of(open_checkpoint({f"{name}.weight": torch.zeros(8, 8) for name in names}))
+    assert target_modules(["proj"], layout) == ["proj"]
+    assert matched(["proj"], layout) == {"proj", "aux.proj"}
+    assert matched(["aux.proj"], layout) == {"aux.proj"}

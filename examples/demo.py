@@ -1,0 +1,230 @@
+"""Post-hoc LoRA from end to end, offline: train a base, fine-tune all of it, extract adapters, see what they recover.
+
+The base is a small Llama trained on the source of Python's standard library; the fine-tune turns bug reports in prose
+into JSON. Everything after that is the `phlora` command and stock PEFT.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from demo_model import (
+    FULL,
+    QUICK,
+    Size,
+    new_model,
+    report_batches,
+    source_batches,
+    source_files,
+    train,
+    train_tokenizer,
+    write_answers,
+)
+from demo_task import Report, Score, score, train_and_test
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from peft_posthoc.cli import main as phlora
+
+RECOVERED = 0.01  # a rank recovers the fine-tune if both scores are this near to the tuned model's
+LOADS = 5  # the load time is the median of so many
+
+
+Loaded = tuple[nn.Module, float]  # a model and the seconds that it took
+
+
+class Kind(NamedTuple):
+    """What an adapter carries."""
+
+    title: str
+    folder: str
+    flags: tuple[str, ...]
+
+
+KINDS = (Kind("linear layers", "linear", ()), Kind("+ embeddings, head", "whole", ("--embeddings", "--head")))
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    title: str
+    folder: str
+    score: Score
+    bytes: int
+    load: float
+    """Seconds: of an adapter onto a base that is already in memory, of a full checkpoint from nothing."""
+    rank: int | None = None
+    energy: float | None = None
+    """E_r: the share of the carried deltas' energy that is kept."""
+    energy_of_all: float | None = None
+    """The same share of the whole fine-tune's energy, what is not carried included."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON values."""
+        return self._asdict() | {"score": self.score._asdict()}
+
+
+def kept(folder: Path, size: Size, make: Callable[[Path], None]) -> Path:
+    """The folder as an earlier run with the same sizes left it, or made now; never half of it."""
+    mark = folder / "demo.json"
+    wanted = json.dumps(size._asdict())
+    if mark.is_file() and mark.read_text() == wanted:
+        click.echo(f"{folder}: kept from an earlier run")
+        return folder
+    half = folder.with_name(folder.name + ".part")
+    for stale in (half, folder):
+        shutil.rmtree(stale, ignore_errors=True)
+    make(half)
+    (half / mark.name).write_text(wanted)
+    half.rename(folder)
+    return folder
+
+
+def train_base(folder: Path, size: Size) -> None:
+    """A tokenizer and a model from nothing but the standard library's source."""
+    texts = source_files()
+    tokenizer = train_tokenizer(texts, size.vocabulary)
+    model = new_model(tokenizer, size)
+    train(model, source_batches(texts, tokenizer, size), steps=size.base_steps, lr=size.base_lr, title="Train the base")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fine_tune(base: Path, folder: Path, reports: Sequence[Report], size: Size) -> None:
+    """Every weight of the base is trained: norms, embeddings and head too."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    batches = report_batches(reports, tokenizer, size)
+    train(model, batches, steps=size.tune_steps, lr=size.tune_lr, title="Fine-tune all of it")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run(*arguments: str | Path) -> None:
+    """Run `phlora` as from a shell, without the seconds that a new process takes to import torch."""
+    words = [os.fspath(argument) for argument in arguments]
+    click.echo(f"\n$ phlora {' '.join(words)}")
+    phlora(words, standalone_mode=False)
+
+
+def weights_size(folder: Path) -> int:
+    """Bytes of the weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def load_adapter(base: Path, adapter: Path) -> Loaded:
+    """The base with the adapter, by stock PEFT, and the seconds that the adapter took."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    start = time.perf_counter()
+    return PeftModel.from_pretrained(model, adapter).eval(), time.perf_counter() - start
+
+
+def load_full(folder: Path) -> Loaded:
+    """A full checkpoint, and the seconds that it took."""
+    start = time.perf_counter()
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), time.perf_counter() - start
+
+
+def measure(title: str, folder: Path, load: Callable[[], Loaded], reports: Sequence[Report]) -> Row:
+    """Load and score a model."""
+    models, seconds = zip(*(load() for _ in range(LOADS)), strict=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "base")
+    answers = write_answers(models[0], tokenizer, reports, f"Answers of {folder.name}")
+    return Row(title, folder.name, score(answers, reports), weights_size(folder), statistics.median(seconds))
+
+
+def measure_adapter(base: Path, tuned: Path, kind: Kind, rank: int, reports: Sequence[Report]) -> Row:
+    """Extract an adapter, then load and score it."""
+    out = base.parent / f"adapter-{kind.folder}-r{rank}"
+    run("extract", base, tuned, out, "--rank", str(rank), *kind.flags, "--force", "--quiet")
+    totals = json.loads((out / "phlora_report.json").read_text())["totals"]
+    row = measure(kind.title, out, partial(load_adapter, base, out), reports)
+    return row._replace(rank=rank, energy=totals["energy"], energy_of_all=totals["energy_of_all"])
+
+
+def smallest_recovered(tuned: Row, adapters: Sequence[Row]) -> Row | None:
+    """The smallest adapter whose scores are both within a point of the tuned model's."""
+
+    def recovered(row: Row) -> bool:
+        return all(ours >= theirs - RECOVERED for ours, theirs in zip(row.score, tuned.score, strict=True))
+
+    return min(filter(recovered, adapters), key=lambda row: row.bytes, default=None)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown; shares in percent, as in the paper."""
+    lines = [
+        "| model | rank | E_r | of whole delta | key overlap | value overlap | size | load |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = (
+            row.title,
+            row.rank or "",
+            percent(row.energy),
+            percent(row.energy_of_all),
+            percent(row.score.keys),
+            percent(row.score.values),
+            f"{row.bytes / 1e6:.2f} MB",
+            f"{1000 * row.load:.0f} ms",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    """A share as the table shows it."""
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def verdict(tuned: Row, best: Row | None) -> str:
+    """What the table says about the question that the demo asks."""
+    if best is None:
+        return "No adapter recovers the fine-tune's score to within a point."
+    return (
+        f"The smallest adapter within a point of the fine-tune is {best.folder}: "
+        f"{best.bytes / tuned.bytes:.0%} of its size, loaded in {1000 * best.load:.0f} ms "
+        f"(the fine-tune: {1000 * tuned.load:.0f} ms)."
+    )
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=".work/demo", show_default=True)
+@click.option("--quick", is_flag=True, help="Tiny models and few steps: every part runs, the scores mean nothing.")
+def main(work: Path, quick: bool) -> None:
+    """Train, fine-tune, extract, compare. What is in the folder WORK from an earlier run is not trained again."""
+    logging.disable_progress_bar()  # transformers' bar for loading would run a hundred times
+    size = QUICK if quick else FULL
+    work.mkdir(parents=True, exist_ok=True)
+    training, test = train_and_test(size.reports, size.test_reports)
+    base = kept(work / "base", size, lambda folder: train_base(folder, size))
+    tuned = kept(work / "tuned", size, lambda folder: fine_tune(base, folder, training, size))
+
+    run("inspect", base, tuned, *KINDS[-1].flags, "--json", work / "energy.json", "--plot", work / "energy.png")
+    full = [measure(folder.name, folder, partial(load_full, folder), test) for folder in (base, tuned)]
+    adapters = [measure_adapter(base, tuned, *choice, test) for choice in itertools.product(KINDS, size.ranks)]
+    best = smallest_recovered(full[1], adapters)
+    run("verify", work / (best or adapters[-1]).folder, "--base", base, "--tuned", tuned, "--prompt", test[0].prose)
+
+    rows = [*full, *adapters]
+    (work / "table.md").write_text(table(rows) + "\n")
+    (work / "table.json").write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n")
+    click.echo(f"\nA test report: {test[0].prose}\nIts answer:    {test[0].answer}\n\n{table(rows)}\n")
+    click.echo(verdict(full[1], best))
+    click.echo(f"The table is in {work / 'table.md'}, energy against rank in {work / 'energy.png'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""PEFT's LoRA folder: its file names, tensor names and scale, written whole or not at all, and read back to factors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.layout import KINDS
+
+PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+REPORT = "phlora_report.json"
+
+
+class Contents(NamedTuple):
+    """What goes into an adapter folder."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    report: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+class Factors(NamedTuple):
+    """What an adapter folder holds for one module, its scale folded into `b`."""
+
+    a: Float[Tensor, "r n"]
+    b: Float[Tensor, "m r"]
+
+
+def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None:
+    """See before the work whether an adapter may be written there.
+
+    Raises:
+        AdapterError: Something is there that must not be replaced.
+    """
+    target = Path(folder)
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise AdapterError(f"`{target}` exists and is not a folder.")
+    if not any(target.iterdir()):
+        return
+    if not force:
+        raise AdapterError(f"`{target}` exists and is not empty. Choose another folder, or replace it with `--force`.")
+    if not (target / CONFIG).is_file():
+        raise AdapterError(f"`{target}` is not an adapter folder; `--force` replaces nothing else.")
+
+
+def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: bool = False) -> Path:
+    """Write an adapter folder: all of it, or nothing.
+
+    Args:
+        folder: A folder that does not exist yet, or is empty.
+        contents: What goes into it.
+        force: Replace an adapter that is there.
+
+    Raises:
+        AdapterError: The folder holds something, or cannot be written.
+    """
+    target = Path(folder)
+    check_target(target, force=force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that moving it into place is a rename within one file system.
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise AdapterError(f"Cannot write to `{target.parent}`: {error.strerror or error}.") from error
+    try:
+        made = staging / "new"
+        made.mkdir()
+        details = json.dumps(contents.provenance, sort_keys=True)
+        save_file(dict(contents.tensors), made / WEIGHTS, metadata={"format": "pt", "phlora": details})
+        _sort_metadata(made / WEIGHTS)
+        _write_json(made / CONFIG, contents.config)
+        _write_json(made / REPORT, contents.report)
+        # safetensors makes files that only their owner can read; servers often run as somebody else.
+        (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
+        if target.exists():
+            target.rename(staging / "old")
+        made.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"The adapter could not be written to `{target}`: {reason}. Nothing was left.") from error
+    finally:
+        if (staging / "old").exists() and not target.exists():
+            (staging / "old").rename(target)
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def load_factors(folder: str | os.PathLike[str]) -> dict[str, Factors]:
+    """Read the factors of any PEFT LoRA folder, by module.
+
+    Raises:
+        AdapterError: The folder is no LoRA adapter, or one whose scale this reader does not know.
+    """
+    where = Path(folder)
+    try:
+        config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(where / WEIGHTS)
+        scale = _scale(config)
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
+        raise AdapterError(f"`{where}` is not a readable LoRA adapter: {error}.") from error
+    found: dict[str, Factors] = {}
+    seen: set[str] = set()
+    for kind in KINDS:
+        for name, raw_a in tensors.items():
+            if name.endswith(f".{kind.a_key}") and name not in seen:
+                stem = name.removesuffix(kind.a_key)
+                raw_b = tensors.get(f"{stem}{kind.b_key}")
+                if raw_b is None:
+                    raise AdapterError(f"`{where}` holds `{name}` without `{stem}{kind.b_key}`.")
+                seen |= {name, f"{stem}{kind.b_key}"}
+                a, b = kind.factors(raw_a, raw_b)
+                found[stem.removeprefix(PREFIX).removesuffix(".")] = Factors(a.float(), b.float() * scale)
+    strangers = sorted(set(tensors) - seen)
+    if strangers or not found:
+        names = ", ".join(strangers[:5]) or "nothing else"
+        raise AdapterError(f"`{where}` holds tensors that are no LoRA factors: {names}.")
+    return found
+
+
+def _scale(config: Mapping[str, Any]) -> float:
+    for key in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias"):
+        if config.get(key):
+            raise ValueError(f"its configuration sets `{key}`, which is not supported here")
+    r, alpha = int(config["r"]), float(config["lora_alpha"])
+    return alpha / (r**0.5 if config.get("use_rslora") else r)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Make the file's header deterministic: safetensors writes the metadata's keys in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise AdapterError(f"The header of `{path}` has an unknown form.")
+        file.seek(8)
+        file.write(text.ljust(length))

@@ -1,0 +1,132 @@
+"""The portable form: an adapter that computes the same in PEFT, vLLM, SGLang, LoRAX, TGI, TensorRT-LLM and llama.cpp.
+
+One rank for the whole file and `lora_alpha` equal to it make the scale exactly one by every engine's formula; only
+`lora_A` and `lora_B` tensors are in it, and only configuration keys that PEFT has known since 0.6.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.layout import matched, target_modules
+from peft_posthoc.peft_format import PREFIX
+from peft_posthoc.plan import Plan
+
+if TYPE_CHECKING:
+    from peft_posthoc.adapter import Adapter
+
+# Engines fuse these into one kernel and expect all of a group or none.
+_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+)
+
+
+class Portable:
+    """How an adapter is laid out in its file, in the portable form."""
+
+    def rank(self, adapter: Adapter) -> int:
+        """The one rank of the file, to which every layer is padded with zeros."""
+        return safe_rank(adapter.rank)
+
+    def modules(self, adapter: Adapter) -> list[str]:
+        """Every module in the file: those with factors, and those that must be there as zeros beside them.
+
+        Raises:
+            AdapterError: PEFT cannot be told to adapt these modules without others that have no LoRA form.
+        """
+        chosen = _complete(adapter.factors, adapter.plan)
+        slots, layout = adapter.plan.slots, adapter.plan.layout
+        while extra := matched(target_modules(chosen, layout), layout) - chosen:
+            stuck = sorted(module for module in extra if module not in slots)
+            if stuck:
+                raise AdapterError(
+                    f"PEFT would take the name of an adapted module to mean `{stuck[0]}` too, which has no LoRA form. "
+                    "Leave that module out with `--exclude`."
+                )
+            chosen |= extra
+        return [module for module in slots if module in chosen]
+
+    def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The file's tensors, padded to one rank, in the saved dtype, on the CPU.
+
+        Raises:
+            AdapterError: A factor overflows the dtype.
+        """
+        rank, dtype = self.rank(adapter), adapter.dtype
+        tensors: dict[str, Tensor] = {}
+        for module in self.modules(adapter):
+            kind, m, n = adapter.plan.slots[module]
+            a, b = torch.zeros(rank, n, dtype=dtype), torch.zeros(m, rank, dtype=dtype)
+            if module in adapter.factors:
+                own_a, own_b = adapter.factors[module]
+                a[: len(own_a)] = own_a
+                b[:, : len(own_a)] = own_b
+                if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                    raise AdapterError(f"The factors of `{module}` overflow {dtype}. Choose another `--dtype`.")
+            tensors |= kind.tensors(f"{PREFIX}{module}", a, b)
+        return tensors
+
+    def bytes(self, adapter: Adapter) -> dict[str, int]:
+        """What each module takes in the file."""
+        rank, item = self.rank(adapter), adapter.dtype.itemsize
+        slots = {module: adapter.plan.slots[module] for module in self.modules(adapter)}
+        return {module: rank * (m + n) * item for module, (_, m, n) in slots.items()}
+
+    def config(self, adapter: Adapter) -> dict[str, Any]:
+        """The file's configuration."""
+        layout, rank = adapter.plan.layout, self.rank(adapter)
+        return {
+            "base_model_name_or_path": adapter.provenance["base"],
+            "bias": "none",
+            "fan_in_fan_out": layout.fan_in_fan_out,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": rank,
+            "revision": adapter.provenance["base_revision"],
+            "target_modules": target_modules(self.modules(adapter), layout),
+            "task_type": layout.task_type,
+        }
+
+
+PORTABLE = Portable()
+
+
+def safe_rank(rank: int) -> int:
+    """The smallest rank of at least `rank` that every engine scales by one: 8, or a multiple of 16.
+
+    LoRAX and TGI pad other ranks themselves and then divide `lora_alpha` by the padded rank.
+    """
+    return 8 if rank <= 8 else -(-rank // 16) * 16
+
+
+def _complete(carried: Iterable[str], plan: Plan) -> set[str]:
+    """The carried modules, every other layer of the same name, and the members of the groups they belong to."""
+    chosen = set(carried)
+    by_pattern: dict[str, list[str]] = {}
+    for module in plan.slots:
+        by_pattern.setdefault(_pattern(module), []).append(module)
+    for module in list(chosen):
+        stem, dot, leaf = module.rpartition(".")
+        for group in _TOGETHER:
+            if leaf in group:
+                chosen |= {sibling for part in group if (sibling := f"{stem}{dot}{part}") in plan.slots}
+    for pattern in {_pattern(module) for module in chosen}:
+        chosen.update(by_pattern.get(pattern, ()))
+    return chosen
+
+
+def _pattern(module: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", module)

@@ -1,0 +1,335 @@
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_posthoc import CheckpointError, extract, folder, open_checkpoint
+from peft_posthoc.checkpoint import Checkpoint, Header, InMemory
+from tests import models
+
+
+@pytest.fixture
+def weights():
+    """Named tensors of several types and shapes, as a checkpoint holds them."""
+    return {
+        "layers.0.proj.weight": torch.randn(6, 4),
+        "layers.1.proj.weight": torch.randn(6, 4, dtype=torch.bfloat16),
+        "layers.1.proj.bias": torch.randn(6, dtype=torch.float16),
+        "wide.weight": torch.randn(3, 50, dtype=torch.float64),
+        "conv.weight": torch.randn(2, 3, 5),
+        "scale": torch.tensor(2.5),
+        "positions": torch.arange(7),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+def one_safetensors(tensors, where):
+    save_file(tensors, where / "model.safetensors")
+
+
+def sharded_safetensors(tensors, where):
+    shard(tensors, where, "model", "safetensors", save_file)
+
+
+def oddly_named_safetensors(tensors, where):
+    names = list(tensors)
+    save_file({name: tensors[name] for name in names[::2]}, where / "weights_b.safetensors")
+    save_file({name: tensors[name] for name in names[1::2]}, where / "weights_a.safetensors")
+
+
+def oddly_named_index(tensors, where):
+    shard(tensors, where, "diffusion", "safetensors", save_file)
+
+
+def one_bin(tensors, where):
+    torch.save(tensors, where / "pytorch_model.bin")
+
+
+def one_legacy_bin(tensors, where):
+    torch.save(tensors, where / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def one_bin_of_parameters(tensors, where):
+    torch.save({name: as_parameter(tensor) for name, tensor in tensors.items()}, where / "pytorch_model.bin")
+
+
+def one_bin_of_pickle_protocol_3(tensors, where):
+    torch.save(tensors, where / "pytorch_model.bin", pickle_protocol=3)
+
+
+def sharded_bin(tensors, where):
+    shard(tensors, where, "pytorch_model", "bin", torch.save)
+
+
+def sharded_legacy_bin(tensors, where):
+    def save(part, path):
+        torch.save(part, path, _use_new_zipfile_serialization=False)
+
+    shard(tensors, where, "pytorch_model", "bin", save)
+
+
+def shard(tensors, where, stem, suffix, save):
+    names = list(tensors)
+    weight_map = {}
+    for i in range(3):
+        file = f"{stem}-{i + 1:05}-of-00003.{suffix}"
+        weight_map |= dict.fromkeys(names[i::3], file)
+        save({name: tensors[name] for name in names[i::3]}, where / file)
+    content = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (where / f"{stem}.{suffix}.index.json").write_text(json.dumps(content))
+
+
+def as_parameter(tensor):
+    return nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+
+
+FORMATS = [
+    one_safetensors,
+    sharded_safetensors,
+    oddly_named_safetensors,
+    oddly_named_index,
+    one_bin,
+    one_legacy_bin,
+    one_bin_of_parameters,
+    one_bin_of_pickle_protocol_3,
+    sharded_bin,
+    sharded_legacy_bin,
+]
+
+
+def same(checkpoint, tensors):
+    assert set(checkpoint.headers) == set(tensors)
+    for name, tensor in tensors.items():
+        read = checkpoint.read(name)
+        assert checkpoint.headers[name] == Header(tuple(tensor.shape), tensor.dtype)
+        assert checkpoint.headers[name].bytes == tensor.nbytes
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor), name
+        assert not read.requires_grad
+    return True
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_the_same_weights_come_out_of_every_format(write, weights, tmp_path):
+    write(weights, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert isinstance(checkpoint, Checkpoint)
+    assert same(checkpoint, weights)
+    assert checkpoint.label == str(tmp_path)
+    assert checkpoint.folder == tmp_path
+    assert checkpoint.revision is checkpoint.module is checkpoint.config is None
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_what_transformers_saves_is_read_back_with_its_configuration(size, tmp_path):
+    model = models.llama()
+    models.save(model, tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "20KB")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert same(checkpoint, dict(model.state_dict()))
+    assert checkpoint.config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("first", ["20KB", "1GB"])
+def test_of_a_folder_that_was_saved_into_twice_the_model_is_read_that_transformers_loads(first, tmp_path):
+    # transformers leaves the first saving's index (or single file) in place.
+    for size in (first, "1GB" if first == "20KB" else "20KB"):
+        models.save(models.llama(), tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded = models.load(tmp_path)
+    assert same(open_checkpoint(tmp_path), dict(loaded.state_dict()))
+
+
+def test_safetensors_come_before_pickles_and_what_is_no_weight_is_left_alone(weights, tmp_path):
+    one_safetensors(weights, tmp_path)
+    for other in ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "consolidated.safetensors"):
+        (tmp_path / other).write_bytes(b"not to be opened")
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert same(open_checkpoint(tmp_path), weights)
+
+
+def test_a_folder_beside_a_pickled_model_may_hold_pickles_that_are_not_the_model(weights, tmp_path):
+    one_bin(weights, tmp_path)
+    for other in ("optimizer.pt", "training_args.bin", "scheduler.pt"):
+        (tmp_path / other).write_bytes(b"not to be opened")
+    assert same(open_checkpoint(tmp_path), weights)
+
+
+@pytest.mark.parametrize("write", [one_safetensors, sharded_safetensors])
+def test_headers_are_known_before_a_tensor_is_read(write, weights, tmp_path, monkeypatch):
+    read = []
+    open_file = folder.safe_open
+
+    class Watched:
+        def __init__(self, *args, **kwargs):
+            self.handle = open_file(*args, **kwargs)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.handle.get_tensor(name)
+
+        def __getattr__(self, name):
+            return getattr(self.handle, name)
+
+    monkeypatch.setattr(folder, "safe_open", Watched)
+    write(weights, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert {name: header.shape for name, header in checkpoint.headers.items()} == {
+        name: tuple(tensor.shape) for name, tensor in weights.items()
+    }
+    assert read == []
+    checkpoint.read("wide.weight")
+    assert read == ["wide.weight"]
+
+
+def test_headers_of_a_file_with_no_data_behind_them_are_not_believed(weights, tmp_path):
+    one_safetensors(weights, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors` is not a readable safetensors file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("write", [oddly_named_safetensors, oddly_named_index])
+def test_one_name_in_two_files_is_an_error(write, weights, tmp_path):
+    write(weights, tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        save_file({**load_file(path), "positions": weights["positions"]}, path)
+    with pytest.raises(CheckpointError, match="hold `positions`"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_module_gives_its_parameters_and_its_saved_buffers(weights):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 6)
+            self.register_buffer("mean", torch.randn(6))
+            self.register_buffer("scratch", torch.randn(6), persistent=False)
+
+    block = Block()
+    checkpoint = open_checkpoint(block)
+    assert same(checkpoint, dict(block.state_dict()))
+    assert "scratch" not in checkpoint.headers
+    assert checkpoint.module is block
+    assert checkpoint.label == "Block"
+    assert checkpoint.config is checkpoint.folder is checkpoint.revision is None
+
+
+def test_a_module_gives_a_tied_weight_once_as_its_saved_folder_does(tmp_path):
+    model = models.llama(tie_word_embeddings=True)
+    models.save(model, tmp_path)
+    live, saved = open_checkpoint(model), open_checkpoint(tmp_path)
+    assert "lm_head.weight" in model.state_dict()
+    assert "lm_head.weight" not in live.headers
+    assert live.headers == saved.headers
+    assert live.config["tie_word_embeddings"] is True
+    assert same(live, {name: saved.read(name) for name in saved.headers})
+
+
+def test_tensors_of_a_live_model_are_not_copied():
+    layer = nn.Linear(4, 6)
+    for source in (layer, layer.state_dict()):
+        assert open_checkpoint(source).read("weight").data_ptr() == layer.weight.data_ptr()
+
+
+def test_a_state_dict_is_a_source(weights):
+    checkpoint = open_checkpoint(weights)
+    assert same(checkpoint, weights)
+    assert checkpoint.label == "state dict"
+    assert checkpoint.module is checkpoint.folder is checkpoint.config is None
+
+
+def test_every_kind_of_source_gives_the_same_factors(tmp_path):
+    model = models.llama()
+    tuned = models.tuned_from(model)
+    models.save(model, tmp_path / "base")
+    models.save(tuned, tmp_path / "tuned", max_shard_size="20KB")
+    pairs = {
+        "folders": (tmp_path / "base", str(tmp_path / "tuned")),
+        "modules": (model, tuned),
+        "folder and state dict": (tmp_path / "base", tuned.state_dict()),
+        "module and checkpoint": (model, open_checkpoint(tmp_path / "tuned")),
+    }
+    expected = extract(*pairs.pop("folders"), 4).factors
+    assert len(expected) == 14
+    for kind, pair in pairs.items():
+        factors = extract(*pair, 4).factors
+        assert factors.keys() == expected.keys(), kind
+        for module, (a, b) in expected.items():
+            assert torch.equal(factors[module][0], a), (kind, module)
+            assert torch.equal(factors[module][1], b), (kind, module)
+
+
+def test_a_peft_model_is_refused_until_it_is_merged():
+    model = models.llama()
+    plain = copy.deepcopy(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        open_checkpoint(wrapped)
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        open_checkpoint(wrapped.get_base_model())
+    assert same(open_checkpoint(wrapped.merge_and_unload()), dict(plain.state_dict()))
+
+
+def test_a_checkpoint_object_passes_through(weights):
+    class Renamed:
+        label, revision, folder, config, module = "mine", None, None, None, None
+
+        @property
+        def headers(self):
+            return {f"model.{name}": Header(tuple(t.shape), t.dtype) for name, t in weights.items()}
+
+        def read(self, name):
+            return weights[name.removeprefix("model.")]
+
+    mine = Renamed()
+    assert open_checkpoint(mine) is mine
+    live = InMemory(weights, label="live")
+    assert open_checkpoint(live) is live
+
+
+@pytest.mark.parametrize("kind", ["folder", "module", "state dict", "checkpoint"])
+def test_only_a_hub_id_has_a_revision(kind, weights, tmp_path):
+    one_safetensors(weights, tmp_path)
+    sources = {
+        "folder": tmp_path,
+        "module": nn.Linear(2, 2),
+        "state dict": weights,
+        "checkpoint": open_checkpoint(weights),
+    }
+    with pytest.raises(ValueError, match=r"'v1'.*hub id; the base"):
+        open_checkpoint(sources[kind], revision="v1", role="base")
+
+
+def test_a_state_dict_with_something_else_in_it_is_refused(weights):
+    with pytest.raises(CheckpointError, match="tuned state dict holds values that are no tensors: epoch, optimizer"):
+        open_checkpoint({**weights, "epoch": 3, "optimizer": {}}, role="tuned")
+
+
+@pytest.mark.parametrize("nothing", [{}, nn.Identity()])
+def test_a_source_without_tensors_is_refused(nothing):
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        open_checkpoint(nothing)
+
+
+@pytest.mark.parametrize("stranger", [None, 3, [torch.zeros(2, 2)], b"folder"])
+def test_anything_else_is_a_type_error_that_names_what_came(stranger):
+    with pytest.raises(TypeError, match=f"The base must be .* Got {type(stranger).__name__}"):
+        open_checkpoint(stranger, role="base")
+
+
+def test_a_model_without_values_is_refused_when_it_is_read():
+    with torch.device("meta"):
+        model = models.llama()
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.headers["lm_head.weight"].shape == (96, 32)
+    with pytest.raises(CheckpointError, match=r"`lm_head\.weight` of the LlamaForCausalLM is on the meta device"):
+        checkpoint.read("lm_head.weight")
+    with pytest.raises(CheckpointError, match="meta device"):
+        extract(model, models.llama())

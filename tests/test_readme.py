@@ -1,0 +1,65 @@
+"""The README's blocks, run as printed, in a folder that holds a `base` and a `tuned`."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from peft_posthoc import cli
+from tests import models
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = [(m[1], m[2]) for m in re.finditer(r"```(\w+)\n(.*?)```", README, re.DOTALL)]
+
+
+@pytest.fixture
+def here(llama_pair, tmp_path, monkeypatch):
+    for folder in llama_pair:
+        shutil.copytree(folder, tmp_path / Path(folder).name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_block_is_one_that_is_run_here():
+    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python", "sh"]
+
+
+def test_the_python_blocks(here):
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(block, {"base_model": models.load("base")})
+    assert (here / "adapter-from-python" / "adapter_model.safetensors").is_file()
+    assert (here / "adapter-from-peft" / "adapter_model.safetensors").is_file()
+
+
+def test_the_phlora_lines(here):
+    lines = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("phlora ")]
+    assert len(lines) == 3
+    for line in lines:
+        _, *arguments = shlex.split(line, comments=True)
+        result = CliRunner().invoke(cli.main, arguments)
+        assert result.exit_code == 0, result.output
+    assert (here / "energy.png").is_file()
+    assert (here / "adapter" / "phlora_report.json").is_file()
+
+
+def test_the_make_lines_name_targets():
+    targets = [line.split()[1] for _, block in BLOCKS for line in block.splitlines() if line.startswith("make ")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        run = subprocess.run(
+            ["make", "-n", target], capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parents[1]
+        )
+        assert run.returncode == 0, run.stderr
+
+
+def test_the_extra_that_is_told_to_install_exists():
+    from importlib import metadata
+
+    assert "plot" in metadata.metadata("peft-posthoc").get_all("Provides-Extra")
+    assert sys.version_info >= (3, 11)
