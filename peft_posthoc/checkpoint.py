@@ -62,6 +62,18 @@ class Checkpoint(Protocol):
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
 
 
+def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those that are another one under a second name: tied weights, as safetensors stores them."""
+    seen: set[tuple[object, ...]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.is_meta or not tensor.numel() or identity not in seen:
+            kept[name] = tensor
+        seen.add(identity)
+    return kept
+
+
 class InMemory:
     """Tensors that are already there: a state dict or a module's."""
 
@@ -71,7 +83,7 @@ class InMemory:
     def __init__(self, tensors: Mapping[str, Tensor], *, label: str, module: nn.Module | None = None) -> None:
         self.label = label
         self.module = module
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._tensors = once({name: tensor.detach() for name, tensor in tensors.items()})
         self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
         to_dict = getattr(getattr(module, "config", None), "to_dict", None)
         self.config: Mapping[str, Any] | None = to_dict() if callable(to_dict) else None
@@ -97,7 +109,6 @@ def _of_module(module: nn.Module) -> InMemory:
             f"The {type(module).__name__} already carries a PEFT adapter. Call `merge_and_unload()` or `unload()` "
             "on it and give the plain model."
         )
-    # `named_parameters` gives a tied weight once, under its first name, as `save_pretrained` does.
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     kept = module.state_dict(keep_vars=True)
     tensors |= {name: buffer for name, buffer in module.named_buffers() if name in kept}

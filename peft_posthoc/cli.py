@@ -201,6 +201,8 @@ def verify(
     from peft_posthoc.verify import verify as run
 
     ids = [_token_ids(text) for text in token_ids]
+    if not weights_only:
+        _quiet_hosts()
     result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
     _show(result, json_to, quiet=quiet)
     if min_cosine is not None and result.cosine < min_cosine:
@@ -221,6 +223,17 @@ def _check_file(path: str | Path | None, option: str) -> None:
         raise PosthocError(f"`{option} {path}` is a folder. Name a file.")
     if not file.parent.is_dir():
         raise PosthocError(f"`{option} {path}` cannot be written: there is no folder `{file.parent}`.")
+
+
+def _quiet_hosts() -> None:
+    """Keep the progress bars and the advice of the libraries that load the models from burying ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _token_ids(text: str) -> list[int]:

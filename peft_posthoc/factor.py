@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peft_posthoc.errors import CheckpointError
+from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.plan import Plan
 from peft_posthoc.rank import RankRule
 from peft_posthoc.svd import LowRank, truncated_svd
@@ -69,6 +72,10 @@ def factor_pairs(
 ) -> Iterator[Layer | Skipped]:
     """Factor the weights that the plan carries, and measure the others, in whatever order they come.
 
+    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
+    bits of a result then do not depend on how many threads there are, and nobody waits for a thread that other programs
+    have put off the processor.
+
     Args:
         pairs: Weights before and after.
         plan: What is carried.
@@ -76,18 +83,54 @@ def factor_pairs(
         exact: Use LAPACK's full SVD for every weight.
         device: Where to work.
 
+    Yields:
+        A result for every pair, in the order of the pairs.
+
     Raises:
         CheckpointError: A value is NaN or infinite.
     """
-    for pair in pairs:
+
+    def work(pair: Pair) -> Layer | Skipped:
         try:
             if pair.name in plan.carried:
-                yield _factor(pair, plan, rules[pair.name], exact=exact, device=device)
-            else:
-                yield _leave_out(pair, plan.left_out[pair.name])
-        except ValueError as error:
+                return _factor(pair, plan, rules[pair.name], exact=exact, device=device)
+            return _leave_out(pair, plan.left_out[pair.name])
+        except PosthocError:
+            raise
+        except Exception as error:
             error.add_note(f"While extracting `{pair.name}`.")
             raise
+
+    on_gpu = device is not None and device.type != "cpu"
+    workers = 1 if on_gpu else torch.get_num_threads()
+    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from _bounded_map(pool, work, pairs, workers)
+
+
+def _bounded_map(
+    pool: ThreadPoolExecutor, work: Callable[[Pair], Layer | Skipped], pairs: Iterable[Pair], ahead: int
+) -> Iterator[Layer | Skipped]:
+    """`map` that takes the next pair only when there is room for it."""
+    running: deque[Future[Layer | Skipped]] = deque()
+    try:
+        for pair in pairs:
+            running.append(pool.submit(work, pair))
+            if len(running) > ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torch.device | None) -> Layer | Skipped:
@@ -108,6 +151,8 @@ def _leave_out(pair: Pair, reason: str) -> Skipped:
         delta = difference(pair)
         return Skipped(pair.name, reason, delta.norm, delta.base_norm, None, time.perf_counter() - start)
     base_norm, tuned_norm = (None if tensor is None else frobenius(tensor) for tensor in (pair.base, pair.tuned))
+    if not all(math.isfinite(norm) for norm in (base_norm, tuned_norm) if norm is not None):
+        raise CheckpointError(_not_finite(pair))
     return Skipped(pair.name, reason, None, base_norm, tuned_norm, time.perf_counter() - start)
 
 

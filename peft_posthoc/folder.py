@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peft_posthoc.checkpoint import Header
+from peft_posthoc.checkpoint import Header, once
 from peft_posthoc.errors import CheckpointError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -172,7 +172,7 @@ class _Pickle:
                 f"`{path}` is refused: it holds values that are not plain tensors: {', '.join(strangers[:5])}. Save "
                 "the model's state dict alone."
             )
-        self._tensors: dict[str, Tensor] = {str(name): tensor.detach() for name, tensor in content.items()}
+        self._tensors = once({str(name): tensor.detach() for name, tensor in content.items()})
         self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     @staticmethod
@@ -218,4 +218,7 @@ def _config(folder: Path) -> Mapping[str, Any] | None:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"`{path}` is not a configuration: expected a JSON object.")
+    architectures, model_type = config.get("architectures") or [], config.get("model_type") or ""
+    if not (isinstance(architectures, list) and all(isinstance(name, str) for name in [*architectures, model_type])):
+        raise CheckpointError(f"`{path}` is not a configuration: `architectures` or `model_type` is no name.")
     return config

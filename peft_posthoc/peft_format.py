@@ -22,6 +22,7 @@ PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "phlora_report.json"
+_OURS = (CONFIG, WEIGHTS, REPORT, "adapter_model.bin", "README.md")
 
 
 class Contents(NamedTuple):
@@ -47,6 +48,9 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
         AdapterError: Something is there that must not be replaced.
     """
     target = Path(folder)
+    ancestor = next((path for path in target.parents if path.exists()), target.parent)
+    if not ancestor.is_dir():
+        raise AdapterError(f"`{target}` cannot be made: `{ancestor}` is not a folder.")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -57,6 +61,11 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
         raise AdapterError(f"`{target}` exists and is not empty. Choose another folder, or replace it with `--force`.")
     if not (target / CONFIG).is_file():
         raise AdapterError(f"`{target}` is not an adapter folder; `--force` replaces nothing else.")
+    others = sorted(path.name for path in target.iterdir() if path.name not in _OURS)
+    if others:
+        raise AdapterError(
+            f"`{target}` holds more than an adapter ({', '.join(others[:5])}); `--force` would delete it."
+        )
 
 
 def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: bool = False) -> Path:
@@ -70,14 +79,15 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
     Raises:
         AdapterError: The folder holds something, or cannot be written.
     """
-    target = Path(folder)
+    target = Path(folder).absolute()
     check_target(target, force=force)
+    missing = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that moving it into place is a rename within one file system.
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise AdapterError(f"Cannot write to `{target.parent}`: {error.strerror or error}.") from error
+        raise AdapterError(f"Cannot write to `{Path(folder).parent}`: {error.strerror or error}.") from error
     try:
         made = staging / "new"
         made.mkdir()
@@ -93,12 +103,15 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
         made.rename(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise AdapterError(f"The adapter could not be written to `{target}`: {reason}. Nothing was left.") from error
+        raise AdapterError(f"The adapter could not be written to `{folder}`: {reason}. Nothing was left.") from error
     finally:
         if (staging / "old").exists() and not target.exists():
             (staging / "old").rename(target)
         shutil.rmtree(staging, ignore_errors=True)
-    return target
+        if not target.exists():
+            for path in missing:
+                path.rmdir()
+    return Path(folder)
 
 
 def load_factors(folder: str | os.PathLike[str]) -> dict[str, Factors]:

@@ -41,12 +41,15 @@ def hub(served):
 
 
 def environment(address, home):
-    return os.environ | {
+    """Of a machine that knows no hub but ours, and on which nobody ever logged in."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return others | {
         "HF_ENDPOINT": address,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
     }
 
 

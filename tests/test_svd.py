@@ -125,6 +125,17 @@ def test_clusters_on_both_sides_of_the_cut_are_certified_truthfully(width, place
     assert_best(delta, truncated_svd(delta, 32), spectrum)
 
 
+@pytest.mark.parametrize(("rank", "end", "width"), [(1, 39, 8e-4), (4, 58, 6e-4), (4, 48, 1e-3), (16, 44, 2e-4)])
+def test_a_cluster_wider_than_a_block_is_not_overlooked(monkeypatch, rank, end, width):
+    """Block Krylov sees as many values of a cluster as it has columns; the others leave no trace."""
+    spectrum = cluster(600, width, 0, end)
+    delta = with_spectrum(*SQUARE, spectrum, dtype=torch.float32)
+    assert_best(delta, truncated_svd(delta, rank), spectrum)
+    monkeypatch.setattr(svd, "_crowded", lambda theta, r, width: False)
+    with pytest.raises(AssertionError):
+        assert_best(delta, truncated_svd(delta, rank), spectrum)
+
+
 def test_equal_values_beyond_the_first_block_are_found_when_the_rank_is_unknown():
     spectrum = step(700, equal=60)
     delta = with_spectrum(700, 700, spectrum, dtype=torch.float32)
