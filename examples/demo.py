@@ -12,6 +12,7 @@ import os
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import click
 from demo_model import (
     FULL,
+    PROMPT_END,
     QUICK,
     Size,
     new_model,
@@ -76,10 +78,10 @@ class Row(NamedTuple):
         return self._asdict() | {"score": self.score._asdict()}
 
 
-def kept(folder: Path, size: Size, make: Callable[[Path], None]) -> Path:
-    """The folder as an earlier run with the same sizes left it, or made now; never half of it."""
+def kept(folder: Path, made_from: Sequence[object], make: Callable[[Path], None]) -> Path:
+    """The folder as an earlier run made it from the same things, or made now; never half of it."""
     mark = folder / "demo.json"
-    wanted = json.dumps(size._asdict())
+    wanted = json.dumps(made_from)
     if mark.is_file() and mark.read_text() == wanted:
         click.echo(f"{folder}: kept from an earlier run")
         return folder
@@ -205,18 +207,22 @@ def verdict(tuned: Row, best: Row | None) -> str:
 @click.option("--quick", is_flag=True, help="Tiny models and few steps: every part runs, the scores mean nothing.")
 def main(work: Path, quick: bool) -> None:
     """Train, fine-tune, extract, compare. What is in the folder WORK from an earlier run is not trained again."""
-    logging.disable_progress_bar()  # transformers' bar for loading would run a hundred times
+    logging.disable_progress_bar()  # transformers' own, for every load
+    # PEFT asks the model by a name that transformers is about to change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     size = QUICK if quick else FULL
     work.mkdir(parents=True, exist_ok=True)
     training, test = train_and_test(size.reports, size.test_reports)
     base = kept(work / "base", size, lambda folder: train_base(folder, size))
-    tuned = kept(work / "tuned", size, lambda folder: fine_tune(base, folder, training, size))
+    version = (base / "model.safetensors").stat().st_mtime_ns
+    tuned = kept(work / "tuned", [*size, version], lambda folder: fine_tune(base, folder, training, size))
 
     run("inspect", base, tuned, *KINDS[-1].flags, "--json", work / "energy.json", "--plot", work / "energy.png")
     full = [measure(folder.name, folder, partial(load_full, folder), test) for folder in (base, tuned)]
     adapters = [measure_adapter(base, tuned, *choice, test) for choice in itertools.product(KINDS, size.ranks)]
     best = smallest_recovered(full[1], adapters)
-    run("verify", work / (best or adapters[-1]).folder, "--base", base, "--tuned", tuned, "--prompt", test[0].prose)
+    prompt = test[0].prose + PROMPT_END + test[0].answer
+    run("verify", work / (best or adapters[-1]).folder, "--base", base, "--tuned", tuned, "--prompt", prompt)
 
     rows = [*full, *adapters]
     (work / "table.md").write_text(table(rows) + "\n")

@@ -44,23 +44,23 @@ class Pools(NamedTuple):
     inputs: list[Pair]  # adjective, noun
 
 
-MODULES = "array calendar codecs copy datetime email http json locale logging queue signal socket string thread xml"
+MODULES = "copy http locale parser queue select signal socket ssl string struct test thread time token xml"
+METHODS = "add close get open read send set write"
 ERRORS = "AttributeError ImportError IndexError KeyError OSError RuntimeError TypeError ValueError"
-ADJECTIVES = "closed default empty invalid long missing negative second"
-NOUNS = "buffer file header key line message name path"
+ADJECTIVES = "closed default empty invalid long old second short"
+NOUNS = "buffer file header key line name path value"
 PLATFORMS = "Android Cygwin Linux Solaris Unix Windows"
-VERSIONS = "4 5 6 7 8 9"
 
 OPENINGS = (
     "The {module} module raises {error}.",
-    "There is a {error} in {module}.",
+    "There is an error in {module}: {error}.",
     "We get {error} when using {module}.",
     "Importing {module} ends with {error}.",
 )
 SENTENCES = {
-    "input": ("It happens with a {input}.", "The input was a {input}.", "Try it on a {input}."),
+    "input": ("It happens with some {input}.", "The input has one {input}.", "Try it on any {input}."),
     "platform": ("It was found on {platform}.", "The system is {platform}.", "Only {platform} is affected."),
-    "version": ("This is Python 3.{version}.", "It is new in version 3.{version}.", "Release 3.{version} has it."),
+    "method": ("The call was to {method}.", "It is {method} that fails.", "This is seen in {method} only."),
 }
 
 
@@ -80,12 +80,11 @@ def write_report(pools: Pools, rng: random.Random) -> Report:
         "error": error,
         "input": " ".join(rng.choice(pools.inputs)),
         "platform": rng.choice(PLATFORMS.split()),
-        "version": rng.choice(VERSIONS.split()),
+        "method": rng.choice(METHODS.split()),
     }
     told = rng.sample(sorted(SENTENCES), rng.randint(1, len(SENTENCES)))
     sentences = [rng.choice(OPENINGS), *(rng.choice(SENTENCES[key]) for key in told)]
-    values_told = {key: value for key, value in values.items() if key in ("module", "error", *told)}
-    facts = {key: f"3.{value}" if key == "version" else value for key, value in values_told.items()}
+    facts = {key: value for key, value in values.items() if key in ("module", "error", *told)}
     return Report(" ".join(sentences).format(**values), facts)
 
 

@@ -22,6 +22,7 @@ from peft_posthoc.peft_format import Contents, write_folder
 from peft_posthoc.plan import Plan
 from peft_posthoc.portable import PORTABLE
 from peft_posthoc.report import Report
+from peft_posthoc.spool import clear
 
 
 class Form(Protocol):
@@ -71,7 +72,8 @@ class Adapter:
         Raises:
             NothingToCarryError: No layer was factored.
         """
-        rows = list(outcomes)
+        order = {name: index for index, name in enumerate(plan.headers)}
+        rows = sorted(outcomes, key=lambda row: order[row.weight])
         layers = {row.weight: row for row in rows if isinstance(row, Layer)}
         skipped = {row.weight: row for row in rows if isinstance(row, Skipped)}
         if not layers:
@@ -131,7 +133,9 @@ class Adapter:
             AdapterError: The folder holds something, or cannot be written.
         """
         contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
-        return write_folder(folder, contents, force=force)
+        written = write_folder(folder, contents, force=force)
+        clear(folder)
+        return written
 
 
 def _nothing(skipped: Iterable[Skipped], base: str, tuned: str) -> str:

@@ -47,6 +47,10 @@ class Checkpoint(Protocol):
         """Where its files lie, if it has any."""
 
     @property
+    def identity(self) -> Any:
+        """Plain JSON values that change when the tensors do; None for tensors in memory."""
+
+    @property
     def config(self) -> Mapping[str, Any] | None:
         """The model's configuration (`config.json`), if there is one."""
 
@@ -79,6 +83,7 @@ class InMemory:
 
     revision: str | None = None
     folder: Path | None = None
+    identity: Any = None
 
     def __init__(self, tensors: Mapping[str, Tensor], *, label: str, module: nn.Module | None = None) -> None:
         self.label = label

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.errors import PosthocError, ShareDone, one_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,8 +33,10 @@ class _Command(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except KeyboardInterrupt:
-            _fail("Interrupted. Nothing was written.", 130, debug=debug)
+        except KeyboardInterrupt as interrupt:
+            kept = getattr(interrupt, "__notes__", [])
+            again = "The same command goes on from there." if kept else "Nothing was written."
+            _fail(" ".join(["Interrupted.", *kept, again]), 130, debug=debug)
         except MemoryError:
             _fail("Out of memory.", 1, debug=debug)
         except Exception as error:
@@ -126,13 +128,20 @@ def extract(
         raise click.UsageError("Give --rank or --energy, not both.")
     from peft_posthoc.extract import extract as run
     from peft_posthoc.peft_format import check_target
+    from peft_posthoc.processes import Processes
     from peft_posthoc.rank import fixed, keep_energy
 
     # Bad arguments are told before the work, not after it.
     _check_file(json_to, "--json")
     rule = keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
     check_target(out, force=force)
-    adapter = run(base, tuned, rule, dtype=_dtype(dtype), progress=not quiet, **options)
+    processes = Processes.from_environment()
+    try:
+        adapter = run(
+            base, tuned, rule, dtype=_dtype(dtype), out=out, processes=processes, progress=not quiet, **options
+        )
+    except ShareDone:
+        return
     adapter.save(out, force=force)
     _show(adapter.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":

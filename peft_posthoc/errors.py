@@ -5,7 +5,8 @@
     ├── MismatchError               base and tuned are not two states of one model
     ├── NothingToCarryError         nothing changed, or nothing of what changed has a LoRA form
     ├── AdapterError                an adapter folder cannot be read, written or fitted to a model
-    └── MissingExtraError           an optional dependency is not installed
+    ├── MissingExtraError           an optional dependency is not installed
+    └── ShareDone                   no fault: this process of several is done, and another one has the result
 
 Arguments that make no sense by themselves (a rank of 0, an unknown device) are `ValueError`, as everywhere in Python.
 """
@@ -35,6 +36,10 @@ class AdapterError(PosthocError):
 
 class MissingExtraError(PosthocError):
     """An optional dependency is not installed."""
+
+
+class ShareDone(PosthocError):
+    """This process has done its share of the weights; the first process has the adapter."""
 
 
 def one_line(error: BaseException) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 
 import torch
 from tqdm import tqdm
 
 from peft_posthoc.adapter import Adapter
 from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
+from peft_posthoc.errors import PosthocError, ShareDone
 from peft_posthoc.factor import Layer, Pair, Skipped, factor_pairs
 from peft_posthoc.plan import Choice, Plan, by_flags, make_plan
+from peft_posthoc.processes import ALONE, Processes
 from peft_posthoc.rank import RankRule, as_rule, describe
+from peft_posthoc.spool import Spool
 
 
 def extract(
@@ -31,6 +37,8 @@ def extract(
     exact: bool = False,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    out: str | PathLike[str] | None = None,
+    processes: Processes = ALONE,
     progress: bool = False,
 ) -> Adapter:
     """Extract a LoRA adapter from a base model and a full fine-tune of it (PHLoRA, arXiv 2509.10971).
@@ -51,6 +59,9 @@ def extract(
         exact: Use LAPACK's full SVD for every weight.
         device: Where to factor: `cpu`, `cuda`, `cuda:1`, ..., or `auto`.
         dtype: Of the saved factors; by default the tuned checkpoint's.
+        out: Where the adapter will be saved. Finished layers are kept beside it until it is: an interrupted run with
+            the same inputs and options goes on from there.
+        processes: Those that share the work, as `Processes.from_environment()` finds them.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -60,6 +71,7 @@ def extract(
         CheckpointError: A checkpoint cannot be read, or holds NaN or infinity.
         MismatchError: The two are not states of one model.
         NothingToCarryError: Nothing changed that LoRA can carry.
+        ShareDone: This is not the first of several processes, and its share is done.
         ValueError: An argument makes no sense.
     """
     rule = as_rule(rank)
@@ -68,14 +80,6 @@ def extract(
     choice = choose or by_flags(embeddings=embeddings, head=head)
     plan = make_plan(before, after, include=include, exclude=exclude, choose=choice)
     rules = rules_of(plan, rule, rank_pattern or {})
-    total = sum(header.bytes for header in (*before.headers.values(), *after.headers.values()))
-    outcomes: list[Layer | Skipped] = []
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Extracting", disable=not progress) as bar:
-        pairs = read_pairs(before, after, plan)
-        for outcome in factor_pairs(pairs, plan, rules, exact=exact, device=where):
-            outcomes.append(outcome)
-            both = [side.headers[outcome.weight] for side in (before, after) if outcome.weight in side.headers]
-            bar.update(sum(header.bytes for header in both))
     options = {
         "rule": describe(rule),
         "rank_pattern": dict(rank_pattern or {}),
@@ -86,7 +90,69 @@ def extract(
         "exact": exact,
         "device": where.type,
     }
-    return Adapter.of(before, after, plan, outcomes, dtype=dtype, options=options)
+    spool = None
+    if out is not None and before.identity is not None and after.identity is not None:
+        patience = {"patience": 0.0} if processes.size > 1 else {}
+        spool = Spool(out, [before.identity, after.identity, options], **patience)
+    elif processes.size > 1:
+        raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
+    try:
+        outcomes = _outcomes(before, after, plan, rules, spool, processes, exact=exact, device=where, progress=progress)
+        return Adapter.of(before, after, plan, outcomes, dtype=dtype, options=options)
+    except KeyboardInterrupt as interrupt:
+        if spool is not None and len(spool):
+            interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
+        raise
+    except (PosthocError, ValueError) as error:
+        if spool is not None and not isinstance(error, ShareDone):
+            spool.remove()
+        raise
+
+
+def _outcomes(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    plan: Plan,
+    rules: Mapping[str, RankRule],
+    spool: Spool | None,
+    processes: Processes,
+    *,
+    exact: bool,
+    device: torch.device,
+    progress: bool,
+) -> list[Layer | Skipped]:
+    """What is known of every weight: from an earlier run, from this process, and from the others.
+
+    Raises:
+        ShareDone: This is not the first of several processes.
+    """
+    sizes = {
+        name: sum(side.headers[name].bytes for side in (base, tuned) if name in side.headers) for name in plan.headers
+    }
+    share = processes.share(sizes)
+    outcomes = spool.outcomes(share) if spool else []
+    done = {outcome.weight for outcome in outcomes}
+    mine = [name for name in share if name not in done]
+    with tqdm(
+        total=sum(sizes[name] for name in share),
+        initial=sum(sizes[name] for name in done),
+        unit="B",
+        unit_scale=True,
+        desc="Extracting",
+        disable=not progress or processes.rank > 0,
+    ) as bar:
+        for outcome in factor_pairs(read_pairs(base, tuned, mine), plan, rules, exact=exact, device=device):
+            outcomes.append(outcome)
+            if spool is not None:
+                spool.put(outcome)
+            bar.update(sizes[outcome.weight])
+    if processes.rank > 0:
+        raise ShareDone("This process has done its share; the first one has the adapter.")
+    while spool is not None and len(outcomes) < len(plan.headers):
+        # Should another process die, the launcher ends this one too.
+        time.sleep(0.05)
+        outcomes = spool.outcomes(plan.headers) if len(spool) >= len(plan.headers) else outcomes
+    return outcomes
 
 
 def pick_device(name: str) -> torch.device:
@@ -96,7 +162,9 @@ def pick_device(name: str) -> torch.device:
         ValueError: There is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # One GPU for each process that torchrun started.
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -118,9 +186,9 @@ def rules_of(plan: Plan, rule: RankRule, rank_pattern: Mapping[str, int]) -> dic
     return {weight: of(places[0].module) for weight, places in plan.carried.items()}
 
 
-def read_pairs(base: Checkpoint, tuned: Checkpoint, plan: Plan) -> Iterator[Pair]:
-    """Every tensor of both checkpoints, one pair at a time."""
-    for name in (*plan.carried, *plan.left_out):
+def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Pair]:
+    """The tensors of these names in both checkpoints, one pair at a time."""
+    for name in names:
         yield Pair(
             name,
             base.read(name) if name in base.headers else None,

@@ -6,9 +6,8 @@ import contextlib
 import math
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -84,7 +83,7 @@ def factor_pairs(
         device: Where to work.
 
     Yields:
-        A result for every pair, in the order of the pairs.
+        A result for every pair, as it is ready.
 
     Raises:
         CheckpointError: A value is NaN or infinite.
@@ -103,25 +102,28 @@ def factor_pairs(
 
     on_gpu = device is not None and device.type != "cpu"
     workers = 1 if on_gpu else torch.get_num_threads()
+    # However many threads there are, the deltas in memory are never more than twice the largest.
+    room = 2 * max((header.bytes for header in plan.headers.values()), default=0)
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from _bounded_map(pool, work, pairs, workers)
+        running: dict[Future[Layer | Skipped], int] = {}
+        try:
+            for pair in pairs:
+                size = plan.headers[pair.name].bytes
+                while len(running) >= workers or (running and sum(running.values()) + size > room):
+                    yield from _finished(running)
+                running[pool.submit(work, pair)] = size
+            while running:
+                yield from _finished(running)
+        finally:
+            for future in running:
+                future.cancel()
 
 
-def _bounded_map(
-    pool: ThreadPoolExecutor, work: Callable[[Pair], Layer | Skipped], pairs: Iterable[Pair], ahead: int
-) -> Iterator[Layer | Skipped]:
-    """`map` that takes the next pair only when there is room for it."""
-    running: deque[Future[Layer | Skipped]] = deque()
-    try:
-        for pair in pairs:
-            running.append(pool.submit(work, pair))
-            if len(running) > ahead:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    finally:
-        for future in running:
-            future.cancel()
+def _finished(running: dict[Future[Layer | Skipped], int]) -> Iterator[Layer | Skipped]:
+    """Wait until something is finished, and take it out."""
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        del running[future]
+        yield future.result()
 
 
 @contextlib.contextmanager

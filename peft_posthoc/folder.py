@@ -119,6 +119,12 @@ class Folder:
             listed = None
         for file in chosen:
             self._add(file)
+        stats = [(folder / file).stat() for file in chosen]
+        # Not a hash of the content: that would be one more pass over it.
+        self.identity: Any = [
+            [str(folder.resolve()), file, stat.st_size, stat.st_mtime_ns]
+            for file, stat in zip(chosen, stats, strict=True)
+        ]
         absent = [tensor for tensor in listed or () if tensor not in self.headers]
         if absent:
             raise CheckpointError(f"The index of `{label}` lists tensors that no shard holds: {', '.join(absent[:5])}.")

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peft_posthoc.rank import RankRule, Spectrum
+from peft_posthoc.rank import RankRule, Spectrum, fixed
 
 # Up to this side LAPACK's full SVD costs no more than the iteration.
 _SMALL = 256
@@ -103,6 +103,8 @@ def truncated_svd(
         ValueError: `rank` is out of range, or `delta` holds NaN or infinity.
     """
     m, n = delta.shape
+    if isinstance(rank, fixed):
+        rank = min(rank.rank, m, n)  # known in advance, so that the first block is wide enough
     rule = rank if callable(rank) else _always(rank, m, n)
     work = delta if delta.dtype in (torch.float32, torch.float64) else delta.float()
     norm = _frobenius_norm(work)

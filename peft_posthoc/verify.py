@@ -191,7 +191,7 @@ def _compare_weights(
     *,
     progress: bool,
 ) -> Iterator[_Weight]:
-    pairs = read_pairs(base, tuned, plan)
+    pairs = read_pairs(base, tuned, plan.headers)
     for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
         if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
             continue
