@@ -230,6 +230,8 @@ def main(work: Path, quick: bool) -> None:
     click.echo(f"\nA test report: {test[0].prose}\nIts answer:    {test[0].answer}\n\n{table(rows)}\n")
     click.echo(verdict(full[1], best))
     click.echo(f"The table is in {work / 'table.md'}, energy against rank in {work / 'energy.png'}.")
+    if best is None and not quick:
+        raise click.ClickException("The demo did not show what it is there to show.")
 
 
 if __name__ == "__main__":

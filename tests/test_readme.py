@@ -26,7 +26,7 @@ def here(llama_pair, tmp_path, monkeypatch):
 
 
 def test_every_block_is_one_that_is_run_here():
-    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python", "sh"]
+    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python", "sh", "sh"]
 
 
 def test_the_python_blocks(here):
@@ -46,6 +46,18 @@ def test_the_phlora_lines(here):
         assert result.exit_code == 0, result.output
     assert (here / "energy.png").is_file()
     assert (here / "adapter" / "phlora_report.json").is_file()
+
+
+def test_the_torchrun_line(here):
+    (line,) = (line for _, block in BLOCKS for line in block.splitlines() if line.startswith("torchrun "))
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (here / "adapter-by-two" / "adapter_model.safetensors").is_file()
 
 
 def test_the_make_lines_name_targets():
