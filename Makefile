@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test bench lint wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -19,6 +19,10 @@ demo: $(READY)  ## Train, fine-tune, extract, verify: the main job on real weigh
 test: lint $(READY)  ## What the CI runs.
 	$(BIN)/python -m pytest
 	$(MAKE) wheel
+
+bench: $(READY)  ## Side by side with the other extractors; writes benchmarks/RESULTS.md.
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[mergekit]'
+	$(BIN)/python benchmarks/extraction.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

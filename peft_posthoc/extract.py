@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from os import PathLike
 
 import torch
@@ -28,8 +29,8 @@ def extract(
     *,
     base_revision: str | None = None,
     tuned_revision: str | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     embeddings: bool = False,
     head: bool = False,
     choose: Choice | None = None,
@@ -75,6 +76,7 @@ def extract(
         ValueError: An argument makes no sense.
     """
     rule = as_rule(rank)
+    include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
     where = pick_device(device)
     before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     choice = choose or by_flags(embeddings=embeddings, head=head)
@@ -83,17 +85,19 @@ def extract(
     options = {
         "rule": describe(rule),
         "rank_pattern": dict(rank_pattern or {}),
-        "include": list(include),
-        "exclude": list(exclude),
+        "include": include,
+        "exclude": exclude,
         "embeddings": embeddings,
         "head": head,
         "exact": exact,
         "device": where.type,
     }
     spool = None
-    if out is not None and before.identity is not None and after.identity is not None:
+    # A rule that is any function has no name that tells it from others.
+    if out is not None and before.identity and after.identity and is_dataclass(rule):
+        carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
         patience = {"patience": 0.0} if processes.size > 1 else {}
-        spool = Spool(out, [before.identity, after.identity, options], **patience)
+        spool = Spool(out, [before.identity, after.identity, options, carried], **patience)
     elif processes.size > 1:
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
