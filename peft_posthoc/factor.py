@@ -102,8 +102,9 @@ def factor_pairs(
 
     on_gpu = device is not None and device.type != "cpu"
     workers = 1 if on_gpu else torch.get_num_threads()
-    # However many threads there are, the deltas in memory are never more than twice the largest.
-    room = 2 * max((header.bytes for header in plan.headers.values()), default=0)
+    # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
+    # takes three times as much beside each, so that one must do.
+    room = (1 if exact else 2) * max((header.bytes for header in plan.headers.values()), default=0)
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         running: dict[Future[Layer | Skipped], int] = {}
         try:
@@ -142,7 +143,7 @@ def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torc
         return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
     matrix = plan.carried[pair.name][0].kind.matrix(delta.values)
     # The seed depends on the name alone: same inputs, same factors, in whatever order weights come.
-    found = truncated_svd(matrix, rule, exact=exact, seed=zlib.crc32(pair.name.encode()))
+    found = truncated_svd(matrix, rule, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
     found = found._replace(a=found.a.cpu(), b=found.b.cpu())
     return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start)
 

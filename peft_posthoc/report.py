@@ -47,6 +47,8 @@ class Row:
     seconds: float
     shortfall: float | None
     """The certificate of the factorization: energy missed against the best rank-r approximation, relative."""
+    residual: float | None
+    """Of the worst kept triplet, `||delta v - sigma u||` relative to the largest sigma."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
                 bytes=bytes_in_file,
                 seconds=layer.seconds,
                 shortfall=factors.shortfall,
+                residual=float(factors.residual.max()),
             )
             continue
         skipped = adapter.skipped[name]
@@ -170,6 +173,7 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
             bytes=bytes_in_file,
             seconds=skipped.seconds,
             shortfall=None,
+            residual=None,
         )
 
 

@@ -55,10 +55,13 @@ class Spool:
     def _write(self, outcome: Layer | Skipped) -> None:
         if isinstance(outcome, Layer):
             factors = outcome.factors
-            tensors = {"a": factors.a.contiguous(), "b": factors.b.contiguous(), "s": factors.s}
-            numbers = outcome._asdict() | {
-                "factors": [factors.energy, factors.norm, factors.shortfall, factors.residual]
+            tensors = {
+                "a": factors.a.contiguous(),
+                "b": factors.b.contiguous(),
+                "s": factors.s,
+                "residual": factors.residual,
             }
+            numbers = outcome._asdict() | {"factors": [factors.energy, factors.norm, factors.shortfall]}
         else:
             tensors, numbers = {}, outcome._asdict()
         path = self._path(outcome.weight)
@@ -90,8 +93,8 @@ def _read(path: Path) -> Layer | Skipped:
         numbers = json.loads(file.metadata()["outcome"])
         if "factors" not in numbers:
             return Skipped(**numbers)
-        energy, norm, shortfall, residual = numbers.pop("factors")
-        a, b, s = (file.get_tensor(name) for name in "abs")
+        energy, norm, shortfall = numbers.pop("factors")
+        a, b, s, residual = (file.get_tensor(name) for name in ("a", "b", "s", "residual"))
     return Layer(factors=LowRank(a, b, s, energy, norm, shortfall, residual), **numbers)
 
 
