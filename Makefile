@@ -22,6 +22,7 @@ test: lint $(READY)  ## What the CI runs.
 
 bench: $(READY)  ## Side by side with the other extractors; writes benchmarks/RESULTS.md.
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[mergekit]'
+	$(BIN)/python examples/demo.py
 	$(BIN)/python benchmarks/extraction.py
 
 lint: $(READY)

@@ -97,7 +97,8 @@ def floor(base: Path, tuned: Path) -> list[str | Path]:
 
 def optimum(base: Path, tuned: Path) -> dict[str, torch.Tensor]:
     """The energies of all singular values of every delta, in float64, kept from one call to the next."""
-    kept = base.parent / "spectra.safetensors"
+    kept = base.parent / "exact-spectra" / "s.safetensors"
+    kept.parent.mkdir(exist_ok=True)
     if not kept.is_file():
         before, after = (safe_open(folder / "model.safetensors", "pt") for folder in (base, tuned))
         names = [name for name in before.keys() if "proj" in name]  # noqa: SIM118
@@ -152,10 +153,8 @@ def alternate(lines: Sequence[Line], runs: int) -> dict[str, list[Run]]:
     return found
 
 
-def side_by_side(name: str, work: Path, runs: int, slow_runs: int) -> list[str]:
+def side_by_side(title: str, base: Path, tuned: Path, out: Path, runs: int, slow_runs: int) -> list[str]:
     """One pair: ours at every rank, and the others, against the streaming floor."""
-    base, tuned = make(work / name, **SHAPES[name])
-    out = work / name / "out"
     first = Line("streaming floor", floor(base, tuned))
     mine = [
         Line(f"phlora, rank {rank}", ours(base, tuned, out / f"ours{rank}", rank), out / f"ours{rank}", rank)
@@ -174,10 +173,9 @@ def side_by_side(name: str, work: Path, runs: int, slow_runs: int) -> list[str]:
         Line("linalg.svd, any rank", rival("svd", base, tuned, out / "svd", 32), out / "svd", 32),
         Line("mergekit-extract-lora, any rank", mergekit(base, tuned, out / "mergekit", 32), out / "mergekit", 32),
     ]
-    shape = ", ".join(f"{key} {value}" for key, value in SHAPES[name].items())
-    table = [f"### {name}: {shape}", ""]
+    table = [f"### {title}", ""]
     table += [
-        "| command | against the floor | seconds | CPU seconds | memory | with mapped files | energy missed, worst layer |"
+        "| command | against the floor | seconds | CPU seconds | memory | and mapped files | worst layer's loss |"
     ]
     table += ["|---|--:|--:|--:|--:|--:|--:|"]
     found = alternate([first, *mine, *lowrank], runs)
@@ -238,16 +236,22 @@ def machine() -> str:
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=".work/bench", show_default=True)
+@click.option("--demo", type=click.Path(path_type=Path), default=".work/demo", show_default=True, help="What it left.")
 @click.option("--runs", default=5, show_default=True, help="Rounds of the quick commands.")
 @click.option("--slow-runs", default=1, show_default=True, help="Rounds of mergekit and of the full SVD; 0 for none.")
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "RESULTS.md", show_default=True)
-def main(work: Path, runs: int, slow_runs: int, results: Path) -> None:
+def main(work: Path, demo: Path, runs: int, slow_runs: int, results: Path) -> None:
     """Measure, and write the tables."""
     work.mkdir(parents=True, exist_ok=True)
     text = ["# Results", "", "Written by `make bench`. " + machine(), ""]
     text += [" ".join((__doc__ or "").split("\n\n")[1].split()), "", "## Extraction", ""]
-    for name in SHAPES:
-        text += side_by_side(name, work, runs, slow_runs)
+    for name, shape in SHAPES.items():
+        pair = make(work / name, **shape)
+        title = f"{name}: {', '.join(f'{key} {value}' for key, value in shape.items())}"
+        text += side_by_side(title, *pair, work / name / "out", runs, slow_runs)
+    if (demo / "tuned").is_dir():
+        title = "the demo's pair: a real fine-tune of 4M parameters, hidden 256"
+        text += side_by_side(title, demo / "base", demo / "tuned", work / "demo", runs, slow_runs)
     text += growth(work, min(runs, 3)) + processes(work, max(slow_runs, 1))
     results.write_text("\n".join(text))
     click.echo("\n".join(text))

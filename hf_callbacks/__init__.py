@@ -1,0 +1,1 @@
+"""The Trainer callback. Coming: nothing is here yet."""

@@ -1,0 +1,1 @@
+"""`merge_method: phlora` for mergekit. Coming: nothing is here yet."""
