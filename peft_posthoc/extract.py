@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass
 from os import PathLike
 
@@ -191,10 +192,22 @@ def rules_of(plan: Plan, rule: RankRule, rank_pattern: Mapping[str, int]) -> dic
 
 
 def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Pair]:
-    """The tensors of these names in both checkpoints, one pair at a time."""
-    for name in names:
-        yield Pair(
-            name,
-            base.read(name) if name in base.headers else None,
-            tuned.read(name) if name in tuned.headers else None,
-        )
+    """The tensors of these names in both checkpoints, one pair at a time, the next one read ahead.
+
+    They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
+    and Ctrl-C only ever comes to the main thread.
+    """
+
+    def read(name: str) -> Pair:
+        sides = (side.read(name) if name in side.headers else None for side in (base, tuned))
+        return Pair(name, *sides)
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead: Future[Pair] | None = None
+        for name in names:
+            coming = reader.submit(read, name)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = coming
+        if ahead is not None:
+            yield ahead.result()
