@@ -200,7 +200,7 @@ def _lapack(problem: _Problem) -> _Triplets:
 def _gram(problem: _Problem) -> _Triplets:
     """Rayleigh-Ritz on the whole space: all eigenvectors of the Gram matrix, so that none is missed.
 
-    2.5 times faster than the full SVD at 2048 x 2048 in float32.
+    2.6 times faster than the full SVD at 2048 x 2048 in float32 (one thread).
     """
     theta, y = torch.linalg.eigh((problem.tall.mT @ problem.tall) / problem.norm**2)
     v = y.flip(1)[:, : problem.rank(theta.flip(0))]
@@ -327,7 +327,7 @@ def _bordered(t: Float[Tensor, "p p"], h: Float[Tensor, "q b"]) -> Float[Tensor,
 def _orthonormal(x: Float[Tensor, "k b"]) -> Float[Tensor, "k b"]:
     """Columns that span those of `x`: Cholesky QR, and Householder QR where `x` is too near to losing rank for it.
 
-    Of a 2048 x 128 block Cholesky QR takes 1 ms, Householder QR 7 ms.
+    Of a 2048 x 128 block Cholesky QR takes 1.8 ms, Householder QR 5 ms (one thread).
     """
     factor, failed = torch.linalg.cholesky_ex(x.mT @ x)
     diagonal = factor.diagonal()
