@@ -12,8 +12,8 @@ $$\begin{pmatrix} T & C^\top \\ C & D \end{pmatrix}, \qquad C = \begin{pmatrix} 
 
 If all of the unknown $D$ lies below $d$, then $d I$ in its place only raises eigenvalues (Weyl). What is left is a
 small matrix, and the sum of its $r$ largest eigenvalues is at least the energy of the best rank-$r$ approximation:
-Lehmann's bound, and our certificate. The iteration goes on until the sum of the Ritz values comes near it. Where the
-spectrum decays, the bound is 2 to 5 times the truth, which is at most one step more than knowing it would take.
+Lehmann's bound, and our certificate. The iteration goes on until the sum of the Ritz values comes near it. On
+power laws the bound came out at 2 to 5 times the truth.
 The bound is exact but for `d`, which is estimated (`_lehmann`, `_crowded`): that is the one thing that is not proved.
 """
 
@@ -39,7 +39,8 @@ _RIPE = 5
 # Columns of the basis, in ranks, before a check is worth its cost.
 _WIDE = 4
 # `d` is an estimate, so the stated shortfall is this many times the bound. In 1100 random cases, most of them clusters
-# around the cut, the truth was at most 0.64 of the bound.
+# around the cut, with blocks as wide as the rank, the truth was at most 0.64 of the bound. With the narrower blocks of
+# ranks above 64 (`_block`), 120 such cases: never above what was stated.
 _SAFETY = 2.0
 
 
