@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -138,15 +139,20 @@ def _outcomes(
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]
-    with tqdm(
+    bar = tqdm(
         total=sum(sizes[name] for name in share),
         initial=sum(sizes[name] for name in done),
         unit="B",
         unit_scale=True,
         desc="Extracting",
         disable=not progress or processes.rank > 0,
-    ) as bar:
-        for outcome in factor_pairs(read_pairs(base, tuned, mine), plan, rules, exact=exact, device=device):
+    )
+    with (
+        bar,
+        read_pairs(base, tuned, mine) as pairs,
+        factor_pairs(pairs, plan, rules, exact=exact, device=device) as found,
+    ):
+        for outcome in found:
             outcomes.append(outcome)
             if spool is not None:
                 spool.put(outcome)
@@ -191,23 +197,28 @@ def rules_of(plan: Plan, rule: RankRule, rank_pattern: Mapping[str, int]) -> dic
     return {weight: of(places[0].module) for weight, places in plan.carried.items()}
 
 
-def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Pair]:
+@contextlib.contextmanager
+def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Iterator[Pair]]:
     """The tensors of these names in both checkpoints, one pair at a time, the next one read ahead.
 
     They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
-    and Ctrl-C only ever comes to the main thread.
+    and Ctrl-C only ever comes to the main thread. The thread ends with the `with` block, however that ends: left to a
+    generator's end, it would be joined by the garbage collector at a moment when Python's own locks may be held.
     """
 
     def read(name: str) -> Pair:
         sides = (side.read(name) if name in side.headers else None for side in (base, tuned))
         return Pair(name, *sides)
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead: Future[Pair] | None = None
+    def ahead(reader: ThreadPoolExecutor) -> Iterator[Pair]:
+        earlier: Future[Pair] | None = None
         for name in names:
-            coming = reader.submit(read, name)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = coming
-        if ahead is not None:
-            yield ahead.result()
+            later = reader.submit(read, name)
+            if earlier is not None:
+                yield earlier.result()
+            earlier = later
+        if earlier is not None:
+            yield earlier.result()
+
+    with ThreadPoolExecutor(1) as reader:
+        yield ahead(reader)

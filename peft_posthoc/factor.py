@@ -61,6 +61,7 @@ class Delta(NamedTuple):
     base_norm: float
 
 
+@contextlib.contextmanager
 def factor_pairs(
     pairs: Iterable[Pair],
     plan: Plan,
@@ -68,12 +69,12 @@ def factor_pairs(
     *,
     exact: bool = False,
     device: torch.device | None = None,
-) -> Iterator[Layer | Skipped]:
+) -> Iterator[Iterator[Layer | Skipped]]:
     """Factor the weights that the plan carries, and measure the others, in whatever order they come.
 
     Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
     bits of a result then do not depend on how many threads there are, and nobody waits for a thread that other programs
-    have put off the processor.
+    have put off the processor. The threads end with the `with` block.
 
     Args:
         pairs: Weights before and after.
@@ -83,10 +84,8 @@ def factor_pairs(
         device: Where to work.
 
     Yields:
-        A result for every pair, as it is ready.
-
-    Raises:
-        CheckpointError: A value is NaN or infinite.
+        An iterator over the results, one for every pair, each as it is ready. It raises `CheckpointError` where a value
+        is NaN or infinite.
     """
 
     def work(pair: Pair) -> Layer | Skipped:
@@ -105,16 +104,20 @@ def factor_pairs(
     # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
     # takes three times as much beside each, so that one must do.
     room = (1 if exact else 2) * max((header.bytes for header in plan.headers.values()), default=0)
-    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        running: dict[Future[Layer | Skipped], int] = {}
-        try:
-            for pair in pairs:
-                size = plan.headers[pair.name].bytes
-                while len(running) >= workers or (running and sum(running.values()) + size > room):
-                    yield from _finished(running)
-                running[pool.submit(work, pair)] = size
-            while running:
+    running: dict[Future[Layer | Skipped], int] = {}
+
+    def results(pool: ThreadPoolExecutor) -> Iterator[Layer | Skipped]:
+        for pair in pairs:
+            size = plan.headers[pair.name].bytes
+            while len(running) >= workers or (running and sum(running.values()) + size > room):
                 yield from _finished(running)
+            running[pool.submit(work, pair)] = size
+        while running:
+            yield from _finished(running)
+
+    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield results(pool)
         finally:
             for future in running:
                 future.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -143,7 +143,7 @@ def verify(
     factors = load_factors(adapter)
     plan = make_plan(before, after, choose=lambda places: (list(places), ""))
     _fits(factors, plan, adapter)
-    weights = list(_compare_weights(before, after, factors, plan, where, progress=progress))
+    weights = _compare_weights(before, after, factors, plan, where, progress=progress)
     delta = sum(weight.delta**2 for weight in weights)
     product = sum(weight.product**2 for weight in weights)
     residual = sum(weight.residual**2 for weight in weights)
@@ -190,13 +190,15 @@ def _compare_weights(
     device: torch.device,
     *,
     progress: bool,
-) -> Iterator[_Weight]:
-    pairs = read_pairs(base, tuned, plan.headers)
-    for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
-        if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
-            continue
-        places = [place for place in plan.layout.places(pair.name) if place.module in factors]
-        yield _compare(pair, factors[places[0].module] if places else None, places, device)
+) -> list[_Weight]:
+    compared = []
+    with read_pairs(base, tuned, plan.headers) as pairs:
+        for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
+            if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
+                continue
+            places = [place for place in plan.layout.places(pair.name) if place.module in factors]
+            compared.append(_compare(pair, factors[places[0].module] if places else None, places, device))
+    return compared
 
 
 def _compare(pair: Pair, factors: Factors | None, places: Sequence[Place], device: torch.device) -> _Weight:
