@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -20,8 +21,9 @@ from peft_posthoc.errors import PosthocError, ShareDone
 from peft_posthoc.factor import Layer, Pair, Skipped, factor_pairs
 from peft_posthoc.plan import Choice, Plan, by_flags, make_plan
 from peft_posthoc.processes import ALONE, Processes
-from peft_posthoc.rank import RankRule, as_rule, describe
+from peft_posthoc.rank import RankRule, as_rule, describe, fixed
 from peft_posthoc.spool import Spool
+from peft_posthoc.svd import cost
 
 
 def extract(
@@ -135,7 +137,7 @@ def _outcomes(
     sizes = {
         name: sum(side.headers[name].bytes for side in (base, tuned) if name in side.headers) for name in plan.headers
     }
-    share = processes.share(sizes)
+    share = processes.share({name: _cost(name, base, tuned, plan, rules, exact=exact) for name in plan.headers})
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]
@@ -164,6 +166,18 @@ def _outcomes(
         time.sleep(0.05)
         outcomes = spool.outcomes(plan.headers) if len(spool) >= len(plan.headers) else outcomes
     return outcomes
+
+
+def _cost(
+    name: str, base: Checkpoint, tuned: Checkpoint, plan: Plan, rules: Mapping[str, RankRule], *, exact: bool
+) -> float:
+    """About how much work a weight is, as `svd.cost` counts it."""
+    # Reading a value, subtracting and taking norms take as long as a thousand multiplications in a product.
+    values = max(math.prod(side.headers[name].shape) for side in (base, tuned) if name in side.headers)
+    if name not in plan.carried:
+        return 1e3 * values
+    slot, rule = plan.slots[plan.carried[name][0].module], rules[name]
+    return 1e3 * values + cost(slot.m, slot.n, rule.rank if isinstance(rule, fixed) else 32, exact=exact)
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -145,22 +146,42 @@ class Folder:
 
 class _Safetensors:
     def __init__(self, path: Path) -> None:
-        try:
-            self._handle = safe_open(path, framework="pt")
-            self.headers = {name: self._header(path, name) for name in self._handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"`{path}` is not a readable safetensors file: {error}.") from error
+        self._path = path
+        with self._opened() as handle:
+            self._state = _state(path)
+            self.headers = {name: self._header(handle.get_slice(name), name) for name in handle.keys()}  # noqa: SIM118
 
-    def _header(self, path: Path, name: str) -> Header:
-        entry = self._handle.get_slice(name)
+    def _header(self, entry: Any, name: str) -> Header:
         dtype = _DTYPES.get(entry.get_dtype())
         if dtype is None:
-            raise CheckpointError(f"`{path}` holds `{name}` as {entry.get_dtype()}, a type that is not supported.")
+            raise CheckpointError(
+                f"`{self._path}` holds `{name}` as {entry.get_dtype()}, a type that is not supported."
+            )
         return Header(tuple(entry.get_shape()), dtype)
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._handle.get_tensor(name)
-        return tensor
+        # Opened for every tensor: its pages then leave memory with it, not with the last tensor of the file.
+        with self._opened() as handle:
+            if _state(self._path) != self._state:
+                raise CheckpointError(
+                    f"`{self._path}` changed while it was read. Start again when nothing writes to it."
+                )
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt") as handle:
+                yield handle
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"`{self._path}` is not a readable safetensors file: {error}.") from error
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What is no longer the same once a file was replaced or written to."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class _Pickle:

@@ -22,13 +22,13 @@ class Processes(NamedTuple):
         """As the launcher says in `RANK` and `WORLD_SIZE`; alone if it says nothing."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
-    def share(self, sizes: Mapping[str, int]) -> list[str]:
-        """This process' share of the weights, the largest first: each goes to whoever has the least so far."""
-        load = [0] * self.size
+    def share(self, costs: Mapping[str, float]) -> list[str]:
+        """This process' share of the weights, the costliest first: each goes to whoever has the least so far."""
+        load = [0.0] * self.size
         mine: list[str] = []
-        for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        for name in sorted(costs, key=lambda name: (-costs[name], name)):
             target = load.index(min(load))
-            load[target] += sizes[name]
+            load[target] += costs[name]
             if target == self.rank:
                 mine.append(name)
         return mine

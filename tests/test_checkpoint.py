@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -169,6 +170,12 @@ def test_headers_are_known_before_a_tensor_is_read(write, weights, tmp_path, mon
         def __init__(self, *args, **kwargs):
             self.handle = open_file(*args, **kwargs)
 
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
         def get_tensor(self, name):
             read.append(name)
             return self.handle.get_tensor(name)
@@ -333,3 +340,22 @@ def test_a_model_without_values_is_refused_when_it_is_read():
         checkpoint.read("lm_head.weight")
     with pytest.raises(CheckpointError, match="meta device"):
         extract(model, models.llama())
+
+
+def test_a_file_that_was_replaced_after_it_was_opened_is_not_read(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    save_file({"w": torch.zeros(3)}, tmp_path / "new")
+    (tmp_path / "new").replace(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors` changed while it was read"):
+        checkpoint.read("w")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_file_is_mapped_no_longer_than_its_tensors_are_held(tmp_path):
+    save_file({"w": torch.ones(3), "v": torch.ones(3)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    held = checkpoint.read("w")
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    del held
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -61,7 +61,7 @@ def test_a_configuration_that_says_nothing_of_ties_means_the_default_of_its_type
         ),
         (models.bert, "encoder.layer.1.output.dense.weight", [("encoder.layer.1.output.dense", LINEAR, "layer")]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None if isinstance(value, str) else "kinds"),
 )
 def test_a_class_says_what_its_weights_are(make, weight, kinds, tmp_path):
     make().save_pretrained(tmp_path)
