@@ -64,6 +64,7 @@ class Adapter:
         plan: Plan,
         outcomes: Iterable[Layer | Skipped],
         *,
+        tuned_name: str | None = None,
         dtype: torch.dtype | None = None,
         options: Mapping[str, Any],
     ) -> Adapter:
@@ -86,7 +87,7 @@ class Adapter:
             provenance={
                 "base": base.label,
                 "base_revision": base.revision,
-                "tuned": tuned.label,
+                "tuned": tuned_name or tuned.label,
                 "tuned_revision": tuned.revision,
                 "layout": plan.layout.origin,
                 "options": dict(options),

@@ -68,7 +68,11 @@ _MODELS = _options(
     click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
 )
-_CHOICE = _options(
+RANK = _options(
+    click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every delta.  [default: 32]"),
+    click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy."),
+)
+CHOICE = _options(
     click.option("--include", multiple=True, metavar="REGEX", help="Carry only weights whose name this is found in."),
     click.option("--exclude", multiple=True, metavar="REGEX", help="Do not carry weights whose name this is found in."),
     click.option("--embeddings", is_flag=True, help="Carry token embeddings too."),
@@ -102,11 +106,11 @@ def main() -> None:
 @click.argument("base")
 @click.argument("tuned")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every delta.  [default: 32]")
-@click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy.")
+@RANK
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
+@click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
-@_CHOICE
+@CHOICE
 @_MODELS
 @_OUTPUT
 def extract(
@@ -124,16 +128,13 @@ def extract(
 ) -> None:
     """Write the LoRA adapter that leads from BASE to TUNED into the folder OUT."""
     del debug  # Read by the group.
-    if rank is not None and energy is not None:
-        raise click.UsageError("Give --rank or --energy, not both.")
+    rule = rule_of(rank, energy)
     from peft_posthoc.extract import extract as run
     from peft_posthoc.peft_format import check_target
     from peft_posthoc.processes import Processes
-    from peft_posthoc.rank import fixed, keep_energy
 
     # Bad arguments are told before the work, not after it.
     _check_file(json_to, "--json")
-    rule = keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
     check_target(out, force=force)
     processes = Processes.from_environment()
     try:
@@ -153,7 +154,7 @@ def extract(
 @click.argument("tuned")
 @click.option("--max-rank", type=click.IntRange(min=1), default=512, show_default=True, help="Where the curves end.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves into this PNG.")
-@_CHOICE
+@CHOICE
 @_MODELS
 @_OUTPUT
 def inspect(
@@ -221,6 +222,20 @@ def verify(
             raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
         if result.adapter.kl > max_kl:
             raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
+
+
+def rule_of(rank: int | None, energy: float | None) -> Any:
+    """The rank rule that `RANK`'s options say.
+
+    Raises:
+        click.UsageError: They say two.
+        ValueError: The number makes no sense.
+    """
+    if rank is not None and energy is not None:
+        raise click.UsageError("Give --rank or --energy, not both.")
+    from peft_posthoc.rank import fixed, keep_energy
+
+    return keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
 
 
 def _check_file(path: str | Path | None, option: str) -> None:

@@ -33,6 +33,7 @@ def extract(
     *,
     base_revision: str | None = None,
     tuned_revision: str | None = None,
+    tuned_name: str | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     embeddings: bool = False,
@@ -55,6 +56,7 @@ def extract(
             of the delta's energy, a `RankRule` anything else.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
+        tuned_name: What the adapter and its report call `tuned`, where that is not what it will be known by.
         include: Regular expressions over weight names; only what one of them is found in is carried.
         exclude: The same; what one of them is found in is not carried.
         embeddings: Carry token embeddings too.
@@ -106,7 +108,7 @@ def extract(
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
         outcomes = _outcomes(before, after, plan, rules, spool, processes, exact=exact, device=where, progress=progress)
-        return Adapter.of(before, after, plan, outcomes, dtype=dtype, options=options)
+        return Adapter.of(before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options)
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")

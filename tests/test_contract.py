@@ -1,6 +1,8 @@
 """The laws of every surface: each takes a (base, tuned) pair and gives an adapter folder that stock PEFT reads."""
 
 import json
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import torch
 from click.testing import CliRunner
 
 import peft_posthoc
+from hf_callbacks import PosthocLoraCallback
 from peft_posthoc import cli
-from tests import models
+from tests import models, runs
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -40,13 +43,23 @@ def by_peft(base, tuned, out, *, rank, **options):
         model.save_pretrained(out, save_embedding_layers=False)
 
 
+def by_callback(base, tuned, out, **options):
+    with tempfile.TemporaryDirectory() as folder:
+        callback = PosthocLoraCallback(base=base, when="end", background=False, strict=True, **options)
+        # What one step at a learning rate of zero saves is the tuned model as it was.
+        training = runs.trainer(models.load(tuned), folder, callback, max_steps=1, learning_rate=0.0)
+        training.compute_loss = lambda model, *_, **__: sum(p.sum() for p in model.parameters())
+        training.train()
+        shutil.copytree(Path(folder) / "phlora/final", out)
+
+
 def everything(base):
     """The leaf names of every Linear and Embedding."""
     kinds = (torch.nn.Linear, torch.nn.Embedding)
     return sorted({n.rpartition(".")[2] for n, m in models.load(base).named_modules() if isinstance(m, kinds)})
 
 
-SURFACES = {"python": by_python, "command": by_command, "peft": by_peft}
+SURFACES = {"python": by_python, "command": by_command, "peft": by_peft, "callback": by_callback}
 
 
 @pytest.fixture(params=SURFACES)
@@ -113,11 +126,10 @@ def test_a_layer_that_did_not_change_gets_no_change(surface, tmp_path):
 def test_all_surfaces_give_the_same_adapter(llama_pair, tmp_path):
     for name, surface in SURFACES.items():
         surface(*llama_pair, tmp_path / name, rank=8)
-    python, command, in_peft = (deltas_of(llama_pair[0], tmp_path / name) for name in SURFACES)
-    assert python.keys() == command.keys() == in_peft.keys()
-    for module in python:
-        assert torch.equal(python[module], command[module])
-        assert torch.equal(python[module], in_peft[module])
+    first, *others = (deltas_of(llama_pair[0], tmp_path / name) for name in SURFACES)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[module], other[module]) for module in first)
 
 
 def test_the_same_inputs_give_the_same_bits(llama_pair, tmp_path):

@@ -1,0 +1,252 @@
+"""The Trainer's events: when a base is looked for, when an adapter is made, what is logged."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_callbacks.base import Base, find_base, remember, remembered
+from hf_callbacks.extraction import Extraction
+from hf_callbacks.jobs import Done
+from hf_callbacks.metrics import metrics, read_report
+from hf_callbacks.run import FINAL, Run
+from peft_posthoc.checkpoint import open_checkpoint
+from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.rank import RankRule
+
+logger = logging.getLogger(__name__)
+
+
+class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
+    """Leaves a LoRA adapter beside every checkpoint of a full fine-tune (PHLoRA, arXiv 2509.10971).
+
+    Adapters come to lie in `output_dir/phlora/step-N`, the last or best one in `output_dir/phlora/final`. They stay
+    when `save_total_limit` deletes their checkpoints. Nothing is written into a checkpoint.
+
+    Training is not held up: the work is done by another process at low priority, one checkpoint at a time. It is not
+    endangered either: what fails is logged as a warning with its reason.
+
+    Args:
+        rank: How many singular triplets of each delta to keep: an int is a rank, a float in (0, 1] the share of the
+            delta's energy, a `RankRule` anything else.
+        base: The model that the fine-tune starts from: a folder or a hub id. By default where the model was loaded
+            from, if that holds it still and lies outside of the run's folder; otherwise a snapshot of the initial
+            weights is kept in `output_dir/_phlora/base`.
+        base_revision: Branch, tag or commit, where `base` is a hub id.
+        out: Where adapters go, in place of `output_dir/phlora`.
+        when: `"save"`, after every save; a number `n`, after every n-th; `"end"`, only `final`.
+        background: Work in another process; otherwise training waits for every adapter.
+        strict: Raise what is otherwise a warning.
+        keep: How many adapters of steps stay, the newest; all by default.
+        include: Regular expressions over weight names; only what one of them is found in is carried.
+        exclude: The same; what one of them is found in is not carried.
+        embeddings: Carry token embeddings too.
+        head: Carry the output head too.
+        exact: Use LAPACK's full SVD.
+        device: Where to factor.
+        dtype: Of the saved factors; by default the checkpoint's.
+
+    Raises:
+        ValueError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        rank: int | float | RankRule = 32,
+        *,
+        base: str | PathLike[str] | None = None,
+        base_revision: str | None = None,
+        out: str | PathLike[str] | None = None,
+        when: Literal["save", "end"] | int = "save",
+        background: bool = True,
+        strict: bool = False,
+        keep: int | None = None,
+        include: str | Iterable[str] = (),
+        exclude: str | Iterable[str] = (),
+        embeddings: bool = False,
+        head: bool = False,
+        exact: bool = False,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if when not in ("save", "end") and (isinstance(when, bool) or not isinstance(when, int) or when < 1):
+            raise ValueError(f"`when` must be 'save', 'end', or a number of saves of at least 1. Got {when!r}.")
+        if keep is not None and keep < 1:
+            raise ValueError(f"`keep` must be at least 1, or None for all. Got {keep!r}.")
+        patterns = [(given,) if isinstance(given, str) else tuple(given) for given in (include, exclude)]
+        self._extraction = Extraction(rank, patterns[0], patterns[1], embeddings, head, exact, device, dtype)
+        if background:
+            self._extraction.flags()
+        self._given = None if base is None else Base(str(base), base_revision, "it was given")
+        self._out = None if out is None else Path(out)
+        self._when, self._background, self._strict, self._keep = when, background, strict, keep
+        self._run: Run | None = None
+        self._trainer: Trainer | None = None
+        self._saves = 0
+        self._told = False
+        self._initial: Base | None = None
+
+    def attach(self, trainer: Trainer) -> PosthocLoraCallback:
+        """Say which trainer's log gets the numbers, where it cannot be found by itself."""
+        self._trainer = trainer
+        return self
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep hold of the initial weights: a resumed run changes them before its first step."""
+        if state.is_world_process_zero:
+            self._trainer = self._trainer or _calling_trainer()
+            run = self._opened(args)
+            if self._given is None and remembered(run.work) is None:
+                self._guarded("the base was not found", lambda: self._find(kwargs["model"]))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Settle on a base, and catch up with what an interrupted run left."""
+        if not state.is_world_process_zero:
+            return
+        self._trainer = self._trainer or _calling_trainer()
+        run = self._opened(args)
+        resumed = state.global_step > 0
+        self._guarded("the base was not found", lambda: self._settle(kwargs["model"], resumed=resumed))
+        if run.base is None:
+            return
+        logger.info("phlora: the base is %s: %s.", run.base.source, run.base.how)
+        if not resumed:
+            run.start_over()
+        elif self._when == "save":
+            self._catch_up()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make an adapter of what was saved."""
+        if not state.is_world_process_zero or self._run is None:
+            return
+        self._saves += 1
+        if self._when == "end" or (isinstance(self._when, int) and self._saves % self._when):
+            return
+        folder = self._run.checkpoints().get(state.global_step)
+        if folder is None:
+            self._warn(f"no checkpoint of step {state.global_step} in `{self._run.folder}`")
+            return
+        self._tell(self._run.make(folder, state.global_step, background=self._background))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See what has been finished."""
+        if self._run is not None and len(self._run):
+            self._tell(self._run.poll())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for what is still to be made; then make `final`."""
+        if not state.is_world_process_zero or self._run is None or self._run.base is None:
+            return
+        run = self._run
+        try:
+            if self._when == "save":
+                self._catch_up()
+            self._wait()
+            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            step = int(Path(best).name.rpartition("-")[2]) if best else state.global_step
+            if step in run.adapters():
+                self._tell([run.copy(step, name=FINAL)])
+            else:
+                # Without a checkpoint, the model as it is: the best one, where that was to be loaded.
+                source = run.checkpoints().get(step, kwargs["model"])
+                self._tell(run.make(source, step, name=FINAL, background=self._background))
+                self._wait()
+        finally:
+            run.stop()
+
+    def _opened(self, args: TrainingArguments) -> Run:
+        folder = Path(args.output_dir)
+        if self._trainer is not None:
+            # A folder of its own for every trial of a hyperparameter search.
+            folder = Path(self._trainer._get_output_dir(getattr(self._trainer, "_trial", None)))
+        if self._run is None or self._run.folder != folder:
+            self._run, self._saves = Run(folder, self._extraction, out=self._out, keep=self._keep), 0
+            self._run.base = self._given
+        return self._run
+
+    def _find(self, model: nn.Module) -> None:
+        run = self._run
+        if run is not None:
+            self._initial = run.base = find_base(model, run.folder, run.work)
+            remember(run.base, run.work)
+
+    def _settle(self, model: nn.Module, *, resumed: bool) -> None:
+        run = self._run
+        if run is None:
+            return
+        if self._given is not None:
+            # What cannot be read is told now, not after the first save.
+            open_checkpoint(self._given.source, revision=self._given.revision, role="base")
+        elif resumed:
+            run.base = run.base or remembered(run.work)
+            if run.base is None:
+                raise PosthocError("this run was begun without the callback; give `base=`")
+        elif self._initial is None:
+            self._find(model)
+
+    def _catch_up(self) -> None:
+        """Checkpoints that were saved without an event, or whose adapter failed, and what an interrupted run held."""
+        if self._run is not None:
+            for step, folder in self._run.missing().items():
+                self._tell(self._run.make(folder, step, background=self._background))
+
+    def _wait(self) -> None:
+        if self._run is None or not len(self._run):
+            return
+        with tqdm(total=len(self._run), desc="Adapters", disable=not sys.stderr.isatty()) as bar:
+            for done in self._run.wait():
+                self._tell([done])
+                bar.update()
+
+    def _tell(self, ended: Iterable[Done]) -> None:
+        """Log what has come to its end."""
+        for job, failure in ended:
+            if self._run is None:
+                return
+            if failure is not None:
+                self._warn(f"there is no adapter `{job.name}`: {failure}")
+                continue
+            report = read_report(self._run.out / job.name)
+            if not self._told or job.name == FINAL:  # they hardly change from one checkpoint to the next
+                for warning in report["warnings"]:
+                    logger.warning("phlora: %s: %s", job.name, warning)
+            self._told = True
+            if job.name != FINAL and self._trainer is not None:
+                # Not the trainer's own `log`: TRL's would take the running averages of this step along.
+                Trainer.log(self._trainer, metrics(report, step=job.step))
+
+    def _guarded(self, what: str, work: Callable[[], None]) -> None:
+        """Do something that must not end the training."""
+        try:
+            work()
+        except Exception as error:  # whatever it is, it is not worth the training; it is told, or raised by `strict`
+            self._warn(f"{what}: {one_line(error).removesuffix('.')}", error)
+
+    def _warn(self, message: str, cause: Exception | None = None) -> None:
+        if self._strict:
+            raise PosthocError(f"{message[0].upper()}{message[1:]}.") from cause
+        logger.warning("phlora: %s. Training goes on.", message)
+
+
+def _calling_trainer() -> Trainer | None:
+    """The trainer whose event this is: it hands over its model and its state, but not itself."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer):
+            return candidate
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -1,0 +1,84 @@
+"""Pages for people: the model card of an adapter, and the summary of a run's adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from hf_callbacks.metrics import read_report
+from peft_posthoc.peft_format import CONFIG, REPORT
+from peft_posthoc.report import size
+
+_SERVE = """
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=path/to/this/folder
+```
+"""
+
+
+def card(adapter: Path, *, step: int) -> str:
+    """The model card of one adapter: where it comes from, what it holds, how to load it."""
+    report, config = read_report(adapter), json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    provenance, totals = report["provenance"], report["totals"]
+    base, revision = provenance["base"], provenance["base_revision"]
+    header = ModelCardData(
+        base_model=None if Path(base).is_absolute() else base,  # a path of this machine says nothing elsewhere
+        library_name="peft",
+        tags=["lora", "phlora", "post-hoc"],
+    )
+    at = f" at revision `{revision}`" if revision else ""
+    warnings = "".join(f"- {warning}\n" for warning in report["warnings"])
+    cells = (
+        totals["rank"],
+        *(f"{totals[key]:.1%}" for key in ("energy", "energy_of_all", "relative_error")),
+        size(totals["bytes"]),
+    )
+    return f"""---
+{header.to_yaml()}
+---
+
+# {provenance["tuned"]} as a LoRA adapter
+
+The truncated SVD of the weight delta between `{base}`{at} and its full fine-tune at step {step}
+(PHLoRA, [arXiv 2509.10971](https://arxiv.org/abs/2509.10971)): nothing was trained to make it.
+
+| rank | energy kept of what is carried | of the whole fine-tune | relative error | size |
+|--:|--:|--:|--:|--:|
+| {" | ".join(map(str, cells))} |
+
+{warnings}
+A row for every tensor is in `{REPORT}`.
+
+## Load it
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")  # base_model: `{base}`
+```
+{_SERVE.format(base=base, rank=config["r"]) if config.get("task_type") == "CAUSAL_LM" else ""}"""
+
+
+def summary(adapters: Mapping[int, Path]) -> str:
+    """A table of a run's adapters, by step."""
+    lines = [
+        "# Adapters of this run",
+        "",
+        "Energies are shares, of the weights that are carried and of the whole fine-tune; `|d|/|w|` is the size of the "
+        "delta against the base.",
+        "",
+        "| step | rank | energy | of whole | error | \\|d\\|/\\|w\\| | size | folder |",
+        "|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for step, folder in sorted(adapters.items()):
+        totals: Mapping[str, Any] = read_report(folder)["totals"]
+        moved = "" if totals["relative_delta"] is None else f"{totals['relative_delta']:.2%}"
+        lines.append(
+            f"| {step} | {totals['rank']} | {totals['energy']:.1%} | {totals['energy_of_all']:.1%} "
+            f"| {totals['relative_error']:.1%} | {moved} | {size(totals['bytes'])} | `{folder.name}` |"
+        )
+    return "\n".join(lines) + "\n"

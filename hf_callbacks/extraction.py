@@ -1,0 +1,83 @@
+"""What to extract, the same for every checkpoint of a run: here, or as the command that another process runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peft_posthoc import extract
+from peft_posthoc.rank import RankRule, as_rule, fixed, keep_energy
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The options of `peft_posthoc.extract`.
+
+    Raises:
+        ValueError: The rank is none.
+    """
+
+    rank: int | float | RankRule = 32
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embeddings: bool = False
+    head: bool = False
+    exact: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        as_rule(self.rank)
+
+    def flags(self) -> list[str]:
+        """The options of `phlora extract` that say the same.
+
+        Raises:
+            ValueError: The rank rule is a function, which cannot be said on a command line.
+        """
+        rule = as_rule(self.rank)
+        if isinstance(rule, fixed):
+            flags = ["--rank", str(rule.rank)]
+        elif isinstance(rule, keep_energy):
+            flags = ["--energy", repr(rule.share)]
+        else:
+            raise ValueError(
+                f"The rank rule {rule!r} cannot be handed to another process. Extract in this one: `background=False`."
+            )
+        flags += [f"--{name}" for name in ("embeddings", "head", "exact") if getattr(self, name)]
+        flags += [f"--include={pattern}" for pattern in self.include]
+        flags += [f"--exclude={pattern}" for pattern in self.exclude]
+        if self.dtype is not None:
+            flags += ["--dtype", str(self.dtype).removeprefix("torch.")]
+        return [*flags, "--device", self.device]
+
+    def run(
+        self,
+        base: str,
+        tuned: Path | nn.Module,
+        out: Path,
+        *,
+        base_revision: str | None = None,
+        tuned_name: str | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Extract in this process and write the adapter."""
+        adapter = extract(
+            base,
+            tuned,
+            self.rank,
+            base_revision=base_revision,
+            tuned_name=tuned_name,
+            include=self.include,
+            exclude=self.exclude,
+            embeddings=self.embeddings,
+            head=self.head,
+            exact=self.exact,
+            device=self.device,
+            dtype=self.dtype,
+            progress=progress,
+        )
+        adapter.save(out, force=True)

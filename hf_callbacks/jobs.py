@@ -1,0 +1,131 @@
+"""Extractions in other processes: one at a time, the others in a queue."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+# A launcher's own words to its processes: with them, an extraction would take itself for one of several.
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+KILLED = "its process was killed"
+
+
+class Job(NamedTuple):
+    """One adapter to be made."""
+
+    name: str
+    """Of the adapter's folder: `step-100` or `final`."""
+    step: int
+    """When its checkpoint was saved."""
+    arguments: Sequence[str]
+    """Of the `phlora` command."""
+    made: Path
+    """The folder that the command writes."""
+    pinned: Path | None
+    """The folder that it reads, if that goes when the job is done."""
+
+
+class Done(NamedTuple):
+    """A job that came to its end."""
+
+    job: Job
+    failure: str | None
+    """Why there is no adapter."""
+
+
+class Jobs:
+    """A queue with at most one process."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Job] = deque()
+        self._running: tuple[Job, subprocess.Popen[bytes], IO[bytes]] | None = None
+
+    def __len__(self) -> int:
+        """How many have not come to their end."""
+        return len(self._waiting) + (self._running is not None)
+
+    def __contains__(self, name: object) -> bool:
+        jobs = [*self._waiting, *([self._running[0]] if self._running else [])]
+        return any(job.name == name for job in jobs)
+
+    def add(self, job: Job) -> None:
+        """Put a job at the end of the queue."""
+        self._waiting.append(job)
+
+    def poll(self) -> list[Done]:
+        """What has come to its end since it was last asked; the next one is started."""
+        ended = []
+        if self._running is not None:
+            job, process, errors = self._running
+            if process.poll() is None:
+                return []
+            errors.seek(0)
+            text = errors.read().decode(errors="replace").strip()
+            self._let_go()
+            ended.append(Done(job, _failure(process.returncode, text)))
+        if self._waiting:
+            job = self._waiting.popleft()
+            self._running = (job, *_start(job.arguments))
+        return ended
+
+    def wait(self) -> Iterator[Done]:
+        """Every job that is left, as it comes to its end."""
+        while len(self):
+            yield from self.poll()
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End what runs, and forget the rest."""
+        self._waiting.clear()
+        if self._running is not None:
+            _, process, _ = self._running
+            self._let_go()  # which tells it to clean up and end
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _let_go(self) -> None:
+        if self._running is not None:
+            _, process, errors = self._running
+            if process.stdin is not None:
+                process.stdin.close()
+            errors.close()
+            self._running = None
+
+
+def _start(arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _LAUNCHER and not key.startswith(_LAUNCHER_PREFIXES)
+    }
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  (it is read, and closed, when the process has ended)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_callbacks.child", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        env=environment,
+        # Out of reach of a Ctrl-C in the terminal: that one is the trainer's.
+        start_new_session=True,
+    )
+    return process, errors
+
+
+def _failure(status: int, text: str) -> str | None:
+    if status == 0:
+        return None
+    if status < 0:
+        return f"{KILLED} by signal {-status}"
+    last = text.splitlines()[-1] if text else f"its process ended with status {status}"
+    return last.removeprefix("phlora: error: ").removesuffix(".")

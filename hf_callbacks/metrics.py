@@ -1,0 +1,45 @@
+"""What an adapter holds, as numbers for a tracker."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from peft_posthoc.peft_format import REPORT
+
+
+def read_report(adapter: Path) -> dict[str, Any]:
+    """The report in an adapter's folder."""
+    report: dict[str, Any] = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
+    return report
+
+
+def metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
+    """By name: of all that is carried, and of every type of module (`q_proj`, ...).
+
+    Shares of energy are weighted by it, as everywhere: PHLoRA's E_r (eq. 5).
+    """
+    totals = report["totals"]
+    found = {
+        "phlora/checkpoint_step": float(step),
+        "phlora/energy": totals["energy"],
+        "phlora/energy_of_all": totals["energy_of_all"],
+        "phlora/error": totals["relative_error"],
+        "phlora/rank": totals["rank"],
+        "phlora/megabytes": totals["bytes"] / 1e6,
+    }
+    kept: dict[str, float] = defaultdict(float)
+    whole: dict[str, float] = defaultdict(float)
+    for row in report["rows"]:
+        if row["status"] == "extracted":
+            energy, kind = row["delta_norm"] ** 2, row["modules"][0].rpartition(".")[2]
+            kept[kind] += row["energy"] * energy
+            whole[kind] += energy
+    found["phlora/delta_norm"] = math.sqrt(sum((row["delta_norm"] or 0.0) ** 2 for row in report["rows"]))
+    for kind in whole:
+        found[f"phlora/energy/{kind}"] = kept[kind] / whole[kind]
+        found[f"phlora/delta_norm/{kind}"] = math.sqrt(whole[kind])
+    return found

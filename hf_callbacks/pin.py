@@ -1,0 +1,56 @@
+"""Hold on to a checkpoint's weights when the checkpoint itself may be rotated away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from peft_posthoc.errors import CheckpointError
+from peft_posthoc.folder import shards_of, weight_files
+
+
+def pin(checkpoint: Path, to: Path) -> Path:
+    """Put hard links to a checkpoint's weights into a new folder, or copies where links cannot be made.
+
+    A link takes microseconds and no space; what is linked stays when the checkpoint is deleted.
+
+    Raises:
+        CheckpointError: There are no weights that can be read.
+    """
+    half = to.with_name(f"{to.name}.part")
+    shutil.rmtree(half, ignore_errors=True)
+    for name in [*_weights(checkpoint), "config.json"]:
+        source, target = checkpoint / name, half / name
+        if not source.is_file():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(source, target)
+    shutil.rmtree(to, ignore_errors=True)
+    half.rename(to)
+    return to
+
+
+def _weights(checkpoint: Path) -> list[str]:
+    """The files that hold the weights, relative to the checkpoint."""
+    names = {path.name for path in checkpoint.iterdir()} if checkpoint.is_dir() else set()
+    chosen = weight_files(names)
+    if chosen and chosen[0].endswith(".index.json"):
+        return [chosen[0], *sorted(set(shards_of(checkpoint / chosen[0]).values()))]
+    if chosen:
+        return chosen
+    # FSDP's sharded form: one folder with a file for each process.
+    sharded = sorted(
+        path.relative_to(checkpoint) for path in checkpoint.glob("pytorch_model_fsdp*/*") if path.is_file()
+    )
+    if sharded:
+        return [str(path) for path in sharded]
+    if any(checkpoint.glob("global_step*/*zero_pp_rank*")):
+        raise CheckpointError(
+            f"`{checkpoint}` holds DeepSpeed's own partitions, which are pickles and not read. Let it save whole "
+            'weights: `"stage3_gather_16bit_weights_on_model_save": true` in its configuration.'
+        )
+    raise CheckpointError(f"There are no weights in `{checkpoint}`.")
