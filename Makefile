@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test test-distributed bench lint wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -20,10 +20,15 @@ test: lint $(READY)  ## What the CI runs.
 	$(BIN)/python -m pytest
 	$(MAKE) wheel
 
-bench: $(READY)  ## Side by side with the other extractors; writes benchmarks/RESULTS.md.
+test-distributed: $(READY)  ## The callback on two processes in every way, DeepSpeed included, which compiles an operator once.
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
+	$(BIN)/python -m pytest tests/test_distributed.py
+
+bench: $(READY)  ## Side by side with the other extractors, and the callback's cost; writes benchmarks/*.md.
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[mergekit]'
 	$(BIN)/python examples/demo.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/callback.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -24,20 +24,22 @@ from demo_model import (
     PROMPT_END,
     QUICK,
     Size,
+    collate,
     new_model,
-    report_batches,
     source_batches,
     source_files,
     train,
     train_tokenizer,
+    tuning_arguments,
     write_answers,
 )
 from demo_task import Report, Score, score, train_and_test
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.utils import logging
 
+from hf_callbacks import PosthocLoraCallback
 from peft_posthoc.cli import main as phlora
 
 RECOVERED = 0.01  # a rank recovers the fine-tune if both scores are this near to the tuned model's
@@ -105,12 +107,19 @@ def train_base(folder: Path, size: Size) -> None:
 
 
 def fine_tune(base: Path, folder: Path, reports: Sequence[Report], size: Size) -> None:
-    """Every weight of the base is trained: norms, embeddings and head too."""
+    """Every weight of the base is trained, norms, embeddings and head too; the callback leaves adapters on the way."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    batches = report_batches(reports, tokenizer, size)
-    train(model, batches, steps=size.tune_steps, lr=size.tune_lr, title="Fine-tune all of it")
-    model.save_pretrained(folder)
+    run = base.parent / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(base),
+        args=tuning_arguments(run, size),
+        train_dataset=list(reports),
+        data_collator=lambda batch: collate(batch, tokenizer)._asdict(),
+        callbacks=[PosthocLoraCallback(rank=size.ranks[-2], embeddings=True, head=True, strict=True)],
+    )
+    trainer.train()
+    trainer.save_model(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -228,6 +237,7 @@ def main(work: Path, quick: bool) -> None:
     (work / "table.md").write_text(table(rows) + "\n")
     (work / "table.json").write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n")
     click.echo(f"\nA test report: {test[0].prose}\nIts answer:    {test[0].answer}\n\n{table(rows)}\n")
+    click.echo(f"What the callback left while the model was trained:\n{(work / 'run/phlora/README.md').read_text()}")
     click.echo(verdict(full[1], best))
     click.echo(f"The table is in {work / 'table.md'}, energy against rank in {work / 'energy.png'}.")
     if best is None and not quick:

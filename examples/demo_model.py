@@ -14,7 +14,7 @@ from demo_task import Report
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 IGNORED = -100  # the label that transformers' loss leaves out
 PROMPT_END = "\n"
@@ -139,10 +139,28 @@ def source_batches(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, siz
         yield Batch(chunk, torch.ones_like(chunk), chunk)
 
 
-def report_batches(reports: Sequence[Report], tokenizer: PreTrainedTokenizerFast, size: Size) -> Iterator[Batch]:
-    """Reports with their answers; only the answers are learned."""
-    for start in range(0, len(reports), size.tune_batch):
-        yield collate(reports[start : start + size.tune_batch], tokenizer)
+def tuning_arguments(folder: Path, size: Size) -> TrainingArguments:
+    """One pass over the reports in their order, AdamW, a short warm-up, then a cosine down to a tenth of the rate."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=size.tune_batch,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        learning_rate=size.tune_lr,
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        warmup_steps=max(1, size.tune_steps // 20),
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        save_steps=math.ceil(size.tune_steps / 4),
+        save_total_limit=1,
+        save_only_model=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        report_to=[],
+        seed=0,
+    )
 
 
 def collate(reports: Sequence[Report], tokenizer: PreTrainedTokenizerFast) -> Batch:

@@ -5,6 +5,7 @@ A source is any object with the attributes of `Checkpoint`; `open_checkpoint` is
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -44,7 +45,7 @@ class Checkpoint(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """Where its files lie, if it has any."""
+        """A folder that transformers can load it from, if there is one."""
 
     @property
     def identity(self) -> Any:
@@ -108,6 +109,78 @@ class InMemory:
         return tensor
 
 
+class _Renamed:
+    """Another checkpoint under other names, or without some of its tensors."""
+
+    # transformers would look for the new names in files that have the old ones.
+    folder: Path | None = None
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+        """Wrap a checkpoint; `names` gives for each new name the old one."""
+        self._checkpoint = checkpoint
+        self._names = names
+        self.label = checkpoint.label
+        self.revision = checkpoint.revision
+        self.identity = checkpoint.identity
+        self.config = checkpoint.config
+        self.module = _uncompiled(checkpoint.module) if checkpoint.module is not None else None
+        self.headers = {new: checkpoint.headers[old] for new, old in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that new name."""
+        return self._checkpoint.read(self._names[name])
+
+
+# `torch.compile(module)` is a module of its own that holds the other one under this name.
+_COMPILED = "_orig_mod"
+
+
+def _as_not_compiled(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under the names that its model has without `torch.compile`.
+
+    Raises:
+        CheckpointError: It holds a tensor under both names.
+    """
+    names: dict[str, str] = {}
+    for name in checkpoint.headers:
+        plain = ".".join(part for part in name.split(".") if part != _COMPILED)
+        if plain in names:
+            raise CheckpointError(
+                f"`{checkpoint.label}` holds both `{names[plain]}` and `{name}`: one weight, with and without "
+                "`torch.compile`. Save the model again, without it."
+            )
+        names[plain] = name
+    return checkpoint if names.keys() == checkpoint.headers.keys() else _Renamed(checkpoint, names)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module without `torch.compile` at any depth: itself if there is none, else a copy that shares its tensors."""
+    inner = module._modules.get(_COMPILED)
+    module = module if inner is None else inner
+    children = {name: None if child is None else _uncompiled(child) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    plain = copy.copy(module)
+    plain._modules = children
+    return plain
+
+
+def _without_second_names(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """The checkpoint without the tied weights that it stores again under names that the other one lacks.
+
+    torch.distributed.checkpoint writes a tied weight under each of its names, `save_pretrained` under one. Such a name
+    goes if its matrix is, bit for bit, the only other one of that shape and type that both checkpoints have.
+    """
+    headers = checkpoint.headers
+
+    def is_second(name: str) -> bool:
+        same = [twin for twin in headers if headers[twin] == headers[name] and twin in other.headers]
+        return len(same) == 1 and torch.equal(checkpoint.read(name), checkpoint.read(same[0]))
+
+    seconds = {n for n in headers if n not in other.headers and len(headers[n].shape) > 1 and is_second(n)}
+    return _Renamed(checkpoint, {n: n for n in headers if n not in seconds}) if seconds else checkpoint
+
+
 def _of_module(module: nn.Module) -> InMemory:
     if hasattr(module, "peft_config"):
         raise CheckpointError(
@@ -129,18 +202,19 @@ def open_pair(
     Raises:
         CheckpointError: One of them cannot be read.
     """
-    return (
-        open_checkpoint(base, revision=base_revision, role="base"),
-        open_checkpoint(tuned, revision=tuned_revision, role="tuned"),
-    )
+    from peft_posthoc.distcp import Distcp
+
+    before = open_checkpoint(base, revision=base_revision, role="base")
+    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+    return before, _without_second_names(after, before) if isinstance(after, Distcp) else after
 
 
 def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
     """Open a folder, a hub id, a module, a state dict or another checkpoint for reading.
 
     Args:
-        source: A local folder; a hub id (`org/name`), whose needed files are fetched; a `torch.nn.Module`; a state
-            dict; or anything that already is a `Checkpoint`.
+        source: A local folder, be it with the shards of torch.distributed.checkpoint; a hub id (`org/name`), whose
+            needed files are fetched; a `torch.nn.Module`; a state dict; or anything that already is a `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
 
@@ -157,11 +231,15 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             raise CheckpointError(f"The {role} state dict holds values that are no tensors: {', '.join(strangers)}.")
         checkpoint = InMemory(source, label="state dict")
     elif isinstance(source, str | PathLike):
-        from peft_posthoc import folder, hub
+        from peft_posthoc import distcp, folder, hub
 
         path = Path(source)
         if path.is_dir():
-            checkpoint = folder.Folder(path, label=str(source))
+            shards = distcp.find_shards(path)
+            if shards is None:
+                checkpoint = folder.Folder(path, label=str(source))
+            else:
+                checkpoint = distcp.Distcp(path, shards, label=str(source))
         elif hub.is_repo_id(str(source)) and not path.exists():
             checkpoint = hub.fetch(str(source), revision=revision, role=role)
             revision = None
@@ -178,4 +256,4 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:
         raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
-    return checkpoint
+    return _as_not_compiled(checkpoint)

@@ -131,8 +131,16 @@ def layout_of(*checkpoints: Checkpoint) -> Layout:
 
     A live module is asked itself. A configuration that transformers knows is built into its class on the meta device,
     but for the common decoders, of which all is known (the class takes seconds to import). Anything else goes by names
-    and shapes.
+    and shapes. The task is the last one's: a reward model made from a language model is none.
     """
+    layout = _first_known(checkpoints)
+    last = checkpoints[-1]
+    name = type(last.module).__name__ if last.module is not None else _architecture(last.config or {})
+    other = bool(name) and name != layout.origin and _task_type(name, encoder_decoder=True) is None
+    return replace(layout, task_type=None) if other else layout
+
+
+def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
     for checkpoint in checkpoints:
         if checkpoint.module is not None:
             return _of_module(checkpoint.module, type(checkpoint.module).__name__)

@@ -479,3 +479,26 @@ def test_deepspeeds_own_partitions_are_refused_with_what_to_do(base, tmp_path):
     run.base = run_module.Base(str(base), None, "")
     (done,) = run.make(tmp_path / "checkpoint-1", 1)
     assert "stage3_gather_16bit_weights_on_model_save" in done.failure
+
+
+def test_a_new_head_is_left_out_and_counted(base, tmp_path, log):
+    """As in a reward model: the base has `lm_head`, the fine-tune a `score` of its own."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
+    training = trainer(model, tmp_path, here(rank=32))
+    training.train_dataset = [{"input_ids": row["input_ids"], "labels": 1} for row in training.train_dataset]
+    training.train()
+    assert log.of("the base is", "was loaded from")
+    report = json.loads((tmp_path / "phlora/final/phlora_report.json").read_text())
+    reasons = {row["weight"]: row["reason"] for row in report["rows"] if row["status"] == "left out"}
+    assert reasons["score.weight"] == "only in tuned"
+    assert reasons["lm_head.weight"] == "only in base"
+    assert any("score.weight" in warning for warning in report["warnings"])
+    got = models.lora_deltas(peft_on(model, tmp_path / "phlora/final"))
+    assert len(got) == 14
+    assert all(delta.any() for delta in got.values())
+
+
+def peft_on(model, adapter):
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, adapter)

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from click.testing import CliRunner
 
 from peft_posthoc import cli
-from tests import models
+from tests import models, runs
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(m[1], m[2]) for m in re.finditer(r"```(\w+)\n(.*?)```", README, re.DOTALL)]
@@ -26,15 +27,26 @@ def here(llama_pair, tmp_path, monkeypatch):
 
 
 def test_every_block_is_one_that_is_run_here():
-    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python", "sh", "sh"]
+    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python", "python", "sh", "sh"]
 
 
 def test_the_python_blocks(here):
     for language, block in BLOCKS:
         if language == "python":
-            exec(block, {"base_model": models.load("base")})
+            exec(block, {"base_model": models.load("base"), **training()})
     assert (here / "adapter-from-python" / "adapter_model.safetensors").is_file()
     assert (here / "adapter-from-peft" / "adapter_model.safetensors").is_file()
+    assert {path.name for path in (here / "run/phlora").iterdir()} >= {"step-1", "step-2", "final"}
+
+
+def training():
+    """What a reader has before the Trainer's block."""
+    return {
+        "Trainer": transformers.Trainer,
+        "model": models.load("base"),
+        "args": runs.arguments("run", max_steps=2, save_steps=1),
+        "data": runs.examples(),
+    }
 
 
 def test_the_phlora_lines(here):

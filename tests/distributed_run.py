@@ -1,0 +1,92 @@
+"""A training run of one of several processes: `torchrun ... -m tests.distributed_run HOW FOLDER BASE`."""
+
+import sys
+
+import torch
+import transformers
+
+from hf_callbacks import PosthocLoraCallback
+from tests.runs import examples
+
+
+def accept_fsdp_on_cpu():
+    """Without this accelerate sets FSDP aside on the CPU, and runs plain DDP without a word."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    begin = state.AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    state.AcceleratorState.__init__ = init
+
+
+def fsdp(state_dict_type):
+    accept_fsdp_on_cpu()
+    options = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": state_dict_type,
+        "cpu_ram_efficient_loading": False,
+    }
+    return {"fsdp": True, "fsdp_config": options}
+
+
+def zero(stage):
+    """DeepSpeed's; the optimizer is transformers' own."""
+    config = {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    return {"deepspeed": config}
+
+
+def how(name):
+    """What is said to `from_pretrained`, and to `TrainingArguments`."""
+    if name == "fsdp-full":
+        return {}, fsdp("FULL_STATE_DICT")
+    if name == "fsdp-sharded":
+        return {}, fsdp("SHARDED_STATE_DICT")
+    if name == "native-fsdp":
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(fsdp_size=2)}, {"save_only_model": True}
+    if name.startswith("zero"):
+        return {}, zero(int(name.removeprefix("zero")))
+    return {}, {}
+
+
+def main(name, folder, base):
+    loading, options = how(name)
+    torch.manual_seed(0)
+    # In this order: the arguments start the process group, which a sharded model is loaded with.
+    args = transformers.TrainingArguments(
+        output_dir=folder,
+        max_steps=4,
+        save_steps=2,
+        save_total_limit=1,
+        learning_rate=1e-3,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, **loading)
+    callback = PosthocLoraCallback(rank=8, strict=True)
+    training = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[callback])
+    training.train()
+    print(type(training.model).__name__, training.accelerator.distributed_type)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

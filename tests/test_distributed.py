@@ -1,0 +1,79 @@
+"""The callback in runs of two processes: plain, and with the model's weights spread over both."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_posthoc import extract
+from tests import models
+
+SETUPS = {
+    "ddp": ("LlamaForCausalLM", "MULTI_CPU"),
+    "fsdp-full": ("FSDPLlamaForCausalLM", "FSDP"),
+    "fsdp-sharded": ("FSDPLlamaForCausalLM", "FSDP"),
+    "native-fsdp": ("FSDPLlamaForCausalLM", "MULTI_CPU"),
+    # With `make test-distributed`, which installs DeepSpeed.
+    "zero2": ("LlamaForCausalLM", "DEEPSPEED"),
+    "zero3": ("LlamaForCausalLM", "DEEPSPEED"),
+}
+
+
+def torchrun(*arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "tests.distributed_run", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, tmp_path):
+    if setup.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed.")
+    base = llama_pair[0]
+    ran = torchrun(setup, tmp_path / "run", base)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    # That it was what it is called: accelerate falls back to plain processes without a word.
+    model, kind = SETUPS[setup]
+    assert f"{model} DistributedType.{kind}" in ran.stdout
+    out = tmp_path / "run/phlora"
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "final", "step-2", "step-4"]
+    checkpoint = tmp_path / "run/checkpoint-4"
+    assert any(checkpoint.rglob("*.distcp")) == (setup == "fsdp-sharded")
+
+    extract(base, checkpoint, 8).save(tmp_path / "by-hand")
+    ours, by_hand = (
+        load_file(folder / "adapter_model.safetensors") for folder in (out / "final", tmp_path / "by-hand")
+    )
+    assert ours.keys() == by_hand.keys()
+    assert all(torch.equal(ours[name], by_hand[name]) for name in ours)
+    got = models.lora_deltas(models.load_adapter(base, out / "step-2"))
+    assert all(delta.any() for delta in got.values())
+    assert len(got) == 14
+    # Two processes train the same model in every set-up.
+    energy = json.loads((out / "final/phlora_report.json").read_text())["totals"]["energy"]
+    if setup == "ddp":
+        _known["ddp"] = energy
+    assert energy == pytest.approx(energy_of_ddp(base, tmp_path), rel=1e-3)
+
+
+_known = {}
+
+
+def energy_of_ddp(base, tmp_path):
+    """The energy that the same run's adapter keeps without any sharding."""
+    if "ddp" not in _known:
+        folder = tmp_path / "run-ddp"
+        assert torchrun("ddp", folder, base).returncode == 0
+        _known["ddp"] = json.loads((folder / "phlora/final/phlora_report.json").read_text())["totals"]["energy"]
+    return _known["ddp"]
