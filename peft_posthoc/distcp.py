@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.checkpoint import Header
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.folder import _config, _plain, _state, weight_files
+from peft_posthoc.folder import config_of, is_plain, state_of, weight_files
 
 METADATA = ".metadata"
 
@@ -124,7 +124,7 @@ class Distcp:
             label: What messages call it.
         """
         self.label = label
-        self.config = _config(folder) or (_config(folder.absolute().parent) if folder == shards else None)
+        self.config = config_of(folder) or (config_of(folder.absolute().parent) if folder == shards else None)
         self._shards = shards
         content = _read_metadata(shards / METADATA)
         try:
@@ -139,7 +139,7 @@ class Distcp:
         self.headers = {name: header for name, (header, _) in stored.items()}
         self._pieces = {name: pieces for name, (_, pieces) in stored.items()}
         self._states = self._check_files()
-        files = {METADATA: _state(shards / METADATA), **self._states}
+        files = {METADATA: state_of(shards / METADATA), **self._states}
         self.identity: Any = [
             [str(shards.resolve()), file, size, modified] for file, (_, size, modified) in files.items()
         ]
@@ -155,7 +155,7 @@ class Distcp:
                 f"`{self._shards}` lacks shards that its metadata names: {', '.join(missing[:8])}{more}. If each node "
                 "wrote to a disk of its own, bring them together in one folder."
             )
-        states = {file: _state(self._shards / file) for file in sorted(ends)}
+        states = {file: state_of(self._shards / file) for file in sorted(ends)}
         for file, (_, size, _) in states.items():
             if size < ends[file]:
                 raise CheckpointError(
@@ -179,7 +179,7 @@ class Distcp:
         path = self._shards / piece.file
         try:
             with path.open("rb") as file:
-                if _state(path) != self._states[piece.file]:
+                if state_of(path) != self._states[piece.file]:
                     raise CheckpointError(f"`{path}` changed while it was read. Start again when nothing writes to it.")
                 file.seek(piece.start)
                 content = io.BytesIO(file.read(piece.length))
@@ -194,7 +194,7 @@ class Distcp:
             # Damaged bytes make it fail with whatever its next step raises.
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"`{path}` is not a readable shard: {first}") from error
-        if not _plain(tensor) or tensor.shape != piece.shape or tensor.dtype is not dtype:
+        if not is_plain(tensor) or tensor.shape != piece.shape or tensor.dtype is not dtype:
             raise CheckpointError(f"`{path}` is refused: it does not hold the tensor that its metadata describes.")
         return tensor.detach()
 

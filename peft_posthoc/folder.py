@@ -103,7 +103,7 @@ class Folder:
         self.folder: Path = folder
         self.label = label
         self.revision = revision
-        self.config = _config(folder)
+        self.config = config_of(folder)
         self.headers: dict[str, Header] = {}
         self._files: dict[str, _Safetensors | _Pickle] = {}
         names = {path.name for path in folder.iterdir()}
@@ -148,7 +148,7 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._opened() as handle:
-            self._state = _state(path)
+            self._state = state_of(path)
             self.headers = {name: self._header(handle.get_slice(name), name) for name in handle.keys()}  # noqa: SIM118
 
     def _header(self, entry: Any, name: str) -> Header:
@@ -162,7 +162,7 @@ class _Safetensors:
     def read(self, name: str) -> Tensor:
         # Opened for every tensor: its pages then leave memory with it, not with the last tensor of the file.
         with self._opened() as handle:
-            if _state(self._path) != self._state:
+            if state_of(self._path) != self._state:
                 raise CheckpointError(
                     f"`{self._path}` changed while it was read. Start again when nothing writes to it."
                 )
@@ -178,7 +178,7 @@ class _Safetensors:
             raise CheckpointError(f"`{self._path}` is not a readable safetensors file: {error}.") from error
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def state_of(path: Path) -> tuple[int, int, int]:
     """What is no longer the same once a file was replaced or written to."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
@@ -192,7 +192,7 @@ class _Pickle:
         strangers = [
             f"`{name}` ({'not dense' if isinstance(value, Tensor) else type(value).__name__})"
             for name, value in content.items()
-            if not _plain(value)
+            if not is_plain(value)
         ]
         if strangers:
             raise CheckpointError(
@@ -226,7 +226,7 @@ class _Pickle:
         return self._tensors[name]
 
 
-def _plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether it is a tensor with a value for each of its elements."""
     return (
         isinstance(value, Tensor)
@@ -235,7 +235,12 @@ def _plain(value: Any) -> bool:
     )
 
 
-def _config(folder: Path) -> Mapping[str, Any] | None:
+def config_of(folder: Path) -> Mapping[str, Any] | None:
+    """The model's configuration in a folder, if there is one.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
