@@ -93,7 +93,6 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: Trainer | None = None
         self._saves = 0
         self._told = False
-        self._initial: Base | None = None
 
     def attach(self, trainer: Trainer) -> PosthocLoraCallback:
         """Say which trainer's log gets the numbers, where it cannot be found by itself."""
@@ -103,7 +102,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep hold of the initial weights: a resumed run changes them before its first step."""
         if state.is_world_process_zero:
-            self._trainer = self._trainer or _calling_trainer()
+            self._trainer = _calling_trainer() or self._trainer
             run = self._opened(args)
             if self._given is None and remembered(run.work) is None:
                 self._guarded("the base was not found", lambda: self._find(kwargs["model"]))
@@ -114,7 +113,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         """Settle on a base, and catch up with what an interrupted run left."""
         if not state.is_world_process_zero:
             return
-        self._trainer = self._trainer or _calling_trainer()
+        self._trainer = _calling_trainer() or self._trainer
         run = self._opened(args)
         resumed = state.global_step > 0
         self._guarded("the base was not found", lambda: self._settle(kwargs["model"], resumed=resumed))
@@ -128,8 +127,8 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make an adapter of what was saved."""
-        if not state.is_world_process_zero or self._run is None:
-            return
+        if not state.is_world_process_zero or self._run is None or self._run.base is None:
+            return  # if there is no base, that was told when training began
         self._saves += 1
         if self._when == "end" or (isinstance(self._when, int) and self._saves % self._when):
             return
@@ -180,7 +179,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
     def _find(self, model: nn.Module) -> None:
         run = self._run
         if run is not None:
-            self._initial = run.base = find_base(model, run.folder, run.work)
+            run.base = find_base(model, run.folder, run.work)
             remember(run.base, run.work)
 
     def _settle(self, model: nn.Module, *, resumed: bool) -> None:
@@ -194,7 +193,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             run.base = run.base or remembered(run.work)
             if run.base is None:
                 raise PosthocError("this run was begun without the callback; give `base=`")
-        elif self._initial is None:
+        elif run.base is None:
             self._find(model)
 
     def _catch_up(self) -> None:

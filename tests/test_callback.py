@@ -207,6 +207,20 @@ def test_a_callback_added_after_the_trainer_was_made_finds_its_base_too(base, tm
     assert adapters(tmp_path / "phlora") == ["final", "step-2", "step-4", "step-6"]
 
 
+def test_one_callback_serves_one_run_after_another(base, tmp_path):
+    callback = here(when="end")
+    for name in ("one", "two"):
+        start = altered(transformers.AutoModelForCausalLM.from_pretrained(base)) if name == "two" else base
+        training = trainer(start, tmp_path / name, callback)
+        if name == "two":
+            training.model.save_pretrained(tmp_path / "altered")
+        training.train()
+        assert training.state.log_history
+    for name, before in {"one": base, "two": tmp_path / "altered"}.items():
+        extract(before, tmp_path / name / "checkpoint-6", 8).save(tmp_path / f"by-hand-{name}")
+        assert same_factors(tmp_path / name / "phlora/final", tmp_path / f"by-hand-{name}")
+
+
 def test_a_run_that_was_begun_without_it_says_what_to_give(base, tmp_path, log):
     trainer(base, tmp_path, max_steps=4).train()
     training = trainer(tmp_path / "checkpoint-4", tmp_path)
