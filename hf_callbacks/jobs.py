@@ -116,8 +116,9 @@ def _start(arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]
         stdout=subprocess.DEVNULL,
         stderr=errors,
         env=environment,
-        # Out of reach of a Ctrl-C in the terminal: that one is the trainer's.
-        start_new_session=True,
+        # Out of reach of a Ctrl-C in the terminal, which is the trainer's; not in a session of its own, because Linux
+        # shares the processor out among sessions first, and by priority only within one.
+        process_group=0,
     )
     return process, errors
 
