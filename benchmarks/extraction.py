@@ -97,9 +97,12 @@ def floor(base: Path, tuned: Path) -> list[str | Path]:
 
 def optimum(base: Path, tuned: Path) -> dict[str, torch.Tensor]:
     """The energies of all singular values of every delta, in float64, kept from one call to the next."""
-    kept = base.parent / "exact-spectra" / "s.safetensors"
-    kept.parent.mkdir(exist_ok=True)
+    # Bound to the two files: the demo's pair is made again and again.
+    made = "-".join(str((folder / "model.safetensors").stat().st_mtime_ns) for folder in (base, tuned))
+    kept = base.parent / "exact-spectra" / f"{made}.safetensors"
     if not kept.is_file():
+        shutil.rmtree(kept.parent, ignore_errors=True)
+        kept.parent.mkdir()
         before, after = (safe_open(folder / "model.safetensors", "pt") for folder in (base, tuned))
         names = [name for name in before.keys() if "proj" in name]  # noqa: SIM118
         found = {}
