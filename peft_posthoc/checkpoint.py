@@ -63,6 +63,10 @@ class Checkpoint(Protocol):
     def headers(self) -> Mapping[str, Header]:
         """Shape and dtype of every tensor, without reading one."""
 
+    @property
+    def sequential(self) -> bool:
+        """Whether each tensor can be read once only, in the order of `headers`: they are made as they are read."""
+
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
 
@@ -85,6 +89,7 @@ class InMemory:
     revision: str | None = None
     folder: Path | None = None
     identity: Any = None
+    sequential = False
 
     def __init__(self, tensors: Mapping[str, Tensor], *, label: str, module: nn.Module | None = None) -> None:
         self.label = label
@@ -123,6 +128,7 @@ class _Renamed:
         self.revision = checkpoint.revision
         self.identity = checkpoint.identity
         self.config = checkpoint.config
+        self.sequential = checkpoint.sequential
         self.module = _uncompiled(checkpoint.module) if checkpoint.module is not None else None
         self.headers = {new: checkpoint.headers[old] for new, old in names.items()}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,38 +22,62 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+# Packages beside this one add commands to `phlora` by entry points of this group.
+COMMANDS = "peft_posthoc.commands"
+
+
 class _Command(click.Group):
     """Turns errors into one line on stderr, and Ctrl-C into the usual exit status."""
 
     # Here and not in `main`: there click has already turned Ctrl-C into its own message and a status of 1.
     def invoke(self, ctx: click.Context) -> Any:
-        debug = "--debug" in ctx.args
         if "--quiet" in ctx.args:
             # Read by the hub's client when it is first imported.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        try:
+        with one_line_errors("phlora", debug="--debug" in ctx.args):
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt as interrupt:
-            kept = getattr(interrupt, "__notes__", [])
-            again = "The same command goes on from there." if kept else "Nothing was written."
-            _fail(" ".join(["Interrupted.", *kept, again]), 130, debug=debug)
-        except MemoryError:
-            _fail("Out of memory.", 1, debug=debug)
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise  # Whoever reads our output has seen enough; click exits quietly.
-            known = isinstance(error, PosthocError | ValueError | OSError)
-            what = "" if known else f"Unexpected {type(error).__name__} (see it with --debug): "
-            _fail(f"{what}{one_line(error)}", 1, debug=debug)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *metadata.entry_points(group=COMMANDS).names])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        own = super().get_command(ctx, name)
+        added = () if own else metadata.entry_points(group=COMMANDS, name=name)
+        return next((point.load() for point in added), own)
 
 
-def _fail(message: str, status: int, *, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    click.echo(f"phlora: error: {message}", err=True)
-    sys.exit(status)
+@contextlib.contextmanager
+def one_line_errors(program: str, *, debug: bool, option: str = "--debug") -> Iterator[None]:
+    """End the process with one line on stderr where something goes wrong.
+
+    Args:
+        program: What is running.
+        debug: Show a traceback before it.
+        option: What asks for that.
+    """
+
+    def fail(message: str, status: int) -> NoReturn:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"{program}: error: {message}", err=True)
+        sys.exit(status)
+
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except KeyboardInterrupt as interrupt:
+        kept = getattr(interrupt, "__notes__", [])
+        again = "The same command goes on from there." if kept else "Nothing was written."
+        fail(" ".join(["Interrupted.", *kept, again]), 130)
+    except MemoryError:
+        fail("Out of memory.", 1)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # Whoever reads our output has seen enough; click exits quietly.
+        known = isinstance(error, PosthocError | ValueError | OSError)
+        what = "" if known else f"Unexpected {type(error).__name__} (see it with {option}): "
+        fail(f"{what}{one_line(error)}", 1)
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -72,6 +98,7 @@ RANK = _options(
     click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every delta.  [default: 32]"),
     click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy."),
 )
+DTYPE = click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
 CHOICE = _options(
     click.option("--include", multiple=True, metavar="REGEX", help="Carry only weights whose name this is found in."),
     click.option("--exclude", multiple=True, metavar="REGEX", help="Do not carry weights whose name this is found in."),
@@ -107,7 +134,7 @@ def main() -> None:
 @click.argument("tuned")
 @click.argument("out", type=click.Path(path_type=Path))
 @RANK
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
+@DTYPE
 @click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
 @CHOICE
@@ -139,12 +166,12 @@ def extract(
     processes = Processes.from_environment()
     try:
         adapter = run(
-            base, tuned, rule, dtype=_dtype(dtype), out=out, processes=processes, progress=not quiet, **options
+            base, tuned, rule, dtype=dtype_of(dtype), out=out, processes=processes, progress=not quiet, **options
         )
     except ShareDone:
         return
     adapter.save(out, force=force)
-    _show(adapter.report, json_to, quiet=quiet)
+    show(adapter.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":
         click.echo(f"Adapter written to {out}")
 
@@ -178,7 +205,7 @@ def inspect(
     curves = Curves.of(adapter)
     if plot is not None:
         curves.plot(plot)
-    _show(curves, json_to, quiet=quiet, more=[f"Warning: {warning}" for warning in adapter.report.warnings])
+    show(curves, json_to, quiet=quiet, more=[f"Warning: {warning}" for warning in adapter.report.warnings])
 
 
 @main.command()
@@ -214,7 +241,7 @@ def verify(
     if not weights_only:
         _quiet_hosts()
     result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
-    _show(result, json_to, quiet=quiet)
+    show(result, json_to, quiet=quiet)
     if min_cosine is not None and result.cosine < min_cosine:
         raise PosthocError(f"The cosine with the whole delta is {result.cosine:.4f}, below --min-cosine {min_cosine}.")
     if max_kl is not None:
@@ -267,7 +294,8 @@ def _token_ids(text: str) -> list[int]:
         raise click.BadParameter(f"`{text}` is not a list of numbers.", param_hint="--token-ids") from error
 
 
-def _dtype(name: str | None) -> Any:
+def dtype_of(name: str | None) -> Any:
+    """The type that `DTYPE` says; None for the tuned checkpoint's."""
     if name is None:
         return None
     import torch
@@ -275,7 +303,8 @@ def _dtype(name: str | None) -> Any:
     return getattr(torch, name)
 
 
-def _show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:
+def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:
+    """Print a result as a table or as JSON, or write it."""
     if json_to is not None:
         text = json.dumps(result.to_dict(), indent=2, sort_keys=True)
         if json_to == "-":

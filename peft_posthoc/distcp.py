@@ -112,6 +112,7 @@ class Distcp:
 
     revision: str | None = None
     module: nn.Module | None = None
+    sequential = False
     # transformers cannot load a model from it.
     folder: Path | None = None
 

@@ -21,7 +21,7 @@ from peft_posthoc.errors import PosthocError, ShareDone
 from peft_posthoc.factor import Layer, Pair, Skipped, factor_pairs
 from peft_posthoc.plan import Choice, Plan, by_flags, make_plan
 from peft_posthoc.processes import ALONE, Processes
-from peft_posthoc.rank import RankRule, as_rule, describe, fixed
+from peft_posthoc.rank import Rank, RankRule, as_rule, describe, fixed
 from peft_posthoc.spool import Spool
 from peft_posthoc.svd import cost
 
@@ -29,7 +29,7 @@ from peft_posthoc.svd import cost
 def extract(
     base: Source,
     tuned: Source,
-    rank: int | float | RankRule = 32,
+    rank: Rank | Mapping[str, Rank] = 32,
     *,
     base_revision: str | None = None,
     tuned_revision: str | None = None,
@@ -53,7 +53,8 @@ def extract(
         base: The model before: a folder, a hub id, a module or a state dict.
         tuned: The same model after any kind of full fine-tuning.
         rank: How many singular triplets of each weight's delta to keep: an int is a rank, a float in (0, 1] the share
-            of the delta's energy, a `RankRule` anything else.
+            of the delta's energy, a `RankRule` anything else. Or one of these by the name of the weight: weights that
+            have none are not carried.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
         tuned_name: What the adapter and its report call `tuned`, where that is not what it will be known by.
@@ -81,15 +82,15 @@ def extract(
         ShareDone: This is not the first of several processes, and its share is done.
         ValueError: An argument makes no sense.
     """
-    rule = as_rule(rank)
     include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
     where = pick_device(device)
     before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     choice = choose or by_flags(embeddings=embeddings, head=head)
     plan = make_plan(before, after, include=include, exclude=exclude, choose=choice)
-    rules = rules_of(plan, rule, rank_pattern or {})
+    rules = rules_of(plan, rank, rank_pattern or {})
+    plan = plan.only(rules, "no rank is given for it")
     options = {
-        "rule": describe(rule),
+        "rule": _told(rules),
         "rank_pattern": dict(rank_pattern or {}),
         "include": include,
         "exclude": exclude,
@@ -100,7 +101,7 @@ def extract(
     }
     spool = None
     # A rule that is any function has no name that tells it from others.
-    if out is not None and before.identity and after.identity and is_dataclass(rule):
+    if out is not None and before.identity and after.identity and all(is_dataclass(rule) for rule in rules.values()):
         carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
         patience = {"patience": 0.0} if processes.size > 1 else {}
         spool = Spool(out, [before.identity, after.identity, options, carried], **patience)
@@ -140,6 +141,8 @@ def _outcomes(
         name: sum(side.headers[name].bytes for side in (base, tuned) if name in side.headers) for name in plan.headers
     }
     share = processes.share({name: _cost(name, base, tuned, plan, rules, exact=exact) for name in plan.headers})
+    if tuned.sequential:
+        share = [*(name for name in tuned.headers), *(name for name in plan.headers if name not in tuned.headers)]
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]
@@ -202,15 +205,32 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def rules_of(plan: Plan, rule: RankRule, rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
-    """The rank rule of every carried weight: `rule`, but where a pattern gives its module a rank by hand."""
-    own = {pattern: as_rule(rank) for pattern, rank in rank_pattern.items()}
+def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
+    """The rank rule of every carried weight: `rank`, but where a pattern gives its module a rank by hand.
 
-    def of(module: str) -> RankRule:
+    Raises:
+        ValueError: A rank makes no sense, or is given for a weight that cannot be carried.
+    """
+    given = {name: as_rule(one) for name, one in rank.items()} if isinstance(rank, Mapping) else None
+    rule = as_rule(rank) if not isinstance(rank, Mapping) else None
+    for name in given or ():
+        if name not in plan.carried:
+            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
+    own = {pattern: as_rule(one) for pattern, one in rank_pattern.items()}
+
+    def of(weight: str, module: str) -> RankRule | None:
         # As PEFT matches the keys of `rank_pattern`: the first that the end of the name is.
-        return next((r for pattern, r in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), rule)
+        by_hand = next((r for pattern, r in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), None)
+        return by_hand or (rule if given is None else given.get(weight))
 
-    return {weight: of(places[0].module) for weight, places in plan.carried.items()}
+    found = {weight: of(weight, places[0].module) for weight, places in plan.carried.items()}
+    return {weight: one for weight, one in found.items() if one is not None}
+
+
+def _told(rules: Mapping[str, RankRule]) -> str | dict[str, str]:
+    """The rules as the report tells them: one for all, or each by its weight."""
+    told = {weight: describe(rule) for weight, rule in rules.items()}
+    return told if len(set(told.values())) > 1 else next(iter(told.values()))
 
 
 @contextlib.contextmanager

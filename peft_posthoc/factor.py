@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.errors import CheckpointError, PosthocError
+from peft_posthoc.layout import LayerKind
 from peft_posthoc.plan import Plan
 from peft_posthoc.rank import RankRule
 from peft_posthoc.svd import LowRank, full_precision, truncated_svd
@@ -191,6 +192,13 @@ def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
     if not (math.isfinite(delta_energy) and math.isfinite(base_energy)):
         raise CheckpointError(_not_finite(pair))
     return Delta(values, math.sqrt(delta_energy), math.sqrt(base_energy))
+
+
+def merged(base: Tensor, factors: LowRank, kind: LayerKind) -> Tensor:
+    """`base + b @ a` as the weight is stored, in float32, or float64 where one of them is."""
+    with full_precision(), torch.no_grad():
+        product = kind.matrix(factors.b.to(base.device) @ factors.a.to(base.device))
+    return base.to(torch.promote_types(torch.promote_types(torch.float32, base.dtype), product.dtype)) + product
 
 
 def frobenius(tensor: Tensor) -> float:

@@ -98,6 +98,7 @@ class Folder:
 
     revision: str | None = None
     module: nn.Module | None = None
+    sequential = False
 
     def __init__(self, folder: Path, *, label: str, revision: str | None = None) -> None:
         self.folder: Path = folder

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,22 @@ class Plan:
     headers: Mapping[str, Header]
     """Of every tensor, the tuned one's where both have it."""
 
+    def only(self, names: Collection[str], reason: str) -> Plan:
+        """The same plan, of which only these weights are carried.
+
+        Raises:
+            NothingToCarryError: None of them is.
+        """
+        others = [name for name in self.carried if name not in names]
+        if len(others) == len(self.carried):
+            raise NothingToCarryError(f"No weight is left to carry: {reason}.")
+        carried = {name: places for name, places in self.carried.items() if name in names}
+        return replace(self, carried=carried, left_out={**self.left_out, **dict.fromkeys(others, reason)})
+
+    def reason(self, name: str) -> str:
+        """Why a weight is not carried."""
+        return self.left_out.get(name, "neither checkpoint has it")
+
 
 def by_flags(*, embeddings: bool = False, head: bool = False) -> Choice:
     """Carry all layers, and token embeddings and the head where asked for.
@@ -57,6 +73,11 @@ def by_flags(*, embeddings: bool = False, head: bool = False) -> Choice:
         return [], f"{' and '.join(sorted(roles))} (carried with {flags})"
 
     return choose
+
+
+def everything(places: Sequence[Place]) -> tuple[list[Place], str]:
+    """Carry all that can be carried, embeddings and head too."""
+    return list(places), ""
 
 
 def make_plan(

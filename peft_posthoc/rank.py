@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,9 @@ class Spectrum(NamedTuple):
 
 
 RankRule = Callable[[Spectrum], int]
+
+Rank: TypeAlias = "int | float | RankRule"
+"""How a rank is asked for: an int is a rank, a float in (0, 1] the share of the delta's energy, or a rule."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class keep_energy:
         return min(int(torch.searchsorted(held, goal)) + 1, *spectrum.shape)
 
 
-def as_rule(rank: int | float | RankRule) -> RankRule:
+def as_rule(rank: Rank) -> RankRule:
     """An int is a rank, a float an energy share, as in PEFT's `convert_to_lora`; a rule is itself.
 
     Raises:

@@ -19,7 +19,7 @@ from peft_posthoc.extract import pick_device, read_pairs
 from peft_posthoc.factor import Pair, difference, frobenius
 from peft_posthoc.layout import Place
 from peft_posthoc.peft_format import Factors, load_factors
-from peft_posthoc.plan import Plan, make_plan
+from peft_posthoc.plan import Plan, everything, make_plan
 from peft_posthoc.report import shorten
 
 # Values of a weight compared at a time.
@@ -141,7 +141,7 @@ def verify(
     where = pick_device(device)
     before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     factors = load_factors(adapter)
-    plan = make_plan(before, after, choose=lambda places: (list(places), ""))
+    plan = make_plan(before, after, choose=everything)
     _fits(factors, plan, adapter)
     weights = _compare_weights(before, after, factors, plan, where, progress=progress)
     delta = sum(weight.delta**2 for weight in weights)

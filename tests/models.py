@@ -39,6 +39,58 @@ def qwen2(**changes):
     )
 
 
+def gemma2(**changes):
+    return transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            **changes,
+        )
+    )
+
+
+def mixtral(**changes):
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            max_position_embeddings=64,
+            **changes,
+        )
+    )
+
+
+def qwen3_moe(**changes):
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=2,
+            num_experts_per_tok=1,
+            max_position_embeddings=64,
+            **changes,
+        )
+    )
+
+
 def gpt2(**changes):
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, **changes)

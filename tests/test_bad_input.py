@@ -73,7 +73,9 @@ def run(*arguments):
 
 def spawn(*arguments, before="", **how):
     """The command in a process of its own."""
-    start = f"import runpy, sys\n{before}\nrunpy.run_module('peft_posthoc', run_name='__main__')"
+    # A shell starts what it puts in the background deaf to Ctrl-C, and that is inherited.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"import runpy, sys\n{hear}\n{before}\nrunpy.run_module('peft_posthoc', run_name='__main__')"
     return subprocess.Popen(
         [sys.executable, "-c", start, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
     )

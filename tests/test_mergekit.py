@@ -1,0 +1,467 @@
+"""mergekit's commands with `merge_method: phlora`, and adapters out of merges of any kind."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+import peft_posthoc
+from mergekit_plugin import register
+from tests import merges, models
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch_dtype.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+ARCHITECTURES = [models.llama, models.qwen2, models.gemma2, models.mixtral, models.qwen3_moe]
+EXAMPLES = Path(__file__).parent.parent / "examples/mergekit"
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert torch.equal(one[name], other[name]), name
+
+
+def adapters_are_the_same(one, other):
+    same(merges.tensors(one), merges.tensors(other))
+    configs = [json.loads((Path(folder) / "adapter_config.json").read_text()) for folder in (one, other)]
+    assert configs[0] == configs[1]
+
+
+# The merged model.
+
+
+@pytest.mark.parametrize("make", ARCHITECTURES, ids=lambda make: make.__name__)
+def test_the_merged_weights_are_base_plus_b_a_of_extract_bit_for_bit(make, tmp_path):
+    pair = models.save_pair(make(), tmp_path)
+    config = merges.config(*pair, parameters={"rank": 8})
+    changed = peft_posthoc.extract(*pair, 8)
+    changed.save(tmp_path / "adapter")
+    assert len(changed.layers) >= 8
+    wanted = models.load(pair[0])
+    with torch.no_grad():
+        for name, layer in changed.layers.items():
+            wanted.get_parameter(name).add_(layer.factors.b @ layer.factors.a)
+    for command in (merges.stock, merges.merged_by):
+        command(config, tmp_path / command.__name__)
+        # As transformers reads it: mergekit stacks the experts of a mixture.
+        same(models.load(tmp_path / command.__name__).state_dict(), wanted.state_dict())
+    adapters_are_the_same(tmp_path / "merged_by/phlora", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("make", [models.mixtral, models.qwen3_moe], ids=lambda make: make.__name__)
+def test_experts_that_mergekit_stacks_are_counted_with_their_change(make, tmp_path):
+    pair = models.save_pair(make(), tmp_path)
+    merges.merged_by(merges.config(*pair, parameters={"rank": 8}), tmp_path / "out")
+    report = json.loads((tmp_path / "out/phlora/phlora_report.json").read_text())
+    experts = {row["weight"]: row for row in report["rows"] if "experts" in row["weight"]}
+    true = models.true_deltas(*pair)
+    assert len(experts) == 4
+    for name, row in experts.items():
+        assert row["status"] == "left out"
+        assert row["delta_norm"] == pytest.approx(float(true[name].norm()), rel=1e-5)
+
+
+def test_gpt2_is_merged_in_its_own_orientation(tmp_path):
+    pair = models.save_pair(models.gpt2(), tmp_path)
+    same(merges.stock(merges.config(*pair, parameters={"rank": 8}), tmp_path / "out"), merges.expected(*pair, 8))
+
+
+def test_rest_tuned_takes_what_is_not_factored_from_the_fine_tune(llama_pair, tmp_path):
+    got = merges.stock(merges.config(*llama_pair, parameters={"rank": 8, "rest": "tuned"}), tmp_path / "out")
+    adapter, tuned = peft_posthoc.extract(*llama_pair, 8), merges.tensors(llama_pair[1])
+    assert all(torch.equal(got[name], tuned[name]) for name in adapter.skipped)
+    assert not any(torch.equal(got[name], tuned[name]) for name in adapter.layers)
+
+
+def test_an_energy_share_embeddings_and_head_mean_what_they_mean_elsewhere(llama_pair, tmp_path):
+    config = merges.config(*llama_pair, parameters={"energy": 0.8, "embeddings": True, "head": True})
+    wanted = merges.expected(*llama_pair, 0.8, embeddings=True, head=True)
+    same(merges.stock(config, tmp_path / "stock"), wanted)
+    assert merges.phlora(config, tmp_path / "alone", "--no-model").exit_code == 0
+    peft_posthoc.extract(*llama_pair, 0.8, embeddings=True, head=True).save(tmp_path / "adapter")
+    adapters_are_the_same(tmp_path / "alone", tmp_path / "adapter")
+
+
+def test_filters_and_gradients_give_each_weight_its_own_rank(llama_pair, tmp_path):
+    rank = [{"filter": "k_proj", "value": 0}, {"filter": "mlp", "value": [4, 16]}, {"value": 6}]
+    config = merges.config(*llama_pair, each={"rank": rank})
+
+    def wanted_rank(name):
+        if "mlp" in name:
+            return 4 if "layers.0" in name else 16
+        return 0 if "k_proj" in name else 6
+
+    carried = peft_posthoc.extract(*llama_pair, 32).layers
+    by_hand = {name: wanted_rank(name) for name in carried if wanted_rank(name)}
+    wanted = merges.tensors(llama_pair[0])
+    for name, rank in by_hand.items():
+        wanted[name] = merges.expected(*llama_pair, rank)[name]
+    same(merges.stock(config, tmp_path / "stock"), wanted)
+    same(merges.merged_by(config, tmp_path / "ours"), wanted)
+    peft_posthoc.extract(*llama_pair, by_hand).save(tmp_path / "adapter")
+    adapters_are_the_same(tmp_path / "ours/phlora", tmp_path / "adapter")
+    report = json.loads((tmp_path / "ours/phlora/phlora_report.json").read_text())
+    assert {row["reason"] for row in report["rows"] if "k_proj" in row["weight"]} == {"no rank is given for it"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--async-write", "--write-threads", "2"],
+        ["--low-cpu-memory"],
+        ["--lazy-unpickle", "--clone-tensors"],
+        ["--out-shard-size", "2K"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_options_of_mergekit_change_no_bit(flags, llama_pair, tmp_path):
+    config = merges.config(*llama_pair, parameters={"rank": 8})
+    same(merges.merged_by(config, tmp_path / "out", *flags), merges.expected(*llama_pair, 8))
+
+
+def test_the_number_of_threads_changes_no_bit(llama_pair, tmp_path):
+    config, threads = merges.config(*llama_pair, parameters={"rank": 8}), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        got = merges.stock(config, tmp_path / "out")
+        torch.set_num_threads(1)
+        same(got, merges.expected(*llama_pair, 8))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_devices_in_two_threads_give_the_same(llama_pair, tmp_path, monkeypatch):
+    from mergekit import multigpu_executor
+
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
+    idle = SimpleNamespace(synchronize=lambda device: None)
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_module", lambda kind: idle)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    config = merges.config(*llama_pair, parameters={"rank": 8})
+    same(merges.stock(config, tmp_path / "stock", "--multi-gpu"), merges.expected(*llama_pair, 8))
+    same(merges.merged_by(config, tmp_path / "ours", "--multi-gpu"), merges.expected(*llama_pair, 8))
+
+
+def test_pickled_checkpoints_are_merged_too(llama_pair, tmp_path):
+    for folder in llama_pair:
+        target = tmp_path / Path(folder).name
+        shutil.copytree(folder, target)
+        torch.save(merges.tensors(folder), target / "pytorch_model.bin")
+        (target / "model.safetensors").unlink()
+    config = merges.config(tmp_path / "base", tmp_path / "tuned", parameters={"rank": 8})
+    same(merges.merged_by(config, tmp_path / "out", "--lazy-unpickle"), merges.expected(*llama_pair, 8))
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "asked", "saved"),
+    [
+        (torch.bfloat16, torch.bfloat16, {}, torch.bfloat16),
+        (torch.bfloat16, torch.float32, {}, torch.bfloat16),
+        (torch.float32, torch.bfloat16, {}, torch.float32),
+        (torch.float16, torch.bfloat16, {}, torch.float16),
+        (torch.bfloat16, torch.bfloat16, {"dtype": "float32"}, torch.float32),
+        (torch.bfloat16, torch.float32, {"dtype": "float32", "out_dtype": "bfloat16"}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_files_are_of_the_type_that_their_config_says(base, tuned, asked, saved, tmp_path):
+    model = models.llama()
+    models.save(models.llama().to(base), tmp_path / "base")
+    models.save(models.tuned_from(model).to(tuned), tmp_path / "tuned")
+    pair = (tmp_path / "base", tmp_path / "tuned")
+    got = merges.merged_by(merges.config(*pair, parameters={"rank": 8}, **asked), tmp_path / "out")
+    assert {tensor.dtype for tensor in got.values()} == {saved}
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["dtype"] == str(saved).removeprefix("torch.")
+    # Whatever the types, the arithmetic is that of float32.
+    factors = peft_posthoc.extract(*pair, 8).layers
+    weights = merges.tensors(pair[0])
+    for name, layer in factors.items():
+        wanted = weights[name].float() + layer.factors.b @ layer.factors.a
+        assert torch.equal(got[name], wanted.to(saved)), name
+
+
+def test_a_tied_base_and_an_untied_fine_tune(tmp_path):
+    base = models.llama(tie_word_embeddings=True)
+    tuned = models.llama()
+    tuned.load_state_dict(models.tuned_from(base).state_dict())
+    torch.nn.init.normal_(tuned.lm_head.weight)
+    pair = models.save(base, tmp_path / "base"), models.save(tuned, tmp_path / "tuned")
+    merges.merged_by(merges.config(*pair, parameters={"rank": 8}), tmp_path / "out")
+    # The head is left out, and the model says what base + adapter says: the tied head.
+    model, adapted = models.load(tmp_path / "out"), models.load_adapter(str(pair[0]), tmp_path / "out/phlora")
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    report = json.loads((tmp_path / "out/phlora/phlora_report.json").read_text())
+    (head,) = (row for row in report["rows"] if row["weight"] == "lm_head.weight")
+    assert head["status"] == "left out"
+
+
+def test_a_longer_vocabulary_is_aligned_by_mergekit(tmp_path):
+    pair = with_tokenizers(tmp_path, 96, 100)
+    config = merges.config(*pair, parameters={"rank": 8}, tokenizer={"source": "base"})
+    got = merges.merged_by(config, tmp_path / "out")
+    assert got["lm_head.weight"].shape == (96, 32)
+    report = json.loads((tmp_path / "out/phlora/phlora_report.json").read_text())
+    assert sum(row["status"] == "extracted" for row in report["rows"]) == 14
+    weights = merges.tensors(pair[0])
+    factors = peft_posthoc.extract(*pair, 8, exclude="embed_tokens|lm_head").layers
+    assert all(torch.equal(got[n], weights[n] + one.factors.b @ one.factors.a) for n, one in factors.items())
+
+
+def test_slices_of_the_models_as_they_are(llama_pair, tmp_path):
+    config = merges.config(llama_pair[0], parameters={"rank": 8}, slices=slices(llama_pair, (0, 1), (1, 2)))
+    same(merges.merged_by(config, tmp_path / "out"), merges.expected(*llama_pair, 8))
+
+
+def test_slices_that_renumber_layers_merge_but_have_no_adapter(llama_pair, tmp_path):
+    config = merges.config(llama_pair[0], parameters={"rank": 8}, slices=slices(llama_pair, (0, 2), (1, 2)))
+    got = merges.stock(config, tmp_path / "stock")
+    second = {name: tensor for name, tensor in got.items() if "layers.2" in name}
+    base, tuned = (merges.tensors(folder) for folder in llama_pair)
+    for name in (name for name in second if "proj" in name):
+        stored = name.replace("layers.2", "layers.1")
+        delta, step = tuned[stored] - base[stored], second[name] - base[stored]
+        assert torch.linalg.matrix_rank(step, rtol=1e-4) == 8
+        tail = torch.linalg.svdvals(delta.double())[8:].norm()
+        torch.testing.assert_close((delta - step).double().norm(), tail, rtol=1e-4, atol=0)
+    result = merges.phlora(config, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "layer 2 of the result is layer 1 of" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def slices(pair, *ranges):
+    return [{"sources": [{"model": folder, "layer_range": list(one)} for folder in pair]} for one in ranges]
+
+
+def with_tokenizers(folder, *sizes):
+    """A base and a fine-tune of it, of vocabularies that are one the beginning of the other."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    model = models.llama(vocab_size=max(sizes))
+    for name, one, size in zip(("base", "tuned"), (model, models.tuned_from(model)), sizes, strict=True):
+        one.resize_token_embeddings(size)
+        models.save(one, folder / name)
+        words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / name)
+    return str(folder / "base"), str(folder / "tuned")
+
+
+# The adapter of any merge.
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A base and two fine-tunes of it."""
+    torch.manual_seed(0)
+    folder, base = tmp_path_factory.mktemp("three"), models.llama()
+    for name, model in (("base", base), ("tuned", models.tuned_from(base)), ("tuned-too", models.tuned_from(base))):
+        models.save(model, folder / name)
+    return folder
+
+
+METHODS = {
+    "ties": {"each": {"weight": 0.5, "density": 0.6}},
+    "dare_ties": {"each": {"weight": 0.5, "density": 0.6}},
+    "task_arithmetic": {"each": {"weight": 0.7}},
+    "linear": {"each": {"weight": 0.5}},
+    "model_stock": {},
+    "phlora": {"parameters": {"rank": 8}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_model_the_adapter_is_that_of_the_stored_merge(method, three, tmp_path):
+    tuned = [three / "tuned"] if method == "phlora" else [three / "tuned", three / "tuned-too"]
+    base = three / "base"
+    config = merges.config(None if method == "linear" else base, *tuned, method=method, **METHODS[method])
+    flags = ["--random-seed", "7"] + (["--base", str(base)] if method == "linear" else [])
+    ours = [] if method == "phlora" else ["--rank", "8"]
+    stored = merges.stock(config, tmp_path / "stored", *flags[:2])
+    assert merges.phlora(config, tmp_path / "streamed", "--no-model", *flags, *ours).exit_code == 0
+    assert merges.phlora(config, tmp_path / "both", *flags, *ours).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "streamed").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "phlora_report.json",
+    ]
+    same(merges.tensors(tmp_path / "both"), stored)
+    source = three / "tuned" if method == "phlora" else tmp_path / "stored"
+    peft_posthoc.extract(str(base), str(source), 8).save(tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "streamed", tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "both/phlora", tmp_path / "by hand")
+
+
+def test_stock_mergekit_merges_the_adapter_back_without_a_plugin(llama_pair, tmp_path):
+    peft_posthoc.extract(*llama_pair, 8, dtype=torch.float32).save(tmp_path / "adapter")
+    config = merges.config(None, f"{llama_pair[0]}+{tmp_path / 'adapter'}", method="passthrough")
+    got = merges.stock(config, tmp_path / "out", "--lora-merge-cache", str(tmp_path / "cache"))
+    wanted = merges.expected(*llama_pair, 8)
+    for name in wanted:
+        # PEFT computes (b @ a) once more, from padded factors.
+        torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-7)
+
+
+def test_the_same_in_memory_by_mergekits_own_function(llama_pair):
+    from mergekit.merge_methods import merge_state_dicts
+
+    register()
+    base, tuned = (merges.tensors(folder) for folder in llama_pair)
+    got = merge_state_dicts({"base": base, "tuned": tuned}, "phlora", base="base", parameters={"rank": 8})
+    same(got, merges.expected(*llama_pair, 8))
+
+
+def test_mergekit_pytorch_takes_it_too(llama_pair, tmp_path):
+    from mergekit.scripts import merge_raw_pytorch
+
+    register()
+    files = [Path(folder) / "model.safetensors" for folder in llama_pair]
+    config = merges.config(*files, parameters={"rank": 8})
+    result = merges.phlora(config, tmp_path / "out", main=merge_raw_pytorch.main)
+    assert result.exit_code == 0, result.output
+    same(merges.tensors(tmp_path / "out"), merges.expected(*llama_pair, 8))
+
+
+# What goes wrong.
+
+
+def refused(result, *words):
+    assert result.exit_code == 1, result.output
+    assert result.output.count("\n") == 1
+    for word in words:
+        assert word in result.output
+
+
+@pytest.mark.parametrize("where", ["parameters", "each"])
+def test_a_misspelt_parameter_is_refused(where, llama_pair, tmp_path):
+    config = merges.config(*llama_pair, **{where: {"rnk": 8}})
+    refused(merges.phlora(config, tmp_path / "out"), "no parameter `rnk`", "rank, rest")
+    with pytest.raises(peft_posthoc.PosthocError, match="no parameter `rnk`"):
+        merges.stock(config, tmp_path / "stock")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_methods_keep_their_parameters(three, tmp_path):
+    config = merges.config(three / "base", three / "tuned", method="ties", each={"weight": 1.0, "madeup": 3})
+    assert merges.stock(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"rank": "abc"}, "valid number"),
+        ({"rank": -1}, "greater than or equal to 0"),
+        ({"energy": 1.5}, "less than or equal to 1"),
+        ({"rest": "other"}, "'base' or 'tuned'"),
+        ({"rank": 8, "energy": 0.9}, "both `rank` and `energy`"),
+        ({"rank": 0}, "no weight a rank"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(parameters, word, llama_pair, tmp_path):
+    refused(merges.phlora(merges.config(*llama_pair, parameters=parameters), tmp_path / "out"), word)
+
+
+def test_mergekits_own_rules_end_in_a_line(three, tmp_path):
+    base, tuned, more = (three / name for name in ("base", "tuned", "tuned-too"))
+    refused(merges.phlora(merges.config(None, tuned, more), tmp_path / "out"), "names no `base_model`")
+    refused(merges.phlora(merges.config(base, tuned, more), tmp_path / "out"), "requires exactly 2 inputs")
+    wide = models.save(models.llama(intermediate_size=64), tmp_path / "wide")
+    refused(merges.phlora(merges.config(base, wide), tmp_path / "out"), "other shapes")
+    refused(merges.phlora(merges.config(base, tuned, method="made-up"), tmp_path / "out"), "made-up")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_on_the_command_line_are_refused_where_the_configuration_has_them(llama_pair, tmp_path):
+    config = merges.config(*llama_pair, parameters={"rank": 8})
+    for flags in (["--rank", "4"], ["--head"], ["--include", "mlp"]):
+        refused(merges.phlora(config, tmp_path / "out", *flags), f"`{flags[0]}` belongs among the `parameters`")
+
+
+def test_the_adapter_never_goes_into_the_models_own_folder(llama_pair, tmp_path):
+    config = merges.config(*llama_pair, parameters={"rank": 8})
+    refused(merges.phlora(config, tmp_path / "out", "--adapter-out", str(tmp_path / "out")), "Choose another folder")
+    merges.merged_by(config, tmp_path / "out")
+    assert not (tmp_path / "out/adapter_config.json").exists()
+    # transformers reads the merged model, and nothing on top of it.
+    loaded = dict(models.load(tmp_path / "out").named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in merges.tensors(tmp_path / "out").items())
+
+
+def test_a_base_with_an_adapter_is_refused(llama_pair, tmp_path):
+    config = merges.config(f"{llama_pair[0]}+some/adapter", llama_pair[1], parameters={"rank": 8})
+    refused(merges.phlora(config, tmp_path / "out"), "Merge the two first")
+
+
+def test_registering_twice_is_the_same_as_once():
+    from mergekit import merge_methods, parameter_resolver
+
+    register()
+    resolve = parameter_resolver.resolve_parameters
+    register()
+    assert [method.spec.name for method in merge_methods.registered_methods()].count("phlora") == 1
+    assert parameter_resolver.resolve_parameters is resolve
+
+
+# The examples, in processes of their own.
+
+
+@pytest.fixture
+def here(three, tmp_path):
+    for folder in three.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    for example in EXAMPLES.glob("*.yml"):
+        shutil.copy(example, tmp_path)
+    return tmp_path
+
+
+EXAMPLE_COMMANDS = {
+    "phlora.yml": ["-m", "mergekit_plugin", "phlora.yml", "out"],
+    "layers.yml": ["-m", "mergekit_plugin", "layers.yml", "out", "--adapter-out", "out-adapter"],
+    "ties.yml": ["-m", "mergekit_plugin", "ties.yml", "out", "--no-model", "--rank", "16"],
+    "several.yml": ["-c", "{register}; {multi}", "several.yml", "-I", "./stages", "--out-path", "out"],
+    "passthrough.yml": ["-m", "mergekit.scripts.run_yaml", "passthrough.yml", "out", "--lora-merge-cache", "cache"],
+}
+INLINE = {
+    "register": "from mergekit_plugin import register; register()",
+    "multi": "from mergekit.scripts.multimerge import main; main()",
+}
+
+
+def test_every_example_is_run():
+    assert EXAMPLE_COMMANDS.keys() == {path.name for path in EXAMPLES.iterdir()}
+
+
+@pytest.mark.parametrize("name", EXAMPLE_COMMANDS)
+def test_an_example(name, here):
+    if name == "passthrough.yml":
+        peft_posthoc.extract(str(here / "base"), str(here / "tuned"), 8).save(here / "adapter")
+    ran = merges.run(*(part.format(**INLINE) for part in EXAMPLE_COMMANDS[name]), cwd=here)
+    assert ran.returncode == 0, ran.stderr
+    parts = list(yaml.safe_load_all((here / name).read_text()))
+    if name == "ties.yml":
+        assert (here / "out/adapter_model.safetensors").is_file()
+        return
+    got = merges.tensors(here / "out")
+    assert {tensor.dtype for tensor in got.values()} == {
+        getattr(torch, parts[-1].get("out_dtype") or parts[-1]["dtype"])
+    }
+    if name == "phlora.yml":
+        wanted = merges.expected(here / "base", here / "tuned", 16)
+        same(got, {key: tensor.bfloat16() for key, tensor in wanted.items()})
+    if name == "several.yml":
+        same(merges.tensors(here / "stages/first"), merges.expected(here / "base", here / "tuned", 16))
+        same(merges.tensors(here / "stages/second"), merges.expected(here / "base", here / "tuned-too", 0.8))
