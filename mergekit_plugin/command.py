@@ -23,7 +23,6 @@ from peft_posthoc.errors import PosthocError
 from peft_posthoc.extract import extract
 from peft_posthoc.folder import Folder
 from peft_posthoc.peft_format import check_target
-from peft_posthoc.plan import everything
 
 logger = logging.getLogger(__name__)
 
@@ -118,4 +117,4 @@ def _by_phlora(merge: Merge, asked: Mapping[str, Any], options: Mapping[str, Any
             f"With `merge_method: {NAME}`, `--{given[0]}` belongs among the `parameters` of CONFIG, where the merged "
             "model is told the same."
         )
-    return extract(merge.base, merge.result, merge.ranks, choose=everything, exact=merge.exact, **options)
+    return extract(merge.base, merge.result, merge.ranks, choose=merge.choose, exact=merge.exact, **options)

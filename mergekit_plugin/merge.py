@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, reduce
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mergekit_plugin.stream import Stream, Taken, shape_of
 from peft_posthoc.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import MismatchError, PosthocError
 from peft_posthoc.folder import Folder
+from peft_posthoc.layout import Place
 from peft_posthoc.plan import by_flags, everything, make_plan
 from peft_posthoc.rank import RankRule
 
@@ -76,20 +78,29 @@ class Merge:
         Raises:
             PosthocError: They choose none.
         """
-        found = {}
-        for name, places in make_plan(self.base, self.result, choose=everything).carried.items():
-            settings = self._settings(name)
-            chosen, _ = by_flags(embeddings=settings.embeddings, head=settings.head)(places)
-            if chosen and settings.rule is not None:
-                found[name] = settings.rule
+        chosen = (name for places, name in self._weights.items() if self.choose(places)[0])
+        found = {name: rule for name in chosen if (rule := self._settings(name).rule) is not None}
         if not found:
             raise PosthocError(f"The parameters of `merge_method: {NAME}` give no weight a rank: there is no adapter.")
         return found
+
+    def choose(self, places: Sequence[Place]) -> tuple[list[Place], str]:
+        """Of the places of a weight those that the parameters of `phlora` choose; if none, why."""
+        settings = self._settings(self._weights[tuple(places)])
+        if settings.rule is None:
+            return [], "rank 0 (parameters)"
+        return by_flags(embeddings=settings.embeddings, head=settings.head)(places)
 
     @property
     def exact(self) -> bool:
         """Whether the parameters of `phlora` ask for LAPACK's full SVD."""
         return any(self._settings(name).exact for name in self._planned)
+
+    @cached_property
+    def _weights(self) -> dict[tuple[Place, ...], str]:
+        """All weights that can be carried, by their places."""
+        carried = make_plan(self.base, self.result, choose=everything).carried
+        return {places: name for name, places in carried.items()}
 
     def _settings(self, name: str) -> Settings:
         parameters = self._planned[name].tensor_task.input_parameters[self._tuned(name)]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import peft_posthoc
 from hf_callbacks import PosthocLoraCallback
 from peft_posthoc import cli
-from tests import models, runs
+from tests import merges, models, runs
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -53,13 +53,25 @@ def by_callback(base, tuned, out, **options):
         shutil.copytree(Path(folder) / "phlora/final", out)
 
 
+def by_mergekit(base, tuned, out, *, rank, **options):
+    parameters = {"energy" if isinstance(rank, float) else "rank": rank, **options}
+    result = merges.phlora(merges.config(base, tuned, parameters=parameters), out, "--no-model")
+    assert result.exit_code == 0, result.output
+
+
 def everything(base):
     """The leaf names of every Linear and Embedding."""
     kinds = (torch.nn.Linear, torch.nn.Embedding)
     return sorted({n.rpartition(".")[2] for n, m in models.load(base).named_modules() if isinstance(m, kinds)})
 
 
-SURFACES = {"python": by_python, "command": by_command, "peft": by_peft, "callback": by_callback}
+SURFACES = {
+    "python": by_python,
+    "command": by_command,
+    "peft": by_peft,
+    "callback": by_callback,
+    "mergekit": by_mergekit,
+}
 
 
 @pytest.fixture(params=SURFACES)
@@ -140,7 +152,9 @@ def test_the_same_inputs_give_the_same_bits(llama_pair, tmp_path):
 
 
 @pytest.mark.parametrize("make", [models.gpt2, models.bert, models.t5, models.qwen2], ids=lambda make: make.__name__)
-def test_other_architectures_are_carried_in_their_own_orientation(surface, make, tmp_path):
+def test_other_architectures_are_carried_in_their_own_orientation(surface, make, tmp_path, request):
+    if (surface, make) == (by_mergekit, models.bert):
+        request.applymarker(pytest.mark.xfail(reason="mergekit 0.1.5 itself cannot plan a BERT", raises=AssertionError))
     base, tuned = models.save_pair(make(), tmp_path)
     surface(base, tuned, tmp_path / "out", rank=48)
     true = models.true_deltas(base, tuned)
@@ -162,12 +176,11 @@ def test_the_base_in_memory_and_on_disk_give_the_same(llama_pair, tmp_path):
 
 
 def test_reports_of_all_surfaces_that_write_one_are_equal_but_for_time(llama_pair, tmp_path):
-    for name in ("python", "command"):
+    surfaces = ("python", "command", "mergekit")
+    for name in surfaces:
         SURFACES[name](*llama_pair, tmp_path / name, rank=8)
-    one, two = (
-        timeless(json.loads(Path(tmp_path / n / "phlora_report.json").read_text())) for n in ("python", "command")
-    )
-    assert one == two
+    first, *others = (timeless(json.loads((tmp_path / name / "phlora_report.json").read_text())) for name in surfaces)
+    assert all(other == first for other in others)
 
 
 def timeless(report):
