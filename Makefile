@@ -24,11 +24,11 @@ test-distributed: $(READY)  ## The callback on two processes in every way, DeepS
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
 	$(BIN)/python -m pytest tests/test_distributed.py
 
-bench: $(READY)  ## Side by side with the other extractors, and the callback's cost; writes benchmarks/*.md.
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[mergekit]'
+bench: $(READY)  ## Side by side with the other extractors, the callback's cost, merges; writes benchmarks/*.md.
 	$(BIN)/python examples/demo.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/callback.py
+	$(BIN)/python benchmarks/merging.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from peft_posthoc import CheckpointError, extract
-from peft_posthoc.checkpoint import open_pair
+from peft_posthoc import CheckpointError, NothingToCarryError, extract
+from peft_posthoc.checkpoint import InMemory, open_pair
 from peft_posthoc.extract import read_pairs
 
 
@@ -41,3 +41,62 @@ def test_the_reading_thread_ends_with_its_block():
         assert len(threads() - before) == 1
     assert torch.equal(first.base, base[first.name])
     assert threads() <= before
+
+
+# Ranks by weight.
+
+
+def stack(layers=4, side=12):
+    return {f"layers.{i}.proj.weight": torch.randn(side, side) for i in range(layers)}
+
+
+def test_ranks_by_weight_carry_those_that_have_one():
+    base, tuned = stack(), stack()
+    first, second, third, fourth = base
+    adapter = extract(base, tuned, {first: 3, third: 0.8})
+    assert adapter.layers.keys() == {first, third}
+    assert len(adapter.layers[first].factors.s) == 3
+    assert torch.equal(adapter.layers[third].factors.a, extract(base, tuned, 0.8).layers[third].factors.a)
+    assert {name: row.reason for name, row in adapter.skipped.items()} == dict.fromkeys(
+        (second, fourth), "no rank is given for it"
+    )
+    assert adapter.provenance["options"]["rule"] == {first: "fixed(rank=3)", third: "keep_energy(share=0.8)"}
+    assert extract(base, tuned, dict.fromkeys(base, 3)).provenance["options"]["rule"] == "fixed(rank=3)"
+
+
+def test_a_rank_for_a_weight_that_cannot_be_carried_is_refused():
+    base = stack() | {"norm.weight": torch.ones(12)}
+    with pytest.raises(ValueError, match=r"for `norm\.weight`, which cannot be carried: norm or other vector"):
+        extract(base, {name: value + 1 for name, value in base.items()}, {"norm.weight": 1})
+    with pytest.raises(ValueError, match=r"for `other`, which cannot be carried: neither checkpoint has it"):
+        extract(base, {name: value + 1 for name, value in base.items()}, {"other": 1})
+    with pytest.raises(NothingToCarryError, match="no rank is given"):
+        extract(base, {name: value + 1 for name, value in base.items()}, {})
+
+
+# A source that is made as it is read.
+
+
+class Once(InMemory):
+    """Tensors that can be had once only, in the order of their headers."""
+
+    sequential = True
+
+    def __init__(self, tensors):
+        super().__init__(tensors, label="once")
+        self.order = list(self.headers)
+
+    def read(self, name):
+        assert name == self.order.pop(0)
+        return super().read(name)
+
+
+def test_a_sequential_source_is_read_in_its_own_order():
+    # The costliest come first otherwise.
+    base = {f"layers.{i}.proj.weight": torch.randn(side, side) for i, side in enumerate((8, 32, 16, 24))}
+    tuned = {name: base[name] + torch.randn_like(base[name]) for name in reversed(base)}
+    once = Once(tuned)
+    adapter = extract(base, once, 4)
+    assert not once.order
+    wanted = extract(base, tuned, 4)
+    assert all(torch.equal(adapter.layers[n].factors.b, layer.factors.b) for n, layer in wanted.layers.items())

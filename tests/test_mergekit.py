@@ -316,6 +316,20 @@ def test_stock_mergekit_merges_the_adapter_back_without_a_plugin(llama_pair, tmp
         torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-7)
 
 
+def test_adapters_are_combined_without_a_plugin_into_one(three, tmp_path):
+    base = three / "base"
+    for name in ("tuned", "tuned-too"):
+        peft_posthoc.extract(str(base), str(three / name), 8).save(tmp_path / f"{name}-adapter")
+    models_and_adapters = [f"{base}+{tmp_path / name}-adapter" for name in ("tuned", "tuned-too")]
+    config = merges.config(base, *models_and_adapters, method="ties", each={"weight": 0.5, "density": 0.6})
+    cache = ["--lora-merge-cache", str(tmp_path / "cache")]
+    merges.stock(config, tmp_path / "stored", *cache)
+    result = merges.phlora(config, tmp_path / "streamed", "--no-model", "--rank", "8", *cache)
+    assert result.exit_code == 0, result.output
+    peft_posthoc.extract(str(base), str(tmp_path / "stored"), 8).save(tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "streamed", tmp_path / "by hand")
+
+
 def test_the_same_in_memory_by_mergekits_own_function(llama_pair):
     from mergekit.merge_methods import merge_state_dicts
 

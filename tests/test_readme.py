@@ -27,7 +27,9 @@ def here(llama_pair, tmp_path, monkeypatch):
 
 
 def test_every_block_is_one_that_is_run_here():
-    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python", "python", "sh", "sh"]
+    assert [language for language, _ in BLOCKS] == [
+        *("sh", "sh", "python", "python", "python", "yaml", "sh", "sh", "sh"),
+    ]
 
 
 def test_the_python_blocks(here):
@@ -60,6 +62,20 @@ def test_the_phlora_lines(here):
     assert (here / "adapter" / "phlora_report.json").is_file()
 
 
+def test_the_mergekit_lines(here):
+    (recipe,) = (block for language, block in BLOCKS if language == "yaml")
+    (line,) = (line for _, block in BLOCKS for line in block.splitlines() if line.startswith("mergekit-phlora "))
+    (here / "phlora.yml").write_text(recipe)
+    run = subprocess.run(
+        [sys.executable, "-m", "mergekit_plugin", *shlex.split(line, comments=True)[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (here / "adapter-from-mergekit" / "adapter_model.safetensors").is_file()
+
+
 def test_the_torchrun_line(here):
     (line,) = (line for _, block in BLOCKS for line in block.splitlines() if line.startswith("torchrun "))
     run = subprocess.run(
@@ -85,5 +101,5 @@ def test_the_make_lines_name_targets():
 def test_the_extra_that_is_told_to_install_exists():
     from importlib import metadata
 
-    assert "plot" in metadata.metadata("peft-posthoc").get_all("Provides-Extra")
+    assert {"plot", "mergekit"} <= set(metadata.metadata("peft-posthoc").get_all("Provides-Extra"))
     assert sys.version_info >= (3, 11)

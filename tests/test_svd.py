@@ -367,6 +367,16 @@ def test_threads_that_factor_at_once_leave_the_precision_as_it_was(loose_precisi
     assert loose_precision() == loose
 
 
+def test_the_last_of_several_threads_puts_the_precision_back(loose_precision):
+    loose, (one, two) = loose_precision(), (full_precision(), full_precision())
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert not loose_precision()
+    two.__exit__(None, None, None)
+    assert loose_precision() == loose
+
+
 @pytest.mark.parametrize("rank", [0, -1, 9, True])
 def test_a_rank_out_of_range_is_refused(rank):
     with pytest.raises(
