@@ -18,9 +18,11 @@ from hf_callbacks.base import Base, find_base, remember, remembered
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.jobs import Done
 from hf_callbacks.metrics import metrics, read_report
+from hf_callbacks.push import Push, Sent
 from hf_callbacks.run import FINAL, Run
 from peft_posthoc.checkpoint import open_checkpoint
 from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.hub import is_repo_id
 from peft_posthoc.rank import RankRule
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         background: Work in another process; otherwise training waits for every adapter.
         strict: Raise what is otherwise a warning.
         keep: How many adapters of steps stay, the newest; all by default.
+        push_to_hub: A repository on the hub, `org/name`, that every adapter is uploaded to while training goes on:
+            `final` to its root, the others to folders of their names. If there is none it is made, a private one
+            unless the trainer's `hub_private_repo` is False.
         include: Regular expressions over weight names; only what one of them is found in is carried.
         exclude: The same; what one of them is found in is not carried.
         embeddings: Carry token embeddings too.
@@ -70,6 +75,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         background: bool = True,
         strict: bool = False,
         keep: int | None = None,
+        push_to_hub: str | None = None,
         include: str | Iterable[str] = (),
         exclude: str | Iterable[str] = (),
         embeddings: bool = False,
@@ -82,6 +88,8 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(f"`when` must be 'save', 'end', or a number of saves of at least 1. Got {when!r}.")
         if keep is not None and keep < 1:
             raise ValueError(f"`keep` must be at least 1, or None for all. Got {keep!r}.")
+        if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
+            raise ValueError(f"`push_to_hub` must be a repository such as 'me/adapters'. Got {push_to_hub!r}.")
         patterns = [(given,) if isinstance(given, str) else tuple(given) for given in (include, exclude)]
         self._extraction = Extraction(rank, patterns[0], patterns[1], embeddings, head, exact, device, dtype)
         if background:
@@ -89,7 +97,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._given = None if base is None else Base(str(base), base_revision, "it was given")
         self._out = None if out is None else Path(out)
         self._when, self._background, self._strict, self._keep = when, background, strict, keep
+        self._repo_id = push_to_hub
         self._run: Run | None = None
+        self._push: Push | None = None
         self._trainer: Trainer | None = None
         self._saves = 0
         self._told = False
@@ -122,7 +132,11 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         logger.info("phlora: the base is %s: %s.", run.base.source, run.base.how)
         if not resumed:
             run.start_over()
-        elif self._when == "save":
+        if self._repo_id is not None:
+            # Private by default: an adapter may tell what it was trained on.
+            private = args.hub_private_repo is not False
+            self._push = Push(self._repo_id, run.work / "pushed", private=private, token=args.hub_token)
+        if resumed and self._when == "save":
             self._catch_up()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -142,6 +156,8 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         """See what has been finished."""
         if self._run is not None and len(self._run):
             self._tell(self._run.poll())
+        if self._push is not None and len(self._push):
+            self._tell_sent(self._push.poll())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,6 +179,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
                 source = run.checkpoints().get(step, kwargs["model"])
                 self._tell(run.make(source, step, name=FINAL, background=self._background))
                 self._wait()
+            self._wait_for_hub()
         finally:
             run.stop()
 
@@ -203,12 +220,27 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
                 self._tell(self._run.make(folder, step, background=self._background))
 
     def _wait(self) -> None:
-        if self._run is None or not len(self._run):
-            return
-        with tqdm(total=len(self._run), desc="Adapters", disable=not sys.stderr.isatty()) as bar:
-            for done in self._run.wait():
+        if self._run is not None and len(self._run):
+            for done in tqdm(self._run.wait(), total=len(self._run), desc="Adapters", disable=None):
                 self._tell([done])
-                bar.update()
+
+    def _wait_for_hub(self) -> None:
+        if self._push is not None and len(self._push):
+            for sent in tqdm(self._push.wait(), total=len(self._push), desc="Uploads", disable=None):
+                self._tell_sent([sent])
+
+    def _send(self, name: str, step: int) -> None:
+        """Have an adapter uploaded, if that is wanted."""
+        run, push = self._run, self._push
+        if run is not None and push is not None:
+            what = f"`{name}` was not uploaded to `{push.repo_id}`"
+            self._guarded(what, lambda: push.add(run.out / name, step=step))
+
+    def _tell_sent(self, ended: Iterable[Sent]) -> None:
+        """Log which uploads failed."""
+        for name, failure in ended:
+            if failure is not None and self._push is not None:
+                self._warn(f"`{name}` was not uploaded to `{self._push.repo_id}`: {failure}")
 
     def _tell(self, ended: Iterable[Done]) -> None:
         """Log what has come to its end."""
@@ -226,6 +258,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             if job.name != FINAL and self._trainer is not None:
                 # Not the trainer's own `log`: TRL's would take the running averages of this step along.
                 Trainer.log(self._trainer, metrics(report, step=job.step))
+            self._send(job.name, job.step)
 
     def _guarded(self, what: str, work: Callable[[], None]) -> None:
         """Do something that must not end the training."""

@@ -15,13 +15,20 @@ from peft_posthoc.report import size
 
 _SERVE = """
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=path/to/this/folder
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}
 ```
 """
 
 
-def card(adapter: Path, *, step: int) -> str:
-    """The model card of one adapter: where it comes from, what it holds, how to load it."""
+def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str | None = None) -> str:
+    """The model card of one adapter: where it comes from, what it holds, how to load it.
+
+    Args:
+        adapter: Its folder.
+        step: When its checkpoint was saved.
+        repo_id: The repository on the hub that the card is for, if it is for one.
+        subfolder: Where in that repository the adapter lies; at its root if None.
+    """
     report, config = read_report(adapter), json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     provenance, totals = report["provenance"], report["totals"]
     base, revision = provenance["base"], provenance["base_revision"]
@@ -30,6 +37,10 @@ def card(adapter: Path, *, step: int) -> str:
         library_name="peft",
         tags=["lora", "phlora", "post-hoc"],
     )
+    place = "path/to/this/folder" if repo_id is None or subfolder is not None else repo_id
+    loaded = f'"{place}"' if repo_id is None or subfolder is None else f'"{repo_id}", subfolder="{subfolder}"'
+    generates = config.get("task_type") == "CAUSAL_LM"
+    serve = _SERVE.format(base=base, rank=config["r"], place=place) if generates else ""
     at = f" at revision `{revision}`" if revision else ""
     warnings = "".join(f"- {warning}\n" for warning in report["warnings"])
     cells = (
@@ -58,9 +69,9 @@ A row for every tensor is in `{REPORT}`.
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")  # base_model: `{base}`
+model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{base}`
 ```
-{_SERVE.format(base=base, rank=config["r"]) if config.get("task_type") == "CAUSAL_LM" else ""}"""
+{serve}"""
 
 
 def summary(adapters: Mapping[int, Path]) -> str:

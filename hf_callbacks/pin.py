@@ -1,9 +1,10 @@
-"""Hold on to a checkpoint's weights when the checkpoint itself may be rotated away."""
+"""Hold on to files that may be deleted before they are needed: a checkpoint's weights, a finished adapter."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from peft_posthoc.errors import CheckpointError
@@ -11,17 +12,28 @@ from peft_posthoc.folder import shards_of, weight_files
 
 
 def pin(checkpoint: Path, to: Path) -> Path:
-    """Put hard links to a checkpoint's weights into a new folder, or copies where links cannot be made.
-
-    A link takes microseconds and no space; what is linked stays when the checkpoint is deleted.
+    """Hold on to a checkpoint's weights when the checkpoint itself may be rotated away.
 
     Raises:
         CheckpointError: There are no weights that can be read.
     """
+    return hold(checkpoint, [*_weights(checkpoint), "config.json"], to)
+
+
+def hold(folder: Path, names: Iterable[str], to: Path) -> Path:
+    """Put hard links to files of a folder into a new folder, or copies where links cannot be made.
+
+    A link takes microseconds and no space; what is linked stays when the first folder is deleted.
+
+    Args:
+        folder: Where the files are.
+        names: Theirs, relative to the folder; what is not there is left out.
+        to: The new folder. If there is one, it is replaced.
+    """
     half = to.with_name(f"{to.name}.part")
     shutil.rmtree(half, ignore_errors=True)
-    for name in [*_weights(checkpoint), "config.json"]:
-        source, target = checkpoint / name, half / name
+    for name in names:
+        source, target = folder / name, half / name
         if not source.is_file():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,7 @@ class Run:
     def start_over(self) -> None:
         """Let go of what an earlier run in the same folder held on to; its adapters are not this run's."""
         self._stale = set(self.adapters())
-        for folder in ("pinned", "made"):
+        for folder in ("pinned", "made", "pushed"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
 
     def _ended(self, done: Done) -> Done:

@@ -1,8 +1,10 @@
 """A Hugging Face hub of our own on 127.0.0.1: what the real client needs of its protocol, and a record of requests."""
 
+import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,13 +14,23 @@ from urllib.parse import unquote, urlsplit
 class Repository:
     """Files at each commit; branches and tags that name commits."""
 
-    def __init__(self):
+    def __init__(self, *, private=False):
         self.commits = {}
         self.names = {}
+        self.private = private
 
     def commit(self, folder, *names):
         """The files of a folder as one commit; every branch or tag in `names` points there afterwards."""
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return self.put(files, *names)
+
+    @property
+    def files(self):
+        """Those of the branch `main`."""
+        return self.commits[self.names["main"]] if "main" in self.names else {}
+
+    def put(self, files, *names):
+        """The same for files that are there by name."""
         digest = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         self.commits[digest] = files
         self.names |= dict.fromkeys(names, digest)
@@ -32,6 +44,8 @@ class FakeHub:
         self.repositories = {}
         self.fetched = []  # (repository, file) of every file that was sent
         self.asked = []  # the path of every request
+        self.token = None  # what a client must show before it may write
+        self.gates = {}  # repositories whose requests to write wait until an event is set
 
     def repository(self, repo_id):
         return self.repositories.setdefault(repo_id, Repository())
@@ -63,6 +77,40 @@ class FakeHub:
 
             def do_GET(self):
                 self.answer(send=True)
+
+            def do_POST(self):
+                length = int(self.headers.get("Content-Length", 0))
+                sent = [json.loads(line) for line in self.rfile.read(length).splitlines()]
+                path = urlsplit(self.path).path
+                hub.asked.append(path)
+                if hub.token is None or self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    return self.reply(403, {"error": "no right to write"}, send=True)
+                if path == "/api/validate-yaml":
+                    return self.reply(200, {"errors": [], "warnings": []}, send=True)
+                if path == "/api/repos/create":
+                    return self.create(**sent[0])
+                match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+                return {"preupload": self.preupload, "commit": self.commit}[match[2]](match[1], sent)
+
+            def create(self, name, organization, visibility="public", **_):
+                repo_id = f"{organization}/{name}"
+                if repo_id in hub.gates:
+                    hub.gates[repo_id].wait(120)
+                there = repo_id in hub.repositories
+                hub.repositories.setdefault(repo_id, Repository(private=visibility == "private"))
+                self.reply(409 if there else 200, {"url": f"http://{self.headers['Host']}/{repo_id}"}, send=True)
+
+            def preupload(self, _, sent):
+                names = [file["path"] for file in sent[0]["files"]]
+                modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+                self.reply(200, {"files": modes}, send=True)
+
+            def commit(self, repo_id, lines):
+                added = [line["value"] for line in lines if line["key"] == "file"]
+                files = {file["path"]: base64.b64decode(file["content"]) for file in added}
+                repository = hub.repositories[repo_id]
+                digest = repository.put(repository.files | files, "main")
+                self.reply(200, {"commitUrl": f"/{repo_id}/commit/{digest}", "commitOid": digest}, send=True)
 
             def answer(self, *, send):
                 path = urlsplit(self.path).path
@@ -110,6 +158,19 @@ class FakeHub:
                     self.wfile.write(body)
 
         return Handler
+
+
+def environment(address, home):
+    """Of a machine that knows no hub but ours, and on which nobody ever logged in."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return others | {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
 
 
 def entry(name, content):

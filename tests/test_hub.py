@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract
 from tests import models
-from tests.fake_hub import FakeHub
+from tests.fake_hub import FakeHub, environment
 
 # One interpreter for the module: the client reads its address and its cache when it is imported, which takes seconds.
 SESSION = """
@@ -38,19 +37,6 @@ def hub(served):
     hub.fetched.clear()
     hub.asked.clear()
     return hub
-
-
-def environment(address, home):
-    """Of a machine that knows no hub but ours, and on which nobody ever logged in."""
-    others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return others | {
-        "HF_ENDPOINT": address,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
 
 
 @pytest.fixture(scope="module")
