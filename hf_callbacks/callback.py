@@ -179,6 +179,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
                 source = run.checkpoints().get(step, kwargs["model"])
                 self._tell(run.make(source, step, name=FINAL, background=self._background))
                 self._wait()
+            self._guarded("there is no picture of the adapters", run.draw)
             self._wait_for_hub()
         finally:
             run.stop()

@@ -74,14 +74,20 @@ model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{base}`
 {serve}"""
 
 
-def summary(adapters: Mapping[int, Path]) -> str:
-    """A table of a run's adapters, by step."""
+def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
+    """A table of a run's adapters, by step.
+
+    Args:
+        adapters: Their folders.
+        picture: The file, beside the page, that shows them all.
+    """
     lines = [
         "# Adapters of this run",
         "",
         "Energies are shares, of the weights that are carried and of the whole fine-tune; `|d|/|w|` is the size of the "
         "delta against the base.",
         "",
+        *([f"![Energy and rank over steps]({picture})", ""] if picture else []),
         "| step | rank | energy | of whole | error | \\|d\\|/\\|w\\| | size | folder |",
         "|--:|--:|--:|--:|--:|--:|--:|---|",
     ]

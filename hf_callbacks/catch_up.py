@@ -49,6 +49,7 @@ def main(
         click.echo(f"There is no adapter `{job.name}`: {failure}", err=True)
     if run.adapters() and not (run.out / FINAL).exists():
         run.copy(max(run.adapters()), name=FINAL)
+    run.draw()
     click.echo(f"{len(run.adapters())} adapters are in {run.out}")
     if failed:
         raise click.exceptions.Exit(1)

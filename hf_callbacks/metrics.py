@@ -20,7 +20,8 @@ def read_report(adapter: Path) -> dict[str, Any]:
 def metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
     """By name: of all that is carried, and of every type of module (`q_proj`, ...).
 
-    Shares of energy are weighted by it, as everywhere: PHLoRA's E_r (eq. 5).
+    Shares of energy are weighted by it, as everywhere: PHLoRA's E_r (eq. 5). `energy_at_8` is what the adapter would
+    keep if it were cut to rank 8.
     """
     totals = report["totals"]
     found = {
@@ -31,6 +32,7 @@ def metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
         "phlora/rank": totals["rank"],
         "phlora/megabytes": totals["bytes"] / 1e6,
     }
+    found |= {f"phlora/energy_at_{rank}": share for rank, share in totals["energy_at"].items()}
     kept: dict[str, float] = defaultdict(float)
     whole: dict[str, float] = defaultdict(float)
     for row in report["rows"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,12 @@ from hf_callbacks.card import card, summary
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.jobs import KILLED, Done, Job, Jobs
 from hf_callbacks.pin import pin
-from peft_posthoc.errors import CheckpointError, one_line
+from hf_callbacks.plot import plot
+from peft_posthoc.errors import CheckpointError, MissingExtraError, one_line
 from peft_posthoc.peft_format import REPORT
 
 FINAL = "final"
+PICTURE = "energy.png"
 
 
 class Run:
@@ -111,6 +114,15 @@ class Run:
     def __len__(self) -> int:
         """How many adapters are in the queue."""
         return len(self._jobs)
+
+    def draw(self) -> None:
+        """Put a picture of the adapters onto their page, where matplotlib is installed."""
+        adapters = self.adapters()
+        if not adapters:
+            return
+        with contextlib.suppress(MissingExtraError):
+            plot(adapters).savefig(self.out / PICTURE, dpi=150)
+            (self.out / "README.md").write_text(summary(adapters, picture=PICTURE), encoding="utf-8")
 
     def stop(self) -> None:
         """End what runs in the background. What it worked on is still held, for when the run is resumed."""

@@ -34,6 +34,8 @@ class Row:
     """Singular triplets kept."""
     energy: float | None
     """E_r (PHLoRA, eq. 5): the share of the delta's energy that is kept."""
+    energy_at: Mapping[int, float]
+    """The same for the powers of two below the kept rank, if the adapter were cut to them."""
     relative_error: float | None
     """`||delta - b @ a|| / ||delta||`, before rounding to the saved dtype."""
     delta_norm: float | None
@@ -59,6 +61,8 @@ class Totals:
     """Kept, as a share of the energy of the deltas that were factored: the paper's E_r for the whole model."""
     energy_of_all: float
     """Kept, as a share of the energy of every delta, left-out ones included."""
+    energy_at: Mapping[int, float]
+    """`energy` for the powers of two below `rank`, if the adapter were cut to them."""
     relative_error: float
     relative_delta: float | None
     rank: int
@@ -143,6 +147,7 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
                 dtype=str(header.dtype).removeprefix("torch."),
                 rank=len(factors.s),
                 energy=factors.energy,
+                energy_at={rank: factors.cut(rank).energy for rank in _powers_below(len(factors.s))},
                 relative_error=math.sqrt(max(0.0, 1 - factors.energy)),
                 delta_norm=factors.norm,
                 base_norm=layer.base_norm,
@@ -165,6 +170,7 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
             dtype=str(header.dtype).removeprefix("torch."),
             rank=0,
             energy=0.0 if skipped.delta_norm else None,
+            energy_at={},
             relative_error=1.0 if skipped.delta_norm else None,
             delta_norm=skipped.delta_norm,
             base_norm=skipped.base_norm,
@@ -183,12 +189,18 @@ def _totals(rows: Iterable[Row], file_rank: int) -> Totals:
     kept = sum((row.energy or 0.0) * (row.delta_norm or 0.0) ** 2 for row in extracted)
     carried = sum((row.delta_norm or 0.0) ** 2 for row in extracted)
     everything = sum((row.delta_norm or 0.0) ** 2 for row in rows)
+    # Beyond its own rank a layer holds what it holds.
+    at = {
+        rank: sum((row.energy_at.get(rank, row.energy) or 0.0) * (row.delta_norm or 0.0) ** 2 for row in extracted)
+        for rank in _powers_below(max(row.rank for row in rows))
+    }
     # Of matrices only: norms and biases are few and would hide a wrong base.
     matrices = [row for row in rows if len(row.shape) > 1 and row.relative_delta is not None]
     moved = math.sqrt(sum((row.delta_norm or 0.0) ** 2 for row in matrices))
     return Totals(
         energy=kept / carried,
         energy_of_all=kept / everything,
+        energy_at={rank: held / carried for rank, held in at.items()},
         relative_error=math.sqrt(max(0.0, 1 - kept / carried)),
         relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
         rank=max(row.rank for row in rows),
@@ -199,6 +211,10 @@ def _totals(rows: Iterable[Row], file_rank: int) -> Totals:
         unchanged=sum(row.status == "unchanged" for row in rows),
         left_out=sum(row.status == "left out" for row in rows),
     )
+
+
+def _powers_below(rank: int) -> list[int]:
+    return [2**i for i in range((rank - 1).bit_length())]
 
 
 def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:

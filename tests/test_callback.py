@@ -12,6 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 import transformers
@@ -21,6 +22,7 @@ from hf_callbacks import PosthocLoraCallback
 from hf_callbacks import run as run_module
 from hf_callbacks.catch_up import main as catch_up
 from hf_callbacks.jobs import Job, Jobs
+from hf_callbacks.plot import plot
 from hf_callbacks.run import Run
 from peft_posthoc import PosthocError, extract, peft_format
 from peft_posthoc.rank import keep_energy
@@ -305,6 +307,10 @@ def test_energies_reach_the_log_at_the_step_they_belong_to(base, tmp_path):
         norms = [layer.factors.norm**2 for layer in adapter.layers.values()]
         norms += [skipped.delta_norm**2 for skipped in adapter.skipped.values()]
         assert entry["phlora/delta_norm"] == pytest.approx(sum(norms) ** 0.5)
+        assert [name for name in entry if "_at_" in name] == [f"phlora/energy_at_{rank}" for rank in (1, 2, 4)]
+        for rank in (1, 2, 4):
+            cut = extract(base, tmp_path / f"checkpoint-{entry['step']}", rank, exact=True).report.totals.energy
+            assert entry[f"phlora/energy_at_{rank}"] == pytest.approx(cut, rel=1e-4)
     saved = json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())["log_history"]
     assert [entry["phlora/checkpoint_step"] for entry in saved if "phlora/energy" in entry] == [2, 4]
 
@@ -317,6 +323,29 @@ def test_a_run_has_a_page_and_every_adapter_a_card(base, tmp_path):
     totals = json.loads((tmp_path / "phlora/step-4/phlora_report.json").read_text())["totals"]
     for words in ("library_name: peft", "at step 4", f"`{base}`", f"{totals['energy']:.1%}", "PeftModel", "vllm serve"):
         assert words in card
+
+
+def test_the_page_shows_energy_and_rank_over_steps(base, tmp_path):
+    trainer(base, tmp_path, here(rank=keep_energy(0.7))).train()
+    assert "](energy.png)" in (tmp_path / "phlora/README.md").read_text()
+    pixels = matplotlib.image.imread(tmp_path / "phlora/energy.png")
+    assert pixels.shape[:2] == (900, 1200)
+    folders = {step: tmp_path / f"phlora/step-{step}" for step in (6, 2, 4)}
+    totals = [json.loads((folders[step] / "phlora_report.json").read_text())["totals"] for step in (2, 4, 6)]
+    above, below = plot(folders).axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in above.lines}
+    assert drawn["kept"] == ([2, 4, 6], [each["energy"] for each in totals])
+    assert drawn["kept, of the whole fine-tune"] == ([2, 4, 6], [each["energy_of_all"] for each in totals])
+    assert drawn["at rank 4"] == ([2, 4, 6], [each["energy_at"]["4"] for each in totals])
+    assert list(below.lines[0].get_ydata()) == [each["rank"] for each in totals]
+
+
+def test_without_matplotlib_the_page_is_only_a_table(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    trainer(base, tmp_path, here()).train()
+    assert "energy.png" not in (tmp_path / "phlora/README.md").read_text()
+    assert files(tmp_path / "phlora") >= {"README.md", "step-6", "final"}
+    assert not (tmp_path / "phlora/energy.png").exists()
 
 
 # What goes wrong.
@@ -472,6 +501,8 @@ def test_a_run_that_is_over_is_caught_up_with(base, tmp_path):
     assert adapters(tmp_path / "run/phlora") == ["final", "step-2", "step-4", "step-6"]
     extract(base, tmp_path / "run/checkpoint-4", 8).save(tmp_path / "by-hand")
     assert same_factors(tmp_path / "run/phlora/step-4", tmp_path / "by-hand")
+    assert "](energy.png)" in (tmp_path / "run/phlora/README.md").read_text()
+    assert (tmp_path / "run/phlora/energy.png").is_file()
     kept = (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns
     assert run_catch_up(tmp_path / "run", "--base", base).exit_code == 0
     assert (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns == kept

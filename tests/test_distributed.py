@@ -47,7 +47,7 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
     model, kind = SETUPS[setup]
     assert f"{model} DistributedType.{kind}" in ran.stdout
     out = tmp_path / "run/phlora"
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "final", "step-2", "step-4"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "energy.png", "final", "step-2", "step-4"]
     checkpoint = tmp_path / "run/checkpoint-4"
     assert any(checkpoint.rglob("*.distcp")) == (setup == "fsdp-sharded")
 

@@ -6,6 +6,7 @@ import torch
 from peft_posthoc import extract
 from peft_posthoc.curves import Curves
 from peft_posthoc.errors import MissingExtraError
+from peft_posthoc.rank import keep_energy
 from tests import models
 
 
@@ -62,6 +63,25 @@ def test_totals_are_weighted_by_energy_and_know_what_is_left_out():
     assert totals.energy == pytest.approx((16 + 1) / (25 + 1))
     assert totals.energy_of_all == pytest.approx((16 + 1) / (25 + 1 + 4 + 25))
     assert (totals.extracted, totals.unchanged, totals.left_out) == (2, 1, 2)
+
+
+def test_energies_at_lower_ranks_are_those_of_the_same_layers_cut():
+    deltas = {"a.weight": diagonal(4.0, 3.0, 2.0, 2.0, 1.0), "b.weight": diagonal(6.0, 5.0, side=6)}
+    report = extract(*pair_with(deltas), 5, exact=True).report
+    a, b = report.rows
+    assert a.energy_at == pytest.approx({1: 16 / 34, 2: 25 / 34, 4: 33 / 34})
+    assert b.energy_at == pytest.approx({1: 36 / 61, 2: 1, 4: 1})
+    assert report.totals.energy_at == pytest.approx({1: (16 + 36) / 95, 2: (25 + 61) / 95, 4: (33 + 61) / 95})
+    for rank, share in report.totals.energy_at.items():
+        assert share == pytest.approx(extract(*pair_with(deltas), rank, exact=True).report.totals.energy)
+
+
+def test_a_layer_of_a_lower_rank_counts_with_all_that_it_keeps():
+    deltas = {"a.weight": diagonal(*[1.0] * 8), "b.weight": diagonal(3.0, 1.0)}
+    report = extract(*pair_with(deltas), keep_energy(0.9), exact=True).report
+    assert [row.rank for row in report.rows] == [8, 1]
+    assert report.rows[1].energy_at == {}
+    assert report.totals.energy_at == pytest.approx({1: (1 + 9) / 18, 2: (2 + 9) / 18, 4: (4 + 9) / 18})
 
 
 def test_what_is_left_out_is_warned_of_with_its_share_and_the_flag_that_carries_it():
