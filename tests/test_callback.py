@@ -27,7 +27,7 @@ from hf_callbacks.run import Run
 from peft_posthoc import PosthocError, extract, peft_format
 from peft_posthoc.rank import keep_energy
 from tests import models
-from tests.runs import STEPS, trainer
+from tests.runs import STEPS, examples, trainer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -93,6 +93,41 @@ def test_the_adapter_computes_what_the_checkpoint_does_in_stock_peft(base, tmp_p
     wanted, alone = tuned(ids).logits, models.load(base)(ids).logits
     got = models.load_adapter(base, tmp_path / "phlora/final")(ids).logits
     assert (got - wanted).norm() <= 1e-4 * (alone - wanted).norm()
+
+
+def test_a_sequence_to_sequence_model_gets_its_adapters_too(tmp_path):
+    base = models.save(models.t5(), tmp_path / "base")
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        predict_with_generate=True,
+        generation_max_length=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    transformers.Seq2SeqTrainer(
+        model=models.load(base),
+        args=args,
+        train_dataset=examples(),
+        eval_dataset=examples(4),
+        callbacks=[here(rank=32, embeddings=True)],
+    ).train()
+    assert adapters(tmp_path / "run/phlora") == ["final", "step-2", "step-4"]
+    for step in (2, 4):
+        extract(base, tmp_path / f"run/checkpoint-{step}", 32, embeddings=True).save(tmp_path / f"by-hand-{step}")
+        assert same_factors(tmp_path / f"run/phlora/step-{step}", tmp_path / f"by-hand-{step}")
+    # At full rank stock PEFT's model holds every matrix of the checkpoint, encoder and decoder.
+    got = models.lora_deltas(models.load_adapter(base, tmp_path / "run/phlora/final", tied=True))
+    true = models.true_deltas(base, tmp_path / "run/checkpoint-4")
+    assert len(got) > 2 * 2 * 6
+    for name, delta in got.items():
+        assert (delta - true[f"{name}.weight"]).norm() <= 1e-4 * true[f"{name}.weight"].norm()
 
 
 class Slow(transformers.TrainerCallback):
