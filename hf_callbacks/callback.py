@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_callbacks.base import Base, find_base, remember, remembered
 from hf_callbacks.extraction import Extraction
+from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions
 from hf_callbacks.jobs import Done
 from hf_callbacks.metrics import metrics, read_report
 from hf_callbacks.push import Push, Sent
@@ -102,6 +104,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._push: Push | None = None
         self._trainer: Trainer | None = None
         self._saves = 0
+        self._on_disk: set[int] = set()  # steps whose weights can be read from files
         self._told = False
 
     def attach(self, trainer: Trainer) -> PosthocLoraCallback:
@@ -121,6 +124,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Settle on a base, and catch up with what an interrupted run left."""
+        self._saves, self._on_disk = 0, set()
         if not state.is_world_process_zero:
             return
         self._trainer = _calling_trainer() or self._trainer
@@ -141,16 +145,20 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make an adapter of what was saved."""
-        if not state.is_world_process_zero or self._run is None or self._run.base is None:
-            return  # if there is no base, that was told when training began
+        # The same on every process, as `_take` waits for all of them.
+        step, first, partitions = state.global_step, state.is_world_process_zero, saves_partitions(args)
         self._saves += 1
-        if self._when == "end" or (isinstance(self._when, int) and self._saves % self._when):
-            return
-        folder = self._run.checkpoints().get(state.global_step)
-        if folder is None:
-            self._warn(f"no checkpoint of step {state.global_step} in `{self._run.folder}`")
-            return
-        self._tell(self._run.make(folder, state.global_step, background=self._background))
+        chosen = self._when == "save" or (isinstance(self._when, int) and self._saves % self._when == 0)
+        if chosen or not partitions:
+            self._on_disk.add(step)
+        taken = self._take(kwargs["model"], f"step-{step}", first=first) if chosen and partitions else None
+        if not first or not chosen or self._run is None or self._run.base is None:
+            return  # if there is no base, that was told when training began
+        source = taken if partitions else self._run.checkpoints().get(step)
+        if source is not None:
+            self._tell(self._run.make(source, step, background=self._background))
+        elif not partitions:
+            self._warn(f"no checkpoint of step {step} in `{self._run.folder}`")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See what has been finished."""
@@ -163,7 +171,12 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Wait for what is still to be made; then make `final`."""
-        if not state.is_world_process_zero or self._run is None or self._run.base is None:
+        first, model = state.is_world_process_zero, cast(nn.Module, kwargs["model"])
+        taken = None
+        last = (args.load_best_model_at_end and state.best_global_step) or state.global_step
+        if is_partitioned(model) and last not in self._on_disk:  # the same on every process
+            taken = self._take(model, FINAL, first=first)
+        if not first or self._run is None or self._run.base is None:
             return
         run = self._run
         try:
@@ -172,11 +185,13 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             self._wait()
             best = state.best_model_checkpoint if args.load_best_model_at_end else None
             step = int(Path(best).name.rpartition("-")[2]) if best else state.global_step
-            if step in run.adapters():
+            # Without a checkpoint, the model as it is: the best one, where that was to be loaded.
+            source = taken or run.checkpoints().get(step) or model
+            if taken is None and step in run.adapters():
                 self._tell([run.copy(step, name=FINAL)])
+            elif source is model and (is_partitioned(model) or is_sharded(model)):
+                self._warn(f"there is no adapter `{FINAL}`: the weights are spread over processes, and were not saved")
             else:
-                # Without a checkpoint, the model as it is: the best one, where that was to be loaded.
-                source = run.checkpoints().get(step, kwargs["model"])
                 self._tell(run.make(source, step, name=FINAL, background=self._background))
                 self._wait()
             self._guarded("there is no picture of the adapters", run.draw)
@@ -190,7 +205,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             # A folder of its own for every trial of a hyperparameter search.
             folder = Path(self._trainer._get_output_dir(getattr(self._trainer, "_trial", None)))
         if self._run is None or self._run.folder != folder:
-            self._run, self._saves = Run(folder, self._extraction, out=self._out, keep=self._keep), 0
+            self._run = Run(folder, self._extraction, out=self._out, keep=self._keep)
             self._run.base = self._given
         return self._run
 
@@ -213,6 +228,17 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
                 raise PosthocError("this run was begun without the callback; give `base=`")
         elif run.base is None:
             self._find(model)
+
+    def _take(self, model: nn.Module, name: str, *, first: bool) -> Path | None:
+        """Save the live model where its checkpoint holds no weights. Every process calls this; the first gets it."""
+        run = self._run
+        if not first or run is None or run.base is None:
+            gather(model, None)
+            return None
+        to = run.work / "pinned" / name
+        shutil.rmtree(to, ignore_errors=True)
+        self._guarded(f"there is no adapter `{name}`", lambda: gather(model, to))
+        return to if to.is_dir() else None
 
     def _catch_up(self) -> None:
         """Checkpoints that were saved without an event, or whose adapter failed, and what an interrupted run held."""

@@ -57,7 +57,8 @@ class Run:
 
     def missing(self) -> dict[int, Path]:
         """What has no adapter yet and none on its way: checkpoints, and what an interrupted run held on to."""
-        held = _by_step("step", self.work.glob("pinned/step-*")) | self.checkpoints()
+        # What is held can be read; a checkpoint of the same step may hold DeepSpeed's partitions.
+        held = self.checkpoints() | _by_step("step", self.work.glob("pinned/step-*"))
         done = self.adapters()
         oldest = min(done) if self._keep and len(done) >= self._keep else 0
         wanted = (step for step in sorted(held) if step >= oldest and step not in done)

@@ -38,10 +38,15 @@ def fsdp(state_dict_type):
     return {"fsdp": True, "fsdp_config": options}
 
 
-def zero(stage):
+def zero(stage, *, whole=True):
     """DeepSpeed's; the optimizer is transformers' own."""
     config = {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        # Without a threshold no weight of so small a model would be spread.
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": whole,
+            "stage3_param_persistence_threshold": 100,
+        },
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -61,7 +66,7 @@ def how(name):
 
         return {"distributed_config": DistributedConfig(fsdp_size=2)}, {"save_only_model": True}
     if name.startswith("zero"):
-        return {}, zero(int(name.removeprefix("zero")))
+        return {}, zero(int(name[4]), whole="partitions" not in name)
     return {}, {}
 
 
@@ -82,7 +87,7 @@ def main(name, folder, base):
         **options,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(base, **loading)
-    callback = PosthocLoraCallback(rank=8, strict=True)
+    callback = PosthocLoraCallback(rank=8, strict=True, when="end" if name.endswith("-end") else "save")
     training = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[callback])
     training.train()
     print(type(training.model).__name__, training.accelerator.distributed_type)

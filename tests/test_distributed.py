@@ -21,6 +21,8 @@ SETUPS = {
     # With `make test-distributed`, which installs DeepSpeed.
     "zero2": ("LlamaForCausalLM", "DEEPSPEED"),
     "zero3": ("LlamaForCausalLM", "DEEPSPEED"),
+    "zero3-partitions": ("LlamaForCausalLM", "DEEPSPEED"),
+    "zero3-partitions-end": ("LlamaForCausalLM", "DEEPSPEED"),
 }
 
 
@@ -47,9 +49,13 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
     model, kind = SETUPS[setup]
     assert f"{model} DistributedType.{kind}" in ran.stdout
     out = tmp_path / "run/phlora"
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "energy.png", "final", "step-2", "step-4"]
+    steps = [] if setup.endswith("-end") else ["energy.png", "step-2", "step-4"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(["README.md", "final", *steps])
     checkpoint = tmp_path / "run/checkpoint-4"
     assert any(checkpoint.rglob("*.distcp")) == (setup == "fsdp-sharded")
+    assert (checkpoint / "model.safetensors").exists() == (setup != "fsdp-sharded" and "partitions" not in setup)
+    if "partitions" in setup:
+        checkpoint = models.save(put_together(checkpoint, base), tmp_path / "whole")
 
     extract(base, checkpoint, 8).save(tmp_path / "by-hand")
     ours, by_hand = (
@@ -57,7 +63,7 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
     )
     assert ours.keys() == by_hand.keys()
     assert all(torch.equal(ours[name], by_hand[name]) for name in ours)
-    got = models.lora_deltas(models.load_adapter(base, out / "step-2"))
+    got = models.lora_deltas(models.load_adapter(base, out / ("step-2" if steps else "final")))
     assert all(delta.any() for delta in got.values())
     assert len(got) == 14
     # Two processes train the same model in every set-up.
@@ -65,6 +71,15 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
     if setup == "ddp":
         _known["ddp"] = energy
     assert energy == pytest.approx(energy_of_ddp(base, tmp_path), rel=1e-3)
+
+
+def put_together(checkpoint, base):
+    """The model in DeepSpeed's partitions, as its own tool reads them."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    model = models.load(base)
+    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint))
+    return model
 
 
 _known = {}
