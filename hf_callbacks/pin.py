@@ -62,8 +62,8 @@ def _weights(checkpoint: Path) -> list[str]:
         return [str(path) for path in sharded]
     if any(checkpoint.glob("global_step*/*zero_pp_rank*")):
         raise CheckpointError(
-            f"`{checkpoint}` holds DeepSpeed's own partitions, which are pickles and not read. Give the callback to the "
-            "Trainer, where it takes the weights from the live model; or let DeepSpeed save whole ones: "
+            f"`{checkpoint}` holds DeepSpeed's own partitions, which are pickles and not read. Give the callback to "
+            "the Trainer, where it takes the weights from the live model; or let DeepSpeed save whole ones: "
             '`"stage3_gather_16bit_weights_on_model_save": true` in its configuration.'
         )
     raise CheckpointError(f"There are no weights in `{checkpoint}`.")

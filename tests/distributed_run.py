@@ -26,6 +26,13 @@ def accept_fsdp_on_cpu():
     state.AcceleratorState.__init__ = init
 
 
+def accept_tensor_parallelism_on_cpu():
+    """accelerate refuses every kind of device but GPUs and their like; nothing that follows minds."""
+    from accelerate import ParallelismConfig
+
+    ParallelismConfig._validate_accelerator = lambda *_: None
+
+
 def fsdp(state_dict_type):
     accept_fsdp_on_cpu()
     options = {
@@ -61,10 +68,18 @@ def how(name):
         return {}, fsdp("FULL_STATE_DICT")
     if name == "fsdp-sharded":
         return {}, fsdp("SHARDED_STATE_DICT")
-    if name == "native-fsdp":
+    if name.startswith("native-fsdp"):
         from transformers.distributed import DistributedConfig
 
-        return {"distributed_config": DistributedConfig(fsdp_size=2)}, {"save_only_model": True}
+        options = {"save_only_model": True, "save_strategy": "no" if name.endswith("-unsaved") else "steps"}
+        return {"distributed_config": DistributedConfig(fsdp_size=2)}, options
+    if name == "native-tp":
+        from transformers.distributed import DistributedConfig
+
+        accept_tensor_parallelism_on_cpu()
+        # Both processes see every example.
+        options = {"save_only_model": True, "per_device_train_batch_size": 4}
+        return {"distributed_config": DistributedConfig(tp_size=2)}, options
     if name.startswith("zero"):
         return {}, zero(int(name[4]), whole="partitions" not in name)
     return {}, {}
@@ -80,17 +95,18 @@ def main(name, folder, base):
         save_steps=2,
         save_total_limit=1,
         learning_rate=1e-3,
-        per_device_train_batch_size=2,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **options,
+        **{"per_device_train_batch_size": 2, **options},
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(base, **loading)
-    callback = PosthocLoraCallback(rank=8, strict=True, when="end" if name.endswith("-end") else "save")
+    when, strict = "end" if name.endswith("-end") else "save", not name.endswith("-unsaved")
+    callback = PosthocLoraCallback(rank=8, strict=strict, when=when)
     training = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[callback])
     training.train()
-    print(type(training.model).__name__, training.accelerator.distributed_type)
+    weight = training.model.model.layers[0].self_attn.q_proj.weight.data
+    print(type(training.model).__name__, training.accelerator.distributed_type, type(weight).__name__)
 
 
 if __name__ == "__main__":

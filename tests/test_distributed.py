@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 from peft_posthoc import extract
 from tests import models
 
+# The classes of the model and of its weights, and what accelerate says that it does.
 SETUPS = {
-    "ddp": ("LlamaForCausalLM", "MULTI_CPU"),
-    "fsdp-full": ("FSDPLlamaForCausalLM", "FSDP"),
-    "fsdp-sharded": ("FSDPLlamaForCausalLM", "FSDP"),
-    "native-fsdp": ("FSDPLlamaForCausalLM", "MULTI_CPU"),
+    "ddp": ("LlamaForCausalLM", "MULTI_CPU", "Tensor"),
+    "fsdp-full": ("FSDPLlamaForCausalLM", "FSDP", "DTensor"),
+    "fsdp-sharded": ("FSDPLlamaForCausalLM", "FSDP", "DTensor"),
+    "native-fsdp": ("FSDPLlamaForCausalLM", "MULTI_CPU", "DTensor"),
+    "native-tp": ("LlamaForCausalLM", "MULTI_CPU", "DTensor"),
     # With `make test-distributed`, which installs DeepSpeed.
-    "zero2": ("LlamaForCausalLM", "DEEPSPEED"),
-    "zero3": ("LlamaForCausalLM", "DEEPSPEED"),
-    "zero3-partitions": ("LlamaForCausalLM", "DEEPSPEED"),
-    "zero3-partitions-end": ("LlamaForCausalLM", "DEEPSPEED"),
+    "zero2": ("LlamaForCausalLM", "DEEPSPEED", "Tensor"),
+    "zero3": ("LlamaForCausalLM", "DEEPSPEED", "Tensor"),
+    "zero3-partitions": ("LlamaForCausalLM", "DEEPSPEED", "Tensor"),
+    "zero3-partitions-end": ("LlamaForCausalLM", "DEEPSPEED", "Tensor"),
 }
 
 
@@ -46,8 +48,8 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
     ran = torchrun(setup, tmp_path / "run", base)
     assert ran.returncode == 0, ran.stderr[-3000:]
     # That it was what it is called: accelerate falls back to plain processes without a word.
-    model, kind = SETUPS[setup]
-    assert f"{model} DistributedType.{kind}" in ran.stdout
+    model, kind, weight = SETUPS[setup]
+    assert f"{model} DistributedType.{kind} {weight}" in ran.stdout
     out = tmp_path / "run/phlora"
     steps = [] if setup.endswith("-end") else ["energy.png", "step-2", "step-4"]
     assert sorted(path.name for path in out.iterdir()) == sorted(["README.md", "final", *steps])
@@ -71,6 +73,14 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
     if setup == "ddp":
         _known["ddp"] = energy
     assert energy == pytest.approx(energy_of_ddp(base, tmp_path), rel=1e-3)
+
+
+def test_weights_that_are_spread_and_were_not_saved_are_told(llama_pair, tmp_path):
+    # The first process alone must not wait for parts that only the others hold.
+    ran = torchrun("native-fsdp-unsaved", tmp_path / "run", llama_pair[0])
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "there is no adapter `final`: the weights are spread over processes, and were not saved" in ran.stderr
+    assert not (tmp_path / "run/phlora").exists()
 
 
 def put_together(checkpoint, base):
