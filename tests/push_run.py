@@ -14,11 +14,8 @@ ADAPTERS, WHOLE = "me/adapters", "me/whole"
 
 def main(folder, base, token):
     callback = PosthocLoraCallback(8, background=False, keep=1, push_to_hub=ADAPTERS)
-    options = {"push_to_hub": True, "hub_model_id": WHOLE, "hub_token": token} if token != "wrong" else {}
-    training = trainer(base, folder, callback, **{"hub_token": token, **options})
+    training = trainer(base, folder, callback, push_to_hub=True, hub_model_id=WHOLE, hub_token=token)
     training.train()
-    if token == "wrong":
-        return
     training.push_to_hub()
     ids = torch.arange(40)[None]
 

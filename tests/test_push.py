@@ -85,26 +85,6 @@ def test_the_trainers_own_pushes_take_the_adapters_along_and_nothing_that_is_bei
     assert not any(name.startswith("checkpoint-") for name in names)
 
 
-def test_a_hub_that_refuses_is_told_and_training_goes_on(llama_pair, tmp_path):
-    hub = FakeHub()
-    hub.token = "right"
-    with hub.serve() as address:
-        ran = subprocess.run(
-            [sys.executable, "-m", "tests.push_run", str(tmp_path / "run"), llama_pair[0], "wrong"],
-            env=environment(address, tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    for name in ("step-2", "step-4", "step-6", "final"):
-        assert f"`{name}` was not uploaded to `{ADAPTERS}`: " in ran.stderr
-    assert "403" in ran.stderr
-    assert hub.repositories == {}
-    assert (tmp_path / "run/phlora/final/adapter_model.safetensors").is_file()
-
-
 def test_what_was_not_uploaded_is_when_the_run_is_resumed(llama_pair, tmp_path, caplog):
     """The tests' own process is offline, and its client refuses by itself."""
     caplog.set_level(logging.WARNING, logger="hf_callbacks.callback")
