@@ -39,8 +39,11 @@ def plot(adapters: Mapping[int, Path]) -> Any:
     above.set(ylabel="energy, $E_r$", ylim=(0, 1.02), title="Preserved energy over training")
     above.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     above.legend(fontsize="small", ncols=2)
-    below.plot(steps, [each["rank"] for each in totals], "k.-")
-    below.set(xlabel="step", ylabel="rank kept", ylim=(0, None))
+    ranks = [each["rank"] for each in totals]
+    below.plot(steps, ranks, "k.-")
+    below.set(xlabel="step", ylabel="rank kept", ylim=(0, 1.2 * max(ranks)))
+    for axis in (below.xaxis, below.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     for axes in (above, below):
         axes.grid(alpha=0.3)
     return figure
