@@ -6,6 +6,7 @@ file that takes its place from Python 3.15 on (PEP 829), and the module that bot
 
 from __future__ import annotations
 
+import contextlib
 import sysconfig
 from pathlib import Path
 
@@ -30,11 +31,14 @@ def enable() -> None:
         ".pth": f"import {MODULE}; {MODULE}.install()\n",
         ".start": f"{MODULE}:install\n",
     }
+    new = [path for path in _files().values() if not path.exists()]
     try:
         for suffix, path in _files().items():
             path.write_text(contents[suffix], encoding="utf-8")
     except OSError as error:
-        _remove()
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.unlink()
         raise PosthocError(
             f"`{_folder()}` cannot be written ({error.strerror}). `mergekit-phlora` needs nothing there."
         ) from error
@@ -44,7 +48,8 @@ def enable() -> None:
 @main.command()
 def disable() -> None:
     """Take that back."""
-    _remove()
+    for path in reversed(_files().values()):
+        path.unlink(missing_ok=True)
     click.echo("mergekit's commands are as they were.")
 
 
@@ -62,8 +67,3 @@ def _folder() -> Path:
 def _files() -> dict[str, Path]:
     # The module first: what names it comes when it is there.
     return {suffix: _folder() / f"{MODULE}{suffix}" for suffix in (".py", ".pth", ".start")}
-
-
-def _remove() -> None:
-    for path in reversed(_files().values()):
-        path.unlink(missing_ok=True)

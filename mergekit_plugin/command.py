@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import yaml
+from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -17,12 +18,12 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
-from peft_posthoc.adapter import Adapter
 from peft_posthoc.cli import CHOICE, DTYPE, RANK, dtype_of, one_line_errors, rule_of, show
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.extract import extract
+from peft_posthoc.extract import extract, pick_device
 from peft_posthoc.folder import Folder
 from peft_posthoc.peft_format import check_target
+from peft_posthoc.plan import make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -51,46 +52,91 @@ def main(
     energy: float | None,
     **choice: Any,
 ) -> None:
-    """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads to it from its base.
+    """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads there from the base.
 
     `merge_method: phlora` has its ranks among the `parameters` in CONFIG; with any other method the options here say
     what the adapter carries. All other options are mergekit-yaml's.
     """
-    with one_line_errors("mergekit-phlora", debug=merge_options.verbosity > 1, option="-vv"):
+    debug = merge_options.verbosity > 1
+    with one_line_errors("mergekit-phlora", debug=debug, option="-vv", nothing="There is no adapter."):
         target = Path(adapter_out or (out_path if no_model else Path(out_path) / NAME))
-        if not no_model and target.absolute() == Path(out_path).absolute():
+        if not no_model and target.resolve() == Path(out_path).resolve():
             raise PosthocError(
                 f"`--adapter-out {adapter_out}` is the merged model's folder: transformers would load the adapter on "
                 "top of the model that holds it already. Choose another folder."
             )
+        # Bad arguments are told before the work, not after it.
         check_target(target, force=force)
-        register()
+        pick_device(merge_options.device or "cpu")
         merge_options.apply_global_options()
+        register()
         source = Path(config_file).read_text(encoding="utf-8")
-        read: Mapping[str, Any] = yaml.safe_load(source)
-        merge = Merge(MergeConfiguration.model_validate(read), merge_options, base=base)
-        asked = {"rank": rank, "energy": energy, **choice}
+        read = _parse(source, config_file)
+        merge = Merge(MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model)
+        if merge.by_phlora:
+            _only_parameters({"rank": rank, "energy": energy, **choice})
+            choice = {"choose": merge.choose, "exact": merge.exact}
+        _warn(merge, merge_options, no_model=no_model)
+        ranks = merge.ranks if merge.by_phlora else rule_of(rank, energy)
         options = {
-            "dtype": dtype_of(dtype),
+            "leave_out": merge.leave_out,
+            "dtype": dtype_of(dtype) or dtype_from_name(read.get("out_dtype")) or merge.dtype,
             "device": merge_options.device or "cpu",
             "progress": not merge_options.quiet,
+            **choice,
         }
-        if no_model and merge_options.multi_gpu:
-            logger.warning("--multi-gpu is not used with --no-model: the merge is computed on one device.")
-
-        if merge.by_phlora:
-            adapter = _by_phlora(merge, asked, options)
-        elif no_model:
-            adapter = extract(merge.base, merge.result, rule_of(rank, energy), **choice, **options)
-        else:
-            _run(read, source, out_path, merge_options)
-            result = Folder(Path(out_path), label=out_path)
-            adapter = extract(merge.base, result, rule_of(rank, energy), **choice, **options)
-        adapter.save(target, force=force)
+        if merge.by_phlora or no_model:
+            adapter = extract(merge.base, merge.result, ranks, **options)
         if merge.by_phlora and not no_model:
             with PHLORA.knowing({name: layer.factors for name, layer in adapter.layers.items()}):
                 _run(read, source, out_path, merge_options)
+        elif not no_model:
+            chosen = {name: choice[name] for name in ("include", "exclude")}
+            make_plan(merge.base, merge.result, **chosen, leave_out=merge.leave_out)
+            _run(read, source, out_path, merge_options)
+            adapter = extract(merge.base, Folder(Path(out_path), label=out_path), ranks, **options)
+        adapter.save(target, force=force)
         show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
+
+
+def _parse(source: str, file: str) -> dict[str, Any]:
+    """The configuration in a file.
+
+    Raises:
+        PosthocError: It is none.
+    """
+    try:
+        documents = list(yaml.safe_load_all(source))
+    except yaml.YAMLError as error:
+        raise PosthocError(f"`{file}` is no YAML: {error}.") from error
+    if len(documents) > 1:
+        raise PosthocError(
+            f"`{file}` holds {len(documents)} configurations, which is for `mergekit-multi`. It takes "
+            f"`merge_method: {NAME}` after `phlora mergekit enable`."
+        )
+    if not documents or not isinstance(documents[0], dict):
+        raise PosthocError(f"`{file}` holds no configuration.")
+    return documents[0]
+
+
+def _only_parameters(asked: Mapping[str, Any]) -> None:
+    given = sorted(name for name, value in asked.items() if value is not None and value is not False and value != ())
+    if given:
+        raise PosthocError(
+            f"With `merge_method: {NAME}`, `--{given[0]}` belongs among the `parameters` of CONFIG, where the merged "
+            "model is told the same (rank 0 leaves a weight out)."
+        )
+
+
+def _warn(merge: Merge, options: MergeOptions, *, no_model: bool) -> None:
+    if no_model and options.multi_gpu:
+        logger.warning("--multi-gpu is not used with --no-model: the merge is computed on one device.")
+    if not no_model and merge.narrow:
+        logger.warning(
+            "`dtype` is narrower than the files of %s: small changes are rounded away before they are merged. Give "
+            "`dtype: float32`, and `out_dtype` for the type of the result.",
+            " and ".join(f"`{label}`" for label in merge.narrow),
+        )
 
 
 def _run(config: Mapping[str, Any], source: str, out: str, options: MergeOptions) -> None:
@@ -108,13 +154,3 @@ def _run(config: Mapping[str, Any], source: str, out: str, options: MergeOptions
             " and ".join(sorted(found)),
             wanted,
         )
-
-
-def _by_phlora(merge: Merge, asked: Mapping[str, Any], options: Mapping[str, Any]) -> Adapter:
-    given = sorted(name for name, value in asked.items() if value)
-    if given:
-        raise PosthocError(
-            f"With `merge_method: {NAME}`, `--{given[0]}` belongs among the `parameters` of CONFIG, where the merged "
-            "model is told the same."
-        )
-    return extract(merge.base, merge.result, merge.ranks, choose=merge.choose, exact=merge.exact, **options)

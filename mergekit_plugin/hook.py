@@ -10,12 +10,14 @@ TARGET = "mergekit.merge_methods"
 
 def install():
     """Wait for mergekit's merge methods; what else is imported goes its usual way."""
-    if not any(type(finder).__name__ == Finder.__name__ for finder in sys.meta_path):
+    if not any(getattr(finder, "registers", None) == "phlora" for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())
 
 
 class Finder:
     """Finds that one module, and adds to it once it has run."""
+
+    registers = "phlora"
 
     def find_spec(self, name, path=None, target=None):
         """The spec of that one module, whose loader registers `phlora` at its end."""

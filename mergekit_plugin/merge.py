@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
+from mergekit import merge_methods
 from mergekit.architecture import ModelArchitecture, get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.merge import _model_out_config
+from mergekit.merge_methods import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_plugin.method import NAME
 from mergekit_plugin.models import Stored, folder_of
 from mergekit_plugin.settings import Settings
-from mergekit_plugin.stream import Stream, Taken, shape_of
+from mergekit_plugin.stream import Stream, Taken, aligned
 from peft_posthoc.checkpoint import Checkpoint, Header
-from peft_posthoc.errors import MismatchError, PosthocError
+from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.folder import Folder
 from peft_posthoc.layout import Place
 from peft_posthoc.plan import by_flags, everything, make_plan
@@ -34,18 +37,26 @@ class Merge:
         config: The configuration. It is changed, as by every plan of mergekit's.
         options: mergekit's.
         base: What the adapter is for; by default the configuration's `base_model`.
+        stored: Whether the result is written. If not, nothing is rounded to a type narrower than the files'.
 
     Raises:
         PosthocError: There is no base.
         MismatchError: The result is no state of the base: no adapter leads there.
     """
 
-    def __init__(self, config: MergeConfiguration, options: MergeOptions, *, base: str | None = None) -> None:
+    def __init__(
+        self, config: MergeConfiguration, options: MergeOptions, *, base: str | None = None, stored: bool = True
+    ) -> None:
         self._config, self._options = config, options
-        self._base = _plain(config.base_model if base is None else ModelReference.parse(base))
-        arch = get_architecture_info(config, options)
         LoaderCache().setup(options=options)
-        self._models = {model: self._open(model) for model in {*config.referenced_models(), self._base}}
+        self._base = _base_of(config, base)
+        self._models = {model: _open(model) for model in {*config.referenced_models(), self._base}}
+        self.narrow = [
+            model.label for model in self._models.values() if _narrower(dtype_from_name(config.dtype), model)
+        ]
+        if not stored:
+            config.dtype, config.out_dtype = (None if self.narrow else config.dtype), None
+        arch = get_architecture_info(config, options)
         out = _model_out_config(config, arch, trust_remote_code=options.trust_remote_code)
         # mergekit 0.1.5's own plan without a folder fails on its types; nothing is written before the tasks are run.
         planned = MergePlanner(config, arch, options=options, out_model_config=out).plan_to_disk("")
@@ -66,10 +77,41 @@ class Merge:
     @cached_property
     def result(self) -> Checkpoint:
         """The merge's result, made as it is read; under `phlora` the fine-tune, whose low-rank part is the result."""
-        models = sorted(str(model) for model in self._models if model != self._base)
+        models = sorted(model.label for ref, model in self._models.items() if ref != self._base)
         label = f"{', '.join(models)}" if self.by_phlora else f"{self._config.merge_method} of {', '.join(models)}"
         found = {name: header for name in self._planned if (header := self._header(name)) is not None}
-        return Stream([self._taken(name) for name in found], found, self._options, label=label, config=self.base.config)
+        return Stream(
+            [self._taken(name) for name in found],
+            found,
+            self._options,
+            label=label,
+            config=self.base.config,
+            beside=self._beside if self.by_phlora else {},
+        )
+
+    @cached_property
+    def leave_out(self) -> dict[str, str]:
+        """By name, what has no place in an adapter, and why."""
+        unknown = [name for name in (*self.base.headers, *self._beside) if name not in self._planned]
+        moved = [name for name in self._planned if name in self.base.headers and self._moves_rows(name)]
+        return {
+            **dict.fromkeys(unknown, "mergekit does not merge this tensor"),
+            **dict.fromkeys(moved, "the merge changes the vocabulary"),
+        }
+
+    def _moves_rows(self, name: str) -> bool:
+        """Whether the rows of the base's tensor are other tokens' in the merge, as far as that can be seen."""
+        inputs = self._planned[name].tensor_task.gather_tensors
+        if isinstance(inputs, GatherTensors):
+            return False
+        before, after = self.base.read(name), aligned(inputs, self._options).get(self._base)
+        return after is None or not torch.equal(before, after.to(before))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an adapter, where none is asked for: that of the fine-tune's files, or of the base's."""
+        models = [model for ref, model in self._models.items() if (ref == self._base) != self.by_phlora]
+        return next(header.dtype for header in models[0].headers.values() if header.dtype.is_floating_point)
 
     @cached_property
     def ranks(self) -> dict[str, RankRule]:
@@ -93,14 +135,20 @@ class Merge:
 
     @property
     def exact(self) -> bool:
-        """Whether the parameters of `phlora` ask for LAPACK's full SVD."""
+        """Whether the parameters of `phlora` ask for LAPACK's full SVD, of any weight."""
         return any(self._settings(name).exact for name in self._planned)
 
     @cached_property
     def _weights(self) -> dict[tuple[Place, ...], str]:
         """All weights that can be carried, by their places."""
-        carried = make_plan(self.base, self.result, choose=everything).carried
+        carried = make_plan(self.base, self.result, choose=everything, leave_out=self.leave_out).carried
         return {places: name for name, places in carried.items()}
+
+    @cached_property
+    def _beside(self) -> dict[str, Checkpoint]:
+        """What the other models hold and mergekit does not merge, by name."""
+        others = [self._as_read(model) for model in self._models if model != self._base]
+        return {name: model for model in reversed(others) for name in model.headers if name not in self._planned}
 
     def _settings(self, name: str) -> Settings:
         parameters = self._planned[name].tensor_task.input_parameters[self._tuned(name)]
@@ -124,14 +172,34 @@ class Merge:
         return Taken(name=name, source=target.tensor_task, dtype=target.dtype)
 
     def _header(self, name: str) -> Header | None:
-        """What a tensor of the result will be; None if there will be none."""
+        """What a tensor of the result will be; None if there will be none.
+
+        Raises:
+            CheckpointError: A model lacks a weight that mergekit will ask it for.
+        """
         target = self._planned[name]
-        models = [self._tuned(name)] if self.by_phlora else target.tensor_task.model_order
-        headers = [header for model in models if (header := self._stored_header(model, name)) is not None]
-        if not headers:
+        task = target.tensor_task
+        models = [self._tuned(name)] if self.by_phlora else task.model_order
+        found = {model: self._stored_header(model, name) for model in models}
+        headers = [header for header in found.values() if header is not None]
+        if not target.optional and len(headers) < len(models):
+            lacking = next(model for model, header in found.items() if header is None)
+            raise CheckpointError(
+                f"mergekit's table of this architecture has a weight `{name}`, which `{lacking}` does not: it cannot "
+                "merge such a model."
+            )
+        spec = merge_methods.get(task.method_name).spec
+        skipped = (
+            spec.optional_tensor_policy == OptionalTensorPolicy.BASE_OR_SKIP
+            and len(headers) < spec.contract.min_inputs
+            and found.get(task.base_model) is None
+        )
+        if not headers or (target.optional and skipped):
             return None
-        inputs = target.tensor_task.gather_tensors
-        shape = headers[0].shape if isinstance(inputs, GatherTensors) else shape_of(inputs, self._options)
+        inputs = task.gather_tensors
+        shape = headers[0].shape
+        if not isinstance(inputs, GatherTensors):
+            shape = tuple(next(iter(aligned(inputs, self._options).values())).shape)
         dtype = reduce(torch.promote_types, (header.dtype for header in headers))
         wanted = None if self.by_phlora else dtype_from_name(target.dtype)
         return Header(shape, wanted or dtype)
@@ -139,12 +207,6 @@ class Merge:
     def _stored_header(self, model: ModelReference, name: str) -> Header | None:
         headers, weight = self._as_read(model).headers, self._planned[name].tensor_task.output_weight
         return next((headers[one] for one in (name, *(weight.tied_names or ())) if one in headers), None)
-
-    def _open(self, model: ModelReference) -> Folder:
-        folder = Path(folder_of(model) or "")
-        local = Path(model.model.path).exists()
-        # A model of the hub lies in a folder that is named by its commit.
-        return Folder(folder, label=str(model) if local else model.model.path, revision=None if local else folder.name)
 
     def _as_read(self, model: ModelReference) -> Checkpoint:
         """A model under the names, and in the type, in which the merge reads it."""
@@ -175,11 +237,40 @@ class Merge:
                 )
 
 
-def _plain(base: ModelReference | None) -> ModelReference:
-    if base is None:
+def _base_of(config: MergeConfiguration, given: str | None) -> ModelReference:
+    """What the adapter is for, as the configuration calls it."""
+    named = [config.base_model, *(piece.base_model for piece in _slices(config))]
+    bases = list(dict.fromkeys(base for base in named if base is not None))
+    if given is None and not bases:
         raise PosthocError("The configuration names no `base_model`. Say with `--base` which model the adapter is for.")
+    base = bases[0] if given is None else ModelReference.parse(given)
     if base.lora is not None:
         raise PosthocError(
             f"The base `{base}` is a model with an adapter; ours would need that one too. Merge the two first."
         )
-    return base
+    same = (model for model in config.referenced_models() if model.lora is None and _path(model) == _path(base))
+    return next(same, base)
+
+
+def _slices(config: MergeConfiguration) -> Iterable[Any]:
+    modules = (config.modules or {}).values()
+    return [*(config.slices or ()), *(piece for module in modules for piece in module.slices or ())]
+
+
+def _path(model: ModelReference) -> tuple[Path | str, str | None]:
+    path = Path(model.model.path)
+    return (path.resolve() if path.exists() else model.model.path, model.model.revision)
+
+
+def _open(model: ModelReference) -> Folder:
+    folder = Path(folder_of(model) or "")
+    local = Path(model.model.path).exists()
+    label = str(model) if model.lora is not None else model.model.path
+    # A model of the hub lies in a folder that is named by its commit.
+    return Folder(folder, label=label, revision=None if local else folder.name)
+
+
+def _narrower(dtype: torch.dtype | None, model: Checkpoint) -> bool:
+    """Whether values of the model would be rounded to this type."""
+    floats = (header.dtype for header in model.headers.values() if header.dtype.is_floating_point)
+    return dtype is not None and any(torch.promote_types(dtype, one) != dtype for one in floats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from mergekit.merge_methods import (
 from torch import Tensor
 
 from mergekit_plugin.models import folder_of, plan_of
+from mergekit_plugin.parameters import refuse_unknown
 from mergekit_plugin.settings import PARAMETERS, Settings
 from peft_posthoc.checkpoint import Header, InMemory
 from peft_posthoc.errors import NothingToCarryError
@@ -28,6 +30,7 @@ from peft_posthoc.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.svd import LowRank
 
 NAME = "phlora"
+logger = logging.getLogger(__name__)
 
 
 class Phlora(GroupMergeMethod):  # type: ignore[misc]
@@ -44,15 +47,21 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._known: Mapping[str, LowRank] | None = None
+        self._told: set[str] = set()
 
     @contextlib.contextmanager
     def knowing(self, factors: Mapping[str, LowRank]) -> Iterator[None]:
-        """Merge with these factors, by weight: they are known already. What is not among them has not changed."""
+        """Merge with these factors, by weight: they are known already. What is not among them is not carried."""
         self._known = factors
         try:
             yield
         finally:
             self._known = None
+
+    def validate_inputs(self, *inputs: Any, **named: Any) -> None:
+        """As mergekit does it, before anything is planned."""
+        refuse_unknown(NAME)
+        super().validate_inputs(*inputs, **named)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """One weight of the result, on the device and in the type of its inputs."""
@@ -63,20 +72,35 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
         places = self._places(group)
         chosen, _ = by_flags(embeddings=settings.embeddings, head=settings.head)(places)
         rule = settings.rule if chosen else None
-        if rule is None:
-            return base if settings.rest == "base" else tuned
+        name = group.metadata.name or "weight"
+        if rule is None or (self._known is not None and name not in self._known):
+            if settings.rest == "tuned":
+                return tuned
+            if not places:
+                self._tell_loss(name, base, tuned)
+            return base
         if self._known is not None:
-            found = self._known.get(group.metadata.name)
+            found: LowRank | None = self._known[name]
         else:
             # What a plan is asked for one weight.
             header = Header(tuple(base.shape), base.dtype)
-            name = group.metadata.name or "weight"
             plan = Plan(Layout("mergekit", {}), {name: tuple(places)}, {}, {}, {name: header})
             pairs = [Pair(name, base, tuned)]
             with factor_pairs(pairs, plan, {name: rule}, exact=settings.exact, device=base.device) as outcomes:
                 (outcome,) = outcomes
             found = outcome.factors if isinstance(outcome, Layer) else None
         return base if found is None else merged(base, found, places[0].kind).to(base.dtype)
+
+    def _tell_loss(self, name: str, base: Tensor, tuned: Tensor) -> None:
+        """Warn, once for all layers, of a matrix or a stack of them whose change is dropped for want of a form."""
+        kind = _numberless(name)
+        if base.ndim > 1 and kind not in self._told and not torch.equal(base, tuned):
+            self._told.add(kind)
+            logger.warning(
+                "phlora: `%s` has changed and has no LoRA form that is known here: in the merge it is the base's. "
+                "`rest: tuned` takes the fine-tune's.",
+                name,
+            )
 
     def _execute_resolved(
         self,
@@ -99,10 +123,11 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
         name = group.metadata.name or "weight"
         folders = [folder_of(entry.id) for entry in (group.base, *group.non_base)]
         plan = plan_of(*folders) if None not in folders else _by_name(name, group)
-        if name not in plan.headers:
-            # Slices renumber layers: the same weight of another layer is of the same kind.
-            name = next((other for other in plan.carried if _numberless(other) == _numberless(name)), name)
-        return list(plan.carried.get(name) or _renamed(plan.layout, name, tuple(group.base.tensor.shape)))
+        if name in plan.headers:
+            return list(plan.carried.get(name, ()))
+        # Slices renumber layers: the same weight of another layer is of the same kind.
+        twin = next((other for other in plan.carried if _numberless(other) == _numberless(name)), None)
+        return list(plan.carried[twin]) if twin else _renamed(plan.layout, name, tuple(group.base.tensor.shape))
 
 
 def _renamed(layout: Layout, name: str, shape: tuple[int, ...]) -> list[Place]:

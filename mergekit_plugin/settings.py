@@ -16,7 +16,7 @@ PARAMETERS = tuple(
     ParameterSpec(name, of, ParameterScope.NON_BASE, default)
     for name, of, default in (
         # A float, because a gradient over layers gives one between two numbers.
-        ("rank", Annotated[float, Field(ge=0)] | None, None),
+        ("rank", Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, None),
         ("energy", Annotated[float, Field(gt=0, le=1)] | None, None),
         ("rest", Literal["base", "tuned"], "base"),
         ("embeddings", bool, False),

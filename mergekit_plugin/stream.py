@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 from transformers import set_seed
 
-from peft_posthoc.checkpoint import Header
+from peft_posthoc.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import CheckpointError
 
 
@@ -33,10 +33,6 @@ class Taken(Task[Tensor | None], frozen=True):  # type: ignore[misc, call-arg]
         label: str | None = self.source.group_label()
         return label
 
-    def priority(self) -> int:
-        """As early as it can be: what was taken can be forgotten."""
-        return 1000
-
     def execute(self, value: Any) -> Tensor | None:
         """The tensor."""
         tensor: Tensor | None = value if self.model is None else value.get(self.model)
@@ -53,6 +49,7 @@ class Stream:
         options: mergekit's.
         label: What messages call it.
         config: The model's configuration.
+        beside: What mergekit does not make, and is read from where it is.
     """
 
     revision = None
@@ -69,12 +66,15 @@ class Stream:
         *,
         label: str,
         config: Mapping[str, Any] | None,
+        beside: Mapping[str, Checkpoint],
     ) -> None:
         self.label, self.config = label, config
         self._options = options
         self._executor = Executor(targets, math_device=options.device, storage_device="cpu")
         order = [handle.task().name for handle in self._executor.schedule.tasks if isinstance(handle.task(), Taken)]
+        self._beside = beside
         self.headers = {name: headers[name] for name in order}
+        self.headers |= {name: checkpoint.headers[name] for name, checkpoint in beside.items()}
         self._running: Iterator[tuple[Taken, Tensor | None]] | None = None
         self._ahead: dict[str, Tensor] = {}
 
@@ -84,6 +84,8 @@ class Stream:
         Raises:
             CheckpointError: The merge gives no such tensor.
         """
+        if name in self._beside:
+            return self._beside[name].read(name)
         while name not in self._ahead:
             task, tensor = self._next(name)
             if tensor is None:
@@ -103,7 +105,7 @@ class Stream:
         return found
 
 
-def shape_of(inputs: Task, options: MergeOptions) -> tuple[int, ...]:
-    """The shape of a weight whose inputs mergekit aligns first."""
+def aligned(inputs: Task, options: MergeOptions) -> dict[ModelReference, Tensor]:
+    """What the models have for a weight, once mergekit has aligned their vocabularies."""
     (tensors,) = (value for _, value in Executor([inputs], math_device=options.device).run(quiet=True))
-    return tuple(next(iter(tensors.values())).shape)
+    return dict(tensors)

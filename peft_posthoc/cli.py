@@ -47,13 +47,16 @@ class _Command(click.Group):
 
 
 @contextlib.contextmanager
-def one_line_errors(program: str, *, debug: bool, option: str = "--debug") -> Iterator[None]:
+def one_line_errors(
+    program: str, *, debug: bool, option: str = "--debug", nothing: str = "Nothing was written."
+) -> Iterator[None]:
     """End the process with one line on stderr where something goes wrong.
 
     Args:
         program: What is running.
         debug: Show a traceback before it.
         option: What asks for that.
+        nothing: What is told of the output after Ctrl-C.
     """
 
     def fail(message: str, status: int) -> NoReturn:
@@ -68,7 +71,7 @@ def one_line_errors(program: str, *, debug: bool, option: str = "--debug") -> It
         raise
     except KeyboardInterrupt as interrupt:
         kept = getattr(interrupt, "__notes__", [])
-        again = "The same command goes on from there." if kept else "Nothing was written."
+        again = "The same command goes on from there." if kept else nothing
         fail(" ".join(["Interrupted.", *kept, again]), 130)
     except MemoryError:
         fail("Out of memory.", 1)

@@ -39,6 +39,7 @@ def extract(
     embeddings: bool = False,
     head: bool = False,
     choose: Choice | None = None,
+    leave_out: Mapping[str, str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     exact: bool = False,
     device: str = "cpu",
@@ -63,6 +64,7 @@ def extract(
         embeddings: Carry token embeddings too.
         head: Carry the output head (`lm_head`) too.
         choose: Which modules to adapt, in place of `embeddings` and `head`.
+        leave_out: By name, tensors that are not carried, and the reason that the report gives.
         rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
         exact: Use LAPACK's full SVD for every weight.
         device: Where to factor: `cpu`, `cuda`, `cuda:1`, ..., or `auto`.
@@ -86,7 +88,7 @@ def extract(
     where = pick_device(device)
     before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     choice = choose or by_flags(embeddings=embeddings, head=head)
-    plan = make_plan(before, after, include=include, exclude=exclude, choose=choice)
+    plan = make_plan(before, after, include=include, exclude=exclude, choose=choice, leave_out=leave_out)
     rules = rules_of(plan, rank, rank_pattern or {})
     plan = plan.only(rules, "no rank is given for it")
     options = {

@@ -87,6 +87,7 @@ def make_plan(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     choose: Choice | None = None,
+    leave_out: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide for every tensor of both checkpoints whether and where it is carried.
 
@@ -96,6 +97,7 @@ def make_plan(
         include: Regular expressions, searched in weight names: of the weights that can be carried, only these.
         exclude: The same: not these.
         choose: Which modules to adapt; `by_flags()` if None.
+        leave_out: By name, tensors that are not carried, and why.
 
     Raises:
         MismatchError: The two are not states of one model; every tensor whose shapes differ is named.
@@ -108,12 +110,16 @@ def make_plan(
     names = list(dict.fromkeys([*base.headers, *tuned.headers]))
     included = _matches(include, names, "include")
     excluded = _matches(exclude, names, "exclude")
-    _same_shapes(base.headers, tuned.headers, excluded or set())
+    told = leave_out or {}
+    _same_shapes(base.headers, tuned.headers, {*(excluded or ()), *told})
     choose = choose or by_flags()
     layout = layout_of(base, tuned).without_ties(set(tuned.headers) - set(base.headers))
     carried: dict[str, tuple[Place, ...]] = {}
     left_out: dict[str, str] = {}
     for name in names:
+        if name in told:
+            left_out[name] = told[name]
+            continue
         places, reason = _decide(name, base.headers, tuned.headers, layout, choose)
         if places and ((included is not None and name not in included) or (excluded and name in excluded)):
             places, reason = [], "not chosen (--include/--exclude)"

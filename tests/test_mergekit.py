@@ -4,14 +4,17 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import peft_posthoc
-from mergekit_plugin import register
+from mergekit_plugin import command, register
+from mergekit_plugin.method import PHLORA
 from tests import merges, models
 
 pytestmark = [
@@ -50,10 +53,10 @@ def test_the_merged_weights_are_base_plus_b_a_of_extract_bit_for_bit(make, tmp_p
     with torch.no_grad():
         for name, layer in changed.layers.items():
             wanted.get_parameter(name).add_(layer.factors.b @ layer.factors.a)
-    for command in (merges.stock, merges.merged_by):
-        command(config, tmp_path / command.__name__)
+    for run in (merges.stock, merges.merged_by):
+        run(config, tmp_path / run.__name__)
         # As transformers reads it: mergekit stacks the experts of a mixture.
-        same(models.load(tmp_path / command.__name__).state_dict(), wanted.state_dict())
+        same(models.load(tmp_path / run.__name__).state_dict(), wanted.state_dict())
     adapters_are_the_same(tmp_path / "merged_by/phlora", tmp_path / "adapter")
 
 
@@ -118,7 +121,7 @@ def test_filters_and_gradients_give_each_weight_its_own_rank(llama_pair, tmp_pat
     [
         ["--async-write", "--write-threads", "2"],
         ["--low-cpu-memory"],
-        ["--lazy-unpickle", "--clone-tensors"],
+        ["--clone-tensors", "--no-copy-tokenizer"],
         ["--out-shard-size", "2K"],
     ],
     ids=lambda flags: flags[0],
@@ -139,7 +142,7 @@ def test_the_number_of_threads_changes_no_bit(llama_pair, tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_two_devices_in_two_threads_give_the_same(llama_pair, tmp_path, monkeypatch):
+def test_two_devices_in_two_threads_give_the_same(llama_pair, tmp_path, monkeypatch, caplog):
     from mergekit import multigpu_executor
 
     monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
@@ -149,8 +152,16 @@ def test_two_devices_in_two_threads_give_the_same(llama_pair, tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     config = merges.config(*llama_pair, parameters={"rank": 8})
+    threads = set()
+    merge_group = PHLORA.merge_group
+    monkeypatch.setattr(
+        PHLORA, "merge_group", lambda *group, **how: (threads.add(get_ident()), merge_group(*group, **how))[1]
+    )
     same(merges.stock(config, tmp_path / "stock", "--multi-gpu"), merges.expected(*llama_pair, 8))
+    assert len(threads) == 2
     same(merges.merged_by(config, tmp_path / "ours", "--multi-gpu"), merges.expected(*llama_pair, 8))
+    assert merges.phlora(config, tmp_path / "alone", "--no-model", "--multi-gpu").exit_code == 0
+    assert any("--multi-gpu is not used" in message for message in caplog.messages)
 
 
 def test_pickled_checkpoints_are_merged_too(llama_pair, tmp_path):
@@ -208,6 +219,19 @@ def test_a_tied_base_and_an_untied_fine_tune(tmp_path):
     assert head["status"] == "left out"
 
 
+@pytest.mark.parametrize("rest", ["base", "tuned"])
+def test_a_head_that_only_the_fine_tune_has_is_never_factored(rest, tmp_path):
+    base, tuned = models.llama(tie_word_embeddings=True), models.llama()
+    tuned.load_state_dict(models.tuned_from(base).state_dict())
+    torch.nn.init.normal_(tuned.lm_head.weight)
+    pair = models.save(base, tmp_path / "base"), models.save(tuned, tmp_path / "tuned")
+    config = merges.config(*pair, parameters={"rank": 8, "head": True, "rest": rest})
+    stock, ours = merges.stock(config, tmp_path / "stock"), merges.merged_by(config, tmp_path / "ours")
+    same(stock, ours)
+    source = merges.tensors(pair[0])["model.embed_tokens.weight"] if rest == "base" else tuned.lm_head.weight
+    assert torch.equal(ours["lm_head.weight"], source)
+
+
 def test_a_longer_vocabulary_is_aligned_by_mergekit(tmp_path):
     pair = with_tokenizers(tmp_path, 96, 100)
     config = merges.config(*pair, parameters={"rank": 8}, tokenizer={"source": "base"})
@@ -242,12 +266,60 @@ def test_slices_that_renumber_layers_merge_but_have_no_adapter(llama_pair, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_slices_of_fewer_layers_have_no_adapter(llama_pair, tmp_path):
+    config = merges.config(llama_pair[0], parameters={"rank": 8}, slices=slices(llama_pair, (0, 1)))
+    refused(merges.phlora(config, tmp_path / "out"), "The result has 1 layers", "has 2")
+
+
+def test_slices_of_two_bases_have_no_adapter(three, tmp_path):
+    one, two = slices((str(three / "base"), str(three / "tuned")), (0, 1), (1, 2))
+    other = {"sources": [two["sources"][1], {**two["sources"][0], "model": str(three / "tuned-too")}]}
+    other["base_model"] = str(three / "tuned-too")
+    config = merges.config(three / "base", parameters={"rank": 8}, slices=[one, other])
+    refused(merges.phlora(config, tmp_path / "out"), "is made from the base", "tuned-too")
+
+
+def test_a_base_that_only_the_slices_name_is_found(llama_pair, tmp_path):
+    parts = [{**piece, "base_model": llama_pair[0]} for piece in slices(llama_pair, (0, 1), (1, 2))]
+    config = merges.config(None, parameters={"rank": 8}, slices=parts, base_model=llama_pair[0])
+    wanted = merges.expected(*llama_pair, 8)
+    same(merges.merged_by(config, tmp_path / "both"), wanted)
+    same(merges.merged_by({**config, "base_model": None}, tmp_path / "out"), wanted)
+
+
 def slices(pair, *ranges):
     return [{"sources": [{"model": folder, "layer_range": list(one)} for folder in pair]} for one in ranges]
 
 
-def with_tokenizers(folder, *sizes):
-    """A base and a fine-tune of it, of vocabularies that are one the beginning of the other."""
+@pytest.mark.parametrize("how", [{"source": "union"}, {"source": "base", "pad_to_multiple_of": 64}], ids=str)
+def test_a_vocabulary_that_the_merge_changes_is_left_out_and_the_layers_are_not(how, tmp_path):
+    pair = with_tokenizers(tmp_path, 96, 100)
+    config = merges.config(*pair, parameters={"rank": 8, "embeddings": True, "head": True}, tokenizer=how)
+    got = merges.merged_by(config, tmp_path / "out")
+    assert got["lm_head.weight"].shape[0] > 96
+    report = json.loads((tmp_path / "out/phlora/phlora_report.json").read_text())
+    rows = {row["weight"]: row for row in report["rows"]}
+    assert sum(row["status"] == "extracted" for row in rows.values()) == 14
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert rows[name]["reason"] == "the merge changes the vocabulary"
+
+
+def test_a_vocabulary_in_another_order_is_left_out_too(tmp_path):
+    pair = with_tokenizers(tmp_path, 96, 96, turned=True)
+    config = merges.config(
+        *pair, parameters={"rank": 8, "embeddings": True, "head": True}, tokenizer={"source": {"model": pair[1]}}
+    )
+    got = merges.merged_by(config, tmp_path / "out")
+    base = merges.tensors(pair[0])
+    # Its words in the order of the fine-tune's, whose first is the base's last.
+    assert torch.equal(got["lm_head.weight"], base["lm_head.weight"].flip(0))
+    report = json.loads((tmp_path / "out/phlora/phlora_report.json").read_text())
+    reasons = {row["weight"]: row["reason"] for row in report["rows"]}
+    assert reasons["lm_head.weight"] == "the merge changes the vocabulary"
+
+
+def with_tokenizers(folder, *sizes, turned=False):
+    """A base and a fine-tune of it, of vocabularies that begin alike; or of which the second is the first, turned."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -256,7 +328,8 @@ def with_tokenizers(folder, *sizes):
     for name, one, size in zip(("base", "tuned"), (model, models.tuned_from(model)), sizes, strict=True):
         one.resize_token_embeddings(size)
         models.save(one, folder / name)
-        words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+        order = reversed(range(size)) if turned and name == "tuned" else range(size)
+        words = Tokenizer(WordLevel({f"w{i}": at for at, i in enumerate(order)}, unk_token="w0"))
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / name)
     return str(folder / "base"), str(folder / "tuned")
 
@@ -306,6 +379,73 @@ def test_without_a_model_the_adapter_is_that_of_the_stored_merge(method, three, 
     adapters_are_the_same(tmp_path / "both/phlora", tmp_path / "by hand")
 
 
+def test_what_is_not_stored_is_not_rounded_either(tmp_path):
+    # A change that bfloat16 would swallow, of exact rank 4.
+    pair = models.save_pair(models.llama(), tmp_path, scale=1e-5, rank=4)
+    for asked in ({"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}):
+        for method, parts in (("phlora", {"parameters": {"rank": 4}}), ("task_arithmetic", {"each": {"weight": 1.0}})):
+            config = merges.config(*pair, method=method, **parts, **asked)
+            out = tmp_path / f"{method}-{asked['dtype']}"
+            flags = ["--dtype", "float32"] + ([] if method == "phlora" else ["--rank", "4"])
+            assert merges.phlora(config, out, "--no-model", *flags).exit_code == 0
+            true, got = models.true_deltas(*pair), models.lora_deltas(models.load_adapter(pair[0], out))
+            for module, delta in got.items():
+                wanted = true[f"{module}.weight"]
+                assert (delta - wanted).norm() <= 1e-2 * wanted.norm(), (method, asked, module)
+
+
+def test_a_type_narrower_than_the_files_is_warned_of(llama_pair, tmp_path, caplog):
+    merges.merged_by(merges.config(*llama_pair, parameters={"rank": 8}, dtype="bfloat16"), tmp_path / "out")
+    assert any("small changes are rounded away" in message for message in caplog.messages)
+
+
+def test_files_of_another_type_than_their_config_says_are_warned_of(tmp_path, caplog):
+    base = models.llama()
+    models.save(models.llama().to(torch.bfloat16), tmp_path / "base")
+    models.save(models.tuned_from(base), tmp_path / "tuned")
+    config = merges.config(tmp_path / "base", tmp_path / "tuned", method="task_arithmetic", each={"weight": 1.0})
+    merges.merged_by(config, tmp_path / "out")
+    assert any("hold float32, its config.json says bfloat16" in message for message in caplog.messages)
+
+
+def test_tensors_that_mergekit_does_not_merge_are_rows_with_their_change(tmp_path):
+    pair = models.save_pair(models.llama(), tmp_path)
+    for folder, extra in zip(pair, ({"extra.weight": 1}, {"extra.weight": 3, "v_head.weight": 5}), strict=True):
+        tensors = merges.tensors(folder) | {name: torch.full((4, 4), float(v)) for name, v in extra.items()}
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    config = merges.config(*pair, parameters={"rank": 8})
+    assert merges.phlora(config, tmp_path / "out", "--no-model").exit_code == 0
+    report = json.loads((tmp_path / "out/phlora_report.json").read_text())
+    rows = {row["weight"]: row for row in report["rows"] if "layers" not in row["weight"]}
+    assert rows["extra.weight"]["reason"] == rows["v_head.weight"]["reason"] == "mergekit does not merge this tensor"
+    assert rows["extra.weight"]["delta_norm"] == 8.0
+    assert rows["v_head.weight"]["tuned_norm"] == 20.0
+
+
+def test_an_optional_weight_that_the_merge_drops_is_dropped(tmp_path):
+    base = models.llama(tie_word_embeddings=True)
+    tied, untied = models.tuned_from(base), models.llama()
+    untied.load_state_dict(models.tuned_from(base).state_dict())
+    folders = [models.save(one, tmp_path / name) for name, one in (("base", base), ("tied", tied), ("untied", untied))]
+    config = merges.config(*folders, method="model_stock")
+    stored = merges.stock(config, tmp_path / "stored")
+    result = merges.phlora(config, tmp_path / "streamed", "--no-model", "--rank", "8")
+    assert result.exit_code == 0, result.output
+    peft_posthoc.extract(str(folders[0]), str(tmp_path / "stored"), 8).save(tmp_path / "by hand")
+    assert stored
+    adapters_are_the_same(tmp_path / "streamed", tmp_path / "by hand")
+
+
+def test_the_seed_holds_whatever_was_drawn_before(three, tmp_path, monkeypatch):
+    config = merges.config(three / "base", three / "tuned", method="dare_ties", each={"weight": 1.0, "density": 0.5})
+    flags = ["--no-model", "--rank", "8", "--random-seed", "7"]
+    merges.phlora(config, tmp_path / "one", *flags)
+    extract = command.extract
+    monkeypatch.setattr(command, "extract", lambda *sides, **how: (torch.rand(9), extract(*sides, **how))[1])
+    merges.phlora(config, tmp_path / "two", *flags)
+    adapters_are_the_same(tmp_path / "one", tmp_path / "two")
+
+
 def test_stock_mergekit_merges_the_adapter_back_without_a_plugin(llama_pair, tmp_path):
     peft_posthoc.extract(*llama_pair, 8, dtype=torch.float32).save(tmp_path / "adapter")
     config = merges.config(None, f"{llama_pair[0]}+{tmp_path / 'adapter'}", method="passthrough")
@@ -348,6 +488,19 @@ def test_mergekit_pytorch_takes_it_too(llama_pair, tmp_path):
     result = merges.phlora(config, tmp_path / "out", main=merge_raw_pytorch.main)
     assert result.exit_code == 0, result.output
     same(merges.tensors(tmp_path / "out"), merges.expected(*llama_pair, 8))
+
+
+def test_a_change_that_has_no_known_form_is_warned_of_where_it_is_dropped(tmp_path, caplog, monkeypatch):
+    from mergekit.scripts import merge_raw_pytorch
+
+    register()
+    monkeypatch.setattr(PHLORA, "_told", set())
+    files = [Path(folder) / "model.safetensors" for folder in models.save_pair(models.gpt2(), tmp_path)]
+    result = merges.phlora(merges.config(*files, parameters={"rank": 8}), tmp_path / "out", main=merge_raw_pytorch.main)
+    assert result.exit_code == 0, result.output
+    # Once for all layers: which way round a `c_attn` is stored cannot be seen.
+    (message,) = (message for message in caplog.messages if "c_attn" in message)
+    assert "no LoRA form that is known here" in message
 
 
 # What goes wrong.
@@ -399,15 +552,57 @@ def test_mergekits_own_rules_end_in_a_line(three, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_arguments_are_told_before_the_merge_is_written(three, tmp_path):
+    config = merges.config(three / "base", three / "tuned", method="ties", each={"weight": 1.0, "density": 0.5})
+    for flags, word in (
+        (["--rank", "4", "--energy", "0.5"], "not both"),
+        (["--rank", "0"], "at least 1"),
+        (["--include", "["], "not a regular expression"),
+        (["--exclude", "nothinglikethis"], "matches no weight"),
+        (["--device", "cuda:7"], "no device `cuda:7`"),
+    ):
+        result = merges.phlora(config, tmp_path / "out", *flags)
+        assert result.exit_code in (1, 2), flags
+        assert word in result.output
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("a: b\n---\nc: d\n", "2 configurations"), ("a: [", "is no YAML"), ("just text", "holds no configuration")],
+)
+def test_a_file_that_is_no_configuration_is_told(text, word, tmp_path):
+    refused(merges.phlora(text, tmp_path / "out"), word)
+
+
+def test_a_merge_that_fails_leaves_no_adapter(llama_pair, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_merge", fail)
+    result = merges.phlora(merges.config(*llama_pair, parameters={"rank": 8}), tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.output == "mergekit-phlora: error: Interrupted. There is no adapter.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_that_mergekit_cannot_merge_is_refused_by_us_too(tmp_path):
+    pair = models.save_pair(models.t5(), tmp_path)
+    config = merges.config(*pair, parameters={"rank": 8})
+    refused(merges.phlora(config, tmp_path / "out", "--no-model"), "wi_0.weight", "cannot merge such a model")
+
+
 def test_ranks_on_the_command_line_are_refused_where_the_configuration_has_them(llama_pair, tmp_path):
     config = merges.config(*llama_pair, parameters={"rank": 8})
-    for flags in (["--rank", "4"], ["--head"], ["--include", "mlp"]):
+    for flags in (["--rank", "4"], ["--rank", "0"], ["--energy", "0"], ["--head"], ["--include", "mlp"]):
         refused(merges.phlora(config, tmp_path / "out", *flags), f"`{flags[0]}` belongs among the `parameters`")
 
 
 def test_the_adapter_never_goes_into_the_models_own_folder(llama_pair, tmp_path):
     config = merges.config(*llama_pair, parameters={"rank": 8})
-    refused(merges.phlora(config, tmp_path / "out", "--adapter-out", str(tmp_path / "out")), "Choose another folder")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for same_folder in (tmp_path / "out", tmp_path / "other/../out", tmp_path / "link"):
+        refused(merges.phlora(config, tmp_path / "out", "--adapter-out", str(same_folder)), "Choose another folder")
     merges.merged_by(config, tmp_path / "out")
     assert not (tmp_path / "out/adapter_config.json").exists()
     # transformers reads the merged model, and nothing on top of it.
@@ -421,13 +616,11 @@ def test_a_base_with_an_adapter_is_refused(llama_pair, tmp_path):
 
 
 def test_registering_twice_is_the_same_as_once():
-    from mergekit import merge_methods, parameter_resolver
+    from mergekit import merge_methods
 
     register()
-    resolve = parameter_resolver.resolve_parameters
     register()
     assert [method.spec.name for method in merge_methods.registered_methods()].count("phlora") == 1
-    assert parameter_resolver.resolve_parameters is resolve
 
 
 # The examples, in processes of their own.

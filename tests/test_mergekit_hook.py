@@ -125,6 +125,26 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_line(monkeypatch, tmp_path
     assert "cannot be written" in result.output
 
 
+def test_what_cannot_be_written_again_stays_as_it_is(monkeypatch, tmp_path):
+    from click.testing import CliRunner
+
+    from mergekit_plugin import autoload
+    from peft_posthoc import cli
+
+    monkeypatch.setattr(autoload, "_folder", lambda: tmp_path)
+    assert CliRunner().invoke(cli.main, ["mergekit", "enable"]).exit_code == 0
+    write, before = Path.write_text, {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse(path, *content, **how):
+        if path.suffix == ".pth":
+            raise PermissionError(13, "Permission denied")
+        return write(path, *content, **how)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert CliRunner().invoke(cli.main, ["mergekit", "enable"]).exit_code == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_without_mergekit_the_command_says_what_to_install(tmp_path):
     start = (
         "import runpy, sys; sys.modules['mergekit'] = None; runpy.run_module('mergekit_plugin', run_name='__main__')"
