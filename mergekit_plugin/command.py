@@ -88,7 +88,8 @@ def main(
         if merge.by_phlora or no_model:
             adapter = extract(merge.base, merge.result, ranks, **options)
         if merge.by_phlora and not no_model:
-            with PHLORA.knowing({name: layer.factors for name, layer in adapter.layers.items()}):
+            factors = {name: layer.factors for name, layer in adapter.layers.items()}
+            with PHLORA.knowing(factors, but=merge.leave_out):
                 _run(read, source, out_path, merge_options)
         elif not no_model:
             chosen = {name: choice[name] for name in ("include", "exclude")}

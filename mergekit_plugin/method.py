@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,16 +47,22 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._known: Mapping[str, LowRank] | None = None
+        self._unknown: Collection[str] = ()
         self._told: set[str] = set()
 
     @contextlib.contextmanager
-    def knowing(self, factors: Mapping[str, LowRank]) -> Iterator[None]:
-        """Merge with these factors, by weight: they are known already. What is not among them is not carried."""
-        self._known = factors
+    def knowing(self, factors: Mapping[str, LowRank], *, but: Collection[str]) -> Iterator[None]:
+        """Merge with these factors, by weight: they are known already.
+
+        Args:
+            factors: Of all that is carried.
+            but: The weights of which nothing is known.
+        """
+        self._known, self._unknown = factors, but
         try:
             yield
         finally:
-            self._known = None
+            self._known, self._unknown = None, ()
 
     def validate_inputs(self, *inputs: Any, **named: Any) -> None:
         """As mergekit does it, before anything is planned."""
@@ -73,15 +79,15 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
         chosen, _ = by_flags(embeddings=settings.embeddings, head=settings.head)(places)
         rule = settings.rule if chosen else None
         name = group.metadata.name or "weight"
-        if rule is None or (self._known is not None and name not in self._known):
+        known = self._known is not None and name not in self._unknown
+        if rule is None or (known and name not in (self._known or ())):
             if settings.rest == "tuned":
                 return tuned
             if not places:
                 self._tell_loss(name, base, tuned)
             return base
-        if self._known is not None:
-            found: LowRank | None = self._known[name]
-        else:
+        found = self._known[name] if self._known is not None and known else None
+        if not known:
             # What a plan is asked for one weight.
             header = Header(tuple(base.shape), base.dtype)
             plan = Plan(Layout("mergekit", {}), {name: tuple(places)}, {}, {}, {name: header})
