@@ -25,16 +25,10 @@ def main() -> None:
 @main.command()
 def enable() -> None:
     """From now on `mergekit-yaml`, `-multi` and `-pytorch` know `phlora`."""
-    hook = (Path(__file__).parent / "hook.py").read_text(encoding="utf-8")
-    contents = {
-        ".py": hook,
-        ".pth": f"import {MODULE}; {MODULE}.install()\n",
-        ".start": f"{MODULE}:install\n",
-    }
     new = [path for path in _files().values() if not path.exists()]
     try:
         for suffix, path in _files().items():
-            path.write_text(contents[suffix], encoding="utf-8")
+            path.write_text(contents()[suffix], encoding="utf-8")
     except OSError as error:
         for path in new:
             with contextlib.suppress(OSError):
@@ -60,10 +54,19 @@ def status() -> None:
     click.echo(f"{'enabled' if there else 'disabled'} in {_folder()}")
 
 
+def contents() -> dict[str, str]:
+    """What is written, by the suffix of the file's name."""
+    return {
+        ".py": (Path(__file__).parent / "hook.py").read_text(encoding="utf-8"),
+        ".pth": f"import {MODULE}; {MODULE}.install()\n",
+        ".start": f"{MODULE}:install\n",
+    }
+
+
 def _folder() -> Path:
     return Path(sysconfig.get_path("purelib"))
 
 
 def _files() -> dict[str, Path]:
     # The module first: what names it comes when it is there.
-    return {suffix: _folder() / f"{MODULE}{suffix}" for suffix in (".py", ".pth", ".start")}
+    return {suffix: _folder() / f"{MODULE}{suffix}" for suffix in contents()}
