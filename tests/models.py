@@ -7,88 +7,40 @@ import torch
 import transformers
 
 
+def decoder(name, **changes):
+    """A model of transformers' class `{name}ForCausalLM`."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes | changes)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
 def llama(**changes):
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **{
-                "vocab_size": 96,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-                **changes,
-            }
-        )
-    )
+    return decoder("Llama", **changes)
 
 
 def qwen2(**changes):
-    return transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            **changes,
-        )
-    )
+    return decoder("Qwen2", **changes)
 
 
 def gemma2(**changes):
-    return transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=64,
-            **changes,
-        )
-    )
+    return decoder("Gemma2", head_dim=8, **changes)
 
 
 def mixtral(**changes):
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-            max_position_embeddings=64,
-            **changes,
-        )
-    )
+    return decoder("Mixtral", num_local_experts=2, num_experts_per_tok=1, **changes)
 
 
 def qwen3_moe(**changes):
-    return transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_experts=2,
-            num_experts_per_tok=1,
-            max_position_embeddings=64,
-            **changes,
-        )
-    )
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    return decoder("Qwen3Moe", head_dim=8, **experts | changes)
 
 
 def gpt2(**changes):
