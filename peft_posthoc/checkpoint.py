@@ -1,4 +1,4 @@
-"""Where weights come from: a folder, a hub id, a module or a state dict, all read as named tensors.
+"""Where weights come from: a folder, a file, a hub id, a module or a state dict, all read as named tensors.
 
 A source is any object with the attributes of `Checkpoint`; `open_checkpoint` is the one place that chooses among them.
 """
@@ -216,11 +216,12 @@ def open_pair(
 
 
 def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
-    """Open a folder, a hub id, a module, a state dict or another checkpoint for reading.
+    """Open a folder, a file, a hub id, a module, a state dict or another checkpoint for reading.
 
     Args:
-        source: A local folder, be it with the shards of torch.distributed.checkpoint; a hub id (`org/name`), whose
-            needed files are fetched; a `torch.nn.Module`; a state dict; or anything that already is a `Checkpoint`.
+        source: A local folder, be it with the shards of torch.distributed.checkpoint; a single file of weights; a hub
+            id (`org/name`), whose needed files are fetched; a `torch.nn.Module`; a state dict; or anything that already
+            is a `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
 
@@ -246,17 +247,22 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
                 checkpoint = folder.Folder(path, label=str(source))
             else:
                 checkpoint = distcp.Distcp(path, shards, label=str(source))
+        elif path.is_file() and path.suffix in folder.SUFFIXES:
+            checkpoint = folder.File(path, label=str(source))
         elif hub.is_repo_id(str(source)) and not path.exists():
             checkpoint = hub.fetch(str(source), revision=revision, role=role)
             revision = None
         else:
-            what = "is a file, not a folder" if path.is_file() else "does not exist"
-            raise CheckpointError(f"The {role} `{source}` {what}. Give a model folder or a hub id such as `org/name`.")
+            kinds = ", ".join(folder.SUFFIXES)
+            what = f"is a file of another kind than {kinds}" if path.is_file() else "does not exist"
+            raise CheckpointError(
+                f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as `org/name`."
+            )
     elif isinstance(source, Checkpoint):
         checkpoint = source
     else:
         raise TypeError(
-            f"The {role} must be a folder, a hub id, a module or a state dict. Got {type(source).__name__}."
+            f"The {role} must be a folder, a file, a hub id, a module or a state dict. Got {type(source).__name__}."
         )
     if revision is not None:
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")

@@ -59,7 +59,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
         """Extract LoRA factors from the difference of two models, and the configuration that goes with them.
 
         Args:
-            base: The model before: a folder, a hub id, a module or a state dict.
+            base: The model before: a folder, a file, a hub id, a module or a state dict.
             tuned: The same model after any kind of full fine-tuning.
             r: An int is a rank; a float in (0, 1] is the share of every delta's energy to keep, and `r` becomes the
                 largest rank that needs, rounded up to one that every engine scales alike (8, or a multiple of 16).

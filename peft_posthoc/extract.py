@@ -51,7 +51,7 @@ def extract(
     """Extract a LoRA adapter from a base model and a full fine-tune of it (PHLoRA, arXiv 2509.10971).
 
     Args:
-        base: The model before: a folder, a hub id, a module or a state dict.
+        base: The model before: a folder, a file, a hub id, a module or a state dict.
         tuned: The same model after any kind of full fine-tuning.
         rank: How many singular triplets of each weight's delta to keep: an int is a rank, a float in (0, 1] the share
             of the delta's energy, a `RankRule` anything else. Or one of these by the name of the weight: weights that

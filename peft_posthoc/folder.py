@@ -1,4 +1,4 @@
-"""A checkpoint folder on disk: safetensors or PyTorch files, single or sharded, read one tensor at a time."""
+"""Checkpoints on disk: safetensors or PyTorch files, in a folder or alone, single or sharded, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE = "pytorch_model.bin"
+# What a single file of weights may end in.
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -121,19 +123,13 @@ class Folder:
             listed = None
         for file in chosen:
             self._add(file)
-        stats = [(folder / file).stat() for file in chosen]
-        # Not a hash of the content: that would be one more pass over it.
-        self.identity: Any = [
-            [str(folder.resolve()), file, stat.st_size, stat.st_mtime_ns]
-            for file, stat in zip(chosen, stats, strict=True)
-        ]
+        self.identity: Any = [_identity(folder / file) for file in chosen]
         absent = [tensor for tensor in listed or () if tensor not in self.headers]
         if absent:
             raise CheckpointError(f"The index of `{label}` lists tensors that no shard holds: {', '.join(absent[:5])}.")
 
     def _add(self, name: str) -> None:
-        path = self.folder / name
-        file = _Safetensors(path) if name.endswith(".safetensors") else _Pickle(path)
+        file = _opened(self.folder / name)
         for tensor, header in file.headers.items():
             if tensor in self.headers:
                 raise CheckpointError(f"Two files of `{self.label}` hold `{tensor}`; one of them is `{name}`.")
@@ -143,6 +139,36 @@ class Folder:
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file."""
         return self._files[name].read(name)
+
+
+class File:
+    """A single file of weights, as models are passed around without a folder. It brings no configuration."""
+
+    revision: str | None = None
+    folder: Path | None = None
+    module: nn.Module | None = None
+    config: Mapping[str, Any] | None = None
+    sequential = False
+
+    def __init__(self, path: Path, *, label: str) -> None:
+        self.label = label
+        self._file = _opened(path)
+        self.headers: Mapping[str, Header] = self._file.headers
+        self.identity: Any = [_identity(path)]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from the file."""
+        return self._file.read(name)
+
+
+def _opened(path: Path) -> _Safetensors | _Pickle:
+    return _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
+
+
+def _identity(path: Path) -> list[Any]:
+    # Not a hash of the content: that would be one more pass over it.
+    stat = path.stat()
+    return [str(path.parent.resolve()), path.name, stat.st_size, stat.st_mtime_ns]
 
 
 class _Safetensors:

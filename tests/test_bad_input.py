@@ -132,7 +132,7 @@ def gone(at):
 def a_file(at):
     shutil.rmtree(at)
     at.write_text("weights")
-    return f"`{at.name}` is a file, not a folder"
+    return f"`{at.name}` is a file of another kind than .safetensors"
 
 
 def empty(at):

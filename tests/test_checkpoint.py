@@ -116,6 +116,29 @@ def same(checkpoint, tensors):
     return True
 
 
+@pytest.mark.parametrize("suffix", folder.SUFFIXES)
+def test_a_single_file_is_a_checkpoint_without_a_configuration(suffix, weights, tmp_path):
+    path = tmp_path / f"any-name{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(weights, path)
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, Checkpoint)
+    assert same(checkpoint, weights)
+    assert (checkpoint.label, checkpoint.config, checkpoint.folder) == (str(path), None, None)
+    before = checkpoint.identity
+    assert json.loads(json.dumps(before)) == before == open_checkpoint(path).identity
+    (save_file if suffix == ".safetensors" else torch.save)({**weights, "one": torch.ones(1)}, path)
+    assert open_checkpoint(path).identity != before
+
+
+def test_a_folder_and_a_single_file_are_a_pair(llama_pair, tmp_path):
+    lone = tmp_path / "tuned.safetensors"
+    lone.write_bytes((Path(llama_pair[1]) / "model.safetensors").read_bytes())
+    found, wanted = extract(llama_pair[0], lone, 8), extract(*llama_pair, 8)
+    assert found.plan.layout == wanted.plan.layout
+    assert found.layers.keys() == wanted.layers.keys()
+    assert all(torch.equal(found.layers[name].factors.b, layer.factors.b) for name, layer in wanted.layers.items())
+
+
 @pytest.mark.parametrize("write", FORMATS)
 def test_the_same_weights_come_out_of_every_format(write, weights, tmp_path):
     write(weights, tmp_path)
