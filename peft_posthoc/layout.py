@@ -96,19 +96,26 @@ class Layout:
     """For a module whose weight is stored once and used again: the modules that use it."""
     prefix: str = ""
     """What a checkpoint of the bare model leaves out of its names (`transformer.` for GPT-2)."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """By name on disk, the model's own name of a tensor, where transformers renames it when it loads."""
     task_type: str | None = None
     fan_in_fan_out: bool = False
 
     def module_of(self, weight: str) -> str:
         """The module that a weight name belongs to."""
+        weight = self.renamed.get(weight, weight)
         module = weight.rpartition(".")[0] or weight
         if module not in self.classes and f"{self.prefix}{module}" in self.classes:
             return f"{self.prefix}{module}"
         return module
 
+    def name_of(self, weight: str) -> str:
+        """What the model itself calls a tensor of a checkpoint."""
+        return f"{self.module_of(weight)}.{self.renamed.get(weight, weight).rpartition('.')[2]}"
+
     def places(self, weight: str) -> list[Place]:
         """Where the weight lives; none if it is not the weight of a module that PEFT can adapt."""
-        if weight.rpartition(".")[2] != "weight":
+        if self.name_of(weight).rpartition(".")[2] != "weight":
             return []
         module = self.module_of(weight)
         users = [module, *self.ties.get(module, ())]
@@ -141,9 +148,10 @@ def layout_of(*checkpoints: Checkpoint) -> Layout:
 
 
 def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
+    names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
     for checkpoint in checkpoints:
         if checkpoint.module is not None:
-            return _of_module(checkpoint.module, type(checkpoint.module).__name__)
+            return _of_module(checkpoint.module, type(checkpoint.module).__name__, names)
     for checkpoint in checkpoints:
         config = checkpoint.config or {}
         plain = config.get("model_type") in PLAIN_DECODERS and _architecture(config).endswith("ForCausalLM")
@@ -151,7 +159,7 @@ def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
             return _of_plain_decoder(checkpoint, config)
         built = _meta_model(config)
         if built is not None:
-            return _of_module(built, type(built).__name__)
+            return _of_module(built, type(built).__name__, names)
     return _of_names(checkpoints[0])
 
 
@@ -213,13 +221,14 @@ def _meta_model(config: Mapping[str, Any]) -> nn.Module | None:
     return model
 
 
-def _of_module(model: nn.Module, origin: str) -> Layout:
+def _of_module(model: nn.Module, origin: str, stored: Iterable[str]) -> Layout:
     names = {module: name for name, module in model.named_modules()}
     kinds = {name: kind for module, name in names.items() if (kind := kind_of(module)) is not None}
     if any("Experts" in type(module).__name__ for module in names):
         # PEFT takes a dense or shared MLP beside stacked experts for one of theirs and drops its factors in silence.
         kinds = {name: kind for name, kind in kinds.items() if name.rpartition(".")[2] not in _EXPERT_LEAVES}
-    config = getattr(model, "config", None)
+    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS:
+        kinds = {name: kind for name, kind in kinds.items() if name.rpartition(".")[2] != "out_proj"}
     head = names.get(_call(model, "get_output_embeddings"))
     linear_like = [kinds[name] for name in kinds if name != head and kinds[name] is not EMBEDDING]
     return Layout(
@@ -229,9 +238,36 @@ def _of_module(model: nn.Module, origin: str) -> Layout:
         head=head,
         ties=_ties(model),
         prefix=f"{prefix}." if (prefix := getattr(model, "base_model_prefix", "")) and hasattr(model, prefix) else "",
-        task_type=_task_type(type(model).__name__, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))),
+        renamed=_renamed(model, stored),
+        task_type=_task_type(type(model).__name__, encoder_decoder=_reads_and_writes_text(model)),
         fan_in_fan_out=bool(linear_like) and all(kind.fan_in_fan_out for kind in linear_like),
     )
+
+
+def _renamed(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Of the names on disk that the class does not have, those that transformers 5 turns into one that it has."""
+    own = model.state_dict()
+    unknown = [name for name in stored if name not in own]
+    if not unknown:
+        return {}
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return {}  # transformers 4 has its classes under the names on disk.
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    found = {}
+    for name in unknown:
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        # What a converter takes is another tensor afterwards: stacked, split or turned.
+        if converter is None and renamed in own:
+            found[name] = renamed
+    return found
 
 
 def _call(model: nn.Module, method: str) -> Any:
@@ -260,6 +296,12 @@ def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {module(owner): tuple(module(user) for user in users) for owner, users in sharers.items()}
 
 
+def _reads_and_writes_text(model: nn.Module) -> bool:
+    """Whether PEFT's class for encoder-decoders fits: it hands over token ids, which one that listens does not take."""
+    text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return text and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def _task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
     """PEFT's task type, for the tasks whose PEFT class adds nothing to the model."""
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
@@ -267,6 +309,8 @@ def _task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
     return "SEQ_2_SEQ_LM" if class_name.endswith("ForConditionalGeneration") and encoder_decoder else None
 
 
+# Their kernels read the weight of `out_proj` themselves: PEFT refuses to adapt it.
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _EMBEDDING_LEAVES = (
     *("embed_tokens", "word_embeddings", "wte", "wpe", "position_embeddings", "token_type_embeddings", "shared"),

@@ -4,7 +4,7 @@ import transformers
 
 from peft_posthoc import open_checkpoint
 from peft_posthoc.layout import CONV1D, EMBEDDING, LINEAR, PLAIN_DECODERS, layout_of, matched, target_modules
-from tests import models
+from tests import architectures, models
 
 
 def tiny(model_type):
@@ -133,3 +133,31 @@ def test_a_full_name_also_means_what_ends_in_it():
     assert target_modules(["proj"], layout) == ["proj"]
     assert matched(["proj"], layout) == {"proj", "aux.proj"}
     assert matched(["aux.proj"], layout) == {"aux.proj"}
+
+
+def test_names_on_disk_that_transformers_changes_when_it_loads_are_the_model_s_own(tmp_path):
+    architectures.ARCHITECTURES["vit"].make().save_pretrained(tmp_path)
+    stored = open_checkpoint(tmp_path)
+    layout = layout_of(stored)
+    own = models.load(tmp_path).state_dict()
+    assert {layout.name_of(name) for name in stored.headers} == set(own)
+    name = next(name for name in stored.headers if name not in own and name.endswith("key.weight"))
+    assert [place.module for place in layout.places(name)] == [layout.name_of(name).removesuffix(".weight")]
+
+
+def test_what_is_another_tensor_after_loading_has_no_other_name(tmp_path):
+    models.mixtral().save_pretrained(tmp_path)
+    layout = layout_of(open_checkpoint(tmp_path))
+    assert layout.name_of("model.layers.0.block_sparse_moe.gate.weight") == "model.layers.0.mlp.gate.weight"
+    assert not any("experts" in name for name in layout.renamed)
+
+
+def test_mamba_s_kernels_read_a_weight_that_peft_refuses_to_adapt():
+    layout = layout_of(open_checkpoint(architectures.ARCHITECTURES["mamba"].make()))
+    assert layout.places("backbone.layers.0.mixer.in_proj.weight")
+    assert layout.places("backbone.layers.0.mixer.out_proj.weight") == []
+
+
+@pytest.mark.parametrize(("name", "task"), [("bart", "SEQ_2_SEQ_LM"), ("t5", "SEQ_2_SEQ_LM"), ("whisper", None)])
+def test_peft_s_class_for_two_texts_is_not_for_a_model_that_listens(name, task):
+    assert layout_of(open_checkpoint(architectures.ARCHITECTURES[name].make())).task_type == task

@@ -1,0 +1,140 @@
+"""Tiny models of many architectures, made from their configurations; `python -m tests.architectures` tells of each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import transformers as tf
+
+from tests import models
+
+TEXT = {"input_ids": torch.arange(20)[None]}
+TWO_TEXTS = {"input_ids": torch.arange(10)[None], "decoder_input_ids": torch.arange(5)[None]}
+IMAGE = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).sin().reshape(1, 3, 32, 32)}
+SOUND = {
+    "input_features": torch.linspace(-9, 9, 8 * 40).sin().reshape(1, 8, 40),
+    "decoder_input_ids": torch.arange(5)[None],
+}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+CODERS = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
+
+
+class Architecture(NamedTuple):
+    """How a model is made, and what it is asked."""
+
+    make: Callable[[], torch.nn.Module]
+    inputs: Mapping[str, torch.Tensor] = TEXT
+
+
+def _of(model_class: str, config_class: str, inputs: Mapping[str, torch.Tensor] = TEXT, **sizes: Any) -> Architecture:
+    return Architecture(lambda: getattr(tf, model_class)(getattr(tf, config_class)(**sizes)), inputs)
+
+
+ARCHITECTURES = {
+    "llama": Architecture(models.llama),
+    "llama-tied": Architecture(lambda: models.llama(tie_word_embeddings=True)),
+    "mistral": _of("MistralForCausalLM", "MistralConfig", **SIZES, num_key_value_heads=2),
+    "qwen2": Architecture(models.qwen2),
+    "qwen3": _of("Qwen3ForCausalLM", "Qwen3Config", **SIZES, head_dim=8, num_key_value_heads=2),
+    "gemma2": Architecture(models.gemma2),
+    "phi3": _of("Phi3ForCausalLM", "Phi3Config", **SIZES, pad_token_id=0),
+    "gpt2": Architecture(models.gpt2),
+    "gpt_neo": _of(
+        *("GPTNeoForCausalLM", "GPTNeoConfig"),
+        **{"vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 4},
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+    ),
+    "gpt_neox": _of("GPTNeoXForCausalLM", "GPTNeoXConfig", **SIZES),
+    "opt": _of(
+        *("OPTForCausalLM", "OPTConfig"),
+        **{name: size for name, size in SIZES.items() if name != "intermediate_size"},
+        ffn_dim=48,
+        word_embed_proj_dim=32,
+    ),
+    "bloom": _of("BloomForCausalLM", "BloomConfig", vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": _of(
+        *("FalconForCausalLM", "FalconConfig"),
+        **{"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "olmo2": _of("Olmo2ForCausalLM", "Olmo2Config", **SIZES),
+    "granite": _of("GraniteForCausalLM", "GraniteConfig", **SIZES, num_key_value_heads=2),
+    "stablelm": _of("StableLmForCausalLM", "StableLmConfig", **SIZES, num_key_value_heads=4),
+    "starcoder2": _of("Starcoder2ForCausalLM", "Starcoder2Config", **SIZES, num_key_value_heads=2),
+    "bert": Architecture(models.bert),
+    "roberta": _of("RobertaForMaskedLM", "RobertaConfig", **SIZES),
+    "deberta-v2": _of(
+        *("DebertaV2ForMaskedLM", "DebertaV2Config"),
+        **SIZES,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+    ),
+    "t5": Architecture(models.t5, TWO_TEXTS),
+    "bart": _of("BartForConditionalGeneration", "BartConfig", TWO_TEXTS, **CODERS, max_position_embeddings=64),
+    "whisper": _of(
+        *("WhisperForConditionalGeneration", "WhisperConfig", SOUND),
+        **CODERS,
+        **{"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    ),
+    "vit": _of(
+        *("ViTForImageClassification", "ViTConfig", IMAGE),
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        image_size=32,
+        patch_size=8,
+    ),
+    "resnet": _of(
+        *("ResNetForImageClassification", "ResNetConfig", IMAGE),
+        **{"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    ),
+    "convnext": _of(
+        *("ConvNextForImageClassification", "ConvNextConfig", IMAGE),
+        **{"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    ),
+    "mamba": _of("MambaForCausalLM", "MambaConfig", vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "mixtral": Architecture(models.mixtral),
+    "qwen3_moe": Architecture(models.qwen3_moe),
+}
+
+
+def pair_of(name: str, folder: Any) -> tuple[str, str]:
+    """Folders of such a model and of a fine-tune of it in which every parameter moved."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name].make()
+    for parameter, values in model.named_parameters():
+        if values.ndim == 1:
+            # Biases that are zero, and norms that are one, would hide how they are used.
+            centre = 1.0 if "norm" in parameter.lower() and parameter.endswith("weight") else 0.0
+            torch.nn.init.normal_(values, centre, 0.1)
+    return models.save_pair(model, folder)
+
+
+@torch.no_grad()
+def outputs(name: str, model: torch.nn.Module) -> torch.Tensor:
+    """What a model gives first."""
+    return model(**ARCHITECTURES[name].inputs)[0].float()
+
+
+def error(name: str, got: torch.nn.Module, base: str, tuned: str) -> float:
+    """How far a model's outputs are from the tuned one's, as a share of how far the base's are."""
+    wanted = outputs(name, models.load(tuned))
+    apart = (outputs(name, models.load(base)) - wanted).norm()
+    assert apart > 0
+    return float((outputs(name, got) - wanted).norm() / apart)
