@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.errors import NothingToCarryError
-from peft_posthoc.factor import Layer, Skipped
+from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
 from peft_posthoc.peft_format import Contents, write_folder
 from peft_posthoc.plan import Plan
 from peft_posthoc.portable import PORTABLE
@@ -35,7 +35,16 @@ class Form(Protocol):
         """The file's tensors by name."""
 
     def bytes(self, adapter: Adapter) -> dict[str, int]:
-        """What each module takes in the file, for all modules in it."""
+        """What the factors of each module take in the file, for all modules that have some in it."""
+
+    def whole(self, adapter: Adapter) -> dict[str, int]:
+        """By weight, what the tensors take in the file that are there without factors."""
+
+    def keep(self, plan: Plan, names: Collection[str]) -> Plan:
+        """The plan with what the form keeps beside factors, of these tensors that it may keep."""
+
+    def warnings(self, adapter: Adapter) -> list[str]:
+        """What a user of such a file should know."""
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """The file's configuration."""
@@ -55,6 +64,8 @@ class Adapter:
     provenance: Mapping[str, Any]
     """Base and tuned with revisions, options, library versions."""
     form: Form = PORTABLE
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """By weight name: what is in the file without factors."""
 
     @classmethod
     def of(
@@ -62,11 +73,12 @@ class Adapter:
         base: Checkpoint,
         tuned: Checkpoint,
         plan: Plan,
-        outcomes: Iterable[Layer | Skipped],
+        outcomes: Iterable[Outcome],
         *,
         tuned_name: str | None = None,
         dtype: torch.dtype | None = None,
         options: Mapping[str, Any],
+        form: Form = PORTABLE,
     ) -> Adapter:
         """Put together what the loop found.
 
@@ -77,12 +89,15 @@ class Adapter:
         rows = sorted(outcomes, key=lambda row: order[row.weight])
         layers = {row.weight: row for row in rows if isinstance(row, Layer)}
         skipped = {row.weight: row for row in rows if isinstance(row, Skipped)}
+        kept = {row.weight: row for row in rows if isinstance(row, Kept)}
         if not layers:
-            raise NothingToCarryError(_nothing(skipped.values(), base.label, tuned.label))
+            raise NothingToCarryError(_nothing([*skipped.values(), *kept.values()], base.label, tuned.label))
         return cls(
             layers=layers,
             skipped=skipped,
+            kept=kept,
             plan=plan,
+            form=form,
             dtype=dtype or tuned.headers[next(iter(layers))].dtype,
             provenance={
                 "base": base.label,
@@ -139,12 +154,13 @@ class Adapter:
         return written
 
 
-def _nothing(skipped: Iterable[Skipped], base: str, tuned: str) -> str:
-    changed = [row for row in skipped if row.delta_norm]
+def _nothing(others: Iterable[Skipped | Kept], base: str, tuned: str) -> str:
+    changed = [row for row in others if row.delta_norm]
     if not changed:
         return f"`{base}` and `{tuned}` hold the same weights: there is nothing to extract."
     worst = max(changed, key=lambda row: row.delta_norm or 0.0)
+    why = worst.reason if isinstance(worst, Skipped) else "PEFT keeps it only beside a layer with factors"
     return (
         f"No weight that is carried differs between `{base}` and `{tuned}`. {len(changed)} others do; the largest "
-        f"change is in `{worst.weight}`: {worst.reason}."
+        f"change is in `{worst.weight}`: {why}."
     )

@@ -102,6 +102,13 @@ RANK = _options(
     click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy."),
 )
 DTYPE = click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
+FORM = click.option(
+    "--form",
+    type=click.Choice(("portable", "peft")),
+    default="portable",
+    show_default=True,
+    help="portable: what every engine loads. peft: all that changed, as exactly as PEFT can hold it.",
+)
 CHOICE = _options(
     click.option("--include", multiple=True, metavar="REGEX", help="Carry only weights whose name this is found in."),
     click.option("--exclude", multiple=True, metavar="REGEX", help="Do not carry weights whose name this is found in."),
@@ -140,6 +147,7 @@ def main() -> None:
 @DTYPE
 @click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
+@FORM
 @CHOICE
 @_MODELS
 @_OUTPUT

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass
 from os import PathLike
@@ -15,15 +15,19 @@ from os import PathLike
 import torch
 from tqdm import tqdm
 
-from peft_posthoc.adapter import Adapter
+from peft_posthoc.adapter import Adapter, Form
 from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
 from peft_posthoc.errors import PosthocError, ShareDone
-from peft_posthoc.factor import Layer, Pair, Skipped, factor_pairs
-from peft_posthoc.plan import Choice, Plan, by_flags, make_plan
+from peft_posthoc.exact import EXACT
+from peft_posthoc.factor import Outcome, Pair, factor_pairs
+from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
+from peft_posthoc.portable import PORTABLE
 from peft_posthoc.processes import ALONE, Processes
 from peft_posthoc.rank import Rank, RankRule, as_rule, describe, fixed
 from peft_posthoc.spool import Spool
 from peft_posthoc.svd import cost
+
+FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
 
 
 def extract(
@@ -41,6 +45,7 @@ def extract(
     choose: Choice | None = None,
     leave_out: Mapping[str, str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
+    form: str = "portable",
     exact: bool = False,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -66,6 +71,8 @@ def extract(
         choose: Which modules to adapt, in place of `embeddings` and `head`.
         leave_out: By name, tensors that are not carried, and the reason that the report gives.
         rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
+        form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it: each
+            layer at its own rank, embeddings and head as well, and biases, norms and other small tensors whole.
         exact: Use LAPACK's full SVD for every weight.
         device: Where to factor: `cpu`, `cuda`, `cuda:1`, ..., or `auto`.
         dtype: Of the saved factors; by default the tuned checkpoint's.
@@ -85,12 +92,17 @@ def extract(
         ValueError: An argument makes no sense.
     """
     include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
+    if form not in FORMS:
+        raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {form!r}.")
     where = pick_device(device)
     before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    choice = choose or by_flags(embeddings=embeddings, head=head)
-    plan = make_plan(before, after, include=include, exclude=exclude, choose=choice, leave_out=leave_out)
+    flags = everything if form == "peft" else by_flags(embeddings=embeddings, head=head)
+    plan = make_plan(
+        before, after, include=include, exclude=exclude, choose=choose or flags, leave_out=leave_out
+    )
     rules = rules_of(plan, rank, rank_pattern or {})
     plan = plan.only(rules, "no rank is given for it")
+    plan = FORMS[form].keep(plan, _may_be_kept(before, after, include, exclude))
     options = {
         "rule": _told(rules),
         "rank_pattern": dict(rank_pattern or {}),
@@ -100,6 +112,7 @@ def extract(
         "head": head,
         "exact": exact,
         "device": where.type,
+        "form": form,
     }
     spool = None
     # A rule that is any function has no name that tells it from others.
@@ -111,7 +124,9 @@ def extract(
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
         outcomes = _outcomes(before, after, plan, rules, spool, processes, exact=exact, device=where, progress=progress)
-        return Adapter.of(before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options)
+        return Adapter.of(
+            before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options, form=FORMS[form]
+        )
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
@@ -120,6 +135,18 @@ def extract(
         if spool is not None and not isinstance(error, ShareDone):
             spool.remove()
         raise
+
+
+def _may_be_kept(base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The tensors that a form may keep without factors: both have them, and they are chosen."""
+    both = (name for name, header in base.headers.items() if tuned.headers.get(name, header).shape == header.shape)
+    return [
+        name
+        for name in both
+        if name in tuned.headers
+        and (not include or any(re.search(pattern, name) for pattern in include))
+        and not any(re.search(pattern, name) for pattern in exclude)
+    ]
 
 
 def _outcomes(
@@ -133,7 +160,7 @@ def _outcomes(
     exact: bool,
     device: torch.device,
     progress: bool,
-) -> list[Layer | Skipped]:
+) -> list[Outcome]:
     """What is known of every weight: from an earlier run, from this process, and from the others.
 
     Raises:

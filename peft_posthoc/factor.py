@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,6 +55,20 @@ class Skipped(NamedTuple):
     seconds: float
 
 
+class Kept(NamedTuple):
+    """One tensor that is in the file without factors: as it is, or of a bias its difference."""
+
+    weight: str
+    value: Tensor
+    """On the CPU."""
+    delta_norm: float
+    base_norm: float
+    seconds: float
+
+
+Outcome: TypeAlias = Layer | Skipped | Kept
+
+
 class Delta(NamedTuple):
     """The difference of two weights, and the norms that were taken on the way."""
 
@@ -71,7 +85,7 @@ def factor_pairs(
     *,
     exact: bool = False,
     device: torch.device | None = None,
-) -> Iterator[Iterator[Layer | Skipped]]:
+) -> Iterator[Iterator[Outcome]]:
     """Factor the weights that the plan carries, and measure the others, in whatever order they come.
 
     Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
@@ -90,10 +104,12 @@ def factor_pairs(
         is NaN or infinite.
     """
 
-    def work(pair: Pair) -> Layer | Skipped:
+    def work(pair: Pair) -> Outcome:
         try:
             if pair.name in plan.carried:
                 return _factor(pair, plan, rules[pair.name], exact=exact, device=device)
+            if pair.name in plan.kept:
+                return _keep(pair, plan)
             return _leave_out(pair, plan.left_out[pair.name])
         except PosthocError:
             raise
@@ -106,9 +122,9 @@ def factor_pairs(
     # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
     # takes three times as much beside each, so that one must do.
     room = (1 if exact else 2) * max((header.bytes for header in plan.headers.values()), default=0)
-    running: dict[Future[Layer | Skipped], int] = {}
+    running: dict[Future[Outcome], int] = {}
 
-    def results(pool: ThreadPoolExecutor) -> Iterator[Layer | Skipped]:
+    def results(pool: ThreadPoolExecutor) -> Iterator[Outcome]:
         for pair in pairs:
             size = plan.headers[pair.name].bytes
             while len(running) >= workers or (running and sum(running.values()) + size > room):
@@ -129,7 +145,7 @@ def factor_pairs(
                 future.cancel()
 
 
-def _finished(running: dict[Future[Layer | Skipped], int]) -> Iterator[Layer | Skipped]:
+def _finished(running: dict[Future[Outcome], int]) -> Iterator[Outcome]:
     """Wait until something is finished, and take it out."""
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         del running[future]
@@ -155,6 +171,13 @@ def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torc
     found = truncated_svd(matrix, rule, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
     found = found._replace(a=found.a.cpu(), b=found.b.cpu())
     return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start)
+
+
+def _keep(pair: Pair, plan: Plan) -> Kept:
+    start = time.perf_counter()
+    delta = difference(pair)
+    value = delta.values if plan.kept[pair.name].as_bias or pair.tuned is None else pair.tuned.clone()
+    return Kept(pair.name, value, delta.norm, delta.base_norm, time.perf_counter() - start)
 
 
 def _leave_out(pair: Pair, reason: str) -> Skipped:

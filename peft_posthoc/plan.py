@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,17 @@ class Slot(NamedTuple):
     n: int
 
 
+class Keep(NamedTuple):
+    """How a tensor without factors is kept."""
+
+    modules: tuple[str, ...]
+    """Those that are kept whole for it, or the one with factors whose bias it is."""
+    names: tuple[str, ...]
+    """In the model, that it has in these modules."""
+    as_bias: bool
+    """As the bias of a module with factors: its difference; otherwise the tuned tensor itself."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every tensor of both checkpoints is either carried or left out."""
@@ -40,6 +51,8 @@ class Plan:
     """Every module of the base that could hold factors."""
     headers: Mapping[str, Header]
     """Of every tensor, the tuned one's where both have it."""
+    kept: Mapping[str, Keep] = field(default_factory=dict)
+    """By weight: what has no factors but is in the file all the same."""
 
     def only(self, names: Collection[str], reason: str) -> Plan:
         """The same plan, of which only these weights are carried.

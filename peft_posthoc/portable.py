@@ -7,7 +7,7 @@ One rank for the whole file and `lora_alpha` equal to it make the scale exactly 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,17 +43,7 @@ class Portable:
         Raises:
             AdapterError: PEFT cannot be told to adapt these modules without others that have no LoRA form.
         """
-        chosen = _complete(adapter.factors, adapter.plan)
-        slots, layout = adapter.plan.slots, adapter.plan.layout
-        while extra := matched(target_modules(chosen, layout), layout) - chosen:
-            stuck = sorted(module for module in extra if module not in slots)
-            if stuck:
-                raise AdapterError(
-                    f"PEFT would take the name of an adapted module to mean `{stuck[0]}` too, which has no LoRA form. "
-                    "Leave that module out with `--exclude`."
-                )
-            chosen |= extra
-        return [module for module in slots if module in chosen]
+        return targeted(_complete(adapter.factors, adapter.plan), adapter.plan)
 
     def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         """The file's tensors, padded to one rank, in the saved dtype, on the CPU.
@@ -81,6 +71,21 @@ class Portable:
         slots = {module: adapter.plan.slots[module] for module in self.modules(adapter)}
         return {module: rank * (m + n) * item for module, (_, m, n) in slots.items()}
 
+    def whole(self, adapter: Adapter) -> dict[str, int]:
+        """Nothing."""
+        del adapter
+        return {}
+
+    def keep(self, plan: Plan, names: Collection[str]) -> Plan:
+        """The plan itself: loaders refuse, ignore, or write over the base whatever is no factor."""
+        del names
+        return plan
+
+    def warnings(self, adapter: Adapter) -> list[str]:
+        """None."""
+        del adapter
+        return []
+
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """The file's configuration."""
         layout, rank = adapter.plan.layout, self.rank(adapter)
@@ -102,6 +107,24 @@ class Portable:
 
 
 PORTABLE = Portable()
+
+
+def targeted(chosen: Iterable[str], plan: Plan) -> list[str]:
+    """The chosen modules, and those that PEFT takes their names to mean too.
+
+    Raises:
+        AdapterError: One of these has no LoRA form.
+    """
+    modules, slots, layout = set(chosen), plan.slots, plan.layout
+    while extra := matched(target_modules(modules, layout), layout) - modules:
+        stuck = sorted(module for module in extra if module not in slots)
+        if stuck:
+            raise AdapterError(
+                f"PEFT would take the name of an adapted module to mean `{stuck[0]}` too, which has no LoRA form. "
+                "Leave that module out with `--exclude`."
+            )
+        modules |= extra
+    return [module for module in slots if module in modules]
 
 
 def safe_rank(rank: int) -> int:

@@ -23,7 +23,7 @@ class Row:
     """One tensor."""
 
     weight: str
-    status: Literal["extracted", "unchanged", "left out"]
+    status: Literal["extracted", "whole", "unchanged", "left out"]
     reason: str
     """Why it is not carried; empty where it is."""
     modules: tuple[str, ...]
@@ -68,10 +68,12 @@ class Totals:
     rank: int
     """The largest that a layer keeps."""
     file_rank: int
-    """What all are padded to."""
+    """`r` of the file: what all are padded to in the portable form, what most have in the `peft` form."""
     bytes: int
     seconds: float
     extracted: int
+    whole: int
+    """Kept without factors: norms, biases and the like, in the `peft` form."""
     unchanged: int
     left_out: int
 
@@ -90,7 +92,8 @@ class Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
         totals = _totals(rows, adapter.form.rank(adapter))
-        return cls(rows, totals, tuple(_warnings(rows, totals)), adapter.provenance)
+        warnings = (*adapter.form.warnings(adapter), *_warnings(rows, totals))
+        return cls(rows, totals, warnings, adapter.provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -117,8 +120,10 @@ class Report:
     def summary(self) -> list[str]:
         """The totals and the warnings, a line each."""
         totals = self.totals
-        padded = totals.file_rank != totals.rank
+        padded = totals.file_rank > totals.rank
         rank = f"{totals.rank} (padded to {totals.file_rank} in the file)" if padded else f"{totals.rank}"
+        if self.provenance["options"].get("form") == "peft" and len({row.rank for row in self.rows if row.rank}) > 1:
+            rank = f"up to {totals.rank}"
         lines = [
             f"{totals.extracted} weights at rank {rank} hold {_percent(totals.energy)} of their deltas' energy, "
             f"{_percent(totals.energy_of_all)} of the whole fine-tune's; {size(totals.bytes)} on disk.",
@@ -130,7 +135,7 @@ class Report:
 
 def _rows(adapter: Adapter) -> Iterable[Row]:
     plan = adapter.plan
-    in_file = adapter.form.bytes(adapter)
+    in_file, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
     for name, header in plan.headers.items():
         layer = adapter.layers.get(name)
         places = plan.carried.get(name) or plan.layout.places(name)
@@ -159,6 +164,9 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
                 residual=float(factors.residual.max()),
             )
             continue
+        if name in adapter.kept:
+            yield _kept_row(adapter, name, whole.get(name, 0))
+            continue
         skipped = adapter.skipped[name]
         unchanged = skipped.delta_norm == 0
         yield Row(
@@ -183,23 +191,49 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
         )
 
 
+def _kept_row(adapter: Adapter, name: str, bytes_in_file: int) -> Row:
+    kept, how, header = adapter.kept[name], adapter.plan.kept[name], adapter.plan.headers[name]
+    changed = kept.delta_norm > 0
+    return Row(
+        weight=name,
+        status="whole" if changed else "unchanged",
+        reason="",
+        modules=how.modules if changed else (),
+        shape=header.shape,
+        dtype=str(header.dtype).removeprefix("torch."),
+        rank=0,
+        energy=1.0 if changed else None,
+        energy_at={},
+        relative_error=0.0 if changed else None,
+        delta_norm=kept.delta_norm,
+        base_norm=kept.base_norm,
+        tuned_norm=None,
+        relative_delta=_ratio(kept.delta_norm, kept.base_norm),
+        bytes=bytes_in_file,
+        seconds=kept.seconds,
+        shortfall=None,
+        residual=None,
+    )
+
+
 def _totals(rows: Iterable[Row], file_rank: int) -> Totals:
     rows = list(rows)
     extracted = [row for row in rows if row.status == "extracted"]
-    kept = sum((row.energy or 0.0) * (row.delta_norm or 0.0) ** 2 for row in extracted)
-    carried = sum((row.delta_norm or 0.0) ** 2 for row in extracted)
-    everything = sum((row.delta_norm or 0.0) ** 2 for row in rows)
+    kept = sum((row.energy or 0.0) * _energy(row) for row in extracted)
+    carried = sum(map(_energy, extracted))
+    everything = sum(map(_energy, rows))
+    whole = sum(_energy(row) for row in rows if row.status == "whole")
     # Beyond its own rank a layer holds what it holds.
     at = {
-        rank: sum((row.energy_at.get(rank, row.energy) or 0.0) * (row.delta_norm or 0.0) ** 2 for row in extracted)
+        rank: sum((row.energy_at.get(rank, row.energy) or 0.0) * _energy(row) for row in extracted)
         for rank in _powers_below(max(row.rank for row in rows))
     }
     # Of matrices only: norms and biases are few and would hide a wrong base.
     matrices = [row for row in rows if len(row.shape) > 1 and row.relative_delta is not None]
-    moved = math.sqrt(sum((row.delta_norm or 0.0) ** 2 for row in matrices))
+    moved = math.sqrt(sum(map(_energy, matrices)))
     return Totals(
         energy=kept / carried,
-        energy_of_all=kept / everything,
+        energy_of_all=(kept + whole) / everything,
         energy_at={rank: held / carried for rank, held in at.items()},
         relative_error=math.sqrt(max(0.0, 1 - kept / carried)),
         relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
@@ -208,9 +242,15 @@ def _totals(rows: Iterable[Row], file_rank: int) -> Totals:
         bytes=sum(row.bytes for row in rows),
         seconds=sum(row.seconds for row in rows),
         extracted=len(extracted),
+        whole=sum(row.status == "whole" for row in rows),
         unchanged=sum(row.status == "unchanged" for row in rows),
         left_out=sum(row.status == "left out" for row in rows),
     )
+
+
+def _energy(row: Row) -> float:
+    """Of its delta; none of a counter, such as the batches that a norm has seen: it is no weight."""
+    return (row.delta_norm or 0.0) ** 2 if "float" in row.dtype else 0.0
 
 
 def _powers_below(rank: int) -> list[int]:
@@ -218,9 +258,9 @@ def _powers_below(rank: int) -> list[int]:
 
 
 def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
-    everything = sum((row.delta_norm or 0.0) ** 2 for row in rows)
+    everything = sum(map(_energy, rows))
     for reason, group in _by_reason(rows).items():
-        share = sum((row.delta_norm or 0.0) ** 2 for row in group) / everything
+        share = sum(map(_energy, group)) / everything
         if share >= MATERIAL:
             yield f"{_percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
     for side, other in (("base", "tuned"), ("tuned", "base")):
@@ -254,10 +294,16 @@ def _by_reason(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _left_out_lines(rows: tuple[Row, ...]) -> list[str]:
-    everything = sum((row.delta_norm or 0.0) ** 2 for row in rows)
+    everything = sum(map(_energy, rows))
     lines = []
+    if whole := [row for row in rows if row.status == "whole"]:
+        share = sum(map(_energy, whole)) / everything
+        lines.append(
+            f"whole: {len(whole):>7} norms, biases and the like: {_percent(share)} of the fine-tune's energy, "
+            f"{size(sum(row.bytes for row in whole))}"
+        )
     for reason, group in _by_reason(rows).items():
-        share = sum((row.delta_norm or 0.0) ** 2 for row in group) / everything
+        share = sum(map(_energy, group)) / everything
         lines.append(f"left out: {len(group):>4} x {reason}: {_percent(share)} of the fine-tune's energy")
     unchanged = sum(row.status == "unchanged" for row in rows)
     return [*lines, *([f"unchanged: {unchanged:>3}"] if unchanged else [])]

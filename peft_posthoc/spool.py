@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.factor import Layer, Skipped
+from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
 from peft_posthoc.svd import LowRank
 
 
@@ -31,7 +31,7 @@ class Spool:
     """
 
     def __init__(self, out: str | os.PathLike[str], identity: Any, *, patience: float = 10.0) -> None:
-        self._pending: list[Layer | Skipped] = []
+        self._pending: list[Outcome] = []
         self._start, self._patience = time.monotonic(), patience
         key = hashlib.sha256(json.dumps([identity, torch.__version__], sort_keys=True).encode()).hexdigest()
         target = Path(out).absolute()
@@ -41,7 +41,7 @@ class Spool:
         """How many results are kept."""
         return len(list(self.folder.glob("*.safetensors")))
 
-    def put(self, outcome: Layer | Skipped) -> None:
+    def put(self, outcome: Outcome) -> None:
         """Keep one result.
 
         Raises:
@@ -52,7 +52,7 @@ class Spool:
             while self._pending:
                 self._write(self._pending.pop())
 
-    def _write(self, outcome: Layer | Skipped) -> None:
+    def _write(self, outcome: Outcome) -> None:
         if isinstance(outcome, Layer):
             factors = outcome.factors
             tensors = {
@@ -62,6 +62,8 @@ class Spool:
                 "residual": factors.residual,
             }
             numbers = outcome._asdict() | {"factors": [factors.energy, factors.norm, factors.shortfall]}
+        elif isinstance(outcome, Kept):
+            tensors, numbers = {"value": outcome.value.contiguous()}, outcome._asdict() | {"value": None}
         else:
             tensors, numbers = {}, outcome._asdict()
         path = self._path(outcome.weight)
@@ -75,7 +77,7 @@ class Spool:
             partial.unlink(missing_ok=True)
             raise AdapterError(f"Cannot keep finished layers in `{self.folder}`: {error}.") from error
 
-    def outcomes(self, weights: Iterable[str]) -> list[Layer | Skipped]:
+    def outcomes(self, weights: Iterable[str]) -> list[Outcome]:
         """The kept results of these weights."""
         paths = {weight: self._path(weight) for weight in weights} if self.folder.is_dir() else {}
         return [_read(path) for path in paths.values() if path.is_file()]
@@ -88,9 +90,11 @@ class Spool:
         return self.folder / f"{hashlib.sha256(weight.encode()).hexdigest()[:32]}.safetensors"
 
 
-def _read(path: Path) -> Layer | Skipped:
+def _read(path: Path) -> Outcome:
     with safe_open(path, framework="pt") as file:
         numbers = json.loads(file.metadata()["outcome"])
+        if "value" in numbers:
+            return Kept(**numbers | {"value": file.get_tensor("value")})
         if "factors" not in numbers:
             return Skipped(**numbers)
         energy, norm, shortfall = numbers.pop("factors")

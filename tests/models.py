@@ -107,7 +107,7 @@ def load(folder):
     return cls.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def load_adapter(base, adapter, *, tied=False):
+def load_adapter(base, adapter, *, tied=False, unbiased=False):
     """Stock PEFT's model, after asserting that it takes the folder without a warning, a missing or a stray key."""
     import peft
 
@@ -118,6 +118,9 @@ def load_adapter(base, adapter, *, tied=False):
         if tied:
             # PEFT says that merging such an adapter is no good idea; so does our report.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part")
+        if unbiased:
+            # It gives LoRA's biases to layers that have none, and says so; so does our report.
+            warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but the targeted layer")
         model = peft.PeftModel.from_pretrained(load(base), adapter)
         result = model.load_adapter(adapter, adapter_name="again")
     assert not result.missing_keys or all(".again." not in key for key in result.missing_keys), result.missing_keys

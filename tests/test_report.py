@@ -170,3 +170,11 @@ def test_the_norms_are_summed_in_float64():
     from peft_posthoc.factor import frobenius
 
     assert frobenius(torch.ones(2**24 + 9)) == pytest.approx(math.sqrt(2**24 + 9), rel=1e-12)
+
+
+def test_a_counter_is_no_energy():
+    base, tuned = pair_with({"a.weight": diagonal(1.0)})
+    base["norm.num_batches_tracked"], tuned["norm.num_batches_tracked"] = torch.tensor(0), torch.tensor(1000)
+    report = extract(base, tuned, 1).report
+    assert report.totals.energy_of_all == pytest.approx(1)
+    assert report.warnings == ()

@@ -15,7 +15,7 @@ from peft_posthoc import factor as factor_module
 from peft_posthoc import spool as spool_module
 from peft_posthoc.processes import Processes
 from peft_posthoc.spool import Spool
-from tests import models
+from tests import architectures, models
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -47,6 +47,19 @@ def test_what_is_kept_comes_back_bit_for_bit(llama_pair, tmp_path):
             other = getattr(back[name].factors, field)
             assert torch.equal(tensor, other) if isinstance(tensor, torch.Tensor) else tensor == other
         assert (back[name].base_norm, back[name].seconds) == (layer.base_norm, layer.seconds)
+
+
+def test_what_is_whole_comes_back_bit_for_bit(tmp_path):
+    adapter = extract(*architectures.pair_of("resnet", tmp_path), 4, form="peft")
+    spool = Spool(tmp_path / "out", "identity", patience=0)
+    for kept in adapter.kept.values():
+        spool.put(kept)
+    back = spool.outcomes(adapter.kept)
+    assert len(back) == len(adapter.kept) > 10
+    assert {kept.value.dtype for kept in back} == {torch.float32, torch.int64}
+    for kept in back:
+        assert torch.equal(kept.value, adapter.kept[kept.weight].value)
+        assert kept._replace(value=None) == adapter.kept[kept.weight]._replace(value=None)
 
 
 def interrupted_after(count, monkeypatch):

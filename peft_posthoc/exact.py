@@ -1,0 +1,181 @@
+"""The `peft` form: everything that changed, as exactly as PEFT can hold it. Engines other than PEFT may refuse it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.keep import keeping
+from peft_posthoc.layout import target_modules
+from peft_posthoc.peft_format import PREFIX
+from peft_posthoc.plan import Plan
+from peft_posthoc.portable import targeted
+
+if TYPE_CHECKING:
+    from peft_posthoc.adapter import Adapter
+
+
+class Exact:
+    """How an adapter is laid out in its file, in the `peft` form.
+
+    Every layer has its own rank (`rank_pattern`, with an equal `alpha_pattern`: the scale is one everywhere). Biases of
+    layers with factors are LoRA's (`lora_bias`); norms and whatever else has no factors are there whole
+    (`modules_to_save`), so that the base itself is not touched.
+    """
+
+    def rank(self, adapter: Adapter) -> int:
+        """The file's `r`: what most layers have; the others are in its `rank_pattern`."""
+        counts = Counter(len(a) for a, _ in adapter.factors.values())
+        return max(counts, key=lambda rank: (counts[rank], rank))
+
+    def keep(self, plan: Plan, names: Collection[str]) -> Plan:
+        """The plan with norms, biases and the like."""
+        return keeping(plan, names)
+
+    def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The file's tensors: factors in the saved dtype, whole ones in their own.
+
+        Raises:
+            AdapterError: A factor overflows the dtype.
+        """
+        biases = self._biases(adapter)
+        tensors: dict[str, Tensor] = {}
+        for module, rank in self._ranks(adapter).items():
+            kind, m, n = adapter.plan.slots[module]
+            a, b = adapter.factors.get(module, (torch.zeros(rank, n), torch.zeros(m, rank)))
+            tensors |= kind.tensors(f"{PREFIX}{module}", *(_cast(x, adapter.dtype, module) for x in (a, b)))
+            if biases:
+                bias = biases.get(module, torch.zeros(m))
+                tensors[f"{PREFIX}{module}.lora_B.bias"] = _cast(bias, adapter.dtype, module)
+        for weight, names in self._names(adapter).items():
+            tensors |= {f"{PREFIX}{name}": adapter.kept[weight].value.clone() for name in names}
+        return tensors
+
+    def bytes(self, adapter: Adapter) -> dict[str, int]:
+        """What each module takes in the file: its factors, and its bias where LoRA has biases."""
+        slots, item, bias = adapter.plan.slots, adapter.dtype.itemsize, bool(self._biases(adapter))
+        return {
+            module: (rank * (slots[module].m + slots[module].n) + bias * slots[module].m) * item
+            for module, rank in self._ranks(adapter).items()
+        }
+
+    def whole(self, adapter: Adapter) -> dict[str, int]:
+        """By weight, what the tensors take in the file that are there whole."""
+        kept = adapter.kept
+        return {
+            weight: len(names) * kept[weight].value.nbytes for weight, names in self._names(adapter).items() if names
+        }
+
+    def warnings(self, adapter: Adapter) -> list[str]:
+        """That it is for PEFT alone; and where PEFT cannot merge it."""
+        found = ["The `peft` form is for PEFT alone: serving engines refuse or misread it (`--form portable`)."]
+        if self._biases(adapter):
+            layout = adapter.plan.layout
+            owners = {layout.module_of(name) for name in adapter.plan.headers if layout.name_of(name).endswith(".bias")}
+            if bare := [module for module in self._ranks(adapter) if module not in owners]:
+                found.append(f"`{bare[0]}` has no bias, but LoRA's: PEFT's `merge_and_unload` refuses this adapter.")
+        return found
+
+    def config(self, adapter: Adapter) -> dict[str, Any]:
+        """The file's configuration."""
+        layout, rank, ranks = adapter.plan.layout, self.rank(adapter), self._ranks(adapter)
+        own = {_pattern(module, ranks): own for module, own in ranks.items() if own != rank}
+        return {
+            "alpha_pattern": own,
+            "base_model_name_or_path": adapter.provenance["base"],
+            "bias": "none",
+            "fan_in_fan_out": layout.fan_in_fan_out,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": rank,
+            "lora_bias": bool(self._biases(adapter)),
+            "lora_dropout": 0.0,
+            "modules_to_save": self._whole(adapter) or None,
+            "peft_type": "LORA",
+            "r": rank,
+            "rank_pattern": own,
+            "revision": adapter.provenance["base_revision"],
+            "target_modules": target_modules(ranks, layout),
+            "task_type": layout.task_type,
+        }
+
+    def _ranks(self, adapter: Adapter) -> dict[str, int]:
+        """By module in the file, its rank: 1, of zeros, where only its bias changed or PEFT takes it along."""
+        factors = adapter.factors
+        chosen = {*factors, *(module for module, bias in self._biases(adapter).items() if bias.any())}
+        return {
+            module: len(factors[module][0]) if module in factors else 1 for module in targeted(chosen, adapter.plan)
+        }
+
+    def _biases(self, adapter: Adapter) -> dict[str, Tensor]:
+        """By module with factors, the difference of its bias; nothing if no bias has changed."""
+        plan = adapter.plan
+        found = {
+            module: kept.value
+            for name, kept in adapter.kept.items()
+            if plan.kept[name].as_bias
+            for module in plan.kept[name].modules
+        }
+        return found if any(value.any() for value in found.values()) else {}
+
+    def _whole(self, adapter: Adapter) -> list[str]:
+        """The modules that are in the file whole: those of which something has changed."""
+        plan = adapter.plan
+        changed = {
+            module
+            for name, kept in adapter.kept.items()
+            if kept.delta_norm and not plan.kept[name].as_bias
+            for module in plan.kept[name].modules
+        }
+        return _meant(changed, plan)
+
+    def _names(self, adapter: Adapter) -> dict[str, list[str]]:
+        """By weight that is kept, its names in the modules that are in the file whole."""
+        inside = tuple(f"{module}." for module in self._whole(adapter))
+        kept = {weight: how for weight, how in adapter.plan.kept.items() if not how.as_bias}
+        return {weight: [name for name in how.names if name.startswith(inside)] for weight, how in kept.items()}
+
+
+def _pattern(module: str, others: Iterable[str]) -> str:
+    """The regular expression that PEFT finds at the end of this module's name, and of no other's."""
+    # Older versions of PEFT find none that begins with `^`.
+    start = "^" if any(other.endswith(f".{module}") for other in others) else ""
+    return f"{start}{re.escape(module)}"
+
+
+def _meant(changed: Collection[str], plan: Plan) -> list[str]:
+    """The modules to be kept whole for these: PEFT takes along whatever name ends in one of theirs.
+
+    Of modules that lie in one another it is the outermost; PEFT would otherwise wrap one inside its own wrapper.
+
+    Raises:
+        AdapterError: A name means a module that cannot be kept whole.
+    """
+    possible = {module for kept in plan.kept.values() if not kept.as_bias for module in kept.modules}
+    meant = {module for module in {*plan.layout.classes, *plan.layout.kinds} if module.endswith(tuple(changed))}
+    outer = {module for module in meant if not module.startswith(tuple(f"{other}." for other in meant))}
+    inner = {module for module in meant - outer if module.endswith(tuple(outer))}
+    if stuck := sorted((meant - possible) | inner):
+        ends = sorted(name for name in changed if stuck[0].endswith(name))
+        raise AdapterError(
+            f"PEFT would take `{ends[0]}`, which is to be kept whole, to mean `{stuck[0]}` too, which cannot be. Leave "
+            f"it out: `--exclude '{re.escape(ends[0])}'`."
+        )
+    return sorted(outer)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
+    # A copy: tied weights share their factors, and safetensors refuses tensors that share memory.
+    cast = tensor.to(dtype, copy=True).contiguous()
+    if not torch.isfinite(cast).all():
+        raise AdapterError(f"The factors of `{module}` overflow {dtype}. Choose another `--dtype`.")
+    return cast
+
+
+EXACT = Exact()
