@@ -60,11 +60,7 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
 
 def _homes(name: str, layout: Layout, blocked: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules to keep for a tensor, and its names in them: its own, and those that share it."""
-    own = layout.name_of(name)
-    leaf = own.rpartition(".")[2]
-    # Ties are told of modules by their weight, and of whatever else by its own name.
-    shared = [f"{user}.weight" for user in layout.ties.get(layout.module_of(name), ())] if leaf == "weight" else []
-    found = [(n.rpartition(".")[0], n) for n in (own, *shared, *layout.ties.get(own, ()))]
+    found = [(own.rpartition(".")[0], own) for own in layout.names_of(name)]
     homes = [(module, n) for module, n in found if module in layout.classes and module not in blocked]
     return tuple(module for module, _ in homes), tuple(n for _, n in homes)
 

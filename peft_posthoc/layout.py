@@ -113,6 +113,14 @@ class Layout:
         """What the model itself calls a tensor of a checkpoint."""
         return f"{self.module_of(weight)}.{self.renamed.get(weight, weight).rpartition('.')[2]}"
 
+    def names_of(self, weight: str) -> tuple[str, ...]:
+        """The same, and the names of those that share the tensor."""
+        own = self.name_of(weight)
+        module, _, leaf = own.rpartition(".")
+        # Ties are told of modules by their weight, and of whatever else by its own name.
+        shared = [f"{user}.weight" for user in self.ties.get(module, ())] if leaf == "weight" else []
+        return own, *shared, *self.ties.get(own, ())
+
     def places(self, weight: str) -> list[Place]:
         """Where the weight lives; none if it is not the weight of a module that PEFT can adapt."""
         if self.name_of(weight).rpartition(".")[2] != "weight":

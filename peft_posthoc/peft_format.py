@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "phlora_report.json"
+_BIAS = "lora_B.bias"
 _OURS = (CONFIG, WEIGHTS, REPORT, "adapter_model.bin", "README.md")
 
 
@@ -39,6 +41,17 @@ class Factors(NamedTuple):
 
     a: Float[Tensor, "r n"]
     b: Float[Tensor, "m r"]
+
+
+class Stored(NamedTuple):
+    """What an adapter folder holds."""
+
+    factors: Mapping[str, Factors]
+    """By module."""
+    biases: Mapping[str, Tensor]
+    """By module, what is added to its bias: LoRA's, its scale folded in."""
+    whole: Mapping[str, Tensor]
+    """By the model's name, what takes the place of the base's tensor (`modules_to_save`)."""
 
 
 def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -114,44 +127,62 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
     return Path(folder)
 
 
-def load_factors(folder: str | os.PathLike[str]) -> dict[str, Factors]:
-    """Read the factors of any PEFT LoRA folder, by module.
+def read_folder(folder: str | os.PathLike[str]) -> Stored:
+    """Read any PEFT LoRA folder.
 
     Raises:
-        AdapterError: The folder is no LoRA adapter, or one whose scale this reader does not know.
+        AdapterError: The folder is no LoRA adapter, or one that this reader does not know how PEFT computes with.
     """
     where = Path(folder)
     try:
         config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(where / WEIGHTS)
-        scale = _scale(config)
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
+        scale = _Scale(config)
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError, re.error) as error:
         raise AdapterError(f"`{where}` is not a readable LoRA adapter: {error}.") from error
-    found: dict[str, Factors] = {}
-    seen: set[str] = set()
+    factors: dict[str, Factors] = {}
+    biases: dict[str, Tensor] = {}
     for kind in KINDS:
-        for name, raw_a in tensors.items():
-            if name.endswith(f".{kind.a_key}") and name not in seen:
-                stem = name.removesuffix(kind.a_key)
-                raw_b = tensors.get(f"{stem}{kind.b_key}")
-                if raw_b is None:
-                    raise AdapterError(f"`{where}` holds `{name}` without `{stem}{kind.b_key}`.")
-                seen |= {name, f"{stem}{kind.b_key}"}
-                a, b = kind.factors(raw_a, raw_b)
-                found[stem.removeprefix(PREFIX).removesuffix(".")] = Factors(a.float(), b.float() * scale)
-    strangers = sorted(set(tensors) - seen)
-    if strangers or not found:
+        for name in [name for name in tensors if name.endswith(f".{kind.a_key}")]:
+            stem = name.removesuffix(kind.a_key)
+            if f"{stem}{kind.b_key}" not in tensors:
+                raise AdapterError(f"`{where}` holds `{name}` without `{stem}{kind.b_key}`.")
+            module = stem.removeprefix(PREFIX).removesuffix(".")
+            a, b = kind.factors(tensors.pop(name), tensors.pop(f"{stem}{kind.b_key}"))
+            factors[module] = Factors(a.float(), b.float() * scale.of(module, len(a)))
+            bias = tensors.pop(f"{stem}{_BIAS}", None)
+            if bias is not None:
+                biases[module] = bias.float() * scale.of(module, len(a))
+    whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if _is_whole(name, config)}
+    strangers = sorted(name for name in tensors if name.removeprefix(PREFIX) not in whole)
+    if strangers or not factors:
         names = ", ".join(strangers[:5]) or "nothing else"
         raise AdapterError(f"`{where}` holds tensors that are no LoRA factors: {names}.")
-    return found
+    return Stored(factors, biases, whole)
 
 
-def _scale(config: Mapping[str, Any]) -> float:
-    for key in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias"):
-        if config.get(key):
-            raise ValueError(f"its configuration sets `{key}`, which is not supported here")
-    r, alpha = int(config["r"]), float(config["lora_alpha"])
-    return alpha / (r**0.5 if config.get("use_rslora") else r)
+class _Scale:
+    """What PEFT multiplies a module's factors with."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        if config.get("use_dora"):
+            raise ValueError("its configuration sets `use_dora`, which is not supported here")
+        self._alpha = float(config["lora_alpha"])
+        self._alphas = {
+            re.compile(rf"(.*\.)?({key})$"): float(a) for key, a in (config.get("alpha_pattern") or {}).items()
+        }
+        self._stabilized = bool(config.get("use_rslora"))
+
+    def of(self, module: str, rank: int) -> float:
+        alpha = next((own for pattern, own in self._alphas.items() if pattern.match(module)), self._alpha)
+        return float(alpha / (rank**0.5 if self._stabilized else rank))
+
+
+def _is_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor lies in a module that PEFT takes to be kept whole, by the end of its name."""
+    ends = tuple(config.get("modules_to_save") or ())
+    parts = name.removeprefix(PREFIX).split(".")
+    return any(".".join(parts[:depth]).endswith(ends) for depth in range(1, len(parts)))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

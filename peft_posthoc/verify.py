@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.extract import pick_device, read_pairs
 from peft_posthoc.factor import Pair, difference, frobenius
 from peft_posthoc.layout import Place
-from peft_posthoc.peft_format import Factors, load_factors
+from peft_posthoc.peft_format import Factors, Stored, read_folder
 from peft_posthoc.plan import Plan, everything, make_plan
 from peft_posthoc.report import shorten
 
@@ -140,10 +140,10 @@ def verify(
     """
     where = pick_device(device)
     before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    factors = load_factors(adapter)
+    stored = read_folder(adapter)
     plan = make_plan(before, after, choose=everything)
-    _fits(factors, plan, adapter)
-    weights = _compare_weights(before, after, factors, plan, where, progress=progress)
+    _fits(stored, plan, adapter)
+    weights = _compare_weights(before, after, stored, plan, where, progress=progress)
     delta = sum(weight.delta**2 for weight in weights)
     product = sum(weight.product**2 for weight in weights)
     residual = sum(weight.residual**2 for weight in weights)
@@ -171,8 +171,8 @@ class _Weight(NamedTuple):
     inner: float
 
 
-def _fits(factors: Mapping[str, Factors], plan: Plan, adapter: str | PathLike[str]) -> None:
-    for module, (a, b) in factors.items():
+def _fits(stored: Stored, plan: Plan, adapter: str | PathLike[str]) -> None:
+    for module, (a, b) in stored.factors.items():
         slot = plan.slots.get(module)
         if slot is None:
             raise AdapterError(f"`{adapter}` adapts `{module}`, which the base does not have as a layer.")
@@ -180,12 +180,17 @@ def _fits(factors: Mapping[str, Factors], plan: Plan, adapter: str | PathLike[st
             raise AdapterError(
                 f"`{adapter}` adapts `{module}` as {b.shape[0]} x {a.shape[1]}; in the base it is {slot.m} x {slot.n}."
             )
+    shapes = {own: header.shape for name, header in plan.headers.items() for own in plan.layout.names_of(name)}
+    for name, tensor in stored.whole.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            there = f"in the base it is {list(shapes[name])}" if name in shapes else "the base does not have it"
+            raise AdapterError(f"`{adapter}` holds `{name}` whole, as {list(tensor.shape)}; {there}.")
 
 
 def _compare_weights(
     base: Checkpoint,
     tuned: Checkpoint,
-    factors: Mapping[str, Factors],
+    stored: Stored,
     plan: Plan,
     device: torch.device,
     *,
@@ -196,15 +201,32 @@ def _compare_weights(
         for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
             if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
                 continue
-            places = [place for place in plan.layout.places(pair.name) if place.module in factors]
-            compared.append(_compare(pair, factors[places[0].module] if places else None, places, device))
+            if not pair.base.dtype.is_floating_point:
+                continue  # a counter
+            places = [place for place in plan.layout.places(pair.name) if place.module in stored.factors]
+            change = None if places else _unfactored(pair, stored, plan)
+            factors = stored.factors[places[0].module] if places else None
+            compared.append(_compare(pair, factors, change, places, device))
     return compared
 
 
-def _compare(pair: Pair, factors: Factors | None, places: Sequence[Place], device: torch.device) -> _Weight:
+def _unfactored(pair: Pair, stored: Stored, plan: Plan) -> Tensor | None:
+    """What the adapter adds to a tensor that it has no factors for; None if nothing."""
+    names = plan.layout.names_of(pair.name)
+    whole = next((stored.whole[name] for name in names if name in stored.whole), None)
+    if whole is not None:
+        return difference(pair._replace(tuned=whole)).values
+    module, _, leaf = names[0].rpartition(".")
+    return stored.biases.get(module) if leaf == "bias" else None
+
+
+def _compare(
+    pair: Pair, factors: Factors | None, added: Tensor | None, places: Sequence[Place], device: torch.device
+) -> _Weight:
     if pair.base is None or pair.tuned is None:
         raise ValueError("`_compare(pair=...)` needs both weights.")
     delta = difference(pair, device=device)
+    direct = None if added is None else torch.atleast_1d(added.to(delta.values))
     # All that is asked for is the same for a weight and for its matrix; by blocks of rows, no other copy is as large.
     as_matrix = places[0].kind.matrix if factors is not None else torch.atleast_1d
     rows = max(1, _BLOCK // max(1, delta.values[0].numel() if delta.values.ndim else 1))
@@ -215,6 +237,8 @@ def _compare(pair: Pair, factors: Factors | None, places: Sequence[Place], devic
         product = torch.zeros_like(change)
         if factors is not None:
             product = factors.b[start : start + rows].to(change) @ factors.a.to(change)
+        elif direct is not None:
+            product = direct[start : start + rows]
         after = tuned.to(change)
         merged = base.to(change) + product
         sums += torch.tensor(

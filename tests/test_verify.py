@@ -1,11 +1,14 @@
 import json
+import shutil
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, CheckpointError, cli, extract, verify
-from tests import models
+from peft_posthoc.rank import keep_energy
+from tests import architectures, models
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,74 @@ def test_a_part_of_it_is_measured_against_the_whole_delta(pair, part):
     assert rows["model.norm.weight"].delta_cosine is None
     assert result.adapter is None
     assert result.outputs_note == "not asked for"
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """A pair of which everything moved, and all of it in the `peft` form, layers at ranks of their own."""
+    folder = tmp_path_factory.mktemp("exact")
+    base, tuned = architectures.pair_of("qwen2", folder)
+    return base, tuned, extract(base, tuned, keep_energy(1.0), form="peft").save(folder / "out")
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_the_peft_form_is_the_tuned_model_in_every_tensor(exact):
+    base, tuned, out = exact
+    result = verify(out, base, tuned)
+    assert result.energy == pytest.approx(1, abs=1e-6)
+    assert all(row.relative_error < 1e-6 and row.delta_cosine == pytest.approx(1, abs=1e-6) for row in result.rows)
+    assert any(row.weight.endswith("norm.weight") for row in result.rows)
+    assert any(row.weight.endswith("q_proj.bias") for row in result.rows)
+    assert result.adapter.kl < 1e-8 < 1e-5 < result.base.kl
+
+
+@pytest.mark.parametrize(
+    ("tensor", "weight"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        ("model.layers.0.self_attn.q_proj.lora_B.bias", "model.layers.0.self_attn.q_proj.bias"),
+        ("model.layers.0.mlp.up_proj.lora_B.weight", "model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_a_wrong_tensor_of_the_peft_form_is_found_out(exact, tensor, weight, tmp_path):
+    base, tuned, out = exact
+    shutil.copytree(out, tmp_path / "out")
+    tensors = load_file(out / "adapter_model.safetensors")
+    tensors[f"base_model.model.{tensor}"] *= 1.5
+    save_file(tensors, tmp_path / "out/adapter_model.safetensors", metadata={"format": "pt"})
+    result = verify(tmp_path / "out", base, tuned, outputs=False)
+    assert [row.weight for row in result.rows if row.relative_error > 1e-6] == [weight]
+
+
+def test_a_wrong_pattern_of_the_peft_form_is_found_out(exact, tmp_path):
+    base, tuned, out = exact
+    shutil.copytree(out, tmp_path / "out")
+    config = json.loads((out / "adapter_config.json").read_text())
+    key = next(key for key in config["alpha_pattern"] if "k_proj" in key)
+    config["alpha_pattern"][key] *= 2
+    (tmp_path / "out/adapter_config.json").write_text(json.dumps(config))
+    result = verify(tmp_path / "out", base, tuned, outputs=False)
+    module = key.replace("\\", "")
+    wrong = {row.weight: row.delta_relative_error for row in result.rows if row.relative_error > 1e-6}
+    assert wrong == {f"{module}.{leaf}": pytest.approx(1, rel=1e-5) for leaf in ("weight", "bias")}
+
+
+def test_a_whole_tensor_that_the_base_does_not_have_is_refused(exact, tmp_path):
+    base, tuned, out = exact
+    shutil.copytree(out, tmp_path / "out")
+    tensors = load_file(out / "adapter_model.safetensors")
+    tensors["base_model.model.model.norm.weight"] = torch.ones(7)
+    save_file(tensors, tmp_path / "out/adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"holds `model\.norm\.weight` whole, as \[7\]; in the base it is \[32\]"):
+        verify(tmp_path / "out", base, tuned, outputs=False)
+
+
+def test_tied_and_renamed_weights_of_the_peft_form_are_found(tmp_path):
+    for name in ("gpt2", "vit"):
+        base, tuned = architectures.pair_of(name, tmp_path / name)
+        out = extract(base, tuned, 4096, form="peft").save(tmp_path / name / "out")
+        result = verify(out, base, tuned, outputs=False)
+        assert all(row.relative_error < 1e-6 for row in result.rows), name
 
 
 def test_the_kl_divergence_is_that_of_the_tuned_from_the_model(pair, part):
