@@ -61,6 +61,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         exact: Use LAPACK's full SVD.
         device: Where to factor.
         dtype: Of the saved factors; by default the checkpoint's.
+        form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it.
 
     Raises:
         ValueError: An argument makes no sense.
@@ -85,6 +86,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         exact: bool = False,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        form: Literal["portable", "peft"] = "portable",
     ) -> None:
         if when not in ("save", "end") and (isinstance(when, bool) or not isinstance(when, int) or when < 1):
             raise ValueError(f"`when` must be 'save', 'end', or a number of saves of at least 1. Got {when!r}.")
@@ -93,7 +95,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
             raise ValueError(f"`push_to_hub` must be a repository such as 'me/adapters'. Got {push_to_hub!r}.")
         patterns = [(given,) if isinstance(given, str) else tuple(given) for given in (include, exclude)]
-        self._extraction = Extraction(rank, patterns[0], patterns[1], embeddings, head, exact, device, dtype)
+        self._extraction = Extraction(rank, patterns[0], patterns[1], embeddings, head, exact, device, dtype, form)
         if background:
             self._extraction.flags()
         self._given = None if base is None else Base(str(base), base_revision, "it was given")

@@ -40,7 +40,8 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
     place = "path/to/this/folder" if repo_id is None or subfolder is not None else repo_id
     loaded = f'"{place}"' if repo_id is None or subfolder is None else f'"{repo_id}", subfolder="{subfolder}"'
     generates = config.get("task_type") == "CAUSAL_LM"
-    serve = _SERVE.format(base=base, rank=config["r"], place=place) if generates else ""
+    served = generates and provenance["options"]["form"] == "portable"
+    serve = _SERVE.format(base=base, rank=config["r"], place=place) if served else ""
     at = f" at revision `{revision}`" if revision else ""
     warnings = "".join(f"- {warning}\n" for warning in report["warnings"])
     cells = (

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hf_callbacks.base import Base, remembered
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.run import FINAL, Run
-from peft_posthoc.cli import CHOICE, RANK, rule_of
+from peft_posthoc.cli import CHOICE, FORM, RANK, rule_of
 
 
 @click.command()
@@ -23,6 +23,7 @@ from peft_posthoc.cli import CHOICE, RANK, rule_of
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto.")
 @RANK
+@FORM
 @CHOICE
 def main(
     run_dir: Path,

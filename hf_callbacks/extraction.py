@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peft_posthoc import extract
+from peft_posthoc.extract import extract, form_of
 from peft_posthoc.rank import RankRule, as_rule, fixed, keep_energy
 
 
@@ -17,7 +17,7 @@ class Extraction:
     """The options of `peft_posthoc.extract`.
 
     Raises:
-        ValueError: The rank is none.
+        ValueError: The rank is none, or the form.
     """
 
     rank: int | float | RankRule = 32
@@ -28,9 +28,11 @@ class Extraction:
     exact: bool = False
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    form: str = "portable"
 
     def __post_init__(self) -> None:
         as_rule(self.rank)
+        form_of(self.form)
 
     def flags(self) -> list[str]:
         """The options of `phlora extract` that say the same.
@@ -52,7 +54,7 @@ class Extraction:
         flags += [f"--exclude={pattern}" for pattern in self.exclude]
         if self.dtype is not None:
             flags += ["--dtype", str(self.dtype).removeprefix("torch.")]
-        return [*flags, "--device", self.device]
+        return [*flags, "--device", self.device, "--form", self.form]
 
     def run(
         self,
@@ -78,6 +80,7 @@ class Extraction:
             exact=self.exact,
             device=self.device,
             dtype=self.dtype,
+            form=self.form,
             progress=progress,
         )
         adapter.save(out, force=True)

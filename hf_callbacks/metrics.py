@@ -40,7 +40,9 @@ def metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
             energy, kind = row["delta_norm"] ** 2, row["modules"][0].rpartition(".")[2]
             kept[kind] += row["energy"] * energy
             whole[kind] += energy
-    found["phlora/delta_norm"] = math.sqrt(sum((row["delta_norm"] or 0.0) ** 2 for row in report["rows"]))
+    found["phlora/delta_norm"] = math.sqrt(
+        sum((row["delta_norm"] or 0.0) ** 2 for row in report["rows"] if "float" in row["dtype"])
+    )
     for kind in whole:
         found[f"phlora/energy/{kind}"] = kept[kind] / whole[kind]
         found[f"phlora/delta_norm/{kind}"] = math.sqrt(whole[kind])

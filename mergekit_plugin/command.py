@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
-from peft_posthoc.cli import CHOICE, DTYPE, RANK, dtype_of, one_line_errors, rule_of, show
+from peft_posthoc.cli import CHOICE, DTYPE, FORM, RANK, dtype_of, one_line_errors, rule_of, show
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.extract import extract, pick_device
 from peft_posthoc.folder import Folder
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 @click.option("--force", is_flag=True, help="Replace an adapter that is there.")
 @RANK
 @DTYPE
+@FORM
 @CHOICE
 @add_merge_options  # type: ignore[untyped-decorator]
 def main(
@@ -48,6 +49,7 @@ def main(
     base: str | None,
     force: bool,
     dtype: str | None,
+    form: str,
     rank: int | None,
     energy: float | None,
     **choice: Any,
@@ -74,12 +76,13 @@ def main(
         read = _parse(source, config_file)
         merge = Merge(MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model)
         if merge.by_phlora:
-            _only_parameters({"rank": rank, "energy": energy, **choice})
+            _only_parameters({"rank": rank, "energy": energy, **choice}, form)
             choice = {"choose": merge.choose, "exact": merge.exact}
         _warn(merge, merge_options, no_model=no_model)
         ranks = merge.ranks if merge.by_phlora else rule_of(rank, energy)
         options = {
             "leave_out": merge.leave_out,
+            "form": form,
             "dtype": dtype_of(dtype) or dtype_from_name(read.get("out_dtype")) or merge.dtype,
             "device": merge_options.device or "cpu",
             "progress": not merge_options.quiet,
@@ -120,7 +123,12 @@ def _parse(source: str, file: str) -> dict[str, Any]:
     return documents[0]
 
 
-def _only_parameters(asked: Mapping[str, Any]) -> None:
+def _only_parameters(asked: Mapping[str, Any], form: str) -> None:
+    if form == "peft":
+        raise PosthocError(
+            f"With `merge_method: {NAME}` the merged model is the base and factors, and so is its adapter: `--form peft` "
+            "would hold more than the model. For the adapter of the fine-tune itself use `phlora extract --form peft`."
+        )
     given = sorted(name for name, value in asked.items() if value is not None and value is not False and value != ())
     if given:
         raise PosthocError(

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass
 from os import PathLike
@@ -92,17 +92,14 @@ def extract(
         ValueError: An argument makes no sense.
     """
     include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
-    if form not in FORMS:
-        raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {form!r}.")
+    kind = form_of(form)
     where = pick_device(device)
     before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     flags = everything if form == "peft" else by_flags(embeddings=embeddings, head=head)
-    plan = make_plan(
-        before, after, include=include, exclude=exclude, choose=choose or flags, leave_out=leave_out
-    )
+    plan = make_plan(before, after, include=include, exclude=exclude, choose=choose or flags, leave_out=leave_out)
     rules = rules_of(plan, rank, rank_pattern or {})
     plan = plan.only(rules, "no rank is given for it")
-    plan = FORMS[form].keep(plan, _may_be_kept(before, after, include, exclude))
+    plan = kind.keep(plan, _may_be_kept(before, after, include, exclude, but=leave_out or ()))
     options = {
         "rule": _told(rules),
         "rank_pattern": dict(rank_pattern or {}),
@@ -124,9 +121,7 @@ def extract(
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
         outcomes = _outcomes(before, after, plan, rules, spool, processes, exact=exact, device=where, progress=progress)
-        return Adapter.of(
-            before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options, form=FORMS[form]
-        )
+        return Adapter.of(before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options, form=kind)
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
@@ -137,13 +132,27 @@ def extract(
         raise
 
 
-def _may_be_kept(base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+def form_of(name: str) -> Form:
+    """The form of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in FORMS:
+        raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {name!r}.")
+    return FORMS[name]
+
+
+def _may_be_kept(
+    base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude: Sequence[str], *, but: Collection[str]
+) -> list[str]:
     """The tensors that a form may keep without factors: both have them, and they are chosen."""
     both = (name for name, header in base.headers.items() if tuned.headers.get(name, header).shape == header.shape)
     return [
         name
         for name in both
         if name in tuned.headers
+        and name not in but
         and (not include or any(re.search(pattern, name) for pattern in include))
         and not any(re.search(pattern, name) for pattern in exclude)
     ]

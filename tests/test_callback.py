@@ -314,6 +314,15 @@ def test_an_energy_share_travels_to_the_other_process(base, tmp_path):
     assert not any("q_proj" in row["weight"] for row in extracted)
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_the_form_is_that_of_every_surface(base, tmp_path, background):
+    trainer(base, tmp_path, here(background=background, when="end", form="peft")).train()
+    extract(base, tmp_path / "checkpoint-6", 8, form="peft").save(tmp_path / "by-hand")
+    assert same_factors(tmp_path / "phlora/final", tmp_path / "by-hand")
+    assert json.loads((tmp_path / "phlora/final/adapter_config.json").read_text())["modules_to_save"]
+    assert "vllm serve" not in (tmp_path / "phlora/final/README.md").read_text()
+
+
 def test_adapters_of_an_earlier_run_in_the_folder_are_not_this_runs(base, tmp_path):
     trainer(base, tmp_path, here()).train()
     before = (tmp_path / "phlora/step-2" / WEIGHTS).read_bytes()
@@ -464,7 +473,9 @@ def test_a_rule_that_is_a_function_works_in_this_process_only(base, tmp_path):
     assert json.loads((tmp_path / "phlora/final/phlora_report.json").read_text())["totals"]["rank"] == 3
 
 
-@pytest.mark.parametrize("options", [{"when": 0}, {"when": "never"}, {"when": True}, {"keep": 0}, {"rank": 0}])
+@pytest.mark.parametrize(
+    "options", [{"when": 0}, {"when": "never"}, {"when": True}, {"keep": 0}, {"rank": 0}, {"form": "no"}]
+)
 def test_arguments_without_sense_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}"):
         PosthocLoraCallback(**options)
@@ -541,6 +552,13 @@ def test_a_run_that_is_over_is_caught_up_with(base, tmp_path):
     kept = (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns
     assert run_catch_up(tmp_path / "run", "--base", base).exit_code == 0
     assert (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns == kept
+
+
+def test_a_run_is_caught_up_with_in_either_form(base, tmp_path):
+    trainer(base, tmp_path / "run").train()
+    assert run_catch_up(tmp_path / "run", "--base", base, "--rank", "8", "--form", "peft").exit_code == 0
+    extract(base, tmp_path / "run/checkpoint-4", 8, form="peft").save(tmp_path / "by-hand")
+    assert same_factors(tmp_path / "run/phlora/step-4", tmp_path / "by-hand")
 
 
 def test_catching_up_says_what_it_needs(base, tmp_path):

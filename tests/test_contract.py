@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import peft_posthoc
 from hf_callbacks import PosthocLoraCallback
 from peft_posthoc import cli
-from tests import merges, models, runs
+from tests import architectures, merges, models, runs
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -54,7 +55,13 @@ def by_callback(base, tuned, out, **options):
         shutil.copytree(Path(folder) / "phlora/final", out)
 
 
-def by_mergekit(base, tuned, out, *, rank, **options):
+def by_mergekit(base, tuned, out, *, rank, form="portable", **options):
+    if form == "peft":
+        # Under `merge_method: phlora` the merged model holds factors alone. The merge of one model is that model.
+        content = merges.config(None, tuned, method="passthrough")
+        result = merges.phlora(content, out, "--no-model", "--base", base, "--form", form, "--rank", str(rank))
+        assert result.exit_code == 0, result.output
+        return
     parameters = {"energy" if isinstance(rank, float) else "rank": rank, **options}
     result = merges.phlora(merges.config(base, tuned, parameters=parameters), out, "--no-model")
     assert result.exit_code == 0, result.output
@@ -77,6 +84,15 @@ SURFACES = {
 
 @pytest.fixture(params=SURFACES)
 def surface(request):
+    return SURFACES[request.param]
+
+
+# PEFT's own configuration says there what is kept beside factors.
+EXACT_SURFACES = [name for name in SURFACES if name != "peft"]
+
+
+@pytest.fixture(params=EXACT_SURFACES)
+def exact_surface(request):
     return SURFACES[request.param]
 
 
@@ -124,6 +140,30 @@ def test_with_embeddings_and_head_the_logits_are_the_tuned_ones(surface, llama_p
     wanted, alone = models.load(tuned)(ids).logits, models.load(base)(ids).logits
     got = models.load_adapter(base, tmp_path / "out")(ids).logits
     assert (got - wanted).norm() <= 1e-4 * (alone - wanted).norm()
+
+
+def test_in_the_peft_form_at_full_rank_the_outputs_are_the_tuned_ones(exact_surface, tmp_path):
+    base, tuned = architectures.pair_of("qwen2", tmp_path)
+    exact_surface(base, tuned, tmp_path / "out", rank=96, form="peft")
+    assert architectures.error("qwen2", models.load_adapter(base, tmp_path / "out", unbiased=True), base, tuned) < 1e-5
+
+
+def test_in_the_peft_form_all_surfaces_give_the_same_adapter(llama_pair, tmp_path):
+    files = []
+    for name in EXACT_SURFACES:
+        SURFACES[name](*llama_pair, tmp_path / name, rank=4, form="peft")
+        files.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    first, *others = files
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_merged_model_of_factors_alone_has_no_adapter_in_the_peft_form(llama_pair, tmp_path):
+    result = merges.phlora(merges.config(*llama_pair), tmp_path / "out", "--no-model", "--form", "peft")
+    assert result.exit_code == 1
+    assert "would hold more than the model" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_layer_that_did_not_change_gets_no_change(surface, tmp_path):
