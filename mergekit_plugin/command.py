@@ -126,8 +126,8 @@ def _parse(source: str, file: str) -> dict[str, Any]:
 def _only_parameters(asked: Mapping[str, Any], form: str) -> None:
     if form == "peft":
         raise PosthocError(
-            f"With `merge_method: {NAME}` the merged model is the base and factors, and so is its adapter: `--form peft` "
-            "would hold more than the model. For the adapter of the fine-tune itself use `phlora extract --form peft`."
+            f"With `merge_method: {NAME}` the merged model is the base and factors, and so is its adapter: `--form "
+            "peft` would hold more than the model. For the fine-tune itself use `phlora extract --form peft`."
         )
     given = sorted(name for name, value in asked.items() if value is not None and value is not False and value != ())
     if given:
