@@ -159,7 +159,8 @@ def _meant(changed: Collection[str], plan: Plan) -> list[str]:
     """
     possible = {module for kept in plan.kept.values() if not kept.as_bias for module in kept.modules}
     meant = {module for module in {*plan.layout.classes, *plan.layout.kinds} if module.endswith(tuple(changed))}
-    outer = {module for module in meant if not module.startswith(tuple(f"{other}." for other in meant))}
+    inside = tuple(f"{module}." for module in meant)
+    outer = {module for module in meant if not module.startswith(inside)}
     inner = {module for module in meant - outer if module.endswith(tuple(outer))}
     if stuck := sorted((meant - possible) | inner):
         ends = sorted(name for name in changed if stuck[0].endswith(name))

@@ -262,6 +262,11 @@ def is_plain(value: Any) -> bool:
     )
 
 
+def _special_float(read: dict[str, Any]) -> Any:
+    """What transformers 5 writes for infinity: `{"__float__": "Infinity"}` (Mamba2's configuration has one)."""
+    return float(read["__float__"]) if read.keys() == {"__float__"} else read
+
+
 def config_of(folder: Path) -> Mapping[str, Any] | None:
     """The model's configuration in a folder, if there is one.
 
@@ -272,7 +277,7 @@ def config_of(folder: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}.") from error
     if not isinstance(config, dict):

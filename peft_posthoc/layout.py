@@ -235,8 +235,8 @@ def _of_module(model: nn.Module, origin: str, stored: Iterable[str]) -> Layout:
     if any("Experts" in type(module).__name__ for module in names):
         # PEFT takes a dense or shared MLP beside stacked experts for one of theirs and drops its factors in silence.
         kinds = {name: kind for name, kind in kinds.items() if name.rpartition(".")[2] not in _EXPERT_LEAVES}
-    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS:
-        kinds = {name: kind for name, kind in kinds.items() if name.rpartition(".")[2] != "out_proj"}
+    uncalled = _UNCALLED.get(getattr(getattr(model, "config", None), "model_type", ""), ())
+    kinds = {name: kind for name, kind in kinds.items() if name.rpartition(".")[2] not in uncalled}
     head = names.get(_call(model, "get_output_embeddings"))
     linear_like = [kinds[name] for name in kinds if name != head and kinds[name] is not EMBEDDING]
     return Layout(
@@ -317,8 +317,15 @@ def _task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
     return "SEQ_2_SEQ_LM" if class_name.endswith("ForConditionalGeneration") and encoder_decoder else None
 
 
-# Their kernels read the weight of `out_proj` themselves: PEFT refuses to adapt it.
-_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# Layers whose weight the model reads and which it does not call: an adapter there has no effect, or is refused by PEFT.
+_UNCALLED: Mapping[str, tuple[str, ...]] = {
+    "falcon_h1": ("out_proj",),
+    "falcon_mamba": ("out_proj", "dt_proj"),
+    "jamba": ("dt_proj",),
+    "mamba": ("out_proj", "dt_proj"),
+    "mamba2": ("out_proj",),
+    "nemotron_h": ("out_proj",),
+}
 _EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _EMBEDDING_LEAVES = (
     *("embed_tokens", "word_embeddings", "wte", "wpe", "position_embeddings", "token_type_embeddings", "shared"),

@@ -33,6 +33,7 @@ CODERS = {
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
 }
+EXPERTS = {"num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 
 
 class Architecture(NamedTuple):
@@ -110,7 +111,45 @@ ARCHITECTURES = {
     ),
     "mamba": _of("MambaForCausalLM", "MambaConfig", vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4),
     "mixtral": Architecture(models.mixtral),
-    "qwen3_moe": Architecture(models.qwen3_moe),
+    "qwen2_moe": _of("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **SIZES, **EXPERTS, shared_expert_intermediate_size=16),
+    "qwen3_moe": Architecture(lambda: models.qwen3_moe(mlp_only_layers=[0])),
+    "deepseek_v3": _of(
+        *("DeepseekV3ForCausalLM", "DeepseekV3Config"),
+        **{**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 4},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"moe_intermediate_size": 16, "kv_lora_rank": 8, "q_lora_rank": 8},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    ),
+    "gpt_oss": _of(
+        *("GptOssForCausalLM", "GptOssConfig"),
+        **{**SIZES, "num_key_value_heads": 2, "head_dim": 8},
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
+    "gemma3": _of("Gemma3ForCausalLM", "Gemma3TextConfig", **SIZES, num_key_value_heads=2, head_dim=8),
+    "mamba2": _of(
+        *("Mamba2ForCausalLM", "Mamba2Config"),
+        **{"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "num_heads": 8, "head_dim": 8},
+        n_groups=1,
+    ),
+    "clip": _of(
+        *("CLIPVisionModel", "CLIPVisionConfig", IMAGE),
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        image_size=32,
+        patch_size=8,
+    ),
+    "siglip": _of(
+        *("SiglipVisionModel", "SiglipVisionConfig", IMAGE),
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        image_size=32,
+        patch_size=8,
+    ),
+    "wav2vec2": _of(
+        *("Wav2Vec2ForCTC", "Wav2Vec2Config", {"input_values": torch.linspace(-9, 9, 800).sin()[None]}),
+        **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)},
+        **{"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+    ),
 }
 
 

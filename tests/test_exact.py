@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,8 +17,14 @@ BESIDE = "a parameter of a module that holds layers with factors"
 BEYOND_PEFT = {
     "convnext": f"{BESIDE} (norm or other vector (LoRA has no form for it))",
     "mamba": f"{BESIDE} (no LoRA form for this tensor (MambaMixer))",
+    "mamba2": f"{BESIDE} (norm or other vector (LoRA has no form for it))",
+    "siglip": f"{BESIDE} (no LoRA form for this tensor (SiglipMultiheadAttentionPoolingHead))",
+    "wav2vec2": f"{BESIDE} (norm or other vector (LoRA has no form for it))",
     "mixtral": "no LoRA form for this tensor (no such module in MixtralForCausalLM)",
+    "qwen2_moe": "no LoRA form for this tensor (no such module in Qwen2MoeForCausalLM)",
     "qwen3_moe": "no LoRA form for this tensor (no such module in Qwen3MoeForCausalLM)",
+    "deepseek_v3": "no LoRA form for this tensor (no such module in DeepseekV3ForCausalLM)",
+    "gpt_oss": f"{BESIDE} (no LoRA form for this tensor (GptOssExperts))",
 }
 
 
@@ -55,12 +62,14 @@ def status_of(adapter):
     return {row.weight: row.status for row in adapter.report.rows}
 
 
-def test_at_full_rank_the_outputs_are_the_tuned_ones(case):
-    error = architectures.error(case.name, case.loaded(), *case.pair)
-    if case.name in BEYOND_PEFT:
-        assert 1e-3 < error < 0.2
-    else:
-        assert error < 100 * EPS
+def test_at_full_rank_the_outputs_are_the_tuned_ones_but_for_what_is_left_out(case, tmp_path):
+    left_out = {row.weight for row in case.adapter.report.rows if row.status == "left out"}
+    assert bool(left_out) is (case.name in BEYOND_PEFT)
+    wanted = shutil.copytree(case.pair[1], tmp_path / "wanted")
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in case.pair)
+    tensors = {name: (before if name in left_out else after)[name] for name in after}
+    save_file(tensors, wanted / "model.safetensors", metadata={"format": "pt"})
+    assert architectures.error(case.name, case.loaded(), case.pair[0], wanted) < 100 * EPS
 
 
 def test_every_tensor_of_both_checkpoints_is_accounted_for_once(case):
@@ -70,7 +79,7 @@ def test_every_tensor_of_both_checkpoints_is_accounted_for_once(case):
     left_out = [row for row in report.rows if row.status == "left out"]
     if case.name in BEYOND_PEFT:
         assert BEYOND_PEFT[case.name] in {row.reason for row in left_out}
-        assert report.totals.energy_of_all < 1 - 1e-3
+        assert report.totals.energy_of_all < 1 - 1e-4
     else:
         assert left_out == []
         assert report.totals.energy_of_all == pytest.approx(1, abs=1e-6)
@@ -78,6 +87,16 @@ def test_every_tensor_of_both_checkpoints_is_accounted_for_once(case):
 
 def test_the_rows_bytes_are_the_file_s(case):
     assert case.adapter.report.totals.bytes == sum(tensor.nbytes for tensor in tensors_of(case.out).values())
+
+
+# PEFT takes its own biases, where it gives them back, for something else.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*have invalid shape")
+def test_peft_takes_every_tensor_of_the_file(case):
+    from peft import get_peft_model_state_dict
+
+    found, tensors = get_peft_model_state_dict(case.loaded(), save_embedding_layers=False), tensors_of(case.out)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("part", ["lora_B.bias", "layernorm"])

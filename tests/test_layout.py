@@ -152,10 +152,11 @@ def test_what_is_another_tensor_after_loading_has_no_other_name(tmp_path):
     assert not any("experts" in name for name in layout.renamed)
 
 
-def test_mamba_s_kernels_read_a_weight_that_peft_refuses_to_adapt():
+def test_layers_that_mamba_does_not_call_have_no_kind():
     layout = layout_of(open_checkpoint(architectures.ARCHITECTURES["mamba"].make()))
     assert layout.places("backbone.layers.0.mixer.in_proj.weight")
     assert layout.places("backbone.layers.0.mixer.out_proj.weight") == []
+    assert layout.places("backbone.layers.0.mixer.dt_proj.weight") == []
 
 
 @pytest.mark.parametrize(("name", "task"), [("bart", "SEQ_2_SEQ_LM"), ("t5", "SEQ_2_SEQ_LM"), ("whisper", None)])
