@@ -42,7 +42,9 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
         for name in set(names) - carried.keys() - biases.keys()
         if name in kept or not any(place.module in plan.slots for place in layout.places(name))
     }
-    blocked = _blocked(plan, free)
+    # A stack of experts is nearly the model.
+    experts = {module for module, cls in layout.classes.items() if "Experts" in cls}
+    blocked = _blocked(plan, free) | experts
     for name in names:
         if name in biases:
             kept[name] = Keep((biases[name],), (layout.name_of(name),), as_bias=True)
@@ -53,8 +55,12 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
     left_out = {}
     for name, reason in plan.left_out.items():
         if name not in kept:
-            inside = layout.module_of(name) in blocked and name in free
-            left_out[name] = f"a parameter of a module that holds layers with factors ({reason})" if inside else reason
+            module = layout.module_of(name)
+            if module in experts:
+                reason = "experts (not carried yet)"
+            elif module in blocked and name in free:
+                reason = f"a parameter of a module that holds layers with factors ({reason})"
+            left_out[name] = reason
     return replace(plan, carried=carried, kept=kept, left_out=left_out)
 
 
@@ -66,13 +72,11 @@ def _homes(name: str, layout: Layout, blocked: Collection[str]) -> tuple[tuple[s
 
 
 def _blocked(plan: Plan, free: Collection[str]) -> set[str]:
-    """The modules that cannot be kept: something in them has factors, or is in one checkpoint only; or is an expert."""
+    """The modules that cannot be kept: something in them has factors, or is in one checkpoint only."""
     layout = plan.layout
     inside: dict[str, list[bool]] = defaultdict(list)
     for name in plan.headers:
         parts = layout.module_of(name).split(".")
         for depth in range(1, len(parts) + 1):
             inside[".".join(parts[:depth])].append(name in free)
-    # A stack of experts is nearly the model.
-    experts = {module for module, cls in layout.classes.items() if "Experts" in cls}
-    return {module for module, each in inside.items() if not all(each)} | experts
+    return {module for module, each in inside.items() if not all(each)}
