@@ -163,10 +163,12 @@ def _meant(changed: Collection[str], plan: Plan) -> list[str]:
     outer = {module for module in meant if not module.startswith(inside)}
     inner = {module for module in meant - outer if module.endswith(tuple(outer))}
     if stuck := sorted((meant - possible) | inner):
-        ends = sorted(name for name in changed if stuck[0].endswith(name))
+        (end, *_) = sorted(name for name in changed if stuck[0].endswith(name))
+        weight = next(weight for weight, kept in plan.kept.items() if end in kept.modules)
+        pattern = rf"^{re.escape(weight.rpartition('.')[0])}\."
         raise AdapterError(
-            f"PEFT would take `{ends[0]}`, which is to be kept whole, to mean `{stuck[0]}` too, which cannot be. Leave "
-            f"it out: `--exclude '{re.escape(ends[0])}'`."
+            f"PEFT would take `{end}`, which is to be kept whole, to mean `{stuck[0]}` too, which cannot be. Leave "
+            f"it out: `--exclude '{pattern}'`."
         )
     return sorted(outer)
 
