@@ -50,7 +50,9 @@ class Merge:
         self._config, self._options = config, options
         LoaderCache().setup(options=options)
         self._base = _base_of(config, base)
-        self._models = {model: _open(model) for model in {*config.referenced_models(), self._base}}
+        # Sorted: a set of names has another order in every process, and what comes first decides in `dtype`, `_beside`.
+        models = sorted({*config.referenced_models(), self._base}, key=str)
+        self._models = {model: _open(model) for model in models}
         self.narrow = [
             model.label for model in self._models.values() if _narrower(dtype_from_name(config.dtype), model)
         ]
