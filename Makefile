@@ -16,8 +16,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Train, fine-tune, extract, verify: the main job on real weights, offline.
 	$(BIN)/python examples/demo.py
 
-test: lint $(READY)  ## What the CI runs.
-	$(BIN)/python -m pytest
+test: lint $(READY)  ## What the CI runs: two processes, a thread each.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) wheel
 
 test-distributed: $(READY)  ## The callback on two processes in every way, DeepSpeed included, which compiles an operator once.

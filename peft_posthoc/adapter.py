@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -66,6 +66,8 @@ class Adapter:
     form: Form = PORTABLE
     kept: Mapping[str, Kept] = field(default_factory=dict)
     """By weight name: what is in the file without factors."""
+    notes: tuple[str, ...] = ()
+    """What was decided to compare the two checkpoints: of their names, and the like."""
 
     @classmethod
     def of(
@@ -79,6 +81,7 @@ class Adapter:
         dtype: torch.dtype | None = None,
         options: Mapping[str, Any],
         form: Form = PORTABLE,
+        notes: Sequence[str] = (),
     ) -> Adapter:
         """Put together what the loop found.
 
@@ -98,6 +101,7 @@ class Adapter:
             kept=kept,
             plan=plan,
             form=form,
+            notes=tuple(notes),
             dtype=dtype or tuned.headers[next(iter(layers))].dtype,
             provenance={
                 "base": base.label,

@@ -114,49 +114,45 @@ class InMemory:
         return tensor
 
 
-class _Renamed:
-    """Another checkpoint under other names, or without some of its tensors."""
-
-    # transformers would look for the new names in files that have the old ones.
-    folder: Path | None = None
-
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-        """Wrap a checkpoint; `names` gives for each new name the old one."""
-        self._checkpoint = checkpoint
-        self._names = names
-        self.label = checkpoint.label
-        self.revision = checkpoint.revision
-        self.identity = checkpoint.identity
-        self.config = checkpoint.config
-        self.sequential = checkpoint.sequential
-        self.module = _uncompiled(checkpoint.module) if checkpoint.module is not None else None
-        self.headers = {new: checkpoint.headers[old] for new, old in names.items()}
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of that new name."""
-        return self._checkpoint.read(self._names[name])
-
-
 # `torch.compile(module)` is a module of its own that holds the other one under this name.
 _COMPILED = "_orig_mod"
+# The same for FSDP and for activation checkpointing.
+_WRAPPED = (_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What all names begin with where a wrapper's state dict was saved in place of the model's: (D)DP's, PEFT's.
+_OUTER = ("module.", "base_model.model.")
 
 
-def _as_not_compiled(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under the names that its model has without `torch.compile`.
+def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under the names that its model has without `torch.compile` and other wrappers.
 
     Raises:
         CheckpointError: It holds a tensor under both names.
     """
     names: dict[str, str] = {}
+    # A live model has the names it has.
+    outer = () if checkpoint.module is not None else _OUTER
+    begin = next((begin for begin in outer if all(name.startswith(begin) for name in checkpoint.headers)), "")
     for name in checkpoint.headers:
-        plain = ".".join(part for part in name.split(".") if part != _COMPILED)
+        plain = ".".join(part for part in name.removeprefix(begin).split(".") if part not in _WRAPPED)
         if plain in names:
             raise CheckpointError(
                 f"`{checkpoint.label}` holds both `{names[plain]}` and `{name}`: one weight, with and without "
                 "`torch.compile`. Save the model again, without it."
             )
         names[plain] = name
-    return checkpoint if names.keys() == checkpoint.headers.keys() else _Renamed(checkpoint, names)
+    return checkpoint if names.keys() == checkpoint.headers.keys() else _renamed(checkpoint, names)
+
+
+def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint under other names, of which `names` gives the old ones, or without some of its tensors.
+
+    It has no folder: transformers would look for the new names in files that have the old ones.
+    """
+    from peft_posthoc.view import View, same
+
+    module = _uncompiled(checkpoint.module) if checkpoint.module is not None else None
+    pieces = {new: same(checkpoint, old) for new, old in names.items()}
+    return View(checkpoint, pieces, module=module)
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
@@ -184,7 +180,7 @@ def _without_second_names(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoi
         return len(same) == 1 and torch.equal(checkpoint.read(name), checkpoint.read(same[0]))
 
     seconds = {n for n in headers if n not in other.headers and len(headers[n].shape) > 1 and is_second(n)}
-    return _Renamed(checkpoint, {n: n for n in headers if n not in seconds}) if seconds else checkpoint
+    return _renamed(checkpoint, {n: n for n in headers if n not in seconds}) if seconds else checkpoint
 
 
 def _of_module(module: nn.Module) -> InMemory:
@@ -230,6 +226,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         ValueError: `revision` is given for something that has none.
     """
     checkpoint: Checkpoint
+    if isinstance(source, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        source = source.module
     if isinstance(source, nn.Module):
         checkpoint = _of_module(source)
     elif isinstance(source, Mapping):
@@ -268,4 +266,4 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:
         raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
-    return _as_not_compiled(checkpoint)
+    return _unwrapped(checkpoint)

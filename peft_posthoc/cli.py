@@ -95,6 +95,13 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 _MODELS = _options(
     click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id."),
     click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
+    click.option(
+        "--map",
+        "rename",
+        multiple=True,
+        metavar="'REGEX=>NAME'",
+        help="Rename tensors of both before they are compared.",
+    ),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
 )
 RANK = _options(
@@ -114,6 +121,12 @@ CHOICE = _options(
     click.option("--exclude", multiple=True, metavar="REGEX", help="Do not carry weights whose name this is found in."),
     click.option("--embeddings", is_flag=True, help="Carry token embeddings too."),
     click.option("--head", is_flag=True, help="Carry the output head (lm_head) too."),
+    click.option("--conv", is_flag=True, help="Carry convolutions too."),
+    click.option(
+        "--experts",
+        type=click.Choice(("none", "per-expert", "fused")),
+        help="Carry experts: per-expert for serving engines, fused for PEFT.  [default: none; fused in --form peft]",
+    ),
     click.option("--exact", is_flag=True, help="LAPACK's full SVD for every weight."),
 )
 _OUTPUT = _options(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.fused import target_parameters
 from peft_posthoc.keep import keeping
 from peft_posthoc.layout import target_modules
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.plan import Plan
-from peft_posthoc.portable import targeted
+from peft_posthoc.portable import stacked_tensors, stacks_of, targeted
 
 if TYPE_CHECKING:
     from peft_posthoc.adapter import Adapter
@@ -30,9 +31,13 @@ class Exact:
     """
 
     def rank(self, adapter: Adapter) -> int:
-        """The file's `r`: what most layers have; the others are in its `rank_pattern`."""
-        counts = Counter(len(a) for a, _ in adapter.factors.values())
-        return max(counts, key=lambda rank: (counts[rank], rank))
+        """The file's `r`: what most layers have; the others are in its `rank_pattern`.
+
+        Stacked experts have it too, all padded to one rank: PEFT complains of patterns for parameters.
+        """
+        stacked = {unit for stack in stacks_of(adapter) for unit in stack.units}
+        counts = Counter(len(a) for module, (a, _) in adapter.factors.items() if not stacked or module in stacked)
+        return max(counts) if stacked else max(counts, key=lambda rank: (counts[rank], rank))
 
     def keep(self, plan: Plan, names: Collection[str]) -> Plan:
         """The plan with norms, biases and the like."""
@@ -55,14 +60,18 @@ class Exact:
                 tensors[f"{PREFIX}{module}.lora_B.bias"] = _cast(bias, adapter.dtype, module)
         for weight, names in self._names(adapter).items():
             tensors |= {f"{PREFIX}{name}": adapter.kept[weight].value.clone() for name in names}
-        return tensors
+        return tensors | stacked_tensors(adapter, self.rank(adapter))
 
     def bytes(self, adapter: Adapter) -> dict[str, int]:
         """What each module takes in the file: its factors, and its bias where LoRA has biases."""
         slots, item, bias = adapter.plan.slots, adapter.dtype.itemsize, bool(self._biases(adapter))
-        return {
+        layers = {
             module: (rank * (slots[module].m + slots[module].n) + bias * slots[module].m) * item
             for module, rank in self._ranks(adapter).items()
+        }
+        rank = self.rank(adapter)
+        return layers | {
+            unit: rank * (slots[unit].m + slots[unit].n) * item for stack in stacks_of(adapter) for unit in stack.units
         }
 
     def whole(self, adapter: Adapter) -> dict[str, int]:
@@ -75,6 +84,13 @@ class Exact:
     def warnings(self, adapter: Adapter) -> list[str]:
         """That it is for PEFT alone; and where PEFT cannot merge it."""
         found = ["The `peft` form is for PEFT alone: serving engines refuse or misread it (`--form portable`)."]
+        stacks = stacks_of(adapter)
+        whole = {weight for weight in adapter.kept if adapter.plan.layout.places(weight)}
+        if stacks and (layers := [weight for weight in whole if adapter.kept[weight].delta_norm]):
+            found.append(
+                f"{len(layers)} layers are kept whole: beside stacked experts PEFT's LoRA has neither biases nor dense "
+                "MLPs. To give layers with a bias factors, leave the biases out: `--exclude '\\.bias$'`."
+            )
         if self._biases(adapter):
             layout = adapter.plan.layout
             owners = {layout.module_of(name) for name in adapter.plan.headers if layout.name_of(name).endswith(".bias")}
@@ -85,8 +101,10 @@ class Exact:
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """The file's configuration."""
         layout, rank, ranks = adapter.plan.layout, self.rank(adapter), self._ranks(adapter)
+        stacks = stacks_of(adapter)
         own = {_pattern(module, ranks): own for module, own in ranks.items() if own != rank}
-        return {
+        stacked = {"target_parameters": target_parameters(stacks)} if stacks else {}
+        return stacked | {
             "alpha_pattern": own,
             "base_model_name_or_path": adapter.provenance["base"],
             "bias": "none",
@@ -108,7 +126,8 @@ class Exact:
     def _ranks(self, adapter: Adapter) -> dict[str, int]:
         """By module in the file, its rank: 1, of zeros, where only its bias changed or PEFT takes it along."""
         factors = adapter.factors
-        chosen = {*factors, *(module for module, bias in self._biases(adapter).items() if bias.any())}
+        plain = {module for module in factors if not adapter.plan.slots[module].kind.stacked}
+        chosen = {*plain, *(module for module, bias in self._biases(adapter).items() if bias.any())}
         return {
             module: len(factors[module][0]) if module in factors else 1 for module in targeted(chosen, adapter.plan)
         }

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass
 from os import PathLike
+from typing import cast, get_args
 
 import torch
 from tqdm import tqdm
@@ -19,7 +20,9 @@ from peft_posthoc.adapter import Adapter, Form
 from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
 from peft_posthoc.errors import PosthocError, ShareDone
 from peft_posthoc.exact import EXACT
+from peft_posthoc.experts import Experts
 from peft_posthoc.factor import Outcome, Pair, factor_pairs
+from peft_posthoc.match import match
 from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
 from peft_posthoc.portable import PORTABLE
 from peft_posthoc.processes import ALONE, Processes
@@ -42,8 +45,11 @@ def extract(
     exclude: str | Iterable[str] = (),
     embeddings: bool = False,
     head: bool = False,
+    conv: bool = False,
+    experts: str | None = None,
     choose: Choice | None = None,
     leave_out: Mapping[str, str] | None = None,
+    rename: str | Iterable[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     form: str = "portable",
     exact: bool = False,
@@ -68,8 +74,14 @@ def extract(
         exclude: The same; what one of them is found in is not carried.
         embeddings: Carry token embeddings too.
         head: Carry the output head (`lm_head`) too.
-        choose: Which modules to adapt, in place of `embeddings` and `head`.
+        conv: Carry convolutions too.
+        experts: Carry the matrices of a mixture of experts: `per-expert`, under the names of each expert's own modules,
+            as serving engines read them; `fused`, as PEFT computes with stacked experts; or `none`. By default `fused`
+            in the `peft` form, `none` otherwise.
+        choose: Which modules to adapt, in place of `embeddings`, `head`, `conv` and whether to carry `experts`.
         leave_out: By name, tensors that are not carried, and the reason that the report gives.
+        rename: `regex=>replacement` rules over the tensor names of both, each applied to what the one before left.
+            Names that differ as transformers 4's and 5's do, or in what they begin with, are brought together without.
         rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
         form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it: each
             layer at its own rank, embeddings and head as well, and biases, norms and other small tensors whole.
@@ -91,12 +103,21 @@ def extract(
         ShareDone: This is not the first of several processes, and its share is done.
         ValueError: An argument makes no sense.
     """
-    include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
+    include, exclude, rename = (
+        [given] if isinstance(given, str) else list(given) for given in (include, exclude, rename)
+    )
     kind = form_of(form)
     where = pick_device(device)
-    before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    flags = everything if form == "peft" else by_flags(embeddings=embeddings, head=head)
-    plan = make_plan(before, after, include=include, exclude=exclude, choose=choose or flags, leave_out=leave_out)
+    mixture = experts_of(experts, form)
+    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    before, after, layout, notes = match(*opened, rules=rename, experts=mixture)
+    carry_experts = mixture != "none"
+    flags = by_flags(embeddings=embeddings, head=head, conv=conv, experts=carry_experts)
+    if form == "peft":
+        flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
+    plan = make_plan(
+        before, after, include=include, exclude=exclude, choose=choose or flags, leave_out=leave_out, layout=layout
+    )
     rules = rules_of(plan, rank, rank_pattern or {})
     plan = plan.only(rules, "no rank is given for it")
     plan = kind.keep(plan, _may_be_kept(before, after, include, exclude, but=leave_out or ()))
@@ -107,6 +128,9 @@ def extract(
         "exclude": exclude,
         "embeddings": embeddings,
         "head": head,
+        "conv": conv,
+        "experts": mixture,
+        "rename": rename,
         "exact": exact,
         "device": where.type,
         "form": form,
@@ -121,7 +145,9 @@ def extract(
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
         outcomes = _outcomes(before, after, plan, rules, spool, processes, exact=exact, device=where, progress=progress)
-        return Adapter.of(before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options, form=kind)
+        return Adapter.of(
+            before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options, form=kind, notes=notes
+        )
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
@@ -141,6 +167,21 @@ def form_of(name: str) -> Form:
     if name not in FORMS:
         raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {name!r}.")
     return FORMS[name]
+
+
+def experts_of(given: str | None, form: str) -> Experts:
+    """How the experts are carried: as asked for, or as is usual in the form.
+
+    Raises:
+        ValueError: There is no such way, or not in this form.
+    """
+    if given not in (None, *get_args(Experts)):
+        raise ValueError(f"`experts` must be one of {', '.join(get_args(Experts))}. Got {given!r}.")
+    if form == "peft" and given == "per-expert":
+        raise ValueError(
+            "PEFT computes with stacked experts: `--form peft` takes `--experts fused` or `none`, not `per-expert`."
+        )
+    return cast(Experts, given or ("fused" if form == "peft" else "none"))
 
 
 def _may_be_kept(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.errors import CheckpointError, PosthocError
-from peft_posthoc.layout import LayerKind
+from peft_posthoc.kinds import LayerKind
 from peft_posthoc.plan import Plan
 from peft_posthoc.rank import RankRule
 from peft_posthoc.svd import LowRank, full_precision, truncated_svd
@@ -220,7 +220,7 @@ def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
 def merged(base: Tensor, factors: LowRank, kind: LayerKind) -> Tensor:
     """`base + b @ a` as the weight is stored, in float32, or float64 where one of them is."""
     with full_precision(), torch.no_grad():
-        product = kind.matrix(factors.b.to(base.device) @ factors.a.to(base.device))
+        product = kind.weight(factors.b.to(base.device) @ factors.a.to(base.device), tuple(base.shape))
     return base.to(torch.promote_types(torch.promote_types(torch.float32, base.dtype), product.dtype)) + product
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from peft_posthoc.layout import EMBEDDING, Layout
+from peft_posthoc.kinds import EMBEDDING, LayerKind
+from peft_posthoc.layout import Layout, Place
 from peft_posthoc.plan import Keep, Plan
 
 
@@ -14,28 +15,20 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
     """The same plan, which keeps these tensors where PEFT can: with the modules they live in, or as LoRA's bias.
 
     A module is kept with all that is in it (`modules_to_save`), so nothing in it may have factors or be missing. PEFT
-    adapts no embedding where LoRA has biases (`lora_bias`): there embeddings are kept whole too.
+    adapts no embedding where LoRA has biases (`lora_bias`): there embeddings are kept whole too. Where it adapts
+    stacked experts, LoRA has no biases: layers with one are kept whole, and so is then what lies beside them.
 
     Args:
         plan: What is carried as factors.
         names: The tensors that may be kept: both checkpoints have them.
     """
     layout = plan.layout
-    modules_with_factors = {
-        place.module for places in plan.carried.values() for place in places if place.kind is not EMBEDDING
-    }
-    biases = {
-        name: module
-        for name in names
-        if (module := layout.module_of(name)) in modules_with_factors and layout.name_of(name) == f"{module}.bias"
-    }
-    carried = dict(plan.carried)
-    kept: dict[str, Keep] = {}
-    if biases:
-        for weight, places in plan.carried.items():
-            if any(place.kind is EMBEDDING for place in places):
-                modules = tuple(place.module for place in carried.pop(weight))
-                kept[weight] = Keep(modules, tuple(f"{module}.weight" for module in modules), as_bias=False)
+    biases = _biases(plan, names)
+    whole = _better_whole(plan, names, biases)
+    carried = {weight: places for weight, places in plan.carried.items() if weight not in whole}
+    with_factors = {place.module for places in carried.values() for place in places}
+    biases = {name: module for name, module in biases.items() if module in with_factors}
+    kept = {weight: Keep(*_own(weight, layout), as_bias=False) for weight in whole}
     # What could have factors and has none was not chosen.
     free = {
         name
@@ -43,7 +36,7 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
         if name in kept or not any(place.module in plan.slots for place in layout.places(name))
     }
     # A stack of experts is nearly the model.
-    experts = {module for module, cls in layout.classes.items() if "Experts" in cls}
+    experts = {stack.name.rpartition(".")[0] for stack in layout.stacks}
     blocked = _blocked(plan, free) | experts
     for name in names:
         if name in biases:
@@ -56,9 +49,7 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
     for name, reason in plan.left_out.items():
         if name not in kept:
             module = layout.module_of(name)
-            if module in experts:
-                reason = "experts (not carried yet)"
-            elif module in blocked and name in free:
+            if module in blocked and name in free:
                 reason = f"a parameter of a module that holds layers with factors ({reason})"
             left_out[name] = reason
     return replace(plan, carried=carried, kept=kept, left_out=left_out)
@@ -69,6 +60,52 @@ def _homes(name: str, layout: Layout, blocked: Collection[str]) -> tuple[tuple[s
     found = [(own.rpartition(".")[0], own) for own in layout.names_of(name)]
     homes = [(module, n) for module, n in found if module in layout.classes and module not in blocked]
     return tuple(module for module, _ in homes), tuple(n for _, n in homes)
+
+
+def _biases(plan: Plan, names: Collection[str]) -> dict[str, str]:
+    """By bias, the module with factors that it belongs to."""
+    layout = plan.layout
+    with_factors = {place.module for places in plan.carried.values() for place in places if place.kind is not EMBEDDING}
+    return {
+        name: module
+        for name in names
+        if (module := layout.module_of(name)) in with_factors and layout.name_of(name) == f"{module}.bias"
+    }
+
+
+def _better_whole(plan: Plan, names: Collection[str], biases: Mapping[str, str]) -> set[str]:
+    """The carried weights that are kept whole, since their factors would keep something else out."""
+    stacked = any(place.kind.stacked for places in plan.carried.values() for place in places)
+    with_bias = set(biases.values())
+    loose = _modules_of_loose_parameters(plan, names)
+
+    def better(place: Place) -> bool:
+        if _yields(place.kind) and any(place.module.startswith(f"{module}.") for module in loose):
+            return True  # ViT's patches beside its class token.
+        return place.module in with_bias if stacked else bool(biases) and place.kind is EMBEDDING
+
+    return {weight for weight, places in plan.carried.items() if any(map(better, places))}
+
+
+def _yields(kind: LayerKind) -> bool:
+    """Whether layers of this kind are small enough to be kept whole with what lies beside them."""
+    return kind is EMBEDDING or bool(kind.kernel)
+
+
+def _modules_of_loose_parameters(plan: Plan, names: Collection[str]) -> set[str]:
+    """The modules with parameters of their own that hold no layers with factors but those that yield."""
+    layout = plan.layout
+    own = {layout.module_of(name) for name in names if name not in plan.carried}
+    others = {
+        module.rpartition(".")[0] for places in plan.carried.values() for module, kind, _ in places if not _yields(kind)
+    }
+    above = {".".join(parts[:depth]) for parts in (o.split(".") for o in others) for depth in range(1, len(parts) + 1)}
+    return own - above
+
+
+def _own(weight: str, layout: Layout) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    names = layout.names_of(weight)
+    return tuple(name.rpartition(".")[0] for name in names), names
 
 
 def _blocked(plan: Plan, free: Collection[str]) -> set[str]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.layout import KINDS
+from peft_posthoc.kinds import FILED
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -52,6 +52,11 @@ class Stored(NamedTuple):
     """By module, what is added to its bias: LoRA's, its scale folded in."""
     whole: Mapping[str, Tensor]
     """By the model's name, what takes the place of the base's tensor (`modules_to_save`)."""
+    stacked: Mapping[str, Factors]
+    """By the module that holds them in the file, the factors of stacked experts, packed and without their scale."""
+    target_parameters: tuple[str, ...]
+    """The ends of the names of the parameters that these belong to."""
+    scale: Scale
 
 
 def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -137,31 +142,37 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
     try:
         config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(where / WEIGHTS)
-        scale = _Scale(config)
+        scale = Scale(config)
     except (OSError, ValueError, SafetensorError, KeyError, TypeError, re.error) as error:
         raise AdapterError(f"`{where}` is not a readable LoRA adapter: {error}.") from error
     factors: dict[str, Factors] = {}
     biases: dict[str, Tensor] = {}
-    for kind in KINDS:
+    stacked: dict[str, Factors] = {}
+    parameters = tuple(config.get("target_parameters") or ())
+    stacks = tuple(parameter.rpartition(".")[0] for parameter in parameters)
+    for kind in FILED:
         for name in [name for name in tensors if name.endswith(f".{kind.a_key}")]:
             stem = name.removesuffix(kind.a_key)
             if f"{stem}{kind.b_key}" not in tensors:
                 raise AdapterError(f"`{where}` holds `{name}` without `{stem}{kind.b_key}`.")
             module = stem.removeprefix(PREFIX).removesuffix(".")
             a, b = kind.factors(tensors.pop(name), tensors.pop(f"{stem}{kind.b_key}"))
+            if module.replace(".base_layer", "").endswith(stacks):
+                stacked[module] = Factors(a.float(), b.float())
+                continue
             factors[module] = Factors(a.float(), b.float() * scale.of(module, len(a)))
             bias = tensors.pop(f"{stem}{_BIAS}", None)
             if bias is not None:
                 biases[module] = bias.float() * scale.of(module, len(a))
     whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if _is_whole(name, config)}
     strangers = sorted(name for name in tensors if name.removeprefix(PREFIX) not in whole)
-    if strangers or not factors:
+    if strangers or not (factors or stacked):
         names = ", ".join(strangers[:5]) or "nothing else"
         raise AdapterError(f"`{where}` holds tensors that are no LoRA factors: {names}.")
-    return Stored(factors, biases, whole)
+    return Stored(factors, biases, whole, stacked, parameters, scale)
 
 
-class _Scale:
+class Scale:
     """What PEFT multiplies a module's factors with."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -174,6 +185,7 @@ class _Scale:
         self._stabilized = bool(config.get("use_rslora"))
 
     def of(self, module: str, rank: int) -> float:
+        """What the product of factors of that rank is multiplied with."""
         alpha = next((own for pattern, own in self._alphas.items() if pattern.match(module)), self._alpha)
         return float(alpha / (rank**0.5 if self._stabilized else rank))
 

@@ -11,7 +11,8 @@ import torch
 
 from peft_posthoc.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
-from peft_posthoc.layout import LayerKind, Layout, Place, layout_of
+from peft_posthoc.kinds import LayerKind
+from peft_posthoc.layout import Layout, Place, Role, layout_of
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -71,18 +72,29 @@ class Plan:
         return self.left_out.get(name, "neither checkpoint has it")
 
 
-def by_flags(*, embeddings: bool = False, head: bool = False) -> Choice:
-    """Carry all layers, and token embeddings and the head where asked for.
+_FLAGS: Mapping[Role, str] = {
+    "convolution": "--conv",
+    "embedding": "--embeddings",
+    "expert": "--experts",
+    "head": "--head",
+}
+
+
+def by_flags(*, embeddings: bool = False, head: bool = False, conv: bool = False, experts: bool = False) -> Choice:
+    """Carry all layers, and token embeddings, the head, convolutions and experts where asked for.
 
     Where the two are tied they are one weight, and either flag carries it in both places: half of it is no model.
     """
+    asked = {"embedding": embeddings, "head": head, "convolution": conv, "expert": experts}
+    wanted = {"layer", *(role for role, flag in asked.items() if flag)}
 
     def choose(places: Sequence[Place]) -> tuple[list[Place], str]:
         roles = {place.role for place in places}
-        wanted = {"layer"} | ({"embedding"} if embeddings else set()) | ({"head"} if head else set())
+        if places[0].kind.stacked and not places[0].module.endswith("]"):
+            return [], "bias of experts (carried with --form peft)"
         if roles & wanted:
             return list(places), ""
-        flags = " or ".join(f"--{'embeddings' if role == 'embedding' else 'head'}" for role in sorted(roles))
+        flags = " or ".join(_FLAGS[role] for role in sorted(roles))
         return [], f"{' and '.join(sorted(roles))} (carried with {flags})"
 
     return choose
@@ -101,6 +113,7 @@ def make_plan(
     exclude: Iterable[str] = (),
     choose: Choice | None = None,
     leave_out: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
 ) -> Plan:
     """Decide for every tensor of both checkpoints whether and where it is carried.
 
@@ -111,6 +124,7 @@ def make_plan(
         exclude: The same: not these.
         choose: Which modules to adapt; `by_flags()` if None.
         leave_out: By name, tensors that are not carried, and why.
+        layout: Of both; asked of them if None.
 
     Raises:
         MismatchError: The two are not states of one model; every tensor whose shapes differ is named.
@@ -126,7 +140,7 @@ def make_plan(
     told = leave_out or {}
     _same_shapes(base.headers, tuned.headers, {*(excluded or ()), *told})
     choose = choose or by_flags()
-    layout = layout_of(base, tuned).without_ties(set(tuned.headers) - set(base.headers))
+    layout = (layout or layout_of(base, tuned)).without_ties(set(tuned.headers) - set(base.headers))
     carried: dict[str, tuple[Place, ...]] = {}
     left_out: dict[str, str] = {}
     for name in names:
@@ -218,7 +232,12 @@ def _decide(
     places = layout.places(name)
     if places and places[0].kind.size(header.shape) is not None:
         return choose(places)
-    owner = layout.classes.get(layout.module_of(name))
+    if layout.of_experts(name):
+        return [], f"expert (carried with {_FLAGS['expert']})"
+    module = layout.module_of(name)
+    if module in layout.mistaken:
+        return [], "layer beside experts (PEFT drops its factors; carried with --experts per-expert or --form peft)"
+    owner = layout.classes.get(module)
     where = f"{owner or 'its module'}" if owner is not None else f"no such module in {layout.origin}"
     return [], f"no LoRA form for this tensor ({where})"
 

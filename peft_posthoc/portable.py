@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.layout import matched, target_modules
+from peft_posthoc.fused import pack, places_in_file, target_parameters, targeted_stacks
+from peft_posthoc.kinds import LINEAR
+from peft_posthoc.layout import Stack, is_of_an_expert, matched, target_modules
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.plan import Plan
 
@@ -28,6 +30,7 @@ _TOGETHER = (
     ("query", "key", "value"),
     ("q", "k", "v"),
 )
+_OF_AN_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
 class Portable:
@@ -43,7 +46,7 @@ class Portable:
         Raises:
             AdapterError: PEFT cannot be told to adapt these modules without others that have no LoRA form.
         """
-        return targeted(_complete(adapter.factors, adapter.plan), adapter.plan)
+        return targeted(_complete(_plain(adapter), adapter.plan), adapter.plan)
 
     def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         """The file's tensors, padded to one rank, in the saved dtype, on the CPU.
@@ -63,12 +66,13 @@ class Portable:
                 if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                     raise AdapterError(f"The factors of `{module}` overflow {dtype}. Choose another `--dtype`.")
             tensors |= kind.tensors(f"{PREFIX}{module}", a, b)
-        return tensors
+        return tensors | stacked_tensors(adapter, rank)
 
     def bytes(self, adapter: Adapter) -> dict[str, int]:
         """What each module takes in the file."""
         rank, item = self.rank(adapter), adapter.dtype.itemsize
-        slots = {module: adapter.plan.slots[module] for module in self.modules(adapter)}
+        stacked = (unit for stack in stacks_of(adapter) for unit in stack.units)
+        slots = {module: adapter.plan.slots[module] for module in [*self.modules(adapter), *stacked]}
         return {module: rank * (m + n) * item for module, (_, m, n) in slots.items()}
 
     def whole(self, adapter: Adapter) -> dict[str, int]:
@@ -82,14 +86,24 @@ class Portable:
         return plan
 
     def warnings(self, adapter: Adapter) -> list[str]:
-        """None."""
-        del adapter
+        """Where it cannot be for all."""
+        layout = adapter.plan.layout
+        if stacks_of(adapter):
+            return ["Stacked experts (`target_parameters`) need PEFT 0.19, and an engine that takes them so."]
+        if layout.mistaken and any(map(is_of_an_expert, adapter.factors)):
+            return [
+                "For serving engines only: PEFT on transformers 5 drops the factors of the dense MLPs beside the "
+                "experts, in silence. For PEFT, `--form peft`."
+            ]
         return []
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """The file's configuration."""
         layout, rank = adapter.plan.layout, self.rank(adapter)
-        return {
+        stacks = stacks_of(adapter)
+        # Left out where there are none: older versions of PEFT do not know it.
+        stacked = {"target_parameters": target_parameters(stacks)} if stacks else {}
+        return stacked | {
             "base_model_name_or_path": adapter.provenance["base"],
             "bias": "none",
             "fan_in_fan_out": layout.fan_in_fan_out,
@@ -107,6 +121,31 @@ class Portable:
 
 
 PORTABLE = Portable()
+
+
+def _plain(adapter: Adapter) -> list[str]:
+    """The modules with factors, without the stacked parameters."""
+    return [module for module in adapter.factors if not adapter.plan.slots[module].kind.stacked]
+
+
+def stacks_of(adapter: Adapter) -> list[Stack]:
+    """The stacked experts in the file."""
+    return targeted_stacks(adapter.factors, adapter.plan.layout)
+
+
+def stacked_tensors(adapter: Adapter, rank: int) -> dict[str, Tensor]:
+    """The file's tensors of the stacked experts, all padded to this rank.
+
+    Raises:
+        AdapterError: A factor overflows the dtype.
+    """
+    stacks = stacks_of(adapter)
+    places = places_in_file(stacks)
+    tensors: dict[str, Tensor] = {}
+    for stack in stacks:
+        packed = pack(stack, adapter.factors, rank, adapter.dtype)
+        tensors |= LINEAR.tensors(f"{PREFIX}{places[stack.name]}", *packed)
+    return tensors
 
 
 def targeted(chosen: Iterable[str], plan: Plan) -> list[str]:
@@ -143,7 +182,7 @@ def _complete(carried: Iterable[str], plan: Plan) -> set[str]:
         by_pattern.setdefault(_pattern(module), []).append(module)
     for module in list(chosen):
         stem, dot, leaf = module.rpartition(".")
-        for group in _TOGETHER:
+        for group in (*_TOGETHER, *(_OF_AN_EXPERT if is_of_an_expert(module) else ())):
             if leaf in group:
                 chosen |= {sibling for part in group if (sibling := f"{stem}{dot}{part}") in plan.slots}
     for pattern in {_pattern(module) for module in chosen}:

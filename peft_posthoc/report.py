@@ -85,6 +85,8 @@ class Report:
     rows: tuple[Row, ...]
     totals: Totals
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What was decided to compare the two checkpoints: of their names, and the like."""
     provenance: Mapping[str, Any]
 
     @classmethod
@@ -93,7 +95,7 @@ class Report:
         rows = tuple(_rows(adapter))
         totals = _totals(rows, adapter.form.rank(adapter))
         warnings = (*adapter.form.warnings(adapter), *_warnings(rows, totals))
-        return cls(rows, totals, warnings, adapter.provenance)
+        return cls(rows, totals, warnings, adapter.notes, adapter.provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -101,6 +103,7 @@ class Report:
             "format": 1,
             "totals": asdict(self.totals),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "provenance": dict(self.provenance),
             "rows": [asdict(row) for row in self.rows],
         }
@@ -130,7 +133,7 @@ class Report:
         ]
         if self.provenance["layout"] == GUESSED:
             lines.append("No configuration or module was there to ask: linear layers were told by names and shapes.")
-        return [*lines, *(f"Warning: {warning}" for warning in self.warnings)]
+        return [*lines, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
 
 
 def _rows(adapter: Adapter) -> Iterable[Row]:

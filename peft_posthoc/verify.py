@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,9 +15,12 @@ from tqdm import tqdm
 
 from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
 from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.experts import experts_in
 from peft_posthoc.extract import pick_device, read_pairs
 from peft_posthoc.factor import Pair, difference, frobenius
+from peft_posthoc.fused import unpacked
 from peft_posthoc.layout import Place
+from peft_posthoc.match import match
 from peft_posthoc.peft_format import Factors, Stored, read_folder
 from peft_posthoc.plan import Plan, everything, make_plan
 from peft_posthoc.report import shorten
@@ -116,6 +119,7 @@ def verify(
     prompts: Sequence[str] = (),
     token_ids: Sequence[Sequence[int]] = (),
     outputs: bool = True,
+    rename: str | Iterable[str] = (),
     device: str = "cpu",
     progress: bool = False,
 ) -> Verification:
@@ -130,6 +134,7 @@ def verify(
         prompts: Texts to compare the models' outputs on; needs a tokenizer beside the model.
         token_ids: The same, already tokenized. Without either, a few built-in texts, or random tokens.
         outputs: Compare outputs too, not only weights. It loads the models with transformers, one after the other.
+        rename: As in `extract`.
         device: Where to compute.
         progress: Show progress bars on stderr.
 
@@ -139,9 +144,13 @@ def verify(
         MismatchError: Base and tuned are not states of one model.
     """
     where = pick_device(device)
-    before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     stored = read_folder(adapter)
-    plan = make_plan(before, after, choose=everything)
+    before, after, layout, _ = match(
+        *opened, rules=[rename] if isinstance(rename, str) else list(rename), experts=experts_in(stored)
+    )
+    stored = unpacked(stored, layout)
+    plan = make_plan(before, after, choose=everything, layout=layout)
     _fits(stored, plan, adapter)
     weights = _compare_weights(before, after, stored, plan, where, progress=progress)
     delta = sum(weight.delta**2 for weight in weights)

@@ -3,7 +3,8 @@ import torch
 import transformers
 
 from peft_posthoc import open_checkpoint
-from peft_posthoc.layout import CONV1D, EMBEDDING, LINEAR, PLAIN_DECODERS, layout_of, matched, target_modules
+from peft_posthoc.kinds import CONV1D, EMBEDDING, LINEAR
+from peft_posthoc.layout import PLAIN_DECODERS, layout_of, matched, target_modules
 from tests import architectures, models
 
 

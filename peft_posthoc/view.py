@@ -1,0 +1,66 @@
+"""A checkpoint seen under other names or in other pieces, each made when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from peft_posthoc.checkpoint import Checkpoint, Header
+
+
+class Piece(NamedTuple):
+    """A tensor that is made of others."""
+
+    sources: tuple[str, ...]
+    """In the checkpoint itself."""
+    header: Header
+    make: Callable[..., Tensor]
+    """From the sources, in their order."""
+
+
+class View:
+    """Another checkpoint, with other tensors made of its own."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pieces: Mapping[str, Piece],
+        *,
+        folder: Path | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        """Wrap a checkpoint.
+
+        Args:
+            checkpoint: What is read.
+            pieces: By the name it is seen under, every tensor.
+            folder: Where transformers can load the model from all the same.
+            module: The live module that has these names, if there is one.
+        """
+        self._checkpoint = checkpoint
+        self._pieces = pieces
+        self.folder = folder
+        self.module = module
+        self.label = checkpoint.label
+        self.revision = checkpoint.revision
+        self.identity: Any = checkpoint.identity
+        self.config = checkpoint.config
+        self.sequential = checkpoint.sequential
+        self.headers = {name: piece.header for name, piece in pieces.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        piece = self._pieces[name]
+        return piece.make(*(self._checkpoint.read(source) for source in piece.sources))
+
+
+def same(checkpoint: Checkpoint, name: str) -> Piece:
+    """A tensor of the checkpoint as it is."""
+    return Piece((name,), checkpoint.headers[name], _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
