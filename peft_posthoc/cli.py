@@ -102,11 +102,23 @@ _MODELS = _options(
         metavar="'REGEX=>NAME'",
         help="Rename tensors of both before they are compared.",
     ),
+    click.option(
+        "--serve-as",
+        metavar="CLASS",
+        help="The class, or a model's folder, that the adapter is for.  [default: BASE's]",
+    ),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
 )
 RANK = _options(
     click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every delta.  [default: 32]"),
     click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy."),
+)
+_VOCAB = click.option(
+    "--vocab",
+    type=click.Choice(("error", "truncate", "extend")),
+    default="error",
+    show_default=True,
+    help="Where the vocabularies differ: stop, compare what both have, or keep tuned's embeddings whole (--form peft).",
 )
 DTYPE = click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
 FORM = click.option(
@@ -162,6 +174,7 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
 @FORM
 @CHOICE
+@_VOCAB
 @_MODELS
 @_OUTPUT
 def extract(

@@ -22,6 +22,7 @@ from peft_posthoc.errors import PosthocError, ShareDone
 from peft_posthoc.exact import EXACT
 from peft_posthoc.experts import Experts
 from peft_posthoc.factor import Outcome, Pair, factor_pairs
+from peft_posthoc.layout import GUESSED, Layout
 from peft_posthoc.match import match
 from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
 from peft_posthoc.portable import PORTABLE
@@ -29,6 +30,7 @@ from peft_posthoc.processes import ALONE, Processes
 from peft_posthoc.rank import Rank, RankRule, as_rule, describe, fixed
 from peft_posthoc.spool import Spool
 from peft_posthoc.svd import cost
+from peft_posthoc.vocabulary import Vocab
 
 FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
 
@@ -50,6 +52,8 @@ def extract(
     choose: Choice | None = None,
     leave_out: Mapping[str, str] | None = None,
     rename: str | Iterable[str] = (),
+    serve_as: str | None = None,
+    vocab: str = "error",
     rank_pattern: Mapping[str, int] | None = None,
     form: str = "portable",
     exact: bool = False,
@@ -82,6 +86,10 @@ def extract(
         leave_out: By name, tensors that are not carried, and the reason that the report gives.
         rename: `regex=>replacement` rules over the tensor names of both, each applied to what the one before left.
             Names that differ as transformers 4's and 5's do, or in what they begin with, are brought together without.
+        serve_as: The class that the adapter is for, or the folder of a model of that class, where it is not the base's:
+            it decides what modules are called (`Gemma3ForCausalLM` for the language model in a `Gemma3` with images).
+        vocab: What to do where base and tuned have vocabularies of different sizes: `error`; `truncate`, compare what
+            both have; or `extend`, keep the tuned embeddings and head whole (in the `peft` form).
         rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
         form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it: each
             layer at its own rank, embeddings and head as well, and biases, norms and other small tensors whole.
@@ -110,17 +118,26 @@ def extract(
     where = pick_device(device)
     mixture = experts_of(experts, form)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    before, after, layout, notes = match(*opened, rules=rename, experts=mixture)
+    before, after, layout, whole, notes = match(
+        *opened, rules=rename, serve_as=serve_as, experts=mixture, vocab=vocab_of(vocab, form), of_tuned=form == "peft"
+    )
     carry_experts = mixture != "none"
     flags = by_flags(embeddings=embeddings, head=head, conv=conv, experts=carry_experts)
     if form == "peft":
         flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
     plan = make_plan(
-        before, after, include=include, exclude=exclude, choose=choose or flags, leave_out=leave_out, layout=layout
+        before,
+        after,
+        include=include,
+        exclude=exclude,
+        choose=choose or flags,
+        leave_out=leave_out,
+        layout=layout,
+        whole=whole,
     )
     rules = rules_of(plan, rank, rank_pattern or {})
     plan = plan.only(rules, "no rank is given for it")
-    plan = kind.keep(plan, _may_be_kept(before, after, include, exclude, but=leave_out or ()))
+    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out or ()))
     options = {
         "rule": _told(rules),
         "rank_pattern": dict(rank_pattern or {}),
@@ -131,6 +148,8 @@ def extract(
         "conv": conv,
         "experts": mixture,
         "rename": rename,
+        "serve_as": serve_as,
+        "vocab": vocab,
         "exact": exact,
         "device": where.type,
         "form": form,
@@ -184,15 +203,40 @@ def experts_of(given: str | None, form: str) -> Experts:
     return cast(Experts, given or ("fused" if form == "peft" else "none"))
 
 
+def vocab_of(given: str, form: str) -> Vocab:
+    """What to do about vocabularies of different sizes.
+
+    Raises:
+        ValueError: There is no such way, or not in this form.
+    """
+    if given not in get_args(Vocab):
+        raise ValueError(f"`vocab` must be one of {', '.join(get_args(Vocab))}. Got {given!r}.")
+    if given == "extend" and form != "peft":
+        raise ValueError("`--vocab extend` keeps embeddings whole, which only `--form peft` can.")
+    return cast(Vocab, given)
+
+
 def _may_be_kept(
-    base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude: Sequence[str], *, but: Collection[str]
+    base: Checkpoint,
+    tuned: Checkpoint,
+    layout: Layout,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    but: Collection[str],
 ) -> list[str]:
-    """The tensors that a form may keep without factors: both have them, and they are chosen."""
-    both = (name for name, header in base.headers.items() if tuned.headers.get(name, header).shape == header.shape)
+    """The tensors that a form may keep without factors: they are chosen, and the same in base, or new in tuned."""
+
+    def fits(name: str) -> bool:
+        if name in base.headers:
+            return base.headers[name].shape == tuned.headers[name].shape
+        # A new head, whose module the tuned model's class has.
+        return layout.origin != GUESSED and layout.module_of(name) in layout.classes
+
     return [
         name
-        for name in both
-        if name in tuned.headers
+        for name in tuned.headers
+        if fits(name)
         and name not in but
         and (not include or any(re.search(pattern, name) for pattern in include))
         and not any(re.search(pattern, name) for pattern in exclude)

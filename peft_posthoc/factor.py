@@ -175,6 +175,8 @@ def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torc
 
 def _keep(pair: Pair, plan: Plan) -> Kept:
     start = time.perf_counter()
+    if pair.base is None and pair.tuned is not None:  # A new head: all of it is the difference.
+        pair = pair._replace(base=torch.zeros_like(pair.tuned))
     delta = difference(pair)
     value = delta.values if plan.kept[pair.name].as_bias or pair.tuned is None else pair.tuned.clone()
     return Kept(pair.name, value, delta.norm, delta.base_norm, time.perf_counter() - start)

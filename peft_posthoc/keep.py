@@ -20,7 +20,7 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
 
     Args:
         plan: What is carried as factors.
-        names: The tensors that may be kept: both checkpoints have them.
+        names: The tensors that may be kept: the tuned checkpoint has them.
     """
     layout = plan.layout
     biases = _biases(plan, names)
@@ -33,7 +33,7 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
     free = {
         name
         for name in set(names) - carried.keys() - biases.keys()
-        if name in kept or not any(place.module in plan.slots for place in layout.places(name))
+        if name in kept or name in plan.whole or not any(place.module in plan.slots for place in layout.places(name))
     }
     # A stack of experts is nearly the model.
     experts = {stack.name.rpartition(".")[0] for stack in layout.stacks}

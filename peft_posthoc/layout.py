@@ -130,14 +130,18 @@ class Layout:
         return "embedding" if kind is EMBEDDING else "convolution" if kind.kernel else "layer"
 
 
-def layout_of(*checkpoints: Checkpoint) -> Layout:
+def layout_of(*checkpoints: Checkpoint, of_tuned: bool = False) -> Layout:
     """Find out what kind each weight of a model is, from the first of its checkpoints that knows.
 
     A live module is asked itself. A configuration that transformers knows is built into its class on the meta device,
     but for the common decoders, of which all is known (the class takes seconds to import). Anything else goes by names
     and shapes. The task is the last one's: a reward model made from a language model is none.
+
+    Args:
+        *checkpoints: Of one model, the tuned one last.
+        of_tuned: Ask the last one first.
     """
-    layout = _first_known(checkpoints)
+    layout = _first_known(checkpoints[::-1] if of_tuned else checkpoints)
     last = checkpoints[-1]
     name = type(last.module).__name__ if last.module is not None else architecture(last.config or {})
     other = bool(name) and name != layout.origin and task_type(name, encoder_decoder=True) is None

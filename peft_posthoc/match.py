@@ -9,6 +9,8 @@ from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.experts import Experts, see_experts
 from peft_posthoc.layout import Layout, layout_of
 from peft_posthoc.names import as_named, by_rules
+from peft_posthoc.serve import layout_to_serve
+from peft_posthoc.vocabulary import Vocab, see_vocabulary
 
 
 class Match(NamedTuple):
@@ -17,22 +19,36 @@ class Match(NamedTuple):
     base: Checkpoint
     tuned: Checkpoint
     layout: Layout
+    resized: frozenset[str]
+    """The tensors that no factors lead to, since they have other rows than the base's."""
     notes: tuple[str, ...]
     """What was decided on the way, for people."""
 
 
-def match(base: Checkpoint, tuned: Checkpoint, *, rules: Sequence[str] = (), experts: Experts = "none") -> Match:
+def match(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    rules: Sequence[str] = (),
+    serve_as: str | None = None,
+    experts: Experts = "none",
+    vocab: Vocab = "error",
+    of_tuned: bool = False,
+) -> Match:
     """See two checkpoints as two states of one model, tensor by tensor.
 
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after.
         rules: `regex=>replacement`, over the tensor names of both.
+        serve_as: The class that the adapter is for, or the folder of a model of that class, if it is not the base's.
         experts: As what the matrices of a mixture of experts are seen (`experts.see_experts`).
+        vocab: What to do about vocabularies of different sizes (`vocabulary.see_vocabulary`).
+        of_tuned: Whether the adapter is for the tuned model's class, where that is another: it may have a new head.
 
     Raises:
         MismatchError: They cannot be seen so.
-        ValueError: A rule is malformed, or changes no name.
+        ValueError: A rule is malformed, or changes no name; there is no such class.
     """
     base, told_base = by_rules(base, rules)
     tuned, told_tuned = by_rules(tuned, rules)
@@ -40,7 +56,13 @@ def match(base: Checkpoint, tuned: Checkpoint, *, rules: Sequence[str] = (), exp
     if idle := [rule for rule in rules if not any(f"--map {rule}:" in note for note in notes)]:
         names = list(tuned.headers)
         raise ValueError(f"`--map {idle[0]}` changes no tensor name. Names look like `{names[len(names) // 2]}`.")
-    layout = layout_of(base, tuned)
+    if serve_as is None:
+        layout = layout_of(base, tuned, of_tuned=of_tuned)
+    else:
+        layout, wanted = layout_to_serve(serve_as, base, tuned)
+        base, told = as_named(base, wanted, layout)
+        notes += told
     base, tuned, layout = see_experts(base, tuned, layout, experts)
     tuned, told = as_named(tuned, {name: header.shape for name, header in base.headers.items()}, layout)
-    return Match(base, tuned, layout, (*notes, *told))
+    base, tuned, resized, said = see_vocabulary(base, tuned, layout, vocab)
+    return Match(base, tuned, layout, resized, (*notes, *told, *said))

@@ -13,6 +13,7 @@ from peft_posthoc.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.kinds import LayerKind
 from peft_posthoc.layout import Layout, Place, Role, layout_of
+from peft_posthoc.vocabulary import resized, way_out
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -54,6 +55,8 @@ class Plan:
     """Of every tensor, the tuned one's where both have it."""
     kept: Mapping[str, Keep] = field(default_factory=dict)
     """By weight: what has no factors but is in the file all the same."""
+    whole: frozenset[str] = frozenset()
+    """Weights that have no factors though their modules could hold some: they have other rows than the base's."""
 
     def only(self, names: Collection[str], reason: str) -> Plan:
         """The same plan, of which only these weights are carried.
@@ -114,6 +117,7 @@ def make_plan(
     choose: Choice | None = None,
     leave_out: Mapping[str, str] | None = None,
     layout: Layout | None = None,
+    whole: Collection[str] = (),
 ) -> Plan:
     """Decide for every tensor of both checkpoints whether and where it is carried.
 
@@ -125,6 +129,7 @@ def make_plan(
         choose: Which modules to adapt; `by_flags()` if None.
         leave_out: By name, tensors that are not carried, and why.
         layout: Of both; asked of them if None.
+        whole: By name, tensors that no factors lead to.
 
     Raises:
         MismatchError: The two are not states of one model; every tensor whose shapes differ is named.
@@ -138,9 +143,9 @@ def make_plan(
     included = _matches(include, names, "include")
     excluded = _matches(exclude, names, "exclude")
     told = leave_out or {}
-    _same_shapes(base.headers, tuned.headers, {*(excluded or ()), *told})
     choose = choose or by_flags()
     layout = (layout or layout_of(base, tuned)).without_ties(set(tuned.headers) - set(base.headers))
+    _same_shapes(base, tuned, layout, {*(excluded or ()), *told})
     carried: dict[str, tuple[Place, ...]] = {}
     left_out: dict[str, str] = {}
     for name in names:
@@ -148,6 +153,8 @@ def make_plan(
             left_out[name] = told[name]
             continue
         places, reason = _decide(name, base.headers, tuned.headers, layout, choose)
+        if name in whole:
+            places, reason = [], "other rows than the base's (--vocab extend)"
         if places and ((included is not None and name not in included) or (excluded and name in excluded)):
             places, reason = [], "not chosen (--include/--exclude)"
         if places:
@@ -157,7 +164,14 @@ def make_plan(
     if not carried:
         reasons = ", ".join(sorted(set(left_out.values())))
         raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
-    return Plan(layout, carried, left_out, _slots(base.headers, layout), {**base.headers, **tuned.headers})
+    return Plan(
+        layout,
+        carried,
+        left_out,
+        _slots(base.headers, layout),
+        {**base.headers, **tuned.headers},
+        whole=frozenset(whole),
+    )
 
 
 def _plain(checkpoint: Checkpoint, role: str) -> None:
@@ -171,8 +185,11 @@ def _plain(checkpoint: Checkpoint, role: str) -> None:
 
 
 def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:
-    kinds = [(checkpoint.config or {}).get("model_type") for checkpoint in (base, tuned)]
-    if all(kinds) and kinds[0] != kinds[1]:
+    configs = [checkpoint.config or {} for checkpoint in (base, tuned)]
+    kinds = [config.get("model_type") for config in configs]
+    # A model with images may be compared with its language model.
+    parts = [{config.get("model_type"), (config.get("text_config") or {}).get("model_type")} for config in configs]
+    if all(kinds) and not (parts[0] & parts[1]) - {None}:
         raise MismatchError(
             f"Two different architectures: `{base.label}` is a {kinds[0]}, `{tuned.label}` a {kinds[1]}. A delta needs "
             "the base that the fine-tune started from."
@@ -184,12 +201,13 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:
         )
 
 
-def _same_shapes(base: Mapping[str, Header], tuned: Mapping[str, Header], excluded: set[str]) -> None:
-    wrong = [
-        f"`{name}` {list(base[name].shape)} against {list(tuned[name].shape)}"
-        for name in base
-        if name in tuned and base[name].shape != tuned[name].shape and name not in excluded
-    ]
+def _same_shapes(base: Checkpoint, tuned: Checkpoint, layout: Layout, excluded: set[str]) -> None:
+    before, after = base.headers, tuned.headers
+    names = [n for n in before if n in after and before[n].shape != after[n].shape and n not in excluded]
+    rows = resized(base, tuned, layout)
+    if names and all(name in rows for name in names):
+        raise MismatchError(way_out(names, rows[names[0]]))
+    wrong = [f"`{name}` {list(before[name].shape)} against {list(after[name].shape)}" for name in names]
     if wrong:
         raise MismatchError(
             f"{len(wrong)} tensors have other shapes in base and tuned: {'; '.join(wrong)}. Give the base that the "

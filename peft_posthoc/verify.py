@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,25 +13,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
-from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.errors import AdapterError
 from peft_posthoc.experts import experts_in
 from peft_posthoc.extract import pick_device, read_pairs
 from peft_posthoc.factor import Pair, difference, frobenius
 from peft_posthoc.fused import unpacked
 from peft_posthoc.layout import Place
 from peft_posthoc.match import match
+from peft_posthoc.outputs import Outputs, compare_outputs
 from peft_posthoc.peft_format import Factors, Stored, read_folder
 from peft_posthoc.plan import Plan, everything, make_plan
 from peft_posthoc.report import shorten
 
 # Values of a weight compared at a time.
 _BLOCK = 1 << 21
-# Said to the models when the user gives nothing to say.
-PROMPTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "def mean(values):\n    return sum(values) / len(values)",
-    "Question: What is the capital of France?\nAnswer:",
-)
 
 
 @dataclass(frozen=True)
@@ -48,18 +42,6 @@ class WeightRow:
     """`||b @ a - delta|| / ||delta||`; 1 for what the adapter does not carry, None where nothing changed."""
     delta_cosine: float | None
     """Of b @ a and delta; 0 for what the adapter does not carry, None where nothing changed."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """How far a model's outputs are from the tuned model's."""
-
-    kl: float | None
-    """KL(tuned || model) per token, in nats; None for a model without logits."""
-    top1: float | None
-    """Share of the tokens at which both would say the same next; None for a model without logits."""
-    relative_error: float
-    """Of the logits, or of the last hidden states."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +102,7 @@ def verify(
     token_ids: Sequence[Sequence[int]] = (),
     outputs: bool = True,
     rename: str | Iterable[str] = (),
+    serve_as: str | None = None,
     device: str = "cpu",
     progress: bool = False,
 ) -> Verification:
@@ -135,6 +118,7 @@ def verify(
         token_ids: The same, already tokenized. Without either, a few built-in texts, or random tokens.
         outputs: Compare outputs too, not only weights. It loads the models with transformers, one after the other.
         rename: As in `extract`.
+        serve_as: As in `extract`.
         device: Where to compute.
         progress: Show progress bars on stderr.
 
@@ -146,11 +130,17 @@ def verify(
     where = pick_device(device)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     stored = read_folder(adapter)
-    before, after, layout, _ = match(
-        *opened, rules=[rename] if isinstance(rename, str) else list(rename), experts=experts_in(stored)
+    found = match(
+        *opened,
+        rules=[rename] if isinstance(rename, str) else list(rename),
+        serve_as=serve_as,
+        experts=experts_in(stored),
+        vocab="extend" if stored.whole else "truncate",
+        of_tuned=bool(stored.whole),
     )
-    stored = unpacked(stored, layout)
-    plan = make_plan(before, after, choose=everything, layout=layout)
+    before, after = found.base, found.tuned
+    stored = unpacked(stored, found.layout)
+    plan = make_plan(before, after, choose=everything, layout=found.layout, whole=found.resized)
     _fits(stored, plan, adapter)
     weights = _compare_weights(before, after, stored, plan, where, progress=progress)
     delta = sum(weight.delta**2 for weight in weights)
@@ -160,7 +150,9 @@ def verify(
     carried = [weight.row for weight in weights if weight.row.delta_cosine is not None and weight.product > 0]
     adapted, alone, note = None, None, "not asked for"
     if outputs:
-        adapted, alone, note = _compare_outputs(before, after, adapter, prompts, token_ids, where, progress=progress)
+        adapted, alone, note = compare_outputs(
+            before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
+        )
     return Verification(
         rows=tuple(weight.row for weight in weights),
         cosine=inner / math.sqrt(delta * product) if delta and product else 0.0,
@@ -206,8 +198,11 @@ def _compare_weights(
     progress: bool,
 ) -> list[_Weight]:
     compared = []
+    new_heads = {name for name in plan.headers if set(plan.layout.names_of(name)) & stored.whole.keys()}
     with read_pairs(base, tuned, plan.headers) as pairs:
         for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
+            if pair.base is None and pair.tuned is not None and pair.name in new_heads:
+                pair = pair._replace(base=torch.zeros_like(pair.tuned))
             if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
                 continue
             if not pair.base.dtype.is_floating_point:
@@ -276,107 +271,6 @@ def _over(part: float, whole: float) -> float:
 def _inner(x: Tensor, y: Tensor) -> float:
     """The sum of products, in float64."""
     return float(torch.dot(x.reshape(-1).double(), y.reshape(-1).double()))
-
-
-def _compare_outputs(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    adapter: str | PathLike[str],
-    prompts: Sequence[str],
-    token_ids: Sequence[Sequence[int]],
-    device: torch.device,
-    *,
-    progress: bool,
-) -> tuple[Outputs | None, Outputs | None, str]:
-    names = [(checkpoint.config or {}).get("architectures") or [None] for checkpoint in (base, tuned)]
-    if base.folder is None or tuned.folder is None:
-        return None, None, "only checkpoints in folders or on the hub are loaded as models"
-    if names[0][0] is None or names[0][0] != names[1][0]:
-        return None, None, f"the configurations name no common model class ({names[0][0]} and {names[1][0]})"
-    import peft
-    import transformers
-
-    if not hasattr(transformers, names[0][0]):
-        return None, None, f"transformers knows no class {names[0][0]}"
-    inputs, note = _inputs(base, tuned, prompts, token_ids)
-    with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
-        wanted = _say(_load(tuned.folder, names[0][0], device), inputs)
-        bar.update()
-        model = _load(base.folder, names[0][0], device)
-        alone = _distance(_say(model, inputs), wanted, has_logits=_has_logits(model))
-        bar.update()
-        adapted = _distance(
-            _say(peft.PeftModel.from_pretrained(model, str(adapter)), inputs), wanted, has_logits=_has_logits(model)
-        )
-        bar.update()
-    return adapted, alone, note
-
-
-def _load(folder: Path, class_name: str, device: torch.device) -> Any:
-    import transformers
-
-    model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.to(device).eval()
-
-
-def _inputs(
-    base: Checkpoint, tuned: Checkpoint, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]
-) -> tuple[list[Tensor], str]:
-    if token_ids:
-        return [torch.tensor([list(ids)]) for ids in token_ids], f"on {len(token_ids)} given sequences of token ids"
-    texts = list(prompts) or list(PROMPTS)
-    tokenizer = _tokenizer(tuned) or _tokenizer(base)
-    if tokenizer is not None:
-        encoded = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
-        return [ids for ids in encoded if ids.numel()], f"on {len(texts)} {'given' if prompts else 'built-in'} prompts"
-    if prompts:
-        raise CheckpointError(f"No tokenizer beside `{tuned.label}` or `{base.label}` for the prompts. Give token ids.")
-    config = base.config or {}
-    vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0)
-    if not vocabulary:
-        raise CheckpointError(f"The configuration of `{base.label}` gives no vocabulary size. Give token ids.")
-    random = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (8, 32), generator=random)], "on 8 sequences of 32 random tokens"
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
-    if checkpoint.folder is None:
-        return None
-    if any((checkpoint.folder / file).is_file() for file in files):
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    if checkpoint.revision is not None:
-        return AutoTokenizer.from_pretrained(checkpoint.label, revision=checkpoint.revision)
-    return None
-
-
-def _has_logits(model: Any) -> bool:
-    return model.get_output_embeddings() is not None
-
-
-@torch.no_grad()
-def _say(model: Any, inputs: Sequence[Tensor]) -> Tensor:
-    """Logits, or last hidden states, of all tokens: tokens x values."""
-    device = next(model.parameters()).device
-    said = []
-    for ids in inputs:
-        extra = {"decoder_input_ids": ids.to(device)} if model.config.is_encoder_decoder else {}
-        output = model(input_ids=ids.to(device), **extra)
-        values = output.logits if hasattr(output, "logits") else output.last_hidden_state
-        said.append(values.reshape(-1, values.shape[-1]).float().cpu())
-    return torch.cat(said)
-
-
-def _distance(said: Tensor, wanted: Tensor, *, has_logits: bool) -> Outputs:
-    relative_error = frobenius(said - wanted) / frobenius(wanted)
-    if not has_logits:
-        return Outputs(None, None, relative_error)
-    log_wanted, log_said = (torch.log_softmax(values.double(), dim=-1) for values in (wanted, said))
-    kl = float((log_wanted.exp() * (log_wanted - log_said)).sum(-1).mean())
-    top1 = float((said.argmax(-1) == wanted.argmax(-1)).double().mean())
-    return Outputs(max(kl, 0.0), top1, relative_error)
 
 
 def _number(value: float | None, digits: int = 4) -> str:
