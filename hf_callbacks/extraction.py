@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peft_posthoc.extract import extract, form_of
+from peft_posthoc.extract import extract
+from peft_posthoc.prepare import form_of
 from peft_posthoc.rank import RankRule, as_rule, fixed, keep_energy
 
 

@@ -19,8 +19,9 @@ from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
 from peft_posthoc.cli import CHOICE, DTYPE, FORM, RANK, dtype_of, one_line_errors, rule_of, show
+from peft_posthoc.device import pick_device
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.extract import extract, pick_device
+from peft_posthoc.extract import extract
 from peft_posthoc.folder import Folder
 from peft_posthoc.peft_format import check_target
 from peft_posthoc.plan import make_plan

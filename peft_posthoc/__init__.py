@@ -13,6 +13,7 @@ from peft_posthoc.errors import (
     PosthocError,
 )
 from peft_posthoc.extract import extract
+from peft_posthoc.preflight import Preflight, preflight
 from peft_posthoc.rank import RankRule, Spectrum, fixed, keep_energy
 from peft_posthoc.report import Report
 from peft_posthoc.svd import LowRank, truncated_svd
@@ -32,6 +33,7 @@ __all__ = [
     "MissingExtraError",
     "NothingToCarryError",
     "PosthocError",
+    "Preflight",
     "RankRule",
     "Report",
     "Spectrum",
@@ -42,6 +44,7 @@ __all__ = [
     "keep_energy",
     "open_checkpoint",
     "patch_peft",
+    "preflight",
     "truncated_svd",
     "verify",
 ]

@@ -172,6 +172,7 @@ def main() -> None:
 @DTYPE
 @click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
+@click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
 @FORM
 @CHOICE
 @_VOCAB
@@ -185,6 +186,7 @@ def extract(
     energy: float | None,
     dtype: str | None,
     force: bool,
+    dry_run: bool,
     quiet: bool,
     json_to: str | None,
     debug: bool,
@@ -195,11 +197,16 @@ def extract(
     rule = rule_of(rank, energy)
     from peft_posthoc.extract import extract as run
     from peft_posthoc.peft_format import check_target
+    from peft_posthoc.preflight import preflight
     from peft_posthoc.processes import Processes
 
     # Bad arguments are told before the work, not after it.
     _check_file(json_to, "--json")
     check_target(out, force=force)
+    if dry_run:
+        del options["tuned_name"]
+        show(preflight(base, tuned, rule, dtype=dtype_of(dtype), out=out, **options), json_to, quiet=quiet)
+        return
     processes = Processes.from_environment()
     try:
         adapter = run(

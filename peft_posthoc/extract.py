@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass
 from os import PathLike
-from typing import cast, get_args
 
 import torch
 from tqdm import tqdm
 
-from peft_posthoc.adapter import Adapter, Form
-from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
+from peft_posthoc.adapter import Adapter
+from peft_posthoc.checkpoint import Checkpoint, Source
 from peft_posthoc.errors import PosthocError, ShareDone
-from peft_posthoc.exact import EXACT
-from peft_posthoc.experts import Experts
 from peft_posthoc.factor import Outcome, Pair, factor_pairs
-from peft_posthoc.layout import GUESSED, Layout
-from peft_posthoc.match import match
-from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
-from peft_posthoc.portable import PORTABLE
+from peft_posthoc.plan import Choice, Plan
+from peft_posthoc.preflight import check
+from peft_posthoc.prepare import prepare
 from peft_posthoc.processes import ALONE, Processes
-from peft_posthoc.rank import Rank, RankRule, as_rule, describe, fixed
+from peft_posthoc.rank import Rank, RankRule, fixed
 from peft_posthoc.spool import Spool
 from peft_posthoc.svd import cost
-from peft_posthoc.vocabulary import Vocab
-
-FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
 
 
 def extract(
@@ -111,49 +102,37 @@ def extract(
         ShareDone: This is not the first of several processes, and its share is done.
         ValueError: An argument makes no sense.
     """
-    include, exclude, rename = (
-        [given] if isinstance(given, str) else list(given) for given in (include, exclude, rename)
-    )
-    kind = form_of(form)
-    where = pick_device(device)
-    mixture = experts_of(experts, form)
-    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    before, after, layout, whole, notes = match(
-        *opened, rules=rename, serve_as=serve_as, experts=mixture, vocab=vocab_of(vocab, form), of_tuned=form == "peft"
-    )
-    carry_experts = mixture != "none"
-    flags = by_flags(embeddings=embeddings, head=head, conv=conv, experts=carry_experts)
-    if form == "peft":
-        flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
-    plan = make_plan(
-        before,
-        after,
+    prepared = prepare(
+        base,
+        tuned,
+        rank,
+        base_revision=base_revision,
+        tuned_revision=tuned_revision,
         include=include,
         exclude=exclude,
-        choose=choose or flags,
+        embeddings=embeddings,
+        head=head,
+        conv=conv,
+        experts=experts,
+        choose=choose,
         leave_out=leave_out,
-        layout=layout,
-        whole=whole,
+        rename=rename,
+        serve_as=serve_as,
+        vocab=vocab,
+        rank_pattern=rank_pattern,
+        form=form,
+        exact=exact,
+        device=device,
+        dtype=dtype,
     )
-    rules = rules_of(plan, rank, rank_pattern or {})
-    plan = plan.only(rules, "no rank is given for it")
-    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out or ()))
-    options = {
-        "rule": _told(rules),
-        "rank_pattern": dict(rank_pattern or {}),
-        "include": include,
-        "exclude": exclude,
-        "embeddings": embeddings,
-        "head": head,
-        "conv": conv,
-        "experts": mixture,
-        "rename": rename,
-        "serve_as": serve_as,
-        "vocab": vocab,
-        "exact": exact,
-        "device": where.type,
-        "form": form,
-    }
+    before, after, plan, rules, options = (
+        prepared.base,
+        prepared.tuned,
+        prepared.plan,
+        prepared.rules,
+        prepared.options,
+    )
+    check(prepared, out)
     spool = None
     # A rule that is any function has no name that tells it from others.
     if out is not None and before.identity and after.identity and all(is_dataclass(rule) for rule in rules.values()):
@@ -163,10 +142,10 @@ def extract(
     elif processes.size > 1:
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
-        outcomes = _outcomes(before, after, plan, rules, spool, processes, exact=exact, device=where, progress=progress)
-        return Adapter.of(
-            before, after, plan, outcomes, tuned_name=tuned_name, dtype=dtype, options=options, form=kind, notes=notes
+        outcomes = _outcomes(
+            before, after, plan, rules, spool, processes, exact=exact, device=prepared.device, progress=progress
         )
+        return prepared.adapter(outcomes, tuned_name=tuned_name)
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
@@ -175,72 +154,6 @@ def extract(
         if spool is not None and not isinstance(error, ShareDone):
             spool.remove()
         raise
-
-
-def form_of(name: str) -> Form:
-    """The form of that name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if name not in FORMS:
-        raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {name!r}.")
-    return FORMS[name]
-
-
-def experts_of(given: str | None, form: str) -> Experts:
-    """How the experts are carried: as asked for, or as is usual in the form.
-
-    Raises:
-        ValueError: There is no such way, or not in this form.
-    """
-    if given not in (None, *get_args(Experts)):
-        raise ValueError(f"`experts` must be one of {', '.join(get_args(Experts))}. Got {given!r}.")
-    if form == "peft" and given == "per-expert":
-        raise ValueError(
-            "PEFT computes with stacked experts: `--form peft` takes `--experts fused` or `none`, not `per-expert`."
-        )
-    return cast(Experts, given or ("fused" if form == "peft" else "none"))
-
-
-def vocab_of(given: str, form: str) -> Vocab:
-    """What to do about vocabularies of different sizes.
-
-    Raises:
-        ValueError: There is no such way, or not in this form.
-    """
-    if given not in get_args(Vocab):
-        raise ValueError(f"`vocab` must be one of {', '.join(get_args(Vocab))}. Got {given!r}.")
-    if given == "extend" and form != "peft":
-        raise ValueError("`--vocab extend` keeps embeddings whole, which only `--form peft` can.")
-    return cast(Vocab, given)
-
-
-def _may_be_kept(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    layout: Layout,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    *,
-    but: Collection[str],
-) -> list[str]:
-    """The tensors that a form may keep without factors: they are chosen, and the same in base, or new in tuned."""
-
-    def fits(name: str) -> bool:
-        if name in base.headers:
-            return base.headers[name].shape == tuned.headers[name].shape
-        # A new head, whose module the tuned model's class has.
-        return layout.origin != GUESSED and layout.module_of(name) in layout.classes
-
-    return [
-        name
-        for name in tuned.headers
-        if fits(name)
-        and name not in but
-        and (not include or any(re.search(pattern, name) for pattern in include))
-        and not any(re.search(pattern, name) for pattern in exclude)
-    ]
 
 
 def _outcomes(
@@ -306,54 +219,6 @@ def _cost(
         return 1e3 * values
     slot, rule = plan.slots[plan.carried[name][0].module], rules[name]
     return 1e3 * values + cost(slot.m, slot.n, rule.rank if isinstance(rule, fixed) else 32, exact=exact)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU if there is one.
-
-    Raises:
-        ValueError: There is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # One GPU for each process that torchrun started.
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"There is no device `{name}` here. Use `cpu`, or `auto` for a GPU if there is one."
-        ) from error
-    return device
-
-
-def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
-    """The rank rule of every carried weight: `rank`, but where a pattern gives its module a rank by hand.
-
-    Raises:
-        ValueError: A rank makes no sense, or is given for a weight that cannot be carried.
-    """
-    given = {name: as_rule(one) for name, one in rank.items()} if isinstance(rank, Mapping) else None
-    rule = as_rule(rank) if not isinstance(rank, Mapping) else None
-    for name in given or ():
-        if name not in plan.carried:
-            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
-    own = {pattern: as_rule(one) for pattern, one in rank_pattern.items()}
-
-    def of(weight: str, module: str) -> RankRule | None:
-        # As PEFT matches the keys of `rank_pattern`: the first that the end of the name is.
-        by_hand = next((r for pattern, r in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), None)
-        return by_hand or (rule if given is None else given.get(weight))
-
-    found = {weight: of(weight, places[0].module) for weight, places in plan.carried.items()}
-    return {weight: one for weight, one in found.items() if one is not None}
-
-
-def _told(rules: Mapping[str, RankRule]) -> str | dict[str, str]:
-    """The rules as the report tells them: one for all, or each by its weight."""
-    told = {weight: describe(rule) for weight, rule in rules.items()}
-    return told if len(set(told.values())) > 1 else next(iter(told.values()))
 
 
 @contextlib.contextmanager

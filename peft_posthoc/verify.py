@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
+from peft_posthoc.device import pick_device
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.experts import experts_in
-from peft_posthoc.extract import pick_device, read_pairs
+from peft_posthoc.extract import read_pairs
 from peft_posthoc.factor import Pair, difference, frobenius
 from peft_posthoc.fused import unpacked
 from peft_posthoc.layout import Place

@@ -1,0 +1,244 @@
+"""What an extraction will do: every choice is made, and every mistake found, before a tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+import torch
+
+from peft_posthoc.adapter import Adapter, Form
+from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
+from peft_posthoc.device import pick_device
+from peft_posthoc.exact import EXACT
+from peft_posthoc.experts import Experts
+from peft_posthoc.factor import Outcome
+from peft_posthoc.layout import GUESSED, Layout
+from peft_posthoc.match import match
+from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
+from peft_posthoc.portable import PORTABLE
+from peft_posthoc.rank import Rank, RankRule, as_rule, describe
+from peft_posthoc.vocabulary import Vocab
+
+FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Two checkpoints, and what is to be done with each of their tensors."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    plan: Plan
+    rules: Mapping[str, RankRule]
+    """By carried weight."""
+    form: Form
+    device: torch.device
+    dtype: torch.dtype
+    """Of the saved factors."""
+    options: Mapping[str, Any]
+    """What was asked for, as plain JSON values."""
+    notes: tuple[str, ...]
+    """What was decided to compare the two: of their names, and the like."""
+
+    def adapter(self, outcomes: Iterable[Outcome], *, tuned_name: str | None = None) -> Adapter:
+        """The adapter, from what is known of every tensor.
+
+        Raises:
+            NothingToCarryError: No layer was factored.
+        """
+        return Adapter.of(
+            self.base,
+            self.tuned,
+            self.plan,
+            outcomes,
+            tuned_name=tuned_name,
+            dtype=self.dtype,
+            options=self.options,
+            form=self.form,
+            notes=self.notes,
+        )
+
+
+def prepare(
+    base: Source,
+    tuned: Source,
+    rank: Rank | Mapping[str, Rank],
+    *,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    embeddings: bool = False,
+    head: bool = False,
+    conv: bool = False,
+    experts: str | None = None,
+    choose: Choice | None = None,
+    leave_out: Mapping[str, str] | None = None,
+    rename: str | Iterable[str] = (),
+    serve_as: str | None = None,
+    vocab: str = "error",
+    rank_pattern: Mapping[str, int] | None = None,
+    form: str = "portable",
+    exact: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Prepared:
+    """Open both checkpoints and decide what becomes of every tensor; all arguments as in `extract`.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read.
+        MismatchError: The two are not states of one model.
+        NothingToCarryError: No weight can be carried.
+        ValueError: An argument makes no sense.
+    """
+    include, exclude, rename = (
+        [given] if isinstance(given, str) else list(given) for given in (include, exclude, rename)
+    )
+    kind = form_of(form)
+    where = pick_device(device)
+    mixture = experts_of(experts, form)
+    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    before, after, layout, whole, notes = match(
+        *opened, rules=rename, serve_as=serve_as, experts=mixture, vocab=vocab_of(vocab, form), of_tuned=form == "peft"
+    )
+    carry_experts = mixture != "none"
+    flags = by_flags(embeddings=embeddings, head=head, conv=conv, experts=carry_experts)
+    if form == "peft":
+        flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
+    plan = make_plan(
+        before,
+        after,
+        include=include,
+        exclude=exclude,
+        choose=choose or flags,
+        leave_out=leave_out,
+        layout=layout,
+        whole=whole,
+    )
+    rules = rules_of(plan, rank, rank_pattern or {})
+    plan = plan.only(rules, "no rank is given for it")
+    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out or ()))
+    options = {
+        "rule": _told(rules),
+        "rank_pattern": dict(rank_pattern or {}),
+        "include": include,
+        "exclude": exclude,
+        "embeddings": embeddings,
+        "head": head,
+        "conv": conv,
+        "experts": mixture,
+        "rename": rename,
+        "serve_as": serve_as,
+        "vocab": vocab,
+        "exact": exact,
+        "device": where.type,
+        "form": form,
+    }
+    return Prepared(
+        before,
+        after,
+        plan,
+        rules,
+        kind,
+        where,
+        dtype or after.headers[next(iter(plan.carried))].dtype,
+        options,
+        notes,
+    )
+
+
+def form_of(name: str) -> Form:
+    """The form of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in FORMS:
+        raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {name!r}.")
+    return FORMS[name]
+
+
+def experts_of(given: str | None, form: str) -> Experts:
+    """How the experts are carried: as asked for, or as is usual in the form.
+
+    Raises:
+        ValueError: There is no such way, or not in this form.
+    """
+    if given not in (None, *get_args(Experts)):
+        raise ValueError(f"`experts` must be one of {', '.join(get_args(Experts))}. Got {given!r}.")
+    if form == "peft" and given == "per-expert":
+        raise ValueError(
+            "PEFT computes with stacked experts: `--form peft` takes `--experts fused` or `none`, not `per-expert`."
+        )
+    return cast(Experts, given or ("fused" if form == "peft" else "none"))
+
+
+def vocab_of(given: str, form: str) -> Vocab:
+    """What to do about vocabularies of different sizes.
+
+    Raises:
+        ValueError: There is no such way, or not in this form.
+    """
+    if given not in get_args(Vocab):
+        raise ValueError(f"`vocab` must be one of {', '.join(get_args(Vocab))}. Got {given!r}.")
+    if given == "extend" and form != "peft":
+        raise ValueError("`--vocab extend` keeps embeddings whole, which only `--form peft` can.")
+    return cast(Vocab, given)
+
+
+def _may_be_kept(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    layout: Layout,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    but: Collection[str],
+) -> list[str]:
+    """The tensors that a form may keep without factors: they are chosen, and the same in base, or new in tuned."""
+
+    def fits(name: str) -> bool:
+        if name in base.headers:
+            return base.headers[name].shape == tuned.headers[name].shape
+        # A new head, whose module the tuned model's class has.
+        return layout.origin != GUESSED and layout.module_of(name) in layout.classes
+
+    return [
+        name
+        for name in tuned.headers
+        if fits(name)
+        and name not in but
+        and (not include or any(re.search(pattern, name) for pattern in include))
+        and not any(re.search(pattern, name) for pattern in exclude)
+    ]
+
+
+def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
+    """The rank rule of every carried weight: `rank`, but where a pattern gives its module a rank by hand.
+
+    Raises:
+        ValueError: A rank makes no sense, or is given for a weight that cannot be carried.
+    """
+    given = {name: as_rule(one) for name, one in rank.items()} if isinstance(rank, Mapping) else None
+    rule = as_rule(rank) if not isinstance(rank, Mapping) else None
+    for name in given or ():
+        if name not in plan.carried:
+            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
+    own = {pattern: as_rule(one) for pattern, one in rank_pattern.items()}
+
+    def of(weight: str, module: str) -> RankRule | None:
+        # As PEFT matches the keys of `rank_pattern`: the first that the end of the name is.
+        by_hand = next((r for pattern, r in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), None)
+        return by_hand or (rule if given is None else given.get(weight))
+
+    found = {weight: of(weight, places[0].module) for weight, places in plan.carried.items()}
+    return {weight: one for weight, one in found.items() if one is not None}
+
+
+def _told(rules: Mapping[str, RankRule]) -> str | dict[str, str]:
+    """The rules as the report tells them: one for all, or each by its weight."""
+    told = {weight: describe(rule) for weight, rule in rules.items()}
+    return told if len(set(told.values())) > 1 else next(iter(told.values()))
