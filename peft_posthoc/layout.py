@@ -238,9 +238,15 @@ def _of_names(checkpoint: Checkpoint) -> Layout:
     return Layout(
         origin=GUESSED,
         kinds=kinds,
-        classes=dict.fromkeys((name.rpartition(".")[0] for name in checkpoint.headers), ""),
+        classes=dict.fromkeys((module for name in checkpoint.headers for module in _around(name)), ""),
         head=heads[0] if heads else None,
     )
+
+
+def _around(weight: str) -> list[str]:
+    """The module of a weight, and those that it lies in: PEFT takes a name to mean these too."""
+    parts = weight.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))] or [""]
 
 
 def target_modules(chosen: Iterable[str], layout: Layout) -> list[str]:
@@ -248,6 +254,9 @@ def target_modules(chosen: Iterable[str], layout: Layout) -> list[str]:
     modules = set(chosen)
     elsewhere = {module.rpartition(".")[2] for module in {*layout.classes, *layout.kinds} - modules}
     leaves = {module: module.rpartition(".")[2] for module in modules}
+    if layout.origin == GUESSED:
+        # A list of modules has some without weights, of which names tell nothing: `to_out.0` may lie beside a dropout.
+        elsewhere |= {leaf for leaf in leaves.values() if leaf.isdigit()}
     return sorted({module if leaf in elsewhere else leaf for module, leaf in leaves.items()})
 
 
