@@ -20,9 +20,9 @@ test: lint $(READY)  ## What the CI runs: two processes, a thread each.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) wheel
 
-test-distributed: $(READY)  ## The callback on two processes in every way, DeepSpeed included, which compiles an operator once.
+test-distributed: $(READY)  ## Two processes in every way, DeepSpeed included, which compiles an operator once.
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
-	$(BIN)/python -m pytest tests/test_distributed.py
+	$(BIN)/python -m pytest tests/test_distributed.py tests/test_sources_zero.py
 
 bench: $(READY)  ## Side by side with the other extractors, the callback's cost, merges; writes benchmarks/*.md.
 	$(BIN)/python examples/demo.py

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.folder import shards_of, weight_files
+from peft_posthoc.folder import is_index, shards_of, weight_files
 
 
 def pin(checkpoint: Path, to: Path) -> Path:
@@ -50,7 +50,7 @@ def _weights(checkpoint: Path) -> list[str]:
     """The files that hold the weights, relative to the checkpoint."""
     names = {path.name for path in checkpoint.iterdir()} if checkpoint.is_dir() else set()
     chosen = weight_files(names)
-    if chosen and chosen[0].endswith(".index.json"):
+    if chosen and is_index(chosen[0]):
         return [chosen[0], *sorted(set(shards_of(checkpoint / chosen[0]).values()))]
     if chosen:
         return chosen

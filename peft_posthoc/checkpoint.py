@@ -1,4 +1,4 @@
-"""Where weights come from: a folder, a file, a hub id, a module or a state dict, all read as named tensors.
+"""Where weights come from: a folder, a file, a hub id, base + adapter, a module or a state dict, as named tensors.
 
 A source is any object with the attributes of `Checkpoint`; `open_checkpoint` is the one place that chooses among them.
 """
@@ -211,13 +211,27 @@ def open_pair(
     return before, _without_second_names(after, before) if isinstance(after, Distcp) else after
 
 
+def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoint:
+    """What a folder holds: whole weights, an adapter, or what a training run left of each process."""
+    from peft_posthoc import adapted, distcp, folder, zero
+
+    if adapted.is_adapter(path):
+        return adapted.on_its_base(path, label=label, revision=commit)
+    if (shards := distcp.find_shards(path)) is not None:
+        return distcp.Distcp(path, shards, label=label)
+    if (partitions := zero.find_partitions(path)) is not None:
+        return zero.Zero(path, partitions, label=label)
+    return folder.Folder(path, label=label, revision=commit)
+
+
 def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
     """Open a folder, a file, a hub id, a module, a state dict or another checkpoint for reading.
 
     Args:
-        source: A local folder, be it with the shards of torch.distributed.checkpoint; a single file of weights; a hub
-            id (`org/name`), whose needed files are fetched; a `torch.nn.Module`; a state dict; or anything that already
-            is a `Checkpoint`.
+        source: A local folder, be it with the shards of torch.distributed.checkpoint or DeepSpeed's ZeRO; a single file
+            of weights; a hub id (`org/name`), whose needed files are fetched; a LoRA adapter's folder or hub id, whose
+            base it names itself; `BASE+ADAPTER`; a `torch.nn.Module`; a state dict; or anything that already is a
+            `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
 
@@ -236,25 +250,25 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             raise CheckpointError(f"The {role} state dict holds values that are no tensors: {', '.join(strangers)}.")
         checkpoint = InMemory(source, label="state dict")
     elif isinstance(source, str | PathLike):
-        from peft_posthoc import distcp, folder, hub
+        from peft_posthoc import adapted, folder, hub
 
         path = Path(source)
         if path.is_dir():
-            shards = distcp.find_shards(path)
-            if shards is None:
-                checkpoint = folder.Folder(path, label=str(source))
-            else:
-                checkpoint = distcp.Distcp(path, shards, label=str(source))
+            checkpoint = _of_folder(path, label=str(source))
         elif path.is_file() and path.suffix in folder.SUFFIXES:
             checkpoint = folder.File(path, label=str(source))
         elif hub.is_repo_id(str(source)) and not path.exists():
-            checkpoint = hub.fetch(str(source), revision=revision, role=role)
+            where, commit = hub.fetch(str(source), revision=revision, role=role)
+            checkpoint = _of_folder(where, label=str(source), commit=commit)
             revision = None
+        elif not path.exists() and (sides := adapted.sides(str(source))):
+            checkpoint = adapted.adapted(*sides, role=role)
         else:
             kinds = ", ".join(folder.SUFFIXES)
             what = f"is a file of another kind than {kinds}" if path.is_file() else "does not exist"
             raise CheckpointError(
-                f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as `org/name`."
+                f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as "
+                "`org/name`; with an adapter on it, BASE+ADAPTER."
             )
     elif isinstance(source, Checkpoint):
         checkpoint = source

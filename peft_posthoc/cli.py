@@ -160,7 +160,8 @@ _OUTPUT = _options(
 def main() -> None:
     """Post-hoc LoRA: a portable adapter from a base model and a full fine-tune of it.
 
-    BASE and TUNED are model folders (safetensors or .bin, single or sharded), single files or hub ids (org/name).
+    BASE and TUNED are model folders (safetensors or .bin, single or sharded), single files or hub ids (org/name),
+    or a model with a LoRA adapter on it (MODEL+ADAPTER).
     """
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.kinds import LayerKind
+from peft_posthoc.peft_format import Factors
 from peft_posthoc.plan import Plan
 from peft_posthoc.rank import RankRule
 from peft_posthoc.svd import LowRank, full_precision, truncated_svd
@@ -219,7 +220,7 @@ def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
     return Delta(values, math.sqrt(delta_energy), math.sqrt(base_energy))
 
 
-def merged(base: Tensor, factors: LowRank, kind: LayerKind) -> Tensor:
+def merged(base: Tensor, factors: LowRank | Factors, kind: LayerKind) -> Tensor:
     """`base + b @ a` as the weight is stored, in float32, or float64 where one of them is."""
     with full_precision(), torch.no_grad():
         product = kind.weight(factors.b.to(base.device) @ factors.a.to(base.device), tuple(base.shape))

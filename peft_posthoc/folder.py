@@ -21,6 +21,10 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE = "pytorch_model.bin"
+# A diffusers component's; its variants (`.fp16.`, `.non_ema.`) lie beside it.
+DIFFUSERS = "diffusion_pytorch_model"
+# Of a diffusers pipeline, which is several models in folders of their own.
+PIPELINE = "model_index.json"
 # What a single file of weights may end in.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -44,32 +48,37 @@ def weight_files(names: Collection[str]) -> list[str]:
     """The files among `names` that hold the weights: an index alone, one file, or several files without an index.
 
     Safetensors come before pickles, and the usual names before others. A single file comes before an index, as in
-    transformers: a folder that is saved into twice may keep the older form beside the newer one.
+    transformers: a folder that is saved into twice may keep the older form beside the newer one. A pipeline has none.
     """
-    for usual in (SAFETENSORS, SAFETENSORS_INDEX):
+    if PIPELINE in names:
+        return []
+    for usual in (SAFETENSORS, SAFETENSORS_INDEX, f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.safetensors.index.json"):
         if usual in names:
             return [usual]
     top = sorted(name for name in names if "/" not in name)
-    indexes = [name for name in top if name.endswith(".safetensors.index.json")]
+    indexes = [name for name in top if ".safetensors.index." in name and is_index(name)]
     if len(indexes) == 1:
         return indexes
     # `consolidated.safetensors` holds the same model under other names (Mistral's own format).
     others = [n for n in top if n.endswith(".safetensors") and not n.startswith(("adapter_", "consolidated"))]
     if others:
         return others
-    for usual in (PICKLE, PICKLE_INDEX):
+    for usual in (PICKLE, PICKLE_INDEX, f"{DIFFUSERS}.bin", f"{DIFFUSERS}.bin.index.json"):
         if usual in names:
             return [usual]
     return []
 
 
-def no_weights(what: str, names: Collection[str]) -> str:
-    """What to say of a place that holds these files, none of them with weights."""
-    if "adapter_config.json" in names:
-        return (
-            f"{what} is a LoRA adapter, not a full checkpoint: it is already what this tool makes. Merge it into its "
-            "base first (`PeftModel.merge_and_unload`), or give the full fine-tune."
-        )
+def is_index(name: str) -> bool:
+    """Whether the file of that name is an index of shards; a variant's is `.safetensors.index.fp16.json`."""
+    return ".index." in name and name.endswith(".json")
+
+
+def no_weights(what: str, names: Collection[str], *, parts: Collection[str] = ()) -> str:
+    """What to say of a place that holds these files, none of them with weights; `parts` of it are models."""
+    if PIPELINE in names:
+        choice = f": {', '.join(f'`{part}`' for part in parts)}" if parts else ", from a local folder"
+        return f"{what} is a diffusers pipeline of several models; an adapter is for one. Give one of them{choice}."
     held = ", ".join(sorted(names)[:5]) or "nothing"
     return f"No weights in {what} (it holds {held}). Looked for {SAFETENSORS}, {PICKLE}, or an index of shards."
 
@@ -112,8 +121,10 @@ class Folder:
         names = {path.name for path in folder.iterdir()}
         chosen = weight_files(names)
         if not chosen:
-            raise CheckpointError(no_weights(f"`{label}`", names))
-        if chosen[0].endswith(".index.json"):
+            inner = sorted(path for path in folder.iterdir() if path.is_dir())
+            parts = [path.name for path in inner if weight_files({file.name for file in path.iterdir()})]
+            raise CheckpointError(no_weights(f"`{label}`", names, parts=[f"{label.rstrip('/')}/{p}" for p in parts]))
+        if is_index(chosen[0]):
             listed = shards_of(folder / chosen[0])
             chosen = sorted(set(listed.values()))
             missing = [file for file in chosen if not (folder / file).is_file()]

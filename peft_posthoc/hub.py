@@ -5,11 +5,23 @@ from __future__ import annotations
 import re
 from glob import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.folder import Folder, no_weights, shards_of, weight_files
+from peft_posthoc.folder import is_index, no_weights, shards_of, weight_files
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+# An adapter's files, as PEFT names them.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Fetched(NamedTuple):
+    """What was fetched of a repository."""
+
+    folder: Path
+    commit: str | None
 
 
 def is_repo_id(source: str) -> bool:
@@ -17,13 +29,14 @@ def is_repo_id(source: str) -> bool:
     return _REPO_ID.fullmatch(source) is not None
 
 
-def fetch(repo_id: str, *, revision: str | None = None, role: str = "source") -> Folder:
-    """Download the configuration and weights of a hub repository into the hub's own cache, and open them.
+def fetch(repo_id: str, *, revision: str | None = None, role: str = "source", adapter: bool | None = None) -> Fetched:
+    """Download the configuration and weights of a hub repository into the hub's own cache.
 
     Args:
         repo_id: `org/name`.
         revision: Branch, tag or commit; the default branch if None.
         role: What messages call it.
+        adapter: Whether it is the LoRA adapter that is wanted; if None, where the repository has no whole weights.
 
     Raises:
         CheckpointError: No such repository or revision, no access, no connection, or no weights in it.
@@ -34,7 +47,9 @@ def fetch(repo_id: str, *, revision: str | None = None, role: str = "source") ->
     try:
         info = HfApi().model_info(repo_id, revision=revision)
         names = {entry.rfilename for entry in info.siblings or ()}
-        wanted = weight_files(names)
+        wanted = [] if adapter else weight_files(names)
+        if not wanted and (adapter or (adapter is None and _ADAPTER[0] in names)):
+            wanted = [file for file in _ADAPTER if file in names]
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
 
@@ -42,7 +57,7 @@ def fetch(repo_id: str, *, revision: str | None = None, role: str = "source") ->
             return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=[escape(file) for file in files]))
 
         folder = get([*wanted, "config.json"])
-        if wanted[0].endswith(".index.json"):
+        if is_index(wanted[0]):
             shards = sorted(set(shards_of(folder / wanted[0]).values()))
             missing = [shard for shard in shards if shard not in names]
             if missing:
@@ -71,4 +86,4 @@ def fetch(repo_id: str, *, revision: str | None = None, role: str = "source") ->
                 "connection, give a local folder."
             )
         raise CheckpointError(f"The {role} {why}") from error
-    return Folder(folder, label=repo_id, revision=info.sha)
+    return Fetched(folder, info.sha)

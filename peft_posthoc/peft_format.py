@@ -142,6 +142,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
     try:
         config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(where / WEIGHTS)
+        _refuse_unlike_lora(config)
         scale = Scale(config)
     except (OSError, ValueError, SafetensorError, KeyError, TypeError, re.error) as error:
         raise AdapterError(f"`{where}` is not a readable LoRA adapter: {error}.") from error
@@ -164,20 +165,42 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
             bias = tensors.pop(f"{stem}{_BIAS}", None)
             if bias is not None:
                 biases[module] = bias.float() * scale.of(module, len(a))
-    whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if _is_whole(name, config)}
-    strangers = sorted(name for name in tensors if name.removeprefix(PREFIX) not in whole)
+    whole = {_own(name): tensor for name, tensor in tensors.items() if _is_whole(name, config)}
+    strangers = sorted(name for name in tensors if _own(name) not in whole)
     if strangers or not (factors or stacked):
         names = ", ".join(strangers[:5]) or "nothing else"
         raise AdapterError(f"`{where}` holds tensors that are no LoRA factors: {names}.")
     return Stored(factors, biases, whole, stacked, parameters, scale)
 
 
+# With these PEFT computes something else than base + scale * b @ a.
+_UNLIKE_LORA = (
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
+    *("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_dora"),
+    *("use_qalora", "velora_config"),
+)
+# Other ways to begin take the first factors off the base, or quantize it: what is stored belongs on another base.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def _refuse_unlike_lora(config: Mapping[str, Any]) -> None:
+    kind, begun = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
+    if kind != "LORA":
+        raise ValueError(f"its type is {kind}")
+    for key in _UNLIKE_LORA:
+        if config.get(key):
+            raise ValueError(f"its configuration sets `{key}`, which is not supported here")
+    if begun not in _PLAIN_BEGINNINGS:
+        raise ValueError(
+            f"it was begun with `init_lora_weights={begun!r}`, which changes the base; save it with PEFT's "
+            "`path_initial_model_for_weight_conversion`"
+        )
+
+
 class Scale:
     """What PEFT multiplies a module's factors with."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        if config.get("use_dora"):
-            raise ValueError("its configuration sets `use_dora`, which is not supported here")
         self._alpha = float(config["lora_alpha"])
         self._alphas = {
             re.compile(rf"(.*\.)?({key})$"): float(a) for key, a in (config.get("alpha_pattern") or {}).items()
@@ -190,11 +213,28 @@ class Scale:
         return float(alpha / (rank**0.5 if self._stabilized else rank))
 
 
+# The modules whose weights PEFT saves unasked, as it thinks that the vocabulary was changed.
+_VOCABULARY = ("embed_tokens", "lm_head")
+
+
+def _own(name: str) -> str:
+    """What the model itself calls a tensor of the file."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
 def _is_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor lies in a module that PEFT takes to be kept whole, by the end of its name."""
+    """Whether a tensor takes the place of the base's.
+
+    It lies in a module that PEFT takes to be kept whole, by the end of its name; or it is what PEFT saves beside
+    factors: embeddings, and all biases where the configuration says so.
+    """
     ends = tuple(config.get("modules_to_save") or ())
     parts = name.removeprefix(PREFIX).split(".")
-    return any(".".join(parts[:depth]).endswith(ends) for depth in range(1, len(parts)))
+    if any(".".join(parts[:depth]).endswith(ends) for depth in range(1, len(parts))):
+        return True
+    if parts[-1] == "bias":
+        return config.get("bias", "none") != "none" and "lora_" not in name
+    return parts[-1] == "weight" and len(parts) > 1 and (parts[-2] == "base_layer" or parts[-2] in _VOCABULARY)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

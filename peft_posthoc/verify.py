@@ -209,14 +209,14 @@ def _compare_weights(
             if not pair.base.dtype.is_floating_point:
                 continue  # a counter
             places = [place for place in plan.layout.places(pair.name) if place.module in stored.factors]
-            change = None if places else _unfactored(pair, stored, plan)
+            change = _unfactored(pair, stored, plan)
             factors = stored.factors[places[0].module] if places else None
             compared.append(_compare(pair, factors, change, places, device))
     return compared
 
 
 def _unfactored(pair: Pair, stored: Stored, plan: Plan) -> Tensor | None:
-    """What the adapter adds to a tensor that it has no factors for; None if nothing."""
+    """What the adapter adds to a tensor beside factors; None if nothing."""
     names = plan.layout.names_of(pair.name)
     whole = next((stored.whole[name] for name in names if name in stored.whole), None)
     if whole is not None:
@@ -231,9 +231,9 @@ def _compare(
     if pair.base is None or pair.tuned is None:
         raise ValueError("`_compare(pair=...)` needs both weights.")
     delta = difference(pair, device=device)
-    direct = None if added is None else torch.atleast_1d(added.to(delta.values))
     # All that is asked for is the same for a weight and for its matrix; by blocks of rows, no other copy is as large.
     as_matrix = places[0].kind.matrix if factors is not None else torch.atleast_1d
+    direct = None if added is None else as_matrix(added.to(delta.values))
     rows = max(1, _BLOCK // max(1, delta.values[0].numel() if delta.values.ndim else 1))
     blocks = zip(*(torch.split(as_matrix(x), rows) for x in (delta.values, pair.base, pair.tuned)), strict=True)
     sums = torch.zeros(6, dtype=torch.float64)
@@ -242,8 +242,8 @@ def _compare(
         product = torch.zeros_like(change)
         if factors is not None:
             product = factors.b[start : start + rows].to(change) @ factors.a.to(change)
-        elif direct is not None:
-            product = direct[start : start + rows]
+        if direct is not None:
+            product = product + direct[start : start + rows]
         after = tuned.to(change)
         merged = base.to(change) + product
         sums += torch.tensor(

@@ -302,7 +302,7 @@ def an_adapter(at):
         {"base_model.model.layers.0.proj.lora_A.weight": torch.zeros(2, 2)}, made(at) / "adapter_model.safetensors"
     )
     (at / "adapter_config.json").write_text("{}")
-    return f"`{at.name}` is a LoRA adapter, not a full checkpoint", "Merge it", "or give the full fine-tune"
+    return f"`{at.name}` is a LoRA adapter that does not name its base", f"BASE+{at.name}"
 
 
 def made(at):

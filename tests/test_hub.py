@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import extract
+from peft_posthoc import extract, verify
 from tests import models
 from tests.fake_hub import FakeHub, environment
 
@@ -208,10 +208,27 @@ def test_a_revision_of_a_folder_is_refused(hub, phlora, pair, work):
     refused(ran, work, "'v1'", "tuned", "hub id")
 
 
-def test_a_repository_that_holds_only_an_adapter_is_recognised(hub, phlora, pair, tmp_path, work):
+def test_an_adapter_on_the_hub_is_read_on_its_base(hub, phlora, pair, tmp_path, work):
     extract(*map(str, pair), 4).save(tmp_path / "lora")
-    hub.repository("lora/tuned").commit(tmp_path / "lora", "main")
-    refused(phlora("extract", pair[0], "lora/tuned", work / "out"), work, "`lora/tuned`", "LoRA adapter", "Merge it")
+    commit = hub.repository("lora/tuned").commit(tmp_path / "lora", "main")
+    for tuned in ("lora/tuned", f"{pair[0]}+lora/tuned"):
+        status, _, stderr = phlora("extract", pair[0], tuned, work / "out", "--rank", "8", "--force", "--quiet")
+        assert status == 0, stderr
+        # Besides the base that the adapter names, which is a folder, nothing is needed.
+        assert {file for _, file in hub.fetched} == {"adapter_config.json", "adapter_model.safetensors"}
+        _, _, provenance = adapter_of(work / "out")
+        assert provenance["tuned"] == f"{pair[0]}+lora/tuned"
+        found = verify(work / "out", pair[0], pair[1], outputs=False)
+        assert found.cosine == pytest.approx(verify(tmp_path / "lora", *pair, outputs=False).cosine, abs=1e-6)
+        if tuned == "lora/tuned":
+            assert provenance["tuned_revision"] == commit
+
+
+def test_a_pipeline_on_the_hub_is_no_model(hub, phlora, pair, tmp_path, work):
+    hub.repository("pipe/line").put(
+        {"model_index.json": b"{}", "v1.safetensors": b"", "unet/config.json": b"{}"}, "main"
+    )
+    refused(phlora("extract", pair[0], "pipe/line", work / "out"), work, "`pipe/line`", "diffusers pipeline")
     assert hub.fetched == []
 
 
