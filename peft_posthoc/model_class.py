@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,10 +16,10 @@ from peft_posthoc.layout import Layout, Stack, architecture, task_type
 
 
 def build(config: Mapping[str, Any]) -> nn.Module | None:
-    """The model of a configuration, without values, if transformers has its class."""
+    """The model of a configuration, without values, if transformers has its class, or diffusers."""
     name = architecture(config)
     if not name:
-        return None
+        return _component(config)
     import transformers
 
     cls = getattr(transformers, name, None)
@@ -26,6 +27,20 @@ def build(config: Mapping[str, Any]) -> nn.Module | None:
         return None
     with torch.device("meta"):
         model: nn.Module = cls(cls.config_class.from_dict(dict(config)))
+    return model
+
+
+def _component(config: Mapping[str, Any]) -> nn.Module | None:
+    name = config.get("_class_name")
+    if not isinstance(name, str) or importlib.util.find_spec("diffusers") is None:
+        return None
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        return None
+    with torch.device("meta"):
+        model: nn.Module = cls.from_config(dict(config))  # type: ignore[attr-defined]
     return model
 
 
