@@ -16,6 +16,8 @@ from peft_posthoc.extract import extract
 from peft_posthoc.preflight import Preflight, preflight
 from peft_posthoc.rank import RankRule, Spectrum, fixed, keep_energy
 from peft_posthoc.report import Report
+from peft_posthoc.resize import combine, resize, spectra
+from peft_posthoc.resized import Resized, ResizeReport
 from peft_posthoc.svd import LowRank, truncated_svd
 from peft_posthoc.verify import Verification, verify
 
@@ -36,8 +38,11 @@ __all__ = [
     "Preflight",
     "RankRule",
     "Report",
+    "ResizeReport",
+    "Resized",
     "Spectrum",
     "Verification",
+    "combine",
     "extract",
     "fixed",
     "get_peft_model",
@@ -45,6 +50,8 @@ __all__ = [
     "open_checkpoint",
     "patch_peft",
     "preflight",
+    "resize",
+    "spectra",
     "truncated_svd",
     "verify",
 ]

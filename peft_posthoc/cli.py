@@ -358,3 +358,9 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
         Path(json_to).write_text(text + os.linesep, encoding="utf-8")
     if not quiet:
         click.echo("\n".join([result.table(), *more]))
+
+
+from peft_posthoc.resize_cli import combine, resize  # noqa: E402  (they take the options above)
+
+main.add_command(resize)
+main.add_command(combine)

@@ -1,0 +1,289 @@
+"""Any PEFT LoRA folder, read one module at a time: its factors with their scale folded in, and what else it holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.peft_format import CONFIG, PREFIX, WEIGHTS
+
+_KEYS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+_BIAS = "lora_B.bias"
+
+Kind = Literal["linear", "embedding", "convolution", "experts"]
+
+
+class Factors(NamedTuple):
+    """The factors of one delta, the scale folded into `b`, in float64."""
+
+    a: Float[Tensor, "r n"]
+    b: Float[Tensor, "m r"]
+
+
+@dataclass(frozen=True)
+class Module:
+    """What an adapter file says of one module that has factors."""
+
+    name: str
+    """PEFT's, without the prefix."""
+    kind: Kind
+    rank: int
+    scale: float
+    """What PEFT multiplies the product with."""
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    experts: int = 1
+    """How many deltas are stacked in it."""
+    bias: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`m` and `n` of each delta; of a convolution, `n` counts the kernel too."""
+        return self.b_shape[0], math.prod(self.a_shape[1:])
+
+    def tensor_names(self) -> tuple[str, str]:
+        """What its factors are called in the file."""
+        a = "lora_embedding_A" if self.kind == "embedding" else "lora_A.weight"
+        return f"{PREFIX}{self.name}.{a}", f"{PREFIX}{self.name}.{_KEYS[a]}"
+
+    def split(self, a: Tensor, b: Tensor) -> list[Factors]:
+        """The matrices of each delta, out of the file's tensors: views."""
+        if self.kind != "experts":
+            return [Factors(a.reshape(len(a), -1), b.reshape(len(b), -1))]
+        # PEFT's `ParamWrapper`: rows of A by expert and then rank, columns of B by rank and then expert.
+        stacked = b.reshape(len(b), -1, self.experts)
+        each = a.reshape(self.experts, -1, a.shape[1])
+        return [Factors(each[e], stacked[:, :, e]) for e in range(self.experts)]
+
+    def join(self, parts: list[Factors]) -> dict[str, Tensor]:
+        """The file's tensors, out of the matrices of each delta, all of one rank."""
+        a_key, b_key = self.tensor_names()
+        if self.kind == "experts":
+            a, b = torch.cat([one.a for one in parts]), torch.stack([one.b for one in parts], dim=-1).flatten(1)
+        else:
+            ((a, b),) = parts
+        kernel = self.a_shape[2:]
+        return {
+            a_key: a.reshape(len(a), *self.a_shape[1:]).contiguous(),
+            b_key: b.reshape(*b.shape, *(1 for _ in kernel)).contiguous(),
+        }
+
+
+class LoraFolder:
+    """A PEFT LoRA folder; its tensors stay on disk until they are asked for.
+
+    Args:
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        AdapterError: It cannot be read, or what it adds to the weights is not the product of its factors alone.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.label = str(folder)
+        where = Path(folder)
+        if not (where / WEIGHTS).is_file() and (where / "adapter_model.bin").is_file():
+            raise AdapterError(
+                f"`{where}` holds a pickle, `adapter_model.bin`, which is not executed here. Load it with PEFT where "
+                "you trust it, and save it again: that writes safetensors."
+            )
+        self._open = ExitStack()
+        try:
+            self.config: Mapping[str, Any] = json.loads((where / CONFIG).read_text(encoding="utf-8"))
+            self._file = self._open.enter_context(safe_open(where / WEIGHTS, framework="pt"))
+            self._names = list(self._file.keys())
+            shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+            why = not_plain(self.config)
+            if why is not None:
+                raise AdapterError(f"`{where}` is no plain LoRA delta: {why}.")
+            self.modules = {module.name: module for module in _modules(shapes, self.config)}
+        except AdapterError as error:
+            self.close()
+            raise AdapterError(str(error).replace("The adapter ", f"`{where}` ", 1)) from error
+        except (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, re.error) as error:
+            self.close()
+            raise AdapterError(f"`{where}` is not a readable LoRA adapter: {_told(error)}.") from error
+        taken = {key for module in self.modules.values() for key in module.tensor_names()}
+        taken |= {f"{PREFIX}{module.name}.{_BIAS}" for module in self.modules.values() if module.bias}
+        self.whole = tuple(name for name in self._names if name not in taken)
+        """The file's names of the tensors that take the place of the base's."""
+        strangers = [name for name in self.whole if not self._is_whole(name)]
+        if strangers or not self.modules:
+            self.close()
+            what = f"tensors that are no LoRA factors: {', '.join(strangers[:5])}" if strangers else "no LoRA factors"
+            raise AdapterError(f"`{where}` holds {what}.")
+
+    def __enter__(self) -> LoraFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._open.close()
+
+    def factors(self, module: str) -> list[Factors]:
+        """The factors of each of a module's deltas, their scale folded into `b`, in float64."""
+        found = self.modules[module]
+        a, b = (self._file.get_tensor(key).double() for key in found.tensor_names())
+        return [Factors(one.a, one.b * found.scale) for one in found.split(a, b)]
+
+    def bias(self, module: str) -> Tensor | None:
+        """What is added to a module's bias, the scale folded in, in float64; None where LoRA has none."""
+        if not self.modules[module].bias:
+            return None
+        values: Tensor = self._file.get_tensor(f"{PREFIX}{module}.{_BIAS}").double()
+        return values * self.modules[module].scale
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the file, as it is."""
+        found: Tensor = self._file.get_tensor(name)
+        return found
+
+    def dtype(self) -> torch.dtype:
+        """Of the factors: the widest."""
+        dtypes = {self._file.get_slice(module.tensor_names()[0]).get_dtype() for module in self.modules.values()}
+        names = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        found = [names.get(name, torch.bfloat16) for name in sorted(dtypes)]
+        for dtype in found[1:]:
+            found[0] = torch.promote_types(found[0], dtype)
+        return found[0]
+
+    def bytes(self) -> int:
+        """What its tensors take."""
+        return sum(self.bytes_of(name) for name in self._names)
+
+    def bytes_of(self, name: str) -> int:
+        """What one tensor takes."""
+        part = self._file.get_slice(name)
+        bits = int(re.sub(r"\D", "", str(part.get_dtype()).partition("_")[0]) or 8)
+        return math.prod(part.get_shape()) * bits // 8
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether it is in a module kept whole, or the base's own weight of an adapted embedding or head."""
+        inner = name.removeprefix(PREFIX)
+        if inner.removesuffix(".base_layer.weight") in self.modules:
+            return True
+        ends = tuple(self.config.get("modules_to_save") or ())
+        parts = inner.split(".")
+        return any(".".join(parts[:depth]).endswith(ends) for depth in range(1, len(parts)))
+
+
+# What a configuration may say without changing what is added to the weights; all else must be unset.
+_HARMLESS = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
+    *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
+    *("lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type"),
+    *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules"),
+    *("target_parameters", "task_type", "use_rslora"),
+}
+_REASONS = {
+    "use_dora": "DoRA also rescales the base's weights",
+    "alora_invocation_tokens": "aLoRA is on for some tokens only",
+    "use_qalora": "QALoRA pools what goes into its factors",
+    "layer_replication": "it repeats layers of the base",
+    "trainable_token_indices": "it also replaces rows of the embeddings",
+    "ensure_weight_tying": "it ties factors of one module to another's",
+}
+# Those that leave the base as it is.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+
+
+def not_plain(config: Mapping[str, Any]) -> str | None:
+    """Why an adapter is more than base + scale * `b @ a`; None if it is not.
+
+    Args:
+        config: The content of its `adapter_config.json`.
+    """
+    method = config.get("peft_type")
+    if method != "LORA":
+        return f"its configuration says `peft_type` {method!r}"
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        return (
+            f"its configuration sets `init_lora_weights` to {start!r}, which takes a part away from the base that the "
+            "adapter was trained beside. PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)` makes "
+            "a plain one of it"
+        )
+    if config.get("bias", "none") != "none":
+        return f"its configuration sets `bias` to {config['bias']!r}: it replaces biases of the base"
+    for key, value in config.items():
+        if value and key not in _HARMLESS and key != "bias":
+            return f"its configuration sets `{key}`{': ' if key in _REASONS else ''}{_REASONS.get(key, '')}"
+    return None
+
+
+def _modules(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Iterator[Module]:
+    for name, a_shape in shapes.items():
+        key = next((key for key in _KEYS if name.endswith(f".{key}")), None)
+        if key is None or not name.startswith(PREFIX):
+            continue
+        stem = name.removesuffix(key)
+        module = stem.removeprefix(PREFIX).removesuffix(".")
+        if f"{stem}{_KEYS[key]}" not in shapes:
+            raise AdapterError(f"The adapter holds `{name}` without `{stem}{_KEYS[key]}`.")
+        b_shape = shapes[f"{stem}{_KEYS[key]}"]
+        parameters = _parameters(module, config)
+        wanted = {_scaled(one, config) for one in parameters or [module]}
+        if len(wanted) > 1:
+            raise AdapterError(
+                f"The adapter gives the parameters of `{module}` different ranks or scales by a pattern; which of its "
+                "tensors belong to which only the model can tell."
+            )
+        ((rank, scale),) = wanted
+        kind, experts = _kind(key, a_shape, parameters), 1
+        if kind == "experts":
+            experts = a_shape[0] // rank
+        if len(a_shape) < 2 or a_shape[0] != rank * experts or b_shape[1:] != (a_shape[0], *(1 for _ in a_shape[2:])):
+            grouped = len(a_shape) > 2 and len(b_shape) == len(a_shape) and b_shape[1] < a_shape[0]
+            raise AdapterError(
+                f"The adapter holds factors of shapes {list(a_shape)} and {list(b_shape)} for `{module}`, "
+                + ("a convolution in groups, which is not supported here." if grouped else f"and not of rank {rank}.")
+            )
+        yield Module(module, kind, rank, scale, a_shape, b_shape, experts, f"{stem}{_BIAS}" in shapes)
+
+
+def _kind(key: str, a_shape: tuple[int, ...], parameters: list[str]) -> Kind:
+    if key == "lora_embedding_A":
+        return "embedding"
+    if parameters:
+        return "experts"
+    return "convolution" if len(a_shape) > 2 else "linear"
+
+
+def _parameters(module: str, config: Mapping[str, Any]) -> list[str]:
+    """The parameters that a module's factors may be for (`target_parameters`), by their full names."""
+    owner = module.replace(".base_layer", "")
+    found = [str(target).rpartition(".") for target in config.get("target_parameters") or ()]
+    return [f"{owner}.{leaf}" for parent, _, leaf in found if owner == parent or owner.endswith(f".{parent}")]
+
+
+def _scaled(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """The rank of a module or parameter, and what PEFT multiplies its factors with."""
+
+    def own(patterns: str, default: str) -> Any:
+        keys = config.get(patterns) or {}
+        return next((keys[key] for key in keys if re.match(rf"(.*\.)?({key})$", name)), config[default])
+
+    rank, alpha = int(own("rank_pattern", "r")), float(own("alpha_pattern", "lora_alpha"))
+    if rank < 1:
+        raise ValueError(f"its configuration gives `{name}` rank {rank}")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _told(error: BaseException) -> str:
+    return f"its configuration has no {error}" if isinstance(error, KeyError) else str(error)

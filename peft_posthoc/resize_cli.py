@@ -1,0 +1,97 @@
+"""`phlora resize` and `phlora combine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peft_posthoc.cli import _OUTPUT as OUTPUT
+from peft_posthoc.cli import RANK, _check_file, _options, dtype_of, rule_of, show
+
+_SHARED = _options(
+    click.option("--error", type=float, metavar="E", help="Keep the fewest with at most this relative error."),
+    click.option(
+        "--dtype",
+        type=click.Choice(("float32", "bfloat16", "float16")),
+        help="Of the new adapter.  [default: that of the old ones]",
+    ),
+    click.option(
+        "--form",
+        type=click.Choice(("portable", "peft")),
+        help="portable: one rank, what every engine loads. peft: every module at its own rank; convolutions, experts, "
+        "biases and whole tensors too.  [default: portable, unless there are such]",
+    ),
+    click.option("--force", is_flag=True, help="Replace an adapter that is at OUT."),
+    OUTPUT,
+)
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@RANK
+@_SHARED
+def resize(adapter: Path, out: Path, **options: Any) -> None:
+    """Write the best approximation of ADAPTER at a lower rank into the folder OUT.
+
+    ADAPTER is a PEFT LoRA folder. The base model is not needed.
+    """
+    from peft_posthoc.resize import resize as run
+
+    rule = _rule(options)
+    _write(out, options, lambda **given: run(adapter, rule_of(None, None) if rule is None else rule, **given))
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--weights", metavar="W,W,...", help="What each adapter's delta is multiplied with.  [default: 1 each]")
+@click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every sum.  [default: all]")
+@click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy.")
+@_SHARED
+def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, **options: Any) -> None:
+    """Write the weighted sum of ADAPTERS, of one base, as one adapter into the folder OUT.
+
+    Without a rank, an energy or an error, the sum is exact.
+    """
+    from peft_posthoc.resize import combine as run
+
+    if len(adapters) < 2:
+        raise click.UsageError("Give at least two adapters, and the folder to write: A B OUT.")
+    rule, shares = _rule(options), None if weights is None else _numbers(weights)
+    _write(out, options, lambda **given: run(adapters, shares, rule, **given))
+
+
+def _rule(options: dict[str, Any]) -> Any:
+    """The rank rule asked for; None if none is."""
+    rank, energy, error = (options.pop(name) for name in ("rank", "energy", "error"))
+    if error is None:
+        return None if rank is None and energy is None else rule_of(rank, energy)
+    if rank is not None or energy is not None:
+        raise click.UsageError("Give one of --rank, --energy and --error.")
+    if not 0 <= error < 1:
+        raise ValueError(f"A relative error must be at least 0 and below 1. Got {error!r}.")
+    return rule_of(None, 1 - error**2)
+
+
+def _write(out: Path, options: dict[str, Any], run: Any) -> None:
+    from peft_posthoc.peft_format import check_target
+
+    json_to, quiet, force = options["json_to"], options["quiet"], options["force"]
+    # Bad arguments are told before the work, not after it.
+    _check_file(json_to, "--json")
+    check_target(out, force=force)
+    resized = run(form=options["form"], dtype=dtype_of(options["dtype"]), progress=not quiet)
+    resized.save(out, force=force)
+    show(resized.report, json_to, quiet=quiet)
+    if not quiet and json_to != "-":
+        click.echo(f"Adapter written to {out}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"`{text}` is not a list of numbers.", param_hint="--weights") from error
