@@ -112,9 +112,7 @@ def combine(
     return _run(adapters, shares, keep_all() if rank is None else rank, form=form, dtype=dtype, progress=progress)
 
 
-def spectra(
-    *adapters: Folder, weights: Sequence[float] | None = None, progress: bool = False
-) -> dict[str, Spectrum]:
+def spectra(*adapters: Folder, weights: Sequence[float] | None = None, progress: bool = False) -> dict[str, Spectrum]:
     """The singular values of every delta of an adapter, or of a sum of several: what a rule for all of them looks at.
 
     Args:

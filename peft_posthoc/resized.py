@@ -128,7 +128,10 @@ class ResizeReport:
         ]
         totals = self.totals
         padded = f" (padded to {totals.file_rank} in the file)" if totals.file_rank > totals.rank else ""
-        lines += ["", f"{totals.modules} modules at rank {totals.rank}{padded} hold {_percent(totals.energy)} of their "]
+        lines += [
+            "",
+            f"{totals.modules} modules at rank {totals.rank}{padded} hold {_percent(totals.energy)} of their ",
+        ]
         lines[-1] += f"deltas' energy; {size(totals.bytes)} on disk, of {size(totals.bytes_before)}."
         if totals.zero:
             lines.append(f"{totals.zero} modules have no delta and are there as zeros.")
@@ -281,7 +284,11 @@ class Resized:
             isinstance(one.get("target_modules") or [], list) and not any(one.get(key) is not None for key in filters)
             for one in self.configs
         )
-        return self._union("target_modules") if lists else sorted(c.module.name for c in self.cuts if c.module.kind != "experts")
+        return (
+            self._union("target_modules")
+            if lists
+            else sorted(c.module.name for c in self.cuts if c.module.kind != "experts")
+        )
 
     def _pattern(self, module: str) -> str:
         """The regular expression that PEFT finds at the end of this module's name, and of no other's."""

@@ -8,7 +8,10 @@ from jaxtyping import install_import_hook
 
 # Shape annotations are checked here, and only here.
 install_import_hook(
-    [f"peft_posthoc.{name}" for name in ("svd", "dense", "krylov", "rank", "layout", "peft_format", "curves", "product", "lora_folder")],
+    [
+        f"peft_posthoc.{name}"
+        for name in ("svd", "dense", "krylov", "rank", "layout", "peft_format", "curves", "product", "lora_folder")
+    ],
     "beartype.beartype",
 )
 

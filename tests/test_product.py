@@ -39,7 +39,9 @@ def test_a_cut_is_the_best_approximation_of_the_product(name, shape):
         assert cut.energy == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), abs=1e-14)
 
 
-@given(m=st.integers(1, 40), n=st.integers(1, 40), r=st.integers(1, 40), rank=st.integers(1, 40), seed=st.integers(0, 99))
+@given(
+    m=st.integers(1, 40), n=st.integers(1, 40), r=st.integers(1, 40), rank=st.integers(1, 40), seed=st.integers(0, 99)
+)
 def test_of_any_size_it_is_the_best_approximation(m, n, r, rank, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((r, n), (m, r)))
