@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 # Packages beside this one add commands to `phlora` by entry points of this group.
 COMMANDS = "peft_posthoc.commands"
+# Commands that have a file of their own: it is loaded when one is called for.
+_ELSEWHERE = {"combine": "peft_posthoc.resize_cli", "resize": "peft_posthoc.resize_cli"}
 
 
 class _Command(click.Group):
@@ -38,9 +41,12 @@ class _Command(click.Group):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *metadata.entry_points(group=COMMANDS).names])
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE, *metadata.entry_points(group=COMMANDS).names])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _ELSEWHERE:
+            found: click.Command = getattr(importlib.import_module(_ELSEWHERE[name]), name)
+            return found
         own = super().get_command(ctx, name)
         added = () if own else metadata.entry_points(group=COMMANDS, name=name)
         return next((point.load() for point in added), own)
@@ -358,9 +364,3 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
         Path(json_to).write_text(text + os.linesep, encoding="utf-8")
     if not quiet:
         click.echo("\n".join([result.table(), *more]))
-
-
-from peft_posthoc.resize_cli import combine, resize  # noqa: E402  (they take the options above)
-
-main.add_command(resize)
-main.add_command(combine)

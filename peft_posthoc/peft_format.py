@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.kinds import FILED
+from peft_posthoc.plain import not_plain
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -142,7 +143,8 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
     try:
         config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(where / WEIGHTS)
-        _refuse_unlike_lora(config)
+        if why := not_plain(config):
+            raise ValueError(why)
         scale = Scale(config)
     except (OSError, ValueError, SafetensorError, KeyError, TypeError, re.error) as error:
         raise AdapterError(f"`{where}` is not a readable LoRA adapter: {error}.") from error
@@ -171,30 +173,6 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
         names = ", ".join(strangers[:5]) or "nothing else"
         raise AdapterError(f"`{where}` holds tensors that are no LoRA factors: {names}.")
     return Stored(factors, biases, whole, stacked, parameters, scale)
-
-
-# With these PEFT computes something else than base + scale * b @ a.
-_UNLIKE_LORA = (
-    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
-    *("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_dora"),
-    *("use_qalora", "velora_config"),
-)
-# Other ways to begin take the first factors off the base, or quantize it: what is stored belongs on another base.
-_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-def _refuse_unlike_lora(config: Mapping[str, Any]) -> None:
-    kind, begun = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
-    if kind != "LORA":
-        raise ValueError(f"its type is {kind}")
-    for key in _UNLIKE_LORA:
-        if config.get(key):
-            raise ValueError(f"its configuration sets `{key}`, which is not supported here")
-    if begun not in _PLAIN_BEGINNINGS:
-        raise ValueError(
-            f"it was begun with `init_lora_weights={begun!r}`, which changes the base; save it with PEFT's "
-            "`path_initial_model_for_weight_conversion`"
-        )
 
 
 class Scale:

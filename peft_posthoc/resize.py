@@ -81,9 +81,9 @@ def combine(
 ) -> Resized:
     """Make one LoRA adapter of several of the same base: the weighted sum of their deltas.
 
-    Their factors are put side by side, so the sum is exact; then it is cut as `resize` does. Biases add up too. A tensor
-    that is kept whole takes the place of the base's: it can be kept where all that hold it agree on its values, and
-    their weights add up to one.
+    Their factors are put side by side, so the sum is exact; then it is cut as `resize` does. Biases add up too. A
+    tensor that is kept whole takes the place of the base's: it can be kept where all that hold it agree on its values,
+    and their weights add up to one.
 
     Args:
         adapters: PEFT LoRA folders.

@@ -175,7 +175,7 @@ class Resized:
             if self._lora_bias:
                 bias = cut.bias if cut.bias is not None else torch.zeros(cut.module.size[0], dtype=self.dtype)
                 tensors[f"{PREFIX}{cut.module.name}.lora_B.bias"] = bias
-        return tensors | self.whole
+        return {**tensors, **self.whole}
 
     def config(self) -> dict[str, Any]:
         """The file's configuration."""
