@@ -107,6 +107,9 @@ class LoraFolder:
             self._file = self._open.enter_context(safe_open(where / WEIGHTS, framework="pt"))
             self._names = list(self._file.keys())
             shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+            for key in ("modules_to_save", "target_parameters"):
+                if not isinstance(self.config.get(key) or [], list):
+                    raise ValueError(f"its configuration's `{key}` is no list")
             why = not_plain(self.config)
             if why is not None:
                 raise AdapterError(f"`{where}` is no plain LoRA delta: {why}.")
