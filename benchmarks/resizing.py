@@ -1,8 +1,8 @@
 """A LoRA adapter of rank 128 to rank 32: `phlora resize` beside the ways that form the product. Writes RESIZING.md.
 
-The shapes are Llama-2-7B's: q, k, v, o of 4096 x 4096, gate and up of 11008 x 4096, down of 4096 x 11008, 32 layers. Ours
-resizes all of it. In the table one module of each size is timed; a layer's four and three, times 32, is what the column for
-all says. The others use all threads for one module, ours one thread each for several: here it has one to work with.
+The shapes are Llama-2-7B's: q, k, v, o of 4096 x 4096, gate and up of 11008 x 4096, down of 4096 x 11008, 32 layers. In
+the table one module of each size is timed; a layer's four and three, times 32, is what the column for all says. The
+others use all threads for one module, ours one thread each for as many modules: here it has one to work with.
 """
 
 from __future__ import annotations
@@ -110,11 +110,15 @@ def randomized(folder: Path) -> dict[str, Pair]:
 def excess(before: Pair, after: Pair) -> float:
     """The squared error above that of the best approximation, as a share of the delta's energy; from small cores."""
     (a, b), (c, d) = ((x.double(), y.double()) for x, y in (before, after))
-    norms = [torch.linalg.qr(y, mode="r").R @ torch.linalg.qr(x.mT, mode="r").R.mT for x, y in ((a, b),)]
-    s = torch.linalg.svdvals(norms[0])
-    left, right = torch.cat([b, -d], dim=1), torch.cat([a, c])
-    rest = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.mT, mode="r").R.mT
+    s = torch.linalg.svdvals(core(a, b))
+    rest = core(torch.cat([a, c]), torch.cat([b, -d], dim=1))
     return float((rest.square().sum() - s[AFTER:].square().sum()) / s.square().sum())
+
+
+def core(a: Tensor, b: Tensor) -> Tensor:
+    """A small matrix with the singular values of `b @ a`."""
+    r: Tensor = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.mT, mode="r").R.mT
+    return r
 
 
 @click.command()
@@ -172,13 +176,13 @@ def main(side: int, layers: int, rounds: int) -> None:
         "",
         *(__doc__ or "").strip().split("\n\n")[1].splitlines(),
         "",
-        f"Rank {BEFORE} to {AFTER}, factors in bfloat16. The machine was shared and not quiet: read the ratios. The excess",
-        "is the squared error above the best approximation's, as a share of the delta's energy.",
+        f"Rank {BEFORE} to {AFTER}, factors in bfloat16. The machine was shared and not quiet: read the ratios. The",
+        "excess is the squared error above the best approximation's, as a share of the delta's energy.",
         "",
         *lines,
         "",
-        f"The whole command, `phlora resize --rank {AFTER}` on {LAYERS} layers{note}, with its start, reading and writing:",
-        f"{statistics.median(seconds):.1f} s, {memory / 1e9:.2f} GB of memory at most, the mapped file included.",
+        f"The whole command, `phlora resize --rank {AFTER}` on {LAYERS} layers{note}, with its start, reading and",
+        f"writing: {statistics.median(seconds):.1f} s, {memory / 1e9:.2f} GB of memory at most, mapped files included.",
     ]
     (HERE / "RESIZING.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     click.echo("\n".join(text))

@@ -54,8 +54,8 @@ def resize(
         rank: How many singular triplets of each delta to keep: an int is a rank, a float in (0, 1] the share of the
             delta's energy, a `RankRule` anything else. Or one of these for every delta that `spectra` names: a rule
             that looks at all spectra at once is a function from those to ranks.
-        form: `portable`, one rank and what every engine loads; or `peft`, each module at its own rank, and the only one
-            for adapters that hold convolutions, experts, biases or whole tensors. By default the first that can be.
+        form: `portable`, one rank for the file; or `peft`, each module at its own rank, and the only one for adapters
+            that hold biases or whole tensors. By default the first that can be.
         dtype: Of the saved factors; by default the adapter's.
         progress: Show a progress bar on stderr.
 
@@ -245,12 +245,9 @@ class _Sum:
         return found
 
     def extras(self) -> str | None:
-        """What there is that only PEFT loads, in words."""
+        """What there is beside factors, in words."""
         for folder, _ in self._parts:
             for module in folder.modules.values():
-                if module.kind in ("convolution", "experts"):
-                    what = "a convolution" if module.kind == "convolution" else "stacked experts"
-                    return f"`{folder.label}` adapts {what}, `{module.name}`"
                 if module.bias:
                     return f"`{folder.label}` holds a bias of `{module.name}`"
             if folder.whole:

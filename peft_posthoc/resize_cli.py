@@ -20,8 +20,8 @@ _SHARED = _options(
     click.option(
         "--form",
         type=click.Choice(("portable", "peft")),
-        help="portable: one rank, what every engine loads. peft: every module at its own rank; convolutions, experts, "
-        "biases and whole tensors too.  [default: portable, unless there are such]",
+        help="portable: one rank, what every engine loads. peft: every module at its own rank; biases and whole "
+        "tensors too.  [default: portable, unless there are such]",
     ),
     click.option("--force", is_flag=True, help="Replace an adapter that is at OUT."),
     OUTPUT,

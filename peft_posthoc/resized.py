@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_posthoc.layout import is_of_an_expert
 from peft_posthoc.lora_folder import Factors, Kind, Module
 from peft_posthoc.peft_format import PREFIX, Contents, write_folder
 from peft_posthoc.portable import safe_rank
@@ -197,11 +198,11 @@ class Resized:
         }
         if first.get("auto_mapping"):
             config["auto_mapping"] = first["auto_mapping"]
+        if parameters := self._union("target_parameters"):
+            config["target_parameters"] = parameters
         if self.form == "peft":
             own = {self._pattern(c.module.name): r for c in self.cuts if (r := self._file_rank(c)) != self.rank}
             config |= {"alpha_pattern": own, "rank_pattern": own, "lora_bias": self._lora_bias}
-            if parameters := self._union("target_parameters"):
-                config["target_parameters"] = parameters
         return config
 
     @cached_property
@@ -268,6 +269,8 @@ class Resized:
         found = []
         if self.form == "peft":
             found.append("The `peft` form is for PEFT alone: serving engines refuse or misread it (`--form portable`).")
+        elif any(cut.module.kind == "experts" for cut in self.cuts):
+            found.append("Stacked experts (`target_parameters`) need PEFT 0.19, and an engine that takes them so.")
         for key, what in (("base_model_name_or_path", "base"), ("task_type", "task")):
             told = dict.fromkeys(str(one[key]) for one in self.configs if one.get(key))
             if len(told) > 1:
@@ -297,7 +300,7 @@ class Resized:
 
 
 def _of_experts(module: Module) -> bool:
-    return module.kind == "experts" or bool(re.search(r"\.experts\.\d+\.", module.name))
+    return module.kind == "experts" or is_of_an_expert(module.name)
 
 
 def _padded(factors: LowRank, rank: int) -> Factors:

@@ -189,7 +189,7 @@ class Pixels(nn.Module):
         self.first = nn.Conv2d(3, 16, 3, padding=1)
         self.second = nn.Conv2d(16, 12, 1)
         self.third = nn.Conv2d(12, 8, 2, groups=2)
-        self.last = nn.Linear(8, 10, bias=False)
+        self.last = nn.Linear(8, 10)
 
     def forward(self, x):
         return self.last(self.third(self.second(self.first(x))).mean(dim=(2, 3)))
@@ -197,12 +197,11 @@ class Pixels(nn.Module):
 
 def test_convolutions_are_resized_as_matrices_over_the_kernel(tmp_path):
     source = adapt(Pixels(), tmp_path / "a", r=8, lora_alpha=12, target_modules=["first", "second", "last"])
-    resized = resize(source, 2)
-    resized.save(tmp_path / "out")
-    assert resized.form == "peft"
-    before, after = deltas(Pixels(), source), deltas(Pixels(), tmp_path / "out")
+    before = deltas(Pixels(), source)
     assert before["first"].shape == (16, 3, 3, 3)
-    same(after, {name: best(delta, 2) for name, delta in before.items()})
+    for form in ("portable", "peft"):
+        resize(source, 2, form=form).save(tmp_path / form)
+        same(deltas(Pixels(), tmp_path / form), {name: best(delta, 2) for name, delta in before.items()})
 
 
 def test_what_is_whole_and_lora_s_biases_come_along(tmp_path):
@@ -230,12 +229,12 @@ def moe(tmp_path):
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-@pytest.mark.parametrize("rank", [2, 0.6])
-def test_stacked_experts_are_resized_one_by_one(tmp_path, rank):
+@pytest.mark.parametrize(("rank", "form"), [(2, "portable"), (0.6, "peft")])
+def test_stacked_experts_are_resized_one_by_one(tmp_path, rank, form):
     base = moe(tmp_path)
     how = {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj"], "target_parameters": FUSED}
     source = adapt(models.load(base), tmp_path / "a", **how)
-    resized = resize(source, rank)
+    resized = resize(source, rank, form=form)
     resized.save(tmp_path / "out")
     ranks = {row.module: row.rank for row in resized.report.rows}
     before, after = (deltas(models.load(base), folder) for folder in (source, tmp_path / "out"))
@@ -345,9 +344,9 @@ def test_whole_tensors_are_kept_where_the_sum_is_known(tmp_path):
     assert torch.equal(*held)
     assert config_of(tmp_path / "out")["modules_to_save"] == ["last"]
     assert torch.equal(combine([one, one], [0.4, 0.6]).whole[last], held[0])
-    with pytest.raises(MismatchError, match=r"both hold `last\.weight` whole, with other values"):
+    with pytest.raises(MismatchError, match=r"both hold `last\.(bias|weight)` whole, with other values"):
         combine([one, other], [0.5, 0.5])
-    with pytest.raises(MismatchError, match=r"holds `last\.weight` whole, and its weight is 0\.7"):
+    with pytest.raises(MismatchError, match=r"holds `last\.(bias|weight)` whole, and its weight is 0\.7"):
         combine([one, two], [0.7, 0.3])
 
 
@@ -401,8 +400,11 @@ def test_dora_groups_and_pickles_are_refused_as_peft_writes_them(tmp_path):
     (tmp_path / "pickle" / "adapter_model.safetensors").rename(tmp_path / "pickle" / "adapter_model.bin")
     with pytest.raises(AdapterError, match="holds a pickle"):
         resize(tmp_path / "pickle")
-    with pytest.raises(AdapterError, match="the portable form has no place for that"):
-        resize(adapt(Pixels(), tmp_path / "conv", r=4, target_modules=["first"]), form="portable")
+    whole = adapt(Pixels(), tmp_path / "whole", r=4, target_modules=["first"], modules_to_save=["last"])
+    with pytest.raises(
+        AdapterError, match=r"holds `last\.(bias|weight)` whole: the portable form has no place for that"
+    ):
+        resize(whole, form="portable")
 
 
 def test_values_that_are_not_finite_and_dtypes_that_are_too_small_are_told(patterned):
