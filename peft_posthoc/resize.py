@@ -102,6 +102,8 @@ def combine(
         NothingToCarryError: The deltas are zero, or cancel.
         ValueError: An argument makes no sense.
     """
+    if isinstance(adapters, str | os.PathLike):
+        raise ValueError(f"`combine(adapters=...)` takes a list of folders. Got one: {str(adapters)!r}.")
     shares = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     if not adapters:
         raise ValueError("`combine(adapters=...)` needs at least one adapter.")
@@ -161,7 +163,7 @@ def _run(
         chosen = form or ("peft" if total.extras() else "portable")
         if chosen == "portable" and (extras := total.extras()):
             raise AdapterError(f"{extras}: the portable form has no place for that. Use `--form peft`.")
-        saved = dtype or total.dtype()
+        saved, whole = dtype or total.dtype(), total.whole()
 
         def work(name: str) -> Cut:
             return _cut(total, name, rule, saved)
@@ -173,7 +175,7 @@ def _run(
             raise NothingToCarryError(f"{labels} {told}.")
         return Resized(
             cuts=cuts,
-            whole=total.whole(),
+            whole=whole,
             configs=tuple(folder.config for folder in folders),
             form=chosen,
             dtype=saved,

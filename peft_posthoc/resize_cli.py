@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from peft_posthoc.cli import _OUTPUT as OUTPUT
 from peft_posthoc.cli import RANK, _check_file, _options, dtype_of, rule_of, show
+
+if TYPE_CHECKING:
+    from peft_posthoc.resized import Resized
 
 _SHARED = _options(
     click.option("--error", type=float, metavar="E", help="Keep the fewest with at most this relative error."),
@@ -40,8 +44,8 @@ def resize(adapter: Path, out: Path, **options: Any) -> None:
     """
     from peft_posthoc.resize import resize as run
 
-    rule = _rule(options)
-    _write(out, options, lambda **given: run(adapter, rule_of(None, None) if rule is None else rule, **given))
+    rule = _rule(options) or rule_of(None, None)
+    _write(out, lambda **given: run(adapter, rule, **given), **options)
 
 
 @click.command()
@@ -61,7 +65,7 @@ def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, **option
     if len(adapters) < 2:
         raise click.UsageError("Give at least two adapters, and the folder to write: A B OUT.")
     rule, shares = _rule(options), None if weights is None else _numbers(weights)
-    _write(out, options, lambda **given: run(adapters, shares, rule, **given))
+    _write(out, lambda **given: run(adapters, shares, rule, **given), **options)
 
 
 def _rule(options: dict[str, Any]) -> Any:
@@ -76,14 +80,24 @@ def _rule(options: dict[str, Any]) -> Any:
     return rule_of(None, 1 - error**2)
 
 
-def _write(out: Path, options: dict[str, Any], run: Any) -> None:
+def _write(
+    out: Path,
+    run: Callable[..., Resized],
+    *,
+    form: str | None,
+    dtype: str | None,
+    force: bool,
+    quiet: bool,
+    json_to: str | None,
+    debug: bool,
+) -> None:
+    del debug  # Read by the group.
     from peft_posthoc.peft_format import check_target
 
-    json_to, quiet, force = options["json_to"], options["quiet"], options["force"]
     # Bad arguments are told before the work, not after it.
     _check_file(json_to, "--json")
     check_target(out, force=force)
-    resized = run(form=options["form"], dtype=dtype_of(options["dtype"]), progress=not quiet)
+    resized = run(form=form, dtype=dtype_of(dtype), progress=not quiet)
     resized.save(out, force=force)
     show(resized.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":

@@ -1,7 +1,10 @@
 """Adapters that real PEFT made, resized and combined; what stock PEFT then adds to the weights is what it should be."""
 
 import json
+import re
+import shutil
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -10,7 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_posthoc
-from peft_posthoc import AdapterError, MismatchError, NothingToCarryError, combine, keep_energy, resize, spectra
+from peft_posthoc import (
+    AdapterError,
+    MismatchError,
+    NothingToCarryError,
+    combine,
+    extract,
+    keep_energy,
+    resize,
+    spectra,
+    verify,
+)
 from peft_posthoc.lora_folder import LoraFolder
 from tests import models
 
@@ -148,6 +161,48 @@ def test_ranks_chosen_from_all_spectra_at_once_are_taken(llama, patterned, tmp_p
         resize(patterned, {"model.layers.0.self_attn.q_proj": 2})
     with pytest.raises(ValueError, match=r"given for `nonsense`, which the adapter does not adapt"):
         resize(patterned, ranks | {"nonsense": 2})
+
+
+EXTRACTIONS = {
+    "llama": (models.llama, {}),
+    "embeddings and head": (models.llama, {"embeddings": True, "head": True}),
+    "gpt2": (models.gpt2, {}),
+    "experts one by one": (models.mixtral, {"experts": "per-expert"}),
+    "stacked experts": (models.mixtral, {"experts": "fused"}),
+    "all that changed": (models.llama, {"form": "peft"}),
+}
+
+
+@pytest.mark.parametrize("case", EXTRACTIONS)
+def test_an_extraction_cut_later_is_the_extraction_at_that_rank(tmp_path, case):
+    make, how = EXTRACTIONS[case]
+    pair = models.save_pair(make(), tmp_path)
+    for rank in (7, 3):
+        extract(*pair, rank, dtype=torch.float32, **how).save(tmp_path / str(rank))
+    resized = resize(tmp_path / "7", 3, form=how.get("form"))
+    resized.save(tmp_path / "out")
+    assert max(row.rank_before for row in resized.report.rows) in (7, 8)  # padded in the portable form
+    assert {row.true_rank for row in resized.report.rows} == {7}
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("3", "out"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        # Signs are fixed and the spectrum is shared out as extraction does: the factors themselves are the same.
+        assert torch.allclose(tensor, other[name], rtol=0, atol=1e-4 * float(tensor.abs().max())), name
+    known = config_of(tmp_path / "3")
+    assert {**known, **config_of(tmp_path / "out")} == known
+    assert verify(tmp_path / "out", *pair, outputs=False).cosine == pytest.approx(
+        verify(tmp_path / "3", *pair, outputs=False).cosine, abs=1e-6
+    )
+
+
+def test_the_page_s_python_runs_as_printed(patterned, tmp_path, monkeypatch):
+    for name in ("adapter", "a", "b"):
+        shutil.copytree(patterned, tmp_path / "page" / name)
+    monkeypatch.chdir(tmp_path / "page")
+    page = (Path(__file__).parent.parent / "docs" / "resize.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+    assert {path.name for path in Path().iterdir()} == {"adapter", "a", "b", "smaller", "by-threshold", "mix"}
 
 
 def test_a_layer_without_a_delta_stays_in_the_file_as_zeros(llama, patterned, tmp_path):
@@ -360,6 +415,8 @@ def test_adapters_that_do_not_fit_are_told(patterned, tmp_path):
         combine([patterned, patterned], [1, float("nan")])
     with pytest.raises(ValueError, match="at least one adapter"):
         combine([])
+    with pytest.raises(ValueError, match="takes a list of folders"):
+        combine("ab")
 
 
 REFUSED = {
