@@ -63,13 +63,14 @@ def test_no_energy_is_lost_at_the_rank_of_the_product_or_above():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_padding_and_repeated_pairs_are_told_from_small_values_in_every_dtype(dtype):
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(*size, generator=generator).to(dtype) for size in ((5, 60), (40, 5)))
-    small = torch.tensor([1, 1, 1, 1, 2.0**-10], dtype=dtype)
+    small = torch.tensor([1, 1, 1, 1, 2.0**-12])
+    a = (torch.randn(5, 60, generator=generator) * small[:, None]).to(dtype)
+    b = (torch.randn(40, 5, generator=generator) * small).to(dtype)
     zeros = torch.zeros_like
-    padded = factor_product(torch.cat([a, a, zeros(a)]), torch.cat([b * small, b * small, zeros(b)], dim=1))
-    # In float32 the values that are not there would be 1e-7 of the largest, as large as some that are.
+    padded = factor_product(torch.cat([a, a, zeros(a)]), torch.cat([b, b, zeros(b)], dim=1))
+    # The fifth is 4e-8 of the first. In float32 values that are not there would be as large.
     assert len(padded.s) == 5
-    assert torch.allclose(padded.s, 2 * torch.linalg.svdvals((b * small).double() @ a.double())[:5])
+    assert torch.allclose(padded.s, 2 * torch.linalg.svdvals(b.double() @ a.double())[:5], rtol=1e-6)
 
 
 def test_how_a_pair_s_size_is_shared_out_between_its_two_halves_does_not_matter():
