@@ -129,11 +129,12 @@ class ResizeReport:
         ]
         totals = self.totals
         padded = f" (padded to {totals.file_rank} in the file)" if totals.file_rank > totals.rank else ""
+        up_to = "up to " if len({row.rank for row in self.rows if row.rank}) > 1 else ""
         lines += [
             "",
-            f"{totals.modules} modules at rank {totals.rank}{padded} hold {_percent(totals.energy)} of their ",
+            f"{totals.modules} modules at rank {up_to}{totals.rank}{padded} hold {_percent(totals.energy)} of their "
+            f"deltas' energy; {size(totals.bytes)} on disk, of {size(totals.bytes_before)}.",
         ]
-        lines[-1] += f"deltas' energy; {size(totals.bytes)} on disk, of {size(totals.bytes_before)}."
         if totals.zero:
             lines.append(f"{totals.zero} modules have no delta and are there as zeros.")
         if totals.whole:
