@@ -111,6 +111,8 @@ class LoraFolder:
                 if not isinstance(self.config.get(key) or [], list):
                     raise ValueError(f"its configuration's `{key}` is no list")
             why = not_plain(self.config)
+            if why is None and self.config.get("bias", "none") != "none":
+                why = f"its configuration sets `bias` to {self.config['bias']!r}: it replaces biases of the base"
             if why is not None:
                 raise AdapterError(f"`{where}` is no plain LoRA delta: {why}.")
             self.modules = {module.name: module for module in _modules(shapes, self.config)}

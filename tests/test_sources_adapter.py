@@ -307,7 +307,7 @@ UNLIKE = {
     "use_dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa_niter_4"},
     "olora": {"init_lora_weights": "olora"},
-    "its type is": {"peft_type": "LOHA"},
+    "peft_type": {"peft_type": "LOHA"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
     "trainable_token_indices": {"trainable_token_indices": [1]},
