@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from peft_posthoc.adapter import Adapter
+from peft_posthoc.check import Check, check
 from peft_posthoc.checkpoint import Checkpoint, open_checkpoint
 from peft_posthoc.errors import (
     AdapterError,
@@ -13,6 +14,7 @@ from peft_posthoc.errors import (
     PosthocError,
 )
 from peft_posthoc.extract import extract
+from peft_posthoc.fix import Fixed, fix
 from peft_posthoc.preflight import Preflight, preflight
 from peft_posthoc.rank import RankRule, Spectrum, fixed, keep_energy
 from peft_posthoc.report import Report
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterError",
+    "Check",
     "Checkpoint",
     "CheckpointError",
+    "Fixed",
     "LoraConfig",
     "LowRank",
     "MismatchError",
@@ -43,7 +47,9 @@ __all__ = [
     "Spectrum",
     "Verification",
     "combine",
+    "check",
     "extract",
+    "fix",
     "fixed",
     "get_peft_model",
     "keep_energy",

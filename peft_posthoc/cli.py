@@ -364,3 +364,8 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
         Path(json_to).write_text(text + os.linesep, encoding="utf-8")
     if not quiet:
         click.echo("\n".join([result.table(), *more]))
+
+
+from peft_posthoc import check_cli  # noqa: E402  (it takes the options above)
+
+main.add_command(check_cli.check)

@@ -168,7 +168,7 @@ def make_plan(
         layout,
         carried,
         left_out,
-        _slots(base.headers, layout),
+        slots_of(base.headers, layout),
         {**base.headers, **tuned.headers},
         whole=frozenset(whole),
     )
@@ -260,7 +260,8 @@ def _decide(
     return [], f"no LoRA form for this tensor ({where})"
 
 
-def _slots(headers: Mapping[str, Header], layout: Layout) -> dict[str, Slot]:
+def slots_of(headers: Mapping[str, Header], layout: Layout) -> dict[str, Slot]:
+    """Every module that could hold factors, by the shapes of the tensors."""
     slots: dict[str, Slot] = {}
     for name, header in headers.items():
         for place in layout.places(name):

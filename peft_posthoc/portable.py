@@ -46,7 +46,7 @@ class Portable:
         Raises:
             AdapterError: PEFT cannot be told to adapt these modules without others that have no LoRA form.
         """
-        return targeted(_complete(_plain(adapter), adapter.plan), adapter.plan)
+        return targeted(complete(_plain(adapter), adapter.plan), adapter.plan)
 
     def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         """The file's tensors, padded to one rank, in the saved dtype, on the CPU.
@@ -174,7 +174,7 @@ def safe_rank(rank: int) -> int:
     return 8 if rank <= 8 else -(-rank // 16) * 16
 
 
-def _complete(carried: Iterable[str], plan: Plan) -> set[str]:
+def complete(carried: Iterable[str], plan: Plan) -> set[str]:
     """The carried modules, every other layer of the same name, and the members of the groups they belong to."""
     chosen = set(carried)
     by_pattern: dict[str, list[str]] = {}
