@@ -366,6 +366,11 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
         click.echo("\n".join([result.table(), *more]))
 
 
-from peft_posthoc import check_cli  # noqa: E402  (it takes the options above)
+def _register() -> None:
+    """Add the commands that have files of their own: they take the options above."""
+    from peft_posthoc.check_cli import check
 
-main.add_command(check_cli.check)
+    main.add_command(check)
+
+
+_register()

@@ -549,6 +549,15 @@ RULES: tuple[Rule, ...] = (
         f"{SGLANG_RUN} (srt/lora/utils.py)",
     ),
     Rule(
+        "untargeted-in-peft",
+        ("peft",),
+        WRONG,
+        lambda s: s.untargeted_in_peft,
+        "drops factors of modules that `target_modules` does not mean, with a warning at most",
+        FIX,
+        "run",
+    ),
+    Rule(
         "q-without-v",
         ("sglang",),
         REFUSED,

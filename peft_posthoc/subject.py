@@ -358,7 +358,7 @@ class Subject:
         """The largest rank that the configuration or a tensor has."""
         fused = {*self.fused_experts}
         ranks = (own.rank for module, own in self.modules.items() if module not in fused)
-        return max(self.r, *map(int, (self.config.get("rank_pattern") or {}).values()), *ranks)
+        return max([self.r, *map(int, (self.config.get("rank_pattern") or {}).values()), *ranks])
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:
@@ -406,6 +406,18 @@ class Subject:
             return ()
         names = {_SGLANG_NAMES.get(leaf, leaf) for leaf in map(_leaf, map(str, target))}
         return tuple(module for module in self.modules if _SGLANG_NAMES.get(_leaf(module), _leaf(module)) not in names)
+
+    @property
+    def untargeted_in_peft(self) -> tuple[str, ...]:
+        """Modules that PEFT does not take `target_modules` to mean."""
+        target, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
+        if target is None:
+            return () if self.fused_experts else ("target_modules=None",)
+        return tuple(
+            module
+            for module in self.modules
+            if module not in self.fused_experts and (not _means(target, module) or _means(excluded, module))
+        )
 
     # Rank and scale.
 
@@ -545,6 +557,13 @@ class Subject:
         return tuple(token for token, number in self.added_tokens.items() if size is None or number >= size)
 
 
+def _means(target: Any, module: str) -> bool:
+    """Whether PEFT takes a list of names, or a regular expression, to mean the module."""
+    if isinstance(target, str):
+        return target == "all-linear" or re.fullmatch(target, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in target or ())
+
+
 def _leaf(module: str) -> str:
     return module.rpartition(".")[2]
 
@@ -575,15 +594,21 @@ def _config(where: Path) -> dict[str, Any]:
             raise AdapterError(f"`{path}` sets `{key}` to {value!r}, which is no value for it.")
     if config.get("r", 8) < 1:
         raise AdapterError(f"`{path}` sets `r` to {config['r']}; a rank is at least 1.")
+    for key in ("target_modules", "exclude_modules"):
+        _compiled(config.get(key) or "", key, path)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (config.get(key) or {}).items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise AdapterError(f"`{key}` of `{path}` holds `{pattern}`, no regular expression: {error}.") from error
+            _compiled(pattern, key, path)
             if not isinstance(value, int | float) or isinstance(value, bool) or (key == "rank_pattern" and value < 1):
                 raise AdapterError(f"`{key}` of `{path}` gives `{pattern}` the value {value!r}.")
     return config
+
+
+def _compiled(pattern: Any, key: str, path: Path) -> None:
+    try:
+        re.compile(pattern if isinstance(pattern, str) else "")
+    except re.error as error:
+        raise AdapterError(f"`{key}` of `{path}` holds `{pattern}`, no regular expression: {error}.") from error
 
 
 def _added_tokens(where: Path) -> dict[str, int]:

@@ -1,0 +1,429 @@
+"""`phlora check`: every rule has an adapter that breaks it; and what it says is what PEFT itself does."""
+
+import json
+
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from peft_posthoc import AdapterError, CheckpointError, check, cli, extract
+from peft_posthoc.check_cli import NAMES
+from peft_posthoc.engines import ENGINES
+from peft_posthoc.serving_rules import RULES
+from peft_posthoc.subject import Subject
+from tests import models, serving
+from tests.test_bad_input import contents, misused, refused, run
+
+
+@pytest.fixture(scope="module")
+def good(llama_pair, tmp_path_factory):
+    """An adapter of every linear layer at rank 16, in the portable form."""
+    return extract(*llama_pair, serving.RANK).save(tmp_path_factory.mktemp("good") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases")
+
+
+def found(folder, base=None, engines=("all",)):
+    """The names of the rules that an adapter breaks, by engine."""
+    return {
+        outcome.engine: {finding.rule for finding in outcome.findings}
+        for outcome in check(folder, engines=engines, base=base).outcomes
+    }
+
+
+# The table.
+
+
+def test_every_rule_has_one_name_a_source_and_an_adapter_that_breaks_it():
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names)
+    assert set(names) == set(serving.CASES)
+    for rule in RULES:
+        assert rule.source, rule.name
+        assert rule.message, rule.name
+        assert rule.way_out, rule.name
+        assert rule.severity in ("refused", "silently wrong", "warning")
+        assert rule.engines, rule.name
+        assert set(rule.engines) <= set(ENGINES), rule.name
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_sees_the_adapter_that_breaks_it(rule, good, bases, tmp_path):
+    case = serving.CASES[rule.name]
+    seen = found(serving.make(case, good, tmp_path / "adapter"), serving.base_of(case, bases))
+    wanted = {engine for engine in ENGINES if rule.applies_to(engine)}
+    assert {engine for engine, names in seen.items() if rule.name in names} == wanted
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_no_rule_sees_a_portable_adapter(rule, good, llama_pair):
+    assert not rule.finds(Subject.read(good))
+    assert not rule.finds(Subject.read(good, llama_pair[0]))
+
+
+@pytest.mark.parametrize("name", serving.FINE)
+def test_a_rule_does_not_see_what_is_close_to_it_and_right(name, good, bases, tmp_path):
+    rules, case = serving.FINE[name]
+    seen = found(serving.make(case, good, tmp_path / "adapter"), serving.base_of(case, bases))
+    assert not set(rules) & set().union(*seen.values())
+
+
+def test_the_page_has_the_rules_of_today():
+    page = serving.Path(cli.__file__).parents[1] / "docs/serving.md"
+    assert page.read_text(encoding="utf-8") == serving.page(), "python -m tests.serving > docs/serving.md"
+
+
+def test_the_command_knows_every_engine():
+    assert (*ENGINES, "all") == NAMES
+
+
+# Against the engines.
+
+
+@torch.no_grad()
+def what_peft_does(folder, base):
+    """PEFT's own verdict: whether it loads the adapter, as what the file says, and leaves the base alone."""
+    subject = Subject.read(folder)
+    wanted = {
+        module: subject.scale(module)
+        * own.kind.matrix(subject.weights.read(own.b).float() @ subject.weights.read(own.a).float())
+        for module, own in subject.modules.items()
+    }
+    model = models.load(base)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    try:
+        loaded = peft.PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, KeyError, ValueError, TypeError):
+        return "refused"
+    deltas = models.lora_deltas(loaded)
+    for module, delta in wanted.items():
+        if not torch.allclose(deltas.get(module, torch.zeros(())), delta, atol=1e-5):
+            return "silently wrong"
+    with loaded.disable_adapter():
+        parameters = loaded.base_model.model.named_parameters()
+        after = {name.replace(".base_layer", ""): parameter for name, parameter in parameters}
+        same = all(torch.equal(after[name], values) for name, values in before.items() if name in after)
+    return "right" if same else "silently wrong"
+
+
+# Of what is spoiled there, that which a dense Llama and its PEFT tell apart.
+FOR_PEFT = [
+    *("rank-not-as-configured", "patterns-before-0.32", "mixed-ranks", "scale-sglang", "missing-keys", "no-peft-type"),
+    *("norms-overwrite", "modules-to-save-missing", "no-prefix", "adapter-in-names", "wrong-path", "fused-names"),
+    *(
+        "other-shapes",
+        "smaller-shapes",
+        "q-without-v",
+        "missing-layers",
+        "unknown-keys",
+        "float-alpha",
+        "target-pattern",
+    ),
+    *("untargeted", "target-all-linear", "pickled", "padded-rank", "mixed-ranks-of-a-leaf", "head-prompt-logprobs"),
+    "untargeted-in-peft",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FOR_PEFT)
+def test_check_says_what_peft_does(name, good, llama_pair, tmp_path):
+    folder = serving.make(serving.CASES[name], good, tmp_path / "adapter")
+    (outcome,) = check(folder, engines=["peft"], base=llama_pair[0]).outcomes
+    assert outcome.verdict == what_peft_does(folder, llama_pair[0])
+
+
+def ranks(parts, **by_leaf):
+    for leaf, rank in by_leaf.items():
+        parts.cut(rank, only=leaf)
+
+
+OWN_RANKS = {"q_proj": 4, "k_proj": 4, "v_proj": 4}
+MLP = {"gate_proj": 4, "up_proj": 4, "down_proj": 4}
+# The adapters and outcomes of the runs in vLLM 0.32.0, llama.cpp and SGLang 0.5.23's loader (2026-11-22).
+RUNS = {
+    "uniform": ({"r": 8, "lora_alpha": 8}, {}, "right", "right", "right"),
+    "alpha 16": ({"r": 8, "lora_alpha": 16}, {}, "right", "right", "right"),
+    "rank 12": ({"r": 12, "lora_alpha": 12}, {}, "right", "right", "right"),
+    "own ranks and alphas": (
+        {"r": 8, "lora_alpha": 8, "rank_pattern": OWN_RANKS, "alpha_pattern": OWN_RANKS},
+        OWN_RANKS,
+        *("right", "silently wrong", "refused"),
+    ),
+    "own ranks": ({"r": 8, "lora_alpha": 8, "rank_pattern": OWN_RANKS}, OWN_RANKS, "right", "right", "refused"),
+    "attention 8, mlp 4": (
+        {"r": 8, "lora_alpha": 8, "rank_pattern": MLP, "alpha_pattern": MLP},
+        MLP,
+        *("right", "silently wrong", "refused"),
+    ),
+    "rsLoRA": ({"r": 8, "lora_alpha": 8, "use_rslora": True}, {}, "right", "silently wrong", "silently wrong"),
+    "DoRA's flag": ({"r": 8, "lora_alpha": 8, "use_dora": True}, {}, "refused", "silently wrong", "refused"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_check_says_what_the_engines_did_when_they_were_run(name, good, llama_pair, tmp_path):
+    settings, own, *wanted = RUNS[name]
+    parts = serving.Parts(good)
+    parts.cut(settings["r"])
+    ranks(parts, **own)
+    parts.configure(**settings)
+    result = check(parts.write(tmp_path / "adapter"), engines=["vllm", "llamacpp", "sglang"], base=llama_pair[0])
+    verdicts = {outcome.engine: outcome.verdict for outcome in result.outcomes}
+    assert [verdicts[engine] for engine in ("vllm", "llamacpp", "sglang")] == wanted
+
+
+def test_a_zero_alpha_is_one_in_llama_cpp_and_nothing_in_peft(good, tmp_path):
+    parts = serving.Parts(good)
+    parts.configure(lora_alpha=0)
+    folder = parts.write(tmp_path / "adapter")
+    assert "scale-llamacpp" in found(folder)["llamacpp"]
+    assert Subject.read(folder).scale("model.layers.0.self_attn.q_proj") == 0
+
+
+# Adapters of others.
+
+
+def by_peft(folder, model, **settings):
+    options = {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | settings
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) / 8)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+HARMLESS = {"unknown-keys", "rank-for-one-gpu"}
+BY_PEFT = {
+    "plain": ({}, {}),
+    "regex": (
+        {"target_modules": r".*\.(q_proj|v_proj)"},
+        {"sglang": {"target-pattern"}},
+    ),
+    "rslora": (
+        {"use_rslora": True},
+        {"sglang": {"scale-sglang"}, "lorax": {"rslora-lorax"}, "llamacpp": {"scale-llamacpp"}},
+    ),
+    "one layer": ({"layers_to_transform": [0]}, {"lorax": {"missing-layers"}, "tgi": {"missing-layers"}}),
+    "q alone": ({"target_modules": ["q_proj"]}, {"sglang": {"q-without-v"}}),
+    "rank 4": ({"r": 4, "lora_alpha": 4}, {"lorax": {"padded-rank"}, "tgi": {"padded-rank"}}),
+    "lora_bias": (
+        {"lora_bias": True},
+        {
+            **{engine: {"lora-bias"} for engine in ("vllm", "sglang", "trtllm", "llamacpp")},
+            **{engine: {"lora-bias-ignored"} for engine in ("lorax", "tgi")},
+        },
+    ),
+    "dora": (
+        {"use_dora": True},
+        {
+            **{engine: {"dora"} for engine in ("vllm", "sglang")},
+            **{engine: {"dora-ignored"} for engine in ("lorax", "tgi")},
+            **{"llamacpp": {"dora-gguf"}, "trtllm": {"dora-trtllm"}},
+        },
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_an_adapter_that_peft_saved(name, llama_pair, tmp_path):
+    settings, wanted = BY_PEFT[name]
+    folder = by_peft(tmp_path / "adapter", models.load(llama_pair[0]), **settings)
+    seen = found(folder, llama_pair[0])
+    assert seen.pop("nim") == seen["vllm"] | seen["sglang"]
+    assert {engine: names - HARMLESS for engine, names in seen.items() if names - HARMLESS} == wanted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_factors_of_all_experts_at_once(tmp_path):
+    model = models.qwen3_moe()
+    models.save(model, tmp_path / "base")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = by_peft(tmp_path / "adapter", model, target_modules=[], target_parameters=targets)
+    seen = found(folder, tmp_path / "base")
+    assert "fused-experts" in seen["sglang"] & seen["llamacpp"] & seen["trtllm"]
+    assert seen["peft"] == {"fused-experts-peft", "unknown-keys"}
+    assert "wrong-path" not in set().union(*seen.values())
+
+
+def test_the_peft_form_is_for_peft_alone(llama_pair, tmp_path):
+    folder = extract(*llama_pair, 0.5, form="peft").save(tmp_path / "adapter")
+    outcomes = check(folder, base=llama_pair[0]).outcomes
+    assert [outcome.engine for outcome in outcomes if outcome.verdict == "right"] == ["peft"]
+
+
+@pytest.mark.parametrize("pair", ["llama_pair", "tied_pair"])
+def test_embeddings_and_head_of_extract(pair, request, tmp_path):
+    base, tuned = request.getfixturevalue(pair)
+    folder = extract(base, tuned, serving.RANK, embeddings=True, head=True).save(tmp_path / "adapter")
+    verdicts = {outcome.engine: outcome.verdict for outcome in check(folder, base=base).outcomes}
+    right = {engine for engine, verdict in verdicts.items() if verdict == "right"}
+    untied = {"llamacpp"} if pair == "llama_pair" else set()
+    assert right == {"peft", "vllm", "sglang", "nim", "mlx"} | untied
+
+
+def test_the_flags_that_an_engine_is_started_with(good, llama_pair):
+    serve = {outcome.engine: " ".join(outcome.serve) for outcome in check(good, base=llama_pair[0]).outcomes}
+    assert f"vllm serve {llama_pair[0]} --enable-lora --max-lora-rank 16 --max-loras 1" in serve["vllm"]
+    leaves = "--lora-target-modules down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+    assert leaves in serve["sglang"]
+    assert "--max-lora-rank 16" in serve["sglang"]
+    assert "max_lora_rank=16" in serve["trtllm"]
+
+
+def test_vllm_reserves_one_of_its_own_ranks(good, tmp_path):
+    parts = serving.Parts(good)
+    parts.cut(260)
+    parts.configure(r=260, lora_alpha=260)
+    (outcome,) = check(parts.write(tmp_path / "adapter"), engines=["vllm"]).outcomes
+    assert "--max-lora-rank 320" in outcome.serve[0]
+
+
+# The command.
+
+
+@pytest.fixture
+def work(good, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    serving.copy_of(good, tmp_path / "work/adapter")
+    return tmp_path / "work"
+
+
+def spoiled(work, name):
+    return serving.make(serving.CASES[name], work / "adapter", work / name)
+
+
+def test_a_good_adapter_has_exit_status_0_and_the_commands_to_serve_it(work):
+    status, stdout, stderr = run("check", "adapter")
+    assert (status, stderr) == (0, "")
+    assert "vllm serve" in stdout
+    assert "Without --base" in stdout
+
+
+def test_a_bad_one_has_status_1_and_one_line_that_names_the_engines(work):
+    spoiled(work, "scale-sglang")
+    status, stdout, stderr = run("check", "scale-sglang")
+    assert status == 1
+    assert "SGLang" in stdout
+    assert "[scale-sglang]" in stdout
+    assert stderr == (
+        "phlora: error: `scale-sglang` would be refused or silently wrong in sglang, lorax, nim, llamacpp.\n"
+    )
+    assert run("check", "scale-sglang", "--engine", "vllm", "--engine", "peft")[0] == 0
+    assert run("check", "scale-sglang", "--engine", "vllm", "--quiet") == (0, "", "")
+
+
+def test_json_has_all_that_the_table_has(work):
+    spoiled(work, "norms")
+    status, stdout, _ = run("check", "norms", "--engine", "vllm", "--json")
+    assert status == 1
+    (engine,) = json.loads(stdout)["engines"]
+    assert engine["verdict"] == "refused"
+    (finding,) = engine["findings"]
+    assert finding["rule"] == "norms"
+    assert finding["culprits"] == ["base_model.model.model.layers.0.input_layernorm.weight"]
+    assert finding["source"]
+    assert finding["versions"]
+    assert run("check", "norms", "--json", "found.json")[0] == 1
+    assert json.loads((work / "found.json").read_text())["format"] == 1
+
+
+def test_the_same_adapter_from_python(work):
+    result = check("adapter", engines=["vllm"])
+    assert result.wrong == ()
+    assert result.table() == CliRunner().invoke(cli.main, ["check", "adapter", "--engine", "vllm"]).output.rstrip("\n")
+    with pytest.raises(ValueError, match=r"takes some of peft, vllm.*Got `tensorflow`"):
+        check("adapter", engines=["tensorflow"])
+
+
+def test_no_tensor_is_read(good, tmp_path):
+    # Zeros where the values were: a reader of headers cannot tell.
+    blank = serving.copy_of(good, tmp_path / "blank")
+    file = blank / "adapter_model.safetensors"
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    with file.open("r+b") as handle:
+        handle.truncate(header)
+        handle.truncate(len(data))
+    assert load_file(file)["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].any() == torch.tensor(False)
+    assert found(blank) == found(good)
+
+
+# Bad input.
+
+
+def test_adapters_that_cannot_be_read(work):
+    def config(**settings):
+        parts = serving.Parts(work / "adapter")
+        parts.configure(**settings)
+        return parts.write(work / f"bad{len(list(work.iterdir()))}")
+
+    (work / "empty").mkdir()
+    (work / "text").write_text("no folder")
+    for name in ("empty", "text", "nowhere"):
+        refused(run("check", name), f"`{name}")
+    refused(run("check", config(peft_type="LOHA")), "LOHA", "only LoRA")
+    refused(run("check", config(r="8")), "`r`", "'8'")
+    refused(run("check", config(r=0)), "at least 1")
+    refused(run("check", config(rank_pattern={"(": 8})), "no regular expression")
+    refused(run("check", config(alpha_pattern={"q_proj": "much"})), "alpha_pattern", "'much'")
+    refused(run("check", config(modules_to_save="norm")), "modules_to_save")
+    broken = config()
+    (broken / "adapter_config.json").write_text("{")
+    refused(run("check", broken), "not a readable configuration")
+    (broken / "adapter_config.json").write_text("[]")
+    refused(run("check", broken), "JSON object")
+    cut = config()
+    (cut / "adapter_model.safetensors").write_bytes(b"short")
+    refused(run("check", cut), "not a readable safetensors file")
+    (cut / "adapter_model.safetensors").unlink()
+    refused(run("check", cut), "holds no adapter_model.safetensors")
+    tokens = config()
+    (tokens / "added_tokens.json").write_text('["a"]')
+    refused(run("check", tokens), "added_tokens.json")
+
+
+def test_factors_that_are_none(work):
+    parts = serving.Parts(work / "adapter")
+    parts.drop("layers.0.self_attn.q_proj.lora_B")
+    refused(run("check", parts.write(work / "half")), "without its counterpart")
+    parts = serving.Parts(work / "adapter")
+    parts.add(f"{serving.LAYER}.self_attn.q_proj.lora_B.weight", 32, 8)
+    refused(run("check", parts.write(work / "unfit")), "do not fit")
+    parts.tensors = {"lm_head.weight": torch.zeros(3, 3)}
+    refused(run("check", parts.write(work / "none")), "no LoRA factors", "lm_head.weight")
+
+
+def test_a_pickle_that_does_more_than_hold_tensors_is_not_executed(work):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(work / "sprung"), "w"))
+
+    (work / "adapter/adapter_model.safetensors").unlink()
+    torch.save({"x": Trap()}, work / "adapter/adapter_model.bin")
+    refused(run("check", "adapter"), "is refused")
+    assert not (work / "sprung").exists()
+
+
+def test_bad_options(work):
+    before = contents(work)
+    misused(run("check", "adapter", "--engine", "tensorflow"), "tensorflow")
+    misused(run("check", "adapter", "--dtype", "float16"), "--fix")
+    refused(run("check", "adapter", "--base", "org/name"), "is no folder")
+    refused(run("check", "adapter", "--json", "nowhere/x.json"), "no folder `nowhere`")
+    (work / "notmodel").mkdir()
+    refused(run("check", "adapter", "--base", "notmodel"), "No weights in `notmodel`")
+    (work / "notmodel").rmdir()
+    assert contents(work) == before
+    with pytest.raises(AdapterError):
+        check("nowhere")
+    with pytest.raises(CheckpointError):
+        check("adapter", base="nowhere")
