@@ -183,8 +183,10 @@ def _rewritten(
     made = []
     for exact, shape in zip(wanted, shapes, strict=True):
         cast = exact.to(dtype)
+        if not torch.isfinite(exact).all():
+            raise AdapterError(f"The factors of `{module}` in `{subject.label}` hold NaN or infinity.")
         if not torch.isfinite(cast).all():
-            raise AdapterError(f"The factors of `{module}` overflow {dtype}, or are not finite. Choose another dtype.")
+            raise AdapterError(f"The factors of `{module}` overflow {dtype}. Choose another `--dtype`.")
         norm = frobenius(exact)
         error = max(error, frobenius(cast.double() - exact) / norm if norm else 0.0)
         padded = torch.zeros(shape, dtype=dtype)
@@ -276,7 +278,7 @@ def _told(
     if {*ranks} != {rank}:
         yield f"rank {_range(ranks)} padded with zeros to {rank}"
     if added:
-        yield f"{len(added)} modules added as zeros, as engines expect them: {next(iter(added))}, ..."
+        yield f"added as zeros, as engines expect them: {len(added)} modules, of which the first is {next(iter(added))}"
     if subject.without_prefix:
         yield f"{PREFIX} put before {len(subject.without_prefix)} names"
     if subject.named_after_adapter:
@@ -286,14 +288,14 @@ def _told(
     if behind := [*subject.others, *(["added_tokens.json"] if subject.added_tokens else [])]:
         yield f"left behind: {', '.join(behind)}"
     if idle:
-        yield f"{idle} tensors dropped that change nothing"
+        yield f"tensors dropped that change nothing: {idle}"
     if {subject.headers[name].dtype for own in subject.modules.values() for name in (own.a, own.b)} != {dtype}:
         yield f"factors saved in {str(dtype).removeprefix('torch.')}"
     old = subject.config
     if changed := [key for key in config if key in old and old[key] != config[key]]:
         yield f"in the configuration: {', '.join(changed)}"
     if subject.unknown_keys:
-        yield f"{len(subject.unknown_keys)} keys that PEFT 0.6 does not know taken out of the configuration"
+        yield f"out of the configuration, as PEFT 0.6 does not know them: {', '.join(subject.unknown_keys)}"
 
 
 def _range(numbers: Iterable[float]) -> str:

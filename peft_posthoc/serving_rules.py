@@ -44,6 +44,7 @@ class Rule:
 
 
 FIX = "`--fix OUT` rewrites it"
+WRITE_THEM = "write what the adapter was trained with into the configuration"
 FIX_BASE = "`--fix OUT --base BASE` rewrites it"
 LEAVE_OUT = "`--fix OUT` leaves them out and tells their size; or merge the adapter and serve the whole model"
 MERGE = "merge the adapter into its base (PEFT's `merge_and_unload`) and serve that, or extract from it again"
@@ -120,7 +121,7 @@ RULES: tuple[Rule, ...] = (
         REFUSED,
         lambda s: s.without("r", "lora_alpha", "target_modules"),
         "needs these keys in the configuration (ValueError in vLLM, KeyError in SGLang)",
-        FIX,
+        WRITE_THEM,
         f"run: {VLLM_HELPER}; SGLang's srt/lora/lora_config.py",
     ),
     Rule(
@@ -129,7 +130,7 @@ RULES: tuple[Rule, ...] = (
         REFUSED,
         lambda s: s.without("r", "lora_alpha"),
         "needs these keys in the configuration",
-        FIX,
+        WRITE_THEM,
         "read: tensorrt_llm/_torch/peft/lora/manager.py",
     ),
     Rule(
@@ -138,7 +139,7 @@ RULES: tuple[Rule, ...] = (
         REFUSED,
         lambda s: s.without("lora_alpha"),
         f"{CONVERT} needs it",
-        FIX,
+        WRITE_THEM,
         f"run: {CONVERT}",
     ),
     Rule(
