@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_posthoc import faults
 from peft_posthoc.check import Check, check, chosen
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.factor import frobenius
@@ -144,22 +145,22 @@ def fix(
 
 def _refuse(subject: Subject) -> None:
     """See that base + scale * `b @ a` is what PEFT computes, and that the base is the right one."""
-    faults = {
+    obstacles = {
         "sets `use_dora`: the base's weights are rescaled too": subject.setting("use_dora") or subject.magnitudes,
-        "begins with a part of the base, which the served base still has": subject.mutating_init,
+        "begins with a part of the base, which the served base still has": faults.mutating_init(subject),
         "computes something else than base + b @ a": subject.setting(
             *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
             *("trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
         ),
-        "has other ranks than its configuration says, which PEFT does not load": subject.misranked,
+        "has other ranks than its configuration says, which PEFT does not load": faults.misranked(subject),
         "holds factors of all experts at once": subject.fused_experts,
         "holds factors of convolutions": tuple(
             module for module, own in subject.modules.items() if len(subject.headers[own.a].shape) > 2
         ),
-        "adapts what the base does not have": subject.strangers,
-        "does not have the base's shapes": subject.unfitting(larger=True, smaller=True),
+        "adapts what the base does not have": faults.strangers(subject),
+        "does not have the base's shapes": faults.unfitting(subject, larger=True, smaller=True),
     }
-    for what, culprits in faults.items():
+    for what, culprits in obstacles.items():
         if culprits:
             raise AdapterError(
                 f"`{subject.label}` cannot be rewritten without loss: it {what} (`{culprits[0]}`). Nothing was written."
@@ -279,10 +280,10 @@ def _told(
         yield f"rank {_range(ranks)} padded with zeros to {rank}"
     if added:
         yield f"added as zeros, as engines expect them: {len(added)} modules, of which the first is {next(iter(added))}"
-    if subject.without_prefix:
-        yield f"{PREFIX} put before {len(subject.without_prefix)} names"
-    if subject.named_after_adapter:
-        yield f"the adapter's name taken out of {len(subject.named_after_adapter)} names"
+    if faults.without_prefix(subject):
+        yield f"{PREFIX} put before {len(faults.without_prefix(subject))} names"
+    if faults.named_after_adapter(subject):
+        yield f"the adapter's name taken out of {len(faults.named_after_adapter(subject))} names"
     if not subject.weights_name.endswith(".safetensors"):
         yield f"{subject.weights_name} as safetensors"
     if behind := [*subject.others, *(["added_tokens.json"] if subject.added_tokens else [])]:
@@ -294,8 +295,8 @@ def _told(
     old = subject.config
     if changed := [key for key in config if key in old and old[key] != config[key]]:
         yield f"in the configuration: {', '.join(changed)}"
-    if subject.unknown_keys:
-        yield f"out of the configuration, as PEFT 0.6 does not know them: {', '.join(subject.unknown_keys)}"
+    if faults.unknown_keys(subject):
+        yield f"out of the configuration, as PEFT 0.6 does not know them: {', '.join(faults.unknown_keys(subject))}"
 
 
 def _range(numbers: Iterable[float]) -> str:

@@ -1,0 +1,283 @@
+"""What engines may find fault with in an adapter: each function gives the tensors, modules or settings, or nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from peft_posthoc.peft_format import PREFIX
+from peft_posthoc.portable import safe_rank
+from peft_posthoc.subject import EMBEDDING_FACTOR, EXPERT, FACTOR, Factored, Subject, leaf_of
+
+# What PEFT 0.6's LoraConfig takes; every version since knows these.
+_OLD_KEYS = frozenset(
+    {
+        *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r"),
+        *("target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save"),
+        *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    }
+)
+# Names of initial weights that PEFT takes out of the base when it loads the adapter, by their beginning.
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq")
+_DENSE = re.compile(r".+\.(mlp|shared_experts?|feed_forward)\.(gate_proj|up_proj|down_proj)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_OTHER_MODALITIES = ("vision", "visual", "audio", "speech")
+# How SGLang 0.5.23 calls what it fuses (`srt/lora/utils.py`, `get_normalized_target_modules`).
+_SGLANG_NAMES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+
+
+def dense_beside_experts(subject: Subject) -> tuple[str, ...]:
+    """Dense or shared MLPs in a file that holds single experts too."""
+    return tuple(module for module in subject.modules if _DENSE.fullmatch(module)) if subject.experts else ()
+
+
+def partial_experts(subject: Subject) -> tuple[str, ...]:
+    """Single experts of which some, but not all three projections are there."""
+    held: dict[str, set[str]] = defaultdict(set)
+    for match in filter(None, map(EXPERT.fullmatch, subject.experts)):
+        held[f"{match['experts']}.{match['index']}"].add(match["leaf"])
+    full = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
+    return tuple(expert for expert, leaves in held.items() if not any(leaves >= names for names in full))
+
+
+def other_modalities(subject: Subject) -> tuple[str, ...]:
+    """Modules of a vision or audio tower."""
+    return tuple(
+        module
+        for module in subject.modules
+        if any(word in part for part in module.split(".") for word in _OTHER_MODALITIES)
+    )
+
+
+def without_prefix(subject: Subject) -> tuple[str, ...]:
+    """Tensors that are not called what `PeftModel` calls them."""
+    return tuple(name for name in subject.headers if not name.startswith(PREFIX))
+
+
+def named_after_adapter(subject: Subject) -> tuple[str, ...]:
+    """Factors with the adapter's name in theirs (`lora_A.default.weight`)."""
+    matches = (FACTOR.fullmatch(name) or EMBEDDING_FACTOR.fullmatch(name) for name in subject.headers)
+    return tuple(match.string for match in matches if match and match["adapter"])
+
+
+def alone(subject: Subject, leaf: str, *, without: str, unless: Collection[str] = ()) -> tuple[str, ...]:
+    """Modules called `leaf` that have no sibling called `without`, nor one of `unless`."""
+    return tuple(
+        module
+        for module in subject.modules
+        if leaf_of(module) == leaf
+        and not any(f"{module.removesuffix(leaf)}{other}" in subject.modules for other in (without, *unless))
+    )
+
+
+def missing_layers(subject: Subject) -> tuple[str, ...]:
+    """Layers that lack a name which others have.
+
+    The base's class tells which layers there are; without it, the numbers in the file do.
+    """
+    of_experts = {*subject.experts, *subject.fused_experts}
+    patterns = {_pattern(module) for module in subject.modules if module not in of_experts}
+    if subject.base is not None:
+        there = subject.base.layout.classes
+        return tuple(module for module in there if _pattern(module) in patterns and module not in subject.modules)
+    if subject.config.get("layers_to_transform") is not None:
+        return (f"layers_to_transform={subject.config['layers_to_transform']}",)
+    numbers: dict[str, set[int]] = defaultdict(set)
+    last: dict[str, int] = defaultdict(int)
+    for module in subject.modules:
+        if (pattern := _pattern(module)) in patterns and (number := _NUMBER.search(module)):
+            numbers[pattern].add(int(number[0]))
+            stack = module[: number.start()]
+            last[stack] = max(last[stack], int(number[0]))
+    return tuple(
+        pattern.replace("*", str(index), 1)
+        for pattern, held in numbers.items()
+        for index in range(last[pattern[: pattern.index("*")]] + 1)
+        if index not in held
+    )
+
+
+def unknown_keys(subject: Subject) -> tuple[str, ...]:
+    """Keys that PEFT 0.6 does not know."""
+    return tuple(sorted(key for key in subject.config if key not in _OLD_KEYS))
+
+
+def mutating_init(subject: Subject) -> tuple[str, ...]:
+    """Initial weights that are taken out of the base."""
+    init = subject.config.get("init_lora_weights")
+    return (f"init_lora_weights={init!r}",) if str(init).lower().startswith(_MUTATING_INITS) else ()
+
+
+def variants(subject: Subject) -> tuple[str, ...]:
+    """Settings with which PEFT computes something else than base + b @ a, and that vLLM knows of."""
+    return subject.setting("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+
+
+def bias_setting(subject: Subject) -> tuple[str, ...]:
+    """`bias`, unless it is "none"."""
+    bias = subject.config.get("bias", "none")
+    return () if bias == "none" else (f"bias={bias!r}",)
+
+
+def target_pattern(subject: Subject) -> tuple[str, ...]:
+    """`target_modules`, where it is a regular expression."""
+    target = subject.config.get("target_modules")
+    return (target,) if isinstance(target, str) and target not in ("all", "all-linear") else ()
+
+
+def untargeted(subject: Subject) -> tuple[str, ...]:
+    """Modules whose name is in no target, as SGLang compares them."""
+    target = subject.config.get("target_modules")
+    if not isinstance(target, list):
+        return ()
+    names = {_SGLANG_NAMES.get(leaf, leaf) for leaf in map(leaf_of, map(str, target))}
+    return tuple(
+        module for module in subject.modules if _SGLANG_NAMES.get(leaf_of(module), leaf_of(module)) not in names
+    )
+
+
+def untargeted_in_peft(subject: Subject) -> tuple[str, ...]:
+    """Modules that PEFT does not take `target_modules` to mean."""
+    target, excluded = subject.config.get("target_modules"), subject.config.get("exclude_modules")
+    if target is None:
+        return () if subject.fused_experts else ("target_modules=None",)
+    return tuple(
+        module
+        for module in subject.modules
+        if module not in subject.fused_experts and (not _means(target, module) or _means(excluded, module))
+    )
+
+
+def misscaled(subject: Subject, scale: Callable[[Factored], float]) -> tuple[str, ...]:
+    """Modules that an engine with this formula multiplies with something else than PEFT, and how much."""
+    found = []
+    for module, own in subject.modules.items():
+        wanted, got = subject.scale(module), scale(own)
+        if module not in subject.fused_experts and not math.isclose(wanted, got, rel_tol=1e-6):
+            found.append(f"{module} (by {got:.3g} instead of {wanted:.3g})")
+    return tuple(found)
+
+
+def other_ranks(subject: Subject) -> tuple[str, ...]:
+    """Modules whose rank is not the configuration's `r`."""
+    return tuple(
+        f"{module} ({own.rank} instead of {subject.r})"
+        for module, own in subject.modules.items()
+        if own.rank != subject.r and module not in subject.fused_experts
+    )
+
+
+def misranked(subject: Subject) -> tuple[str, ...]:
+    """Modules whose rank is not what PEFT expects of the configuration."""
+    return tuple(
+        f"{module} ({own.rank} instead of {subject.configured_rank(module)})"
+        for module, own in subject.modules.items()
+        if own.rank != subject.configured_rank(module) and module not in subject.fused_experts
+    )
+
+
+def mixed_leaves(subject: Subject) -> tuple[str, ...]:
+    """Names whose layers have different ranks even after LoRAX and TGI pad them."""
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for module, own in subject.modules.items():
+        ranks[leaf_of(module)].add(safe_rank(own.rank))
+    return tuple(leaf for leaf, own in ranks.items() if len(own) > 1)
+
+
+def padded_rank(subject: Subject) -> tuple[str, ...]:
+    """The rank, where LoRAX and TGI pad it and then scale all but the first name by the padded one."""
+    several = len({leaf_of(module) for module in subject.modules}) > 1
+    return (f"rank {subject.r}",) if several and safe_rank(subject.r) != subject.r else ()
+
+
+def strangers(subject: Subject) -> tuple[str, ...]:
+    """Modules that the base's class does not have."""
+    if subject.base is None:
+        return ()
+    classes, handled = subject.base.layout.classes, {*subject.experts}
+    return tuple(
+        module
+        for module in subject.modules
+        if module not in handled and module.removesuffix(".base_layer") not in classes
+    )
+
+
+def fused_names(subject: Subject) -> tuple[str, ...]:
+    """Fused projections of a class that has them one by one."""
+    parts = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
+    classes = subject.base.layout.classes if subject.base is not None else {}
+    return tuple(
+        module
+        for module in strangers(subject)
+        if (leaf := leaf_of(module)) in parts and f"{module.removesuffix(leaf)}{parts[leaf]}" in classes
+    )
+
+
+def unfitting(subject: Subject, *, larger: bool, smaller: bool) -> tuple[str, ...]:
+    """Modules whose factors are larger or smaller than the base's weight."""
+    if subject.base is None:
+        return ()
+    found = []
+    for module, own in subject.modules.items():
+        slot = subject.base.slots.get(module)
+        if slot is None or (own.m, own.n) == (slot.m, slot.n):
+            continue
+        if larger if own.m > slot.m or own.n > slot.n else smaller:
+            found.append(f"{module} ({own.m} x {own.n}, in the base {slot.m} x {slot.n})")
+    return tuple(found)
+
+
+def tied(subject: Subject) -> tuple[str, ...]:
+    """Embeddings and heads with factors, of a base that ties them."""
+    return (*subject.embeddings, *subject.heads) if subject.base is not None and subject.base.tied else ()
+
+
+def maybe_tied(subject: Subject) -> tuple[str, ...]:
+    """The same, where no base tells."""
+    return (*subject.embeddings, *subject.heads) if subject.base is None else ()
+
+
+def of_model(subject: Subject, names: Iterable[str], *types: str) -> tuple[str, ...]:
+    """The names, if the base is of one of these model types."""
+    return tuple(names) if subject.base is not None and subject.base.model_type in types else ()
+
+
+def not_of_model(subject: Subject, names: Iterable[str], *types: str) -> tuple[str, ...]:
+    """The names, unless the base is known to be of one of these model types."""
+    return () if subject.base is not None and subject.base.model_type in types else tuple(names)
+
+
+def incompletely_whole(subject: Subject) -> tuple[str, ...]:
+    """Modules of the base that PEFT takes to be in the file whole, and which are not."""
+    if subject.base is None:
+        return ()
+    ends = subject.kept_whole()
+    held = {name.removeprefix(PREFIX).rpartition(".")[0] for name in subject.headers}
+    return tuple(
+        module
+        for module in subject.base.layout.classes
+        if ends and module.endswith(ends) and not any(f"{own}.".startswith(f"{module}.") for own in held)
+    )
+
+
+def new_tokens(subject: Subject) -> tuple[str, ...]:
+    """Tokens of `added_tokens.json` that the base's vocabulary does not have, or all, where it is not known."""
+    size = subject.base.vocabulary if subject.base is not None else None
+    return tuple(token for token, number in subject.added_tokens.items() if size is None or number >= size)
+
+
+def _means(target: Any, module: str) -> bool:
+    """Whether PEFT takes a list of names, or a regular expression, to mean the module."""
+    if isinstance(target, str):
+        return target == "all-linear" or re.fullmatch(target, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in target or ())
+
+
+def _pattern(module: str) -> str:
+    return _NUMBER.sub("*", module)
