@@ -24,6 +24,8 @@ _OLD_KEYS = frozenset(
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq")
 _DENSE = re.compile(r".+\.(mlp|shared_experts?|feed_forward)\.(gate_proj|up_proj|down_proj)")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# `...N.parent.leaf`, `...N.parent.part.leaf` or `...N.parent.experts.N.leaf`.
+_LAYERED = re.compile(r"(.*\.)?\d+\.\w+\.\w+(\.\w+|\.\d+\.\w+)?")
 _OTHER_MODALITIES = ("vision", "visual", "audio", "speech")
 # How SGLang 0.5.23 calls what it fuses (`srt/lora/utils.py`, `get_normalized_target_modules`).
 _SGLANG_NAMES = {
@@ -190,10 +192,28 @@ def mixed_leaves(subject: Subject) -> tuple[str, ...]:
     return tuple(leaf for leaf, own in ranks.items() if len(own) > 1)
 
 
-def padded_rank(subject: Subject) -> tuple[str, ...]:
-    """The rank, where LoRAX and TGI pad it and then scale all but the first name by the padded one."""
+def padded_ranks(subject: Subject) -> tuple[str, ...]:
+    """Ranks that LoRAX and TGI pad to another one than `r`, by which they scale every name but the first."""
     several = len({leaf_of(module) for module in subject.modules}) > 1
-    return (f"rank {subject.r}",) if several and safe_rank(subject.r) != subject.r else ()
+    ranks = {own.rank for own in subject.modules.values() if safe_rank(own.rank) != subject.r}
+    return tuple(f"rank {rank}, r {subject.r}" for rank in sorted(ranks)) if several else ()
+
+
+def exotic_names(subject: Subject) -> tuple[str, ...]:
+    """Modules whose names are not of the form that TensorRT-LLM takes apart: `...N.parent.leaf`."""
+    skipped = {*subject.embeddings, *subject.heads}
+    return tuple(module for module in subject.modules if module not in skipped and not _LAYERED.fullmatch(module))
+
+
+def kept_norms(subject: Subject) -> tuple[str, ...]:
+    """Norms that llama.cpp's converter knows by their names."""
+    return tuple(name for name in subject.norms if "_layernorm" in name or ".norm" in name)
+
+
+def other_norms(subject: Subject) -> tuple[str, ...]:
+    """Norms that it does not know, such as `q_norm` and `ln_1`."""
+    known = {*kept_norms(subject)}
+    return tuple(name for name in subject.norms if name not in known)
 
 
 def strangers(subject: Subject) -> tuple[str, ...]:

@@ -211,6 +211,9 @@ CASES: dict[str, Case] = {
     "norms-overwrite": Case(NORM, "llama"),
     "norms": Case(NORM),
     "norms-ignored": Case(NORM),
+    "norms-llamacpp": Case(NORM),
+    "other-norms-llamacpp": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_norm.weight", 8)),
+    "names-trtllm": Case(lambda parts: parts.rename(".mlp.", ".")),
     "base-copies": Case(_all(_head, lambda parts: parts.add(f"{HEAD}.base_layer.weight", 96, 32))),
     "target-pattern": Case(_config(target_modules=r".*_proj")),
     "target-all-linear": Case(_config(target_modules="all-linear")),
@@ -265,6 +268,10 @@ FINE: dict[str, tuple[tuple[str, ...], Case]] = {
     "rank 12 of one name": (
         ("padded-rank",),
         Case(_all(lambda p: p.cut(12), lambda p: [p.drop(x) for x in ("self_attn", "gate", "up")], _config(r=12))),
+    ),
+    "own ranks that are padded to r": (
+        ("padded-rank",),
+        Case(_all(lambda p: p.cut(9, only="mlp"), _config(rank_pattern={r".*\.mlp\..*": 9}))),
     ),
     "a rank that is padded to that of the others": (
         ("mixed-ranks-of-a-leaf",),
@@ -327,6 +334,9 @@ phlora check adapter --base base --fix adapter-for-all  # scales folded in, one 
 `--fix` leaves out whole weights, norms and biases, and tells their sizes. It refuses what it cannot rewrite without
 loss: DoRA, initial weights taken out of the base, factors of all experts at once or of convolutions. Where a scale is
 no power of two, factors are rounded to their dtype once more, and it says by how much (`--dtype float32`).
+
+In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` has the names of the engines, and
+`peft_posthoc.fix("adapter", "out", base="base")` is `--fix`.
 
 Adapters of `phlora extract` in the portable form, without `--embeddings` and `--head`, break none of these rules (but
 for the note on rank 8). This page is made by `python -m tests.serving`; for every rule there is an adapter that breaks

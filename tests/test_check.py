@@ -185,6 +185,17 @@ def test_a_zero_alpha_is_one_in_llama_cpp_and_nothing_in_peft(good, tmp_path):
     assert Subject.read(folder).scale("model.layers.0.self_attn.q_proj") == 0
 
 
+def test_scales_that_are_all_one_are_not_in_lorax_where_it_pads_to_another_rank(good, tmp_path):
+    # Its first name is scaled by lora_alpha / r; from then on it takes the padded rank of that name for r.
+    parts = serving.Parts(good)
+    ranks(parts, **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 8))
+    own = {"self_attn.*": 8}
+    parts.configure(rank_pattern=own, alpha_pattern=own)
+    seen = found(parts.write(tmp_path / "adapter"))
+    assert "scale-lorax" not in seen["lorax"]
+    assert "padded-rank" in seen["lorax"] & seen["tgi"]
+
+
 # Adapters of others.
 
 
