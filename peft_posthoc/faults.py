@@ -138,10 +138,12 @@ def untargeted(subject: Subject) -> tuple[str, ...]:
     target = subject.config.get("target_modules")
     if not isinstance(target, list):
         return ()
-    names = {_SGLANG_NAMES.get(leaf, leaf) for leaf in map(leaf_of, map(str, target))}
-    return tuple(
-        module for module in subject.modules if _SGLANG_NAMES.get(leaf_of(module), leaf_of(module)) not in names
-    )
+
+    def name(module: str) -> str:
+        return _SGLANG_NAMES.get(leaf_of(module), leaf_of(module))
+
+    names = {name(str(one)) for one in target}
+    return tuple(module for module, _ in _ranked(subject) if name(module) not in names)
 
 
 def untargeted_in_peft(subject: Subject) -> tuple[str, ...]:
@@ -149,53 +151,49 @@ def untargeted_in_peft(subject: Subject) -> tuple[str, ...]:
     target, excluded = subject.config.get("target_modules"), subject.config.get("exclude_modules")
     if target is None:
         return () if subject.fused_experts else ("target_modules=None",)
-    return tuple(
-        module
-        for module in subject.modules
-        if module not in subject.fused_experts and (not _means(target, module) or _means(excluded, module))
-    )
+    return tuple(module for module, _ in _ranked(subject) if not _means(target, module) or _means(excluded, module))
 
 
 def misscaled(subject: Subject, scale: Callable[[Factored], float]) -> tuple[str, ...]:
     """Modules that an engine with this formula multiplies with something else than PEFT, and how much."""
-    found = []
-    for module, own in subject.modules.items():
-        wanted, got = subject.scale(module), scale(own)
-        if module not in subject.fused_experts and not math.isclose(wanted, got, rel_tol=1e-6):
-            found.append(f"{module} (by {got:.3g} instead of {wanted:.3g})")
-    return tuple(found)
+    found = ((module, subject.scale(module), scale(own)) for module, own in _ranked(subject))
+    return tuple(
+        f"{module} (by {got:.3g} instead of {wanted:.3g})"
+        for module, wanted, got in found
+        if not math.isclose(wanted, got, rel_tol=1e-6)
+    )
 
 
 def other_ranks(subject: Subject) -> tuple[str, ...]:
     """Modules whose rank is not the configuration's `r`."""
-    return tuple(
-        f"{module} ({own.rank} instead of {subject.r})"
-        for module, own in subject.modules.items()
-        if own.rank != subject.r and module not in subject.fused_experts
-    )
+    found = ((module, own.rank) for module, own in _ranked(subject) if own.rank != subject.r)
+    return tuple(f"{module} ({rank} instead of {subject.r})" for module, rank in found)
 
 
 def misranked(subject: Subject) -> tuple[str, ...]:
     """Modules whose rank is not what PEFT expects of the configuration."""
-    return tuple(
-        f"{module} ({own.rank} instead of {subject.configured_rank(module)})"
-        for module, own in subject.modules.items()
-        if own.rank != subject.configured_rank(module) and module not in subject.fused_experts
-    )
+    found = ((module, own.rank, subject.configured_rank(module)) for module, own in _ranked(subject))
+    return tuple(f"{module} ({rank} instead of {wanted})" for module, rank, wanted in found if rank != wanted)
+
+
+def _ranked(subject: Subject) -> list[tuple[str, Factored]]:
+    """All modules but those of all experts at once, whose factors are stacked."""
+    fused = {*subject.fused_experts}
+    return [(module, own) for module, own in subject.modules.items() if module not in fused]
 
 
 def mixed_leaves(subject: Subject) -> tuple[str, ...]:
     """Names whose layers have different ranks even after LoRAX and TGI pad them."""
     ranks: dict[str, set[int]] = defaultdict(set)
-    for module, own in subject.modules.items():
+    for module, own in _ranked(subject):
         ranks[leaf_of(module)].add(safe_rank(own.rank))
     return tuple(leaf for leaf, own in ranks.items() if len(own) > 1)
 
 
 def padded_ranks(subject: Subject) -> tuple[str, ...]:
     """Ranks that LoRAX and TGI pad to another one than `r`, by which they scale every name but the first."""
-    several = len({leaf_of(module) for module in subject.modules}) > 1
-    ranks = {own.rank for own in subject.modules.values() if safe_rank(own.rank) != subject.r}
+    several = len({leaf_of(module) for module, _ in _ranked(subject)}) > 1
+    ranks = {own.rank for _, own in _ranked(subject) if safe_rank(own.rank) != subject.r}
     return tuple(f"rank {rank}, r {subject.r}" for rank in sorted(ranks)) if several else ()
 
 

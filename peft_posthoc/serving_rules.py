@@ -862,6 +862,15 @@ RULES: tuple[Rule, ...] = (
         BOTH_READ,
     ),
     Rule(
+        "single-experts-unread",
+        ("lorax", "tgi", "mlx"),
+        WARNING,
+        lambda s: s.experts,
+        "takes the modules that it knows; whether experts are among them was not looked at",
+        "compare its answers with PEFT's, or serve the merged model",
+        "not read",
+    ),
+    Rule(
         "single-experts-stacked",
         ("vllm",),
         REFUSED,

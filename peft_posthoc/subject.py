@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from peft_posthoc.checkpoint import Checkpoint, Header, open_checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.folder import File
-from peft_posthoc.layout import EMBEDDING, LINEAR, LayerKind, Layout, layout_of
+from peft_posthoc.kinds import EMBEDDING, LINEAR, LayerKind
+from peft_posthoc.layout import Layout, layout_of
 from peft_posthoc.peft_format import CONFIG, PREFIX, WEIGHTS
 from peft_posthoc.plan import Slot, slots_of
 

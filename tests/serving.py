@@ -248,6 +248,7 @@ CASES: dict[str, Case] = {
     "fused-experts-vllm": Case(_fused),
     "fused-experts": Case(_fused),
     "fused-experts-ignored": Case(_fused),
+    "single-experts-unread": Case(_experts("gate_proj", "up_proj", "down_proj")),
     "single-experts-stacked": Case(_experts("gate_proj", "up_proj", "down_proj"), "gpt_oss"),
     "dense-beside-experts": Case(_experts("gate_proj", "up_proj", "down_proj")),
     "partial-experts": Case(_experts("gate_proj")),

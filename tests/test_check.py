@@ -259,9 +259,19 @@ def test_factors_of_all_experts_at_once(tmp_path):
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     folder = by_peft(tmp_path / "adapter", model, target_modules=[], target_parameters=targets)
     seen = found(folder, tmp_path / "base")
-    assert "fused-experts" in seen["sglang"] & seen["llamacpp"] & seen["trtllm"]
+    assert [seen[engine] for engine in ("sglang", "llamacpp", "trtllm")] == 3 * [{"fused-experts"}]
     assert seen["peft"] == {"fused-experts-peft", "unknown-keys"}
     assert "wrong-path" not in set().union(*seen.values())
+
+
+@pytest.mark.parametrize("make", [models.mixtral, models.qwen3_moe], ids=lambda make: make.__name__)
+def test_single_experts_of_extract(make, tmp_path):
+    base, tuned = models.save_pair(make(), tmp_path)
+    folder = extract(base, tuned, serving.RANK, experts="per-expert").save(tmp_path / "adapter")
+    seen = found(folder, base)
+    unread = dict.fromkeys(("lorax", "tgi", "mlx"), frozenset({"single-experts-unread"}))
+    named = {} if make is models.mixtral else {"trtllm": {"expert-names-trtllm"}}
+    assert {engine: names for engine, names in seen.items() if names} == unread | named
 
 
 def test_the_peft_form_is_for_peft_alone(llama_pair, tmp_path):
