@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from peft_posthoc.cli import _OUTPUT as OUTPUT
-from peft_posthoc.cli import _check_file, dtype_of, show
+from peft_posthoc.cli import OUTPUT, check_file, dtype_of, show
 from peft_posthoc.errors import PosthocError
 
 # As in `engines.ENGINES`, which a test holds against this: importing it for `phlora --help` would take a second.
@@ -43,7 +42,7 @@ def check(
     or compute something else than PEFT; with --fix, if it would do so with OUT.
     """
     del debug  # Read by the group.
-    _check_file(json_to, "--json")
+    check_file(json_to, "--json")
     names = engines or ("all",)
     if out is None:
         if dtype is not None or force:

@@ -26,7 +26,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # Packages beside this one add commands to `phlora` by entry points of this group.
 COMMANDS = "peft_posthoc.commands"
 # Commands that have a file of their own: it is loaded when one is called for.
-_ELSEWHERE = {"combine": "peft_posthoc.resize_cli", "resize": "peft_posthoc.resize_cli"}
+_ELSEWHERE = {
+    "check": "peft_posthoc.check_cli",
+    "combine": "peft_posthoc.resize_cli",
+    "resize": "peft_posthoc.resize_cli",
+}
 
 
 class _Command(click.Group):
@@ -147,7 +151,7 @@ CHOICE = _options(
     ),
     click.option("--exact", is_flag=True, help="LAPACK's full SVD for every weight."),
 )
-_OUTPUT = _options(
+OUTPUT = _options(
     click.option("--quiet", is_flag=True, help="No progress bar, no table: errors only."),
     click.option(
         "--json",
@@ -184,7 +188,7 @@ def main() -> None:
 @CHOICE
 @_VOCAB
 @_MODELS
-@_OUTPUT
+@OUTPUT
 def extract(
     base: str,
     tuned: str,
@@ -208,7 +212,7 @@ def extract(
     from peft_posthoc.processes import Processes
 
     # Bad arguments are told before the work, not after it.
-    _check_file(json_to, "--json")
+    check_file(json_to, "--json")
     check_target(out, force=force)
     if dry_run:
         del options["tuned_name"]
@@ -234,7 +238,7 @@ def extract(
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves into this PNG.")
 @CHOICE
 @_MODELS
-@_OUTPUT
+@OUTPUT
 def inspect(
     base: str,
     tuned: str,
@@ -247,8 +251,8 @@ def inspect(
 ) -> None:
     """Show how much of each delta's energy every rank would keep; write no adapter."""
     del debug
-    _check_file(json_to, "--json")
-    _check_file(plot, "--plot")
+    check_file(json_to, "--json")
+    check_file(plot, "--plot")
     from peft_posthoc.curves import Curves
     from peft_posthoc.extract import extract as run
 
@@ -269,7 +273,7 @@ def inspect(
 @click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below.")
 @click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above.")
 @_MODELS
-@_OUTPUT
+@OUTPUT
 def verify(
     out: Path,
     base: str,
@@ -285,7 +289,7 @@ def verify(
 ) -> None:
     """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs."""
     del debug
-    _check_file(json_to, "--json")
+    check_file(json_to, "--json")
     from peft_posthoc.verify import verify as run
 
     ids = [_token_ids(text) for text in token_ids]
@@ -316,7 +320,7 @@ def rule_of(rank: int | None, energy: float | None) -> Any:
     return keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
 
 
-def _check_file(path: str | Path | None, option: str) -> None:
+def check_file(path: str | Path | None, option: str) -> None:
     """See before the work whether the file can be written after it."""
     if path is None or path == "-":
         return
@@ -364,13 +368,3 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
         Path(json_to).write_text(text + os.linesep, encoding="utf-8")
     if not quiet:
         click.echo("\n".join([result.table(), *more]))
-
-
-def _register() -> None:
-    """Add the commands that have files of their own: they take the options above."""
-    from peft_posthoc.check_cli import check
-
-    main.add_command(check)
-
-
-_register()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peft_posthoc.cli import _OUTPUT as OUTPUT
-from peft_posthoc.cli import RANK, _check_file, _options, dtype_of, rule_of, show
+from peft_posthoc.cli import OUTPUT as OUTPUT
+from peft_posthoc.cli import RANK, _options, check_file, dtype_of, rule_of, show
 
 if TYPE_CHECKING:
     from peft_posthoc.resized import Resized
@@ -95,7 +95,7 @@ def _write(
     from peft_posthoc.peft_format import check_target
 
     # Bad arguments are told before the work, not after it.
-    _check_file(json_to, "--json")
+    check_file(json_to, "--json")
     check_target(out, force=force)
     resized = run(form=form, dtype=dtype_of(dtype), progress=not quiet)
     resized.save(out, force=force)
