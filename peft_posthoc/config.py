@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extract import extract
 from peft_posthoc.factor import Pair, difference
+from peft_posthoc.fused import pack
 from peft_posthoc.layout import Place, target_modules
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.plan import by_flags
@@ -29,7 +31,6 @@ _NOT_A_DELTA = (
     "kasa_config",
     "layer_replication",
     "monteclora_config",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
 )
@@ -69,9 +70,10 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             device: Where to factor.
             progress: Show a progress bar on stderr.
             **fields: Any field of `peft.LoraConfig`. `target_modules`, `exclude_modules`, `layers_to_transform` and
-                `rank_pattern` choose what is extracted (by default every linear layer but the head). `modules_to_save`
-                get the tuned model's weights. The scale of `lora_alpha` (by default `r`), `alpha_pattern` and
-                `use_rslora` is divided out of the factors, so that the layers add the delta whatever it is.
+                `rank_pattern` choose what is extracted (by default every linear layer but the head),
+                `target_parameters` stacked experts beside it. `modules_to_save` get the tuned model's weights. The
+                scale of `lora_alpha` (by default `r`), `alpha_pattern` and `use_rslora` is divided out of the factors,
+                so that the layers add the delta whatever it is.
 
         Raises:
             CheckpointError: A checkpoint cannot be read.
@@ -94,10 +96,15 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             r,
             choose=lambda places: _choose(asked, places),
             rank_pattern=asked.rank_pattern,
+            experts="fused" if asked.target_parameters else "none",
             exact=exact,
             device=device,
             progress=progress,
         )
+        if asked.target_parameters and not any(adapter.plan.slots[module].kind.stacked for module in adapter.factors):
+            raise ValueError(
+                f"`target_parameters={sorted(asked.target_parameters)}` names no stacked experts that changed."
+            )
         rank = r if isinstance(r, int) else safe_rank(adapter.rank)
         fields.setdefault("lora_alpha", rank)
         fields.setdefault("task_type", adapter.plan.layout.task_type)
@@ -146,6 +153,11 @@ class Delta:
 
 def _choose(config: LoraConfig, places: Sequence[Place]) -> tuple[list[Place], str]:
     """The places that PEFT would adapt with this configuration."""
+    if places[0].kind.stacked:
+        parameter = places[0].module.partition("[")[0]
+        if any(f".{parameter}".endswith(f".{end}") for end in config.target_parameters or ()):
+            return list(places), ""
+        return [], "not among the parameters that the configuration targets"
     automatic = config.target_modules is None or config.target_modules == "all-linear"
     candidates, reason = by_flags()(places) if automatic else (list(places), "")
 
@@ -221,7 +233,9 @@ def _fill(model: nn.Module, delta: Delta, adapter_name: str) -> None:
     unplaced = set(delta.adapter.factors)
     for name, module in model.named_modules():
         name = name.removeprefix(PREFIX)
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+        if isinstance(module, ParamWrapper) and adapter_name in module.scaling:
+            unplaced -= _fill_experts(name, module, adapter_name, delta)
+        elif isinstance(module, LoraLayer) and adapter_name in module.scaling:
             a, b = delta.adapter.factors.get(name, (None, None))
             if a is None and name not in delta.adapter.plan.slots:
                 raise AdapterError(f"The model has an adapted layer `{name}` that the checkpoints do not have.")
@@ -234,6 +248,25 @@ def _fill(model: nn.Module, delta: Delta, adapter_name: str) -> None:
         raise AdapterError(
             f"The model has no layer for {len(unplaced)} of the factors: {', '.join(sorted(unplaced)[:5])}."
         )
+
+
+def _fill_experts(name: str, wrapper: ParamWrapper, adapter_name: str, delta: Delta) -> set[str]:
+    """Put the factors of stacked experts into PEFT's wrapper of their parameter.
+
+    Returns:
+        Those that found their place.
+    """
+    parameter = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
+    stack = next((stack for stack in delta.adapter.plan.layout.stacks if stack.name == parameter), None)
+    if stack is None:
+        raise AdapterError(f"The model has an adapted parameter `{parameter}` that is no stack of experts.")
+    into_a, into_b = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
+    if into_a.is_meta:
+        raise AdapterError(f"`low_cpu_mem_usage` leaves the factors of `{parameter}` without values. Leave it out.")
+    a, b = pack(stack, delta.adapter.factors, wrapper.r[adapter_name], torch.float32)
+    _copy(into_a, a, parameter)
+    _copy(into_b, b / wrapper.scaling[adapter_name], parameter)
+    return set(stack.units)
 
 
 def _fill_layer(

@@ -183,9 +183,7 @@ def test_a_second_adapter_goes_beside_the_first(llama_pair):
     assert all(delta.any() for delta in models.lora_deltas(model, "mine").values())
 
 
-@pytest.mark.parametrize(
-    "fields", [{"layer_replication": [(0, 1)]}, {"target_parameters": ["w"]}, {"init_lora_weights": "pissa"}], ids=str
-)
+@pytest.mark.parametrize("fields", [{"layer_replication": [(0, 1)]}, {"init_lora_weights": "pissa"}], ids=str)
 def test_what_is_not_a_plain_lora_is_refused(llama_pair, fields):
     with pytest.raises(ValueError, match="cannot honour `" + next(iter(fields))):
         LoraConfig.from_delta(*llama_pair, r=4, **fields)
@@ -224,3 +222,8 @@ print(type(model).__name__)
     run = subprocess.run([sys.executable, "-c", code, *llama_pair], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "PeftModelForCausalLM"
+
+
+def test_parameters_that_are_no_experts_are_told(llama_pair):
+    with pytest.raises(ValueError, match=r"`target_parameters=\['w'\]` names no stacked experts"):
+        LoraConfig.from_delta(*llama_pair, 4, target_parameters=["w"])

@@ -199,3 +199,25 @@ def test_all_mixtures_of_the_matrix_are_tested_here():
         *PER_EXPERT,
         "gpt_oss",
     }
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_from_delta_takes_stacked_experts_as_peft_names_them(name, tmp_path):
+    from peft_posthoc import LoraConfig, get_peft_model
+
+    base, tuned = architectures.pair_of(name, tmp_path)
+    ends = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig.from_delta(base, tuned, 96, target_modules=["q_proj"], target_parameters=ends, lora_alpha=24)
+    model = get_peft_model(live(base), config, init="posthoc")
+    found, wanted = dict(model.merge_and_unload().named_parameters()), dict(live(tuned).named_parameters())
+    before = dict(live(base).named_parameters())
+    for own, parameter in wanted.items():
+        carried = own.endswith((*ends, "q_proj.weight"))
+        apart = (found[own] - (wanted if carried else before)[own]).norm()
+        assert apart <= 100 * EPS * parameter.norm()
+
+
+def test_from_delta_leaves_experts_alone_that_are_not_named(mixtral):
+    from peft_posthoc import LoraConfig
+
+    assert not any("experts" in module for module in LoraConfig.from_delta(*mixtral, 4).delta.adapter.factors)
