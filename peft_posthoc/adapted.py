@@ -14,7 +14,7 @@ from peft_posthoc.checkpoint import Checkpoint, Header, open_checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.factor import merged
 from peft_posthoc.folder import Folder, state_of, weight_files
-from peft_posthoc.hub import fetch, is_repo_id
+from peft_posthoc.hub import find, is_repo_id
 from peft_posthoc.kinds import LayerKind
 from peft_posthoc.layout import Layout, layout_of
 from peft_posthoc.peft_format import CONFIG, WEIGHTS, Factors, Stored, read_folder
@@ -47,7 +47,7 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Adapted:
         AdapterError: The adapter is none, does not fit, or is more than base + b @ a.
         CheckpointError: One of them cannot be read.
     """
-    folder = Path(adapter) if Path(adapter).is_dir() else fetch(adapter, role=role, adapter=True).folder
+    folder = Path(adapter) if Path(adapter).is_dir() else find(adapter, role=role, adapter=True).get()
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
     return Adapted(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
@@ -75,7 +75,8 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Ada
         where = Path(name)
     elif is_repo_id(name):
         try:
-            where, commit = fetch(name, revision=commit if isinstance(commit, str) else None, role="base")
+            found = find(name, revision=commit if isinstance(commit, str) else None, role="base")
+            where, commit = found.get(), found.commit
         except CheckpointError as error:
             error.add_note(f"`{label}` is a LoRA adapter that names it as its base. {advice}")
             raise

@@ -258,8 +258,12 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         elif path.is_file() and path.suffix in folder.SUFFIXES:
             checkpoint = folder.File(path, label=str(source))
         elif hub.is_repo_id(str(source)) and not path.exists():
-            where, commit = hub.fetch(str(source), revision=revision, role=role)
-            checkpoint = _of_folder(where, label=str(source), commit=commit)
+            found = hub.find(str(source), revision=revision, role=role)
+            headers = found.headers()
+            if headers is None:
+                checkpoint = _of_folder(found.get(), label=str(source), commit=found.commit)
+            else:
+                checkpoint = hub.OnHub(found, headers)
             revision = None
         elif not path.exists() and (sides := adapted.sides(str(source))):
             checkpoint = adapted.adapted(*sides, role=role)

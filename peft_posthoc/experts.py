@@ -148,4 +148,4 @@ def _with(checkpoint: Checkpoint, pieces: dict[str, Piece], taken: Iterable[str]
         )
     taken = set(taken)
     others = {name: same(checkpoint, name) for name in checkpoint.headers if name not in taken}
-    return View(checkpoint, {**others, **pieces}, folder=checkpoint.folder, module=checkpoint.module)
+    return View(checkpoint, {**others, **pieces}, loadable=True, module=checkpoint.module)

@@ -134,7 +134,9 @@ class Folder:
             listed = None
         for file in chosen:
             self._add(file)
-        self.identity: Any = [_identity(folder / file) for file in chosen]
+        # A commit on the hub is its own: wherever, and whenever, its files are.
+        own = [_identity(folder / file) for file in chosen]
+        self.identity: Any = own if revision is None else [label, revision]
         absent = [tensor for tensor in listed or () if tensor not in self.headers]
         if absent:
             raise CheckpointError(f"The index of `{label}` lists tensors that no shard holds: {', '.join(absent[:5])}.")
@@ -172,6 +174,17 @@ class File:
         return self._file.read(name)
 
 
+def dtype_of(code: str, where: str, name: str) -> torch.dtype:
+    """The type that safetensors calls so.
+
+    Raises:
+        CheckpointError: It is not supported.
+    """
+    if code not in _DTYPES:
+        raise CheckpointError(f"{where} holds `{name}` as {code}, a type that is not supported.")
+    return _DTYPES[code]
+
+
 def _opened(path: Path) -> _Safetensors | _Pickle:
     return _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
 
@@ -190,12 +203,7 @@ class _Safetensors:
             self.headers = {name: self._header(handle.get_slice(name), name) for name in handle.keys()}  # noqa: SIM118
 
     def _header(self, entry: Any, name: str) -> Header:
-        dtype = _DTYPES.get(entry.get_dtype())
-        if dtype is None:
-            raise CheckpointError(
-                f"`{self._path}` holds `{name}` as {entry.get_dtype()}, a type that is not supported."
-            )
-        return Header(tuple(entry.get_shape()), dtype)
+        return Header(tuple(entry.get_shape()), dtype_of(entry.get_dtype(), f"`{self._path}`", name))
 
     def read(self, name: str) -> Tensor:
         # Opened for every tensor: its pages then leave memory with it, not with the last tensor of the file.

@@ -41,7 +41,7 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         found[new] = old
     pieces = {new: same(checkpoint, old) for new, old in found.items()}
     # The module is the same; a folder's files have the old names, which transformers knows.
-    return View(checkpoint, pieces, folder=checkpoint.folder, module=checkpoint.module)
+    return View(checkpoint, pieces, loadable=True, module=checkpoint.module)
 
 
 def by_rules(checkpoint: Checkpoint, rules: Iterable[str]) -> Renamed:

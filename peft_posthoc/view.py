@@ -29,7 +29,7 @@ class View:
         checkpoint: Checkpoint,
         pieces: Mapping[str, Piece],
         *,
-        folder: Path | None = None,
+        loadable: bool = False,
         module: nn.Module | None = None,
     ) -> None:
         """Wrap a checkpoint.
@@ -37,12 +37,12 @@ class View:
         Args:
             checkpoint: What is read.
             pieces: By the name it is seen under, every tensor.
-            folder: Where transformers can load the model from all the same.
+            loadable: Whether transformers can load the model from its folder all the same.
             module: The live module that has these names, if there is one.
         """
         self._checkpoint = checkpoint
         self._pieces = pieces
-        self.folder = folder
+        self._loadable = loadable
         self.module = module
         self.label = checkpoint.label
         self.revision = checkpoint.revision
@@ -50,6 +50,11 @@ class View:
         self.config = checkpoint.config
         self.sequential = checkpoint.sequential
         self.headers = {name: piece.header for name, piece in pieces.items()}
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's own, if its files still fit; to ask for it may fetch them."""
+        return self._checkpoint.folder if self._loadable else None
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name."""

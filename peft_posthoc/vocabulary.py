@@ -95,7 +95,7 @@ def _padded(checkpoint: Checkpoint, rows: dict[str, int]) -> Checkpoint:
 
 
 def _view(checkpoint: Checkpoint, pieces: dict[str, Piece]) -> Checkpoint:
-    return View(checkpoint, pieces, folder=checkpoint.folder, module=checkpoint.module)
+    return View(checkpoint, pieces, loadable=True, module=checkpoint.module)
 
 
 def _rows(start: int, count: int, tensor: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class FakeHub:
     def __init__(self):
         self.repositories = {}
         self.fetched = []  # (repository, file) of every file that was sent
+        self.begun = []  # the same of which only a part was asked for
         self.asked = []  # the path of every request
         self.token = None  # what a client must show before it may write
         self.gates = {}  # repositories whose requests to write wait until an event is set
@@ -140,6 +141,10 @@ class FakeHub:
             def file(self, repo_id, commit, files, name, *, send):
                 if name not in files:
                     return self.reply(404, send=send, error="EntryNotFound", commit=commit)
+                part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+                if part and send:
+                    hub.begun.append((repo_id, name))
+                    return self.reply(206, files[name][int(part[1]) : int(part[2]) + 1], send=send, commit=commit)
                 if send:
                     hub.fetched.append((repo_id, name))
                 return self.reply(200, files[name], send=send, commit=commit)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import extract, verify
+from peft_posthoc import extract, preflight, verify
 from tests import models
 from tests.fake_hub import FakeHub, environment
 
@@ -35,6 +35,7 @@ def served():
 def hub(served):
     hub, _ = served
     hub.fetched.clear()
+    hub.begun.clear()
     hub.asked.clear()
     return hub
 
@@ -150,6 +151,28 @@ def test_of_a_sharded_repository_the_index_and_its_shards_are_fetched(hub, phlor
     extract(str(base), str(tuned)).save(tmp_path / "expected")
     tensors, expected = adapter_of(tmp_path / "out")[0], adapter_of(tmp_path / "expected")[0]
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_dry_run_fetches_no_weights(hub, phlora, tmp_path):
+    model = models.llama()
+    for name, one in (("base", model), ("tuned", models.tuned_from(model))):
+        hub.repository(f"dry/{name}").commit(models.save(one, tmp_path / name, max_shard_size="20KB"), "main")
+    status, said, stderr = phlora("extract", "dry/base", "dry/tuned", tmp_path / "out", "--dry-run", "--json")
+    assert status == 0, stderr
+    assert (
+        json.loads(said)["rows"]
+        == json.loads(json.dumps(preflight(tmp_path / "base", tmp_path / "tuned").to_dict()))["rows"]
+    )
+    assert {file for _, file in hub.fetched} == {"config.json", "model.safetensors.index.json"}
+    assert {file for _, file in hub.begun} == {path.name for path in (tmp_path / "base").glob("model-*.safetensors")}
+
+
+def test_no_weights_are_fetched_of_two_that_do_not_fit(hub, phlora, pair, work):
+    save_file({"layers.0.proj.weight": torch.zeros(9, 9)}, pair[1] / "model.safetensors")
+    for path in pair:
+        hub.repository(f"apart/{path.name}").commit(path, "main")
+    refused(phlora("extract", "apart/base", "apart/tuned", work / "out"), work, "other shapes")
+    assert hub.fetched == []
 
 
 def test_where_there_are_only_pickles_they_are_fetched_and_no_other(hub, phlora, pair, tmp_path):
