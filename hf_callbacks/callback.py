@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +25,7 @@ from hf_callbacks.run import FINAL, Run
 from peft_posthoc.checkpoint import open_checkpoint
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.hub import is_repo_id
-from peft_posthoc.rank import RankRule
+from peft_posthoc.rank import Rank
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         rank: How many singular triplets of each delta to keep: an int is a rank, a float in (0, 1] the share of the
-            delta's energy, a `RankRule` anything else.
+            delta's energy, `"auto"` what stands out of its noise, a `RankRule` anything else; or a `budget` of all
+            layers together.
         base: The model that the fine-tune starts from: a folder or a hub id. By default where the model was loaded
             from, if that holds it still and lies outside of the run's folder; otherwise a snapshot of the initial
             weights is kept in `output_dir/_phlora/base`.
@@ -62,6 +63,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         device: Where to factor.
         dtype: Of the saved factors; by default the checkpoint's.
         form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it.
+        rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
 
     Raises:
         ValueError: An argument makes no sense.
@@ -69,7 +71,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        rank: int | float | RankRule = 32,
+        rank: Rank = 32,
         *,
         base: str | PathLike[str] | None = None,
         base_revision: str | None = None,
@@ -87,6 +89,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         form: Literal["portable", "peft"] = "portable",
+        rank_pattern: Mapping[str, int] | None = None,
     ) -> None:
         if when not in ("save", "end") and (isinstance(when, bool) or not isinstance(when, int) or when < 1):
             raise ValueError(f"`when` must be 'save', 'end', or a number of saves of at least 1. Got {when!r}.")
@@ -95,7 +98,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
             raise ValueError(f"`push_to_hub` must be a repository such as 'me/adapters'. Got {push_to_hub!r}.")
         patterns = [(given,) if isinstance(given, str) else tuple(given) for given in (include, exclude)]
-        self._extraction = Extraction(rank, patterns[0], patterns[1], embeddings, head, exact, device, dtype, form)
+        self._extraction = Extraction(
+            rank, patterns[0], patterns[1], embeddings, head, exact, device, dtype, form, rank_pattern or {}
+        )
         if background:
             self._extraction.flags()
         self._given = None if base is None else Base(str(base), base_revision, "it was given")

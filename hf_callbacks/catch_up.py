@@ -14,7 +14,8 @@ from tqdm import tqdm
 from hf_callbacks.base import Base, remembered
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.run import FINAL, Run
-from peft_posthoc.cli import CHOICE, FORM, RANK, rule_of
+from peft_posthoc.cli import CHOICE, FORM
+from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
 
 @click.command()
@@ -23,20 +24,20 @@ from peft_posthoc.cli import CHOICE, FORM, RANK, rule_of
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto.")
 @RANK
+@RANK_PATTERN
 @FORM
 @CHOICE
 def main(
     run_dir: Path,
     base: str | None,
     base_revision: str | None,
-    rank: int | None,
-    energy: float | None,
+    rank: Asked,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Make the adapters that are missing: of every checkpoint in RUN_DIR, and `final`, the last one's."""
-    run = Run(run_dir, Extraction(rule_of(rank, energy), include, exclude, **options))
+    run = Run(run_dir, Extraction(rank.one() or 32, include, exclude, **options))
     run.base = Base(base, base_revision, "it was given") if base else remembered(run.work)
     if run.base is None:
         raise click.ClickException(f"It is not known which model `{run_dir}` started from. Give --base.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from peft_posthoc.extract import extract
 from peft_posthoc.prepare import form_of
-from peft_posthoc.rank import RankRule, as_rule, fixed, keep_energy
+from peft_posthoc.rank import Rank, Told, as_rule, several
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Extraction:
         ValueError: The rank is none, or the form.
     """
 
-    rank: int | float | RankRule = 32
+    rank: Rank = 32
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
@@ -30,9 +32,11 @@ class Extraction:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     form: str = "portable"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        as_rule(self.rank)
+        if isinstance(as_rule(self.rank), several):
+            raise ValueError("One adapter is made of every checkpoint, at one rank. Several are given.")
         form_of(self.form)
 
     def flags(self) -> list[str]:
@@ -42,14 +46,16 @@ class Extraction:
             ValueError: The rank rule is a function, which cannot be said on a command line.
         """
         rule = as_rule(self.rank)
-        if isinstance(rule, fixed):
-            flags = ["--rank", str(rule.rank)]
-        elif isinstance(rule, keep_energy):
-            flags = ["--energy", repr(rule.share)]
-        else:
+        try:
+            flags = rule.flags() if isinstance(rule, Told) else None
+        except ValueError:
+            flags = None
+        if flags is None:
             raise ValueError(
                 f"The rank rule {rule!r} cannot be handed to another process. Extract in this one: `background=False`."
             )
+        if self.rank_pattern:
+            flags += ["--rank-pattern", json.dumps(dict(self.rank_pattern))]
         flags += [f"--{name}" for name in ("embeddings", "head", "exact") if getattr(self, name)]
         flags += [f"--include={pattern}" for pattern in self.include]
         flags += [f"--exclude={pattern}" for pattern in self.exclude]
@@ -82,6 +88,7 @@ class Extraction:
             device=self.device,
             dtype=self.dtype,
             form=self.form,
+            rank_pattern=self.rank_pattern,
             progress=progress,
         )
         adapter.save(out, force=True)

@@ -18,13 +18,14 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
-from peft_posthoc.cli import CHOICE, DTYPE, FORM, RANK, dtype_of, one_line_errors, rule_of, show
+from peft_posthoc.cli import CHOICE, DTYPE, FORM, dtype_of, one_line_errors, show
 from peft_posthoc.device import pick_device
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.extract import extract
 from peft_posthoc.folder import Folder
 from peft_posthoc.peft_format import check_target
 from peft_posthoc.plan import make_plan
+from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 @click.option("--base", help="The model that the adapter is for.  [default: base_model of CONFIG]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is there.")
 @RANK
+@RANK_PATTERN
 @DTYPE
 @FORM
 @CHOICE
@@ -51,14 +53,14 @@ def main(
     force: bool,
     dtype: str | None,
     form: str,
-    rank: int | None,
-    energy: float | None,
+    rank: Asked,
+    rank_pattern: dict[str, int],
     **choice: Any,
 ) -> None:
     """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads there from the base.
 
     `merge_method: phlora` has its ranks among the `parameters` in CONFIG; with any other method the options here say
-    what the adapter carries. All other options are mergekit-yaml's.
+    what the adapter carries. A budget goes with either. All other options are mergekit-yaml's.
     """
     debug = merge_options.verbosity > 1
     with one_line_errors("mergekit-phlora", debug=debug, option="-vv", nothing="There is no adapter."):
@@ -77,10 +79,15 @@ def main(
         read = _parse(source, config_file)
         merge = Merge(MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model)
         if merge.by_phlora:
-            _only_parameters({"rank": rank, "energy": energy, **choice}, form)
+            if not rank.shares_out():
+                choice |= dict.fromkeys(rank.given(), True)
+            _only_parameters({"rank_pattern": rank_pattern, **choice}, form)
             choice = {"choose": merge.choose, "exact": merge.exact}
+            rule = rank.one() if rank.shares_out() else merge.ranks
+        else:
+            choice["rank_pattern"] = rank_pattern
+            rule = rank.one() or 32
         _warn(merge, merge_options, no_model=no_model)
-        ranks = merge.ranks if merge.by_phlora else rule_of(rank, energy)
         options = {
             "leave_out": merge.leave_out,
             "form": form,
@@ -90,7 +97,7 @@ def main(
             **choice,
         }
         if merge.by_phlora or no_model:
-            adapter = extract(merge.base, merge.result, ranks, **options)
+            adapter = extract(merge.base, merge.result, rule, **options)
         if merge.by_phlora and not no_model:
             factors = {name: layer.factors for name, layer in adapter.layers.items()}
             with PHLORA.knowing(factors, but=merge.leave_out):
@@ -99,7 +106,7 @@ def main(
             chosen = {name: choice[name] for name in ("include", "exclude")}
             make_plan(merge.base, merge.result, **chosen, leave_out=merge.leave_out)
             _run(read, source, out_path, merge_options)
-            adapter = extract(merge.base, Folder(Path(out_path), label=out_path), ranks, **options)
+            adapter = extract(merge.base, Folder(Path(out_path), label=out_path), rule, **options)
         adapter.save(target, force=force)
         show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
 
@@ -130,7 +137,7 @@ def _only_parameters(asked: Mapping[str, Any], form: str) -> None:
             f"With `merge_method: {NAME}` the merged model is the base and factors, and so is its adapter: `--form "
             "peft` would hold more than the model. For the fine-tune itself use `phlora extract --form peft`."
         )
-    given = sorted(name for name, value in asked.items() if value is not None and value is not False and value != ())
+    given = sorted(name.replace("_", "-") for name, value in asked.items() if value)
     if given:
         raise PosthocError(
             f"With `merge_method: {NAME}`, `--{given[0]}` belongs among the `parameters` of CONFIG, where the merged "

@@ -9,15 +9,19 @@ from mergekit.merge_methods import ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import Field
 
-from peft_posthoc.rank import RankRule, fixed, keep_energy
+from peft_posthoc.rank import RankRule, above_noise, fixed, keep_energy, keep_error, limited
 
 # Of the non-base input: mergekit then looks for a value at the model too, then at the slice, the module and the top.
 PARAMETERS = tuple(
     ParameterSpec(name, of, ParameterScope.NON_BASE, default)
     for name, of, default in (
         # A float, because a gradient over layers gives one between two numbers.
-        ("rank", Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, None),
+        ("rank", Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] | None, None),
         ("energy", Annotated[float, Field(gt=0, le=1)] | None, None),
+        ("error", Annotated[float, Field(ge=0, lt=1)] | None, None),
+        ("max_rank", Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, None),
+        ("min_rank", Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, None),
+        ("round_to", Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, None),
         ("rest", Literal["base", "tuned"], "base"),
         ("embeddings", bool, False),
         ("head", bool, False),
@@ -31,13 +35,18 @@ class Settings:
     """The values of one weight: filters and gradients have been worked out.
 
     Raises:
-        ValueError: Both a rank and an energy are given.
+        ValueError: Two of rank, energy and error are given.
     """
 
-    rank: float | None
-    """Singular triplets to keep; 0: not carried."""
+    rank: float | Literal["auto"] | None
+    """Singular triplets to keep; 0: not carried; auto: what stands out of the noise."""
     energy: float | None
     """Or: keep the fewest that hold this share of the delta's energy."""
+    error: float | None
+    """Or: keep the fewest with a relative error of at most this."""
+    max_rank: float | None
+    min_rank: float | None
+    round_to: float | None
     rest: Literal["base", "tuned"]
     """Where a weight comes from that is not carried."""
     embeddings: bool
@@ -45,13 +54,30 @@ class Settings:
     exact: bool
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.energy is not None:
-            raise ValueError("`parameters` of `merge_method: phlora` give both `rank` and `energy`. Give one of them.")
+        given = [f"`{name}`" for name in ("rank", "energy", "error") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"`parameters` of `merge_method: phlora` give both {' and '.join(given)}. Give one of them."
+            )
 
     @property
     def rule(self) -> RankRule | None:
         """The rank rule; None if the weight is not to be carried."""
+        limits = {
+            field: round(value)
+            for field, value in (("most", self.max_rank), ("least", self.min_rank), ("multiple", self.round_to))
+            if value is not None
+        }
+        rule: RankRule
         if self.energy is not None:
-            return keep_energy(self.energy)
-        rank = 32 if self.rank is None else round(self.rank)
-        return fixed(rank) if rank else None
+            rule = keep_energy(self.energy)
+        elif self.error is not None:
+            rule = keep_error(self.error)
+        elif self.rank == "auto":
+            rule = above_noise()
+        else:
+            rank = 32 if self.rank is None else round(self.rank)
+            if not rank:
+                return None
+            rule = fixed(rank)
+        return limited(rule, **limits) if limits else rule

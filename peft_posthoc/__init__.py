@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from peft_posthoc.adapter import Adapter
+from peft_posthoc.budget import budget
 from peft_posthoc.check import Check, check
 from peft_posthoc.checkpoint import Checkpoint, open_checkpoint
 from peft_posthoc.errors import (
@@ -16,10 +17,11 @@ from peft_posthoc.errors import (
 from peft_posthoc.extract import extract
 from peft_posthoc.fix import Fixed, fix
 from peft_posthoc.preflight import Preflight, preflight
-from peft_posthoc.rank import RankRule, Spectrum, fixed, keep_energy
+from peft_posthoc.rank import RankRule, Spectrum, above_noise, fixed, keep_energy, keep_error, limited, several
 from peft_posthoc.report import Report
 from peft_posthoc.resize import combine, resize, spectra
 from peft_posthoc.resized import Resized, ResizeReport
+from peft_posthoc.series import Series
 from peft_posthoc.svd import LowRank, truncated_svd
 from peft_posthoc.verify import Verification, verify
 
@@ -44,8 +46,11 @@ __all__ = [
     "Report",
     "ResizeReport",
     "Resized",
+    "Series",
     "Spectrum",
     "Verification",
+    "above_noise",
+    "budget",
     "check",
     "combine",
     "extract",
@@ -53,11 +58,14 @@ __all__ = [
     "fixed",
     "get_peft_model",
     "keep_energy",
+    "keep_error",
+    "limited",
     "open_checkpoint",
     "patch_peft",
     "preflight",
     "resize",
     "spectra",
+    "several",
     "truncated_svd",
     "verify",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
 from peft_posthoc.peft_format import Contents, write_folder
 from peft_posthoc.plan import Plan
 from peft_posthoc.portable import PORTABLE
+from peft_posthoc.rank import Allocation, Rank, Spectrum, as_rule, describe
 from peft_posthoc.report import Report
 from peft_posthoc.spool import clear
 
@@ -118,6 +119,65 @@ class Adapter:
                 },
             },
         )
+
+    @property
+    def spectra(self) -> dict[str, Spectrum]:
+        """By weight name: what is known of each delta's singular values."""
+        return {
+            name: Spectrum(
+                layer.factors.s,
+                layer.factors.norm**2,
+                (layer.factors.b.shape[0], layer.factors.a.shape[1]),
+                layer.noise,
+                layer.base_norm,
+            )
+            for name, layer in self.layers.items()
+        }
+
+    def at(self, rank: Rank) -> Adapter:
+        """The same adapter at lower ranks: its leading triplets, by another rule. Nothing is factored again.
+
+        Args:
+            rank: As `extract` takes it.
+
+        Raises:
+            ValueError: The rule asks for more than this adapter holds.
+        """
+        rule = as_rule(rank)
+        if isinstance(rule, Allocation):
+            return rule.settle(self)
+        ranks = {name: rule(spectrum) for name, spectrum in self.spectra.items()}
+        for name, asked in ranks.items():
+            layer = self.layers[name]
+            if asked > (held := len(layer.factors.s)):
+                if getattr(rule, "measures_noise", False) and layer.signal is not None and layer.signal <= held:
+                    ranks[name] = held  # What stands out is all there; what followed it is not.
+                    continue
+                raise ValueError(f"{describe(rule)} asks for more than rank {held}, which the adapter has of `{name}`.")
+        return self.cut(ranks, describe(rule))
+
+    def cut(self, ranks: Mapping[str, int], told: str) -> Adapter:
+        """The leading triplets of each layer.
+
+        Args:
+            ranks: By weight name; layers that are not in it keep what they have.
+            told: What the report says of the rule that chose them.
+        """
+        layers = {
+            name: layer._replace(factors=layer.factors.cut(max(ranks[name], 1))) if name in ranks else layer
+            for name, layer in self.layers.items()
+        }
+        options = {**self.provenance["options"], "rule": told}
+        return replace(self, layers=layers, provenance={**self.provenance, "options": options})
+
+    @property
+    def padding(self) -> int:
+        """Bytes of zeros in the file, in the portable form: what it takes beyond every layer at its own rank."""
+        if self.form is not PORTABLE:
+            return 0
+        slots, item = self.plan.slots, self.dtype.itemsize
+        own = {module: len(a) * sum(slots[module][1:]) * item for module, (a, _) in self.factors.items()}
+        return sum(count - own.get(module, 0) for module, count in self.form.bytes(self).items())
 
     @property
     def rank(self) -> int:

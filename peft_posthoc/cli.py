@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from peft_posthoc.errors import PosthocError, ShareDone, one_line
+from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -119,10 +120,6 @@ _MODELS = _options(
     ),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
 )
-RANK = _options(
-    click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every delta.  [default: 32]"),
-    click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy."),
-)
 _VOCAB = click.option(
     "--vocab",
     type=click.Choice(("error", "truncate", "extend")),
@@ -180,6 +177,7 @@ def main() -> None:
 @click.argument("tuned")
 @click.argument("out", type=click.Path(path_type=Path))
 @RANK
+@RANK_PATTERN
 @DTYPE
 @click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
@@ -193,8 +191,7 @@ def extract(
     base: str,
     tuned: str,
     out: Path,
-    rank: int | None,
-    energy: float | None,
+    rank: Asked,
     dtype: str | None,
     force: bool,
     dry_run: bool,
@@ -203,32 +200,42 @@ def extract(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Write the LoRA adapter that leads from BASE to TUNED into the folder OUT."""
+    """Write the LoRA adapter that leads from BASE to TUNED into the folder OUT.
+
+    With several ranks between commas, as in --rank 8,16,32, the adapters are OUT/r8, OUT/r16, OUT/r32, of one
+    factorization.
+    """
     del debug  # Read by the group.
-    rule = rule_of(rank, energy)
+    rule = rank.rule()
     from peft_posthoc.extract import extract as run
     from peft_posthoc.peft_format import check_target
     from peft_posthoc.preflight import preflight
     from peft_posthoc.processes import Processes
+    from peft_posthoc.rank import several
+    from peft_posthoc.series import Series, check_targets
 
     # Bad arguments are told before the work, not after it.
     check_file(json_to, "--json")
-    check_target(out, force=force)
+    if isinstance(rule, several):
+        check_targets(out, dict(rule.named), force=force)
+    else:
+        check_target(out, force=force)
     if dry_run:
         del options["tuned_name"]
-        show(preflight(base, tuned, rule, dtype=dtype_of(dtype), out=out, **options), json_to, quiet=quiet)
+        show(preflight(base, tuned, rule or 32, dtype=dtype_of(dtype), out=out, **options), json_to, quiet=quiet)
         return
     processes = Processes.from_environment()
     try:
         adapter = run(
-            base, tuned, rule, dtype=dtype_of(dtype), out=out, processes=processes, progress=not quiet, **options
+            base, tuned, rule or 32, dtype=dtype_of(dtype), out=out, processes=processes, progress=not quiet, **options
         )
     except ShareDone:
         return
-    adapter.save(out, force=force)
-    show(adapter.report, json_to, quiet=quiet)
+    found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
+    found.save(out, force=force)
+    show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":
-        click.echo(f"Adapter written to {out}")
+        click.echo(f"{'Adapters' if isinstance(found, Series) else 'Adapter'} written to {out}")
 
 
 @main.command()
@@ -304,20 +311,6 @@ def verify(
             raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
         if result.adapter.kl > max_kl:
             raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
-
-
-def rule_of(rank: int | None, energy: float | None) -> Any:
-    """The rank rule that `RANK`'s options say.
-
-    Raises:
-        click.UsageError: They say two.
-        ValueError: The number makes no sense.
-    """
-    if rank is not None and energy is not None:
-        raise click.UsageError("Give --rank or --energy, not both.")
-    from peft_posthoc.rank import fixed, keep_energy
-
-    return keep_energy(energy) if energy is not None else fixed(32 if rank is None else rank)
 
 
 def check_file(path: str | Path | None, option: str) -> None:

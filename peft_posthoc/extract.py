@@ -21,7 +21,7 @@ from peft_posthoc.plan import Choice, Plan
 from peft_posthoc.preflight import check
 from peft_posthoc.prepare import prepare
 from peft_posthoc.processes import ALONE, Processes
-from peft_posthoc.rank import Rank, RankRule, fixed
+from peft_posthoc.rank import Rank, RankRule, in_advance
 from peft_posthoc.spool import Spool
 from peft_posthoc.svd import cost
 
@@ -60,8 +60,9 @@ def extract(
         base: The model before: a folder, a file, a hub id, a module or a state dict.
         tuned: The same model after any kind of full fine-tuning.
         rank: How many singular triplets of each weight's delta to keep: an int is a rank, a float in (0, 1] the share
-            of the delta's energy, a `RankRule` anything else. Or one of these by the name of the weight: weights that
-            have none are not carried.
+            of the delta's energy, `"auto"` what stands out of its noise, a `RankRule` anything else; or a `budget` of
+            all layers together. Or one of these, but for a budget, by the name of the weight: weights that have none
+            are not carried.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
         tuned_name: What the adapter and its report call `tuned`, where that is not what it will be known by.
@@ -145,7 +146,7 @@ def extract(
         outcomes = _outcomes(
             before, after, plan, rules, spool, processes, exact=exact, device=prepared.device, progress=progress
         )
-        return prepared.adapter(outcomes, tuned_name=tuned_name)
+        return prepared.settle(prepared.adapter(outcomes, tuned_name=tuned_name))
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
@@ -218,7 +219,7 @@ def _cost(
     if name not in plan.carried:
         return 1e3 * values
     slot, rule = plan.slots[plan.carried[name][0].module], rules[name]
-    return 1e3 * values + cost(slot.m, slot.n, rule.rank if isinstance(rule, fixed) else 32, exact=exact)
+    return 1e3 * values + cost(slot.m, slot.n, in_advance(rule) or 32, exact=exact)
 
 
 @contextlib.contextmanager

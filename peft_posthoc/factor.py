@@ -15,9 +15,10 @@ from torch import Tensor
 
 from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.kinds import LayerKind
+from peft_posthoc.noise import Noise, rounding
 from peft_posthoc.peft_format import Factors
 from peft_posthoc.plan import Plan
-from peft_posthoc.rank import RankRule
+from peft_posthoc.rank import RankRule, Spectrum, signal_rank
 from peft_posthoc.svd import LowRank, full_precision, truncated_svd
 
 # Values subtracted at a time: 1 MB of float32, which stay in the cache between the subtraction and the norms. With 4 MB
@@ -41,6 +42,11 @@ class Layer(NamedTuple):
     """On the CPU."""
     base_norm: float
     seconds: float
+    noise: Noise | None = None
+    """What rounding put on the delta, where a rule asked and the saved type tells it."""
+    signal: int | None = None
+    """How many singular values stand out of the noise, among those that the factorization saw. None where no rule
+    asked."""
 
 
 class Skipped(NamedTuple):
@@ -168,10 +174,27 @@ def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torc
     if delta.norm == 0:
         return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
     matrix = plan.carried[pair.name][0].kind.matrix(delta.values)
+    noisy = _Noisy(rule, pair, delta) if getattr(rule, "measures_noise", False) else None
     # The seed depends on the name alone: same inputs, same factors, in whatever order weights come.
-    found = truncated_svd(matrix, rule, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
+    found = truncated_svd(matrix, noisy or rule, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
     found = found._replace(a=found.a.cpu(), b=found.b.cpu())
-    return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start)
+    noise, signal = (noisy.noise, noisy.signal) if noisy else (None, None)
+    return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start, noise, signal)
+
+
+class _Noisy:
+    """A rule that is told of the noise on its delta."""
+
+    def __init__(self, rule: RankRule, pair: Pair, delta: Delta) -> None:
+        both = pair.base is not None and pair.tuned is not None
+        self._rule = rule
+        self.noise = rounding(pair.base, pair.tuned, delta.values) if both else None  # type: ignore[arg-type]
+        self.signal = 0
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        told = spectrum._replace(noise=self.noise)
+        self.signal = signal_rank(told)
+        return self._rule(told)
 
 
 def _keep(pair: Pair, plan: Plan) -> Kept:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from peft_posthoc.errors import AdapterError
@@ -110,8 +110,7 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
     try:
         made = staging / "new"
         made.mkdir()
-        details = json.dumps(contents.provenance, sort_keys=True)
-        save_file(dict(contents.tensors), made / WEIGHTS, metadata={"format": "pt", "phlora": details})
+        save_file(dict(contents.tensors), made / WEIGHTS, metadata=_metadata(contents.provenance))
         _sort_metadata(made / WEIGHTS)
         _write_json(made / CONFIG, contents.config)
         _write_json(made / REPORT, contents.report)
@@ -131,6 +130,16 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
             for path in missing:
                 path.rmdir()
     return Path(folder)
+
+
+def header_bytes(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> int:
+    """What a file of these weights has before its numbers."""
+    start = save(dict(tensors), metadata=_metadata(provenance))[:8]
+    return 8 + int.from_bytes(start, "little")
+
+
+def _metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "phlora": json.dumps(provenance, sort_keys=True)}
 
 
 def read_folder(folder: str | os.PathLike[str]) -> Stored:

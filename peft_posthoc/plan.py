@@ -15,6 +15,7 @@ from peft_posthoc.kinds import LayerKind
 from peft_posthoc.layout import Layout, Place, Role, layout_of
 from peft_posthoc.vocabulary import resized, way_out
 
+ONLY_IN_BASE = "only in base"
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 Choice = Callable[[Sequence[Place]], "tuple[list[Place], str]"]
@@ -235,7 +236,7 @@ def _decide(
     name: str, base: Mapping[str, Header], tuned: Mapping[str, Header], layout: Layout, choose: Choice
 ) -> tuple[list[Place], str]:
     if name not in tuned:
-        return [], "only in base"
+        return [], ONLY_IN_BASE
     if name not in base:
         return [], "only in tuned"
     header = base[name]

@@ -17,7 +17,7 @@ from peft_posthoc.checkpoint import Source
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
 from peft_posthoc.prepare import Prepared, prepare
-from peft_posthoc.rank import Rank, fixed
+from peft_posthoc.rank import Rank, in_advance
 from peft_posthoc.report import shorten, size
 from peft_posthoc.svd import LowRank
 
@@ -162,7 +162,7 @@ def _found(prepared: Prepared, adapter: Adapter, out: str | PathLike[str] | None
     sides = (prepared.base, prepared.tuned)
     return Preflight(
         rows=rows,
-        rank_is_known=all(isinstance(rule, fixed) for rule in prepared.rules.values()),
+        rank_is_known=all(in_advance(rule) is not None for rule in prepared.rules.values()),
         values=_values(row for row in rows if row.status != "left out") / _values(rows),
         read_bytes=sum(header.bytes for side in sides for header in side.headers.values()),
         adapter_bytes=file,
@@ -220,7 +220,7 @@ def _if_all_changed(prepared: Prepared) -> Iterable[Outcome]:
     for name, header in plan.headers.items():
         if name in plan.carried:
             slot, rule = plan.slots[plan.carried[name][0].module], prepared.rules[name]
-            rank = min(rule.rank if isinstance(rule, fixed) else _ASSUMED, slot.m, slot.n)
+            rank = min(in_advance(rule) or _ASSUMED, slot.m, slot.n)
             one = torch.ones(1)
             a, b, s = one.expand(rank, slot.n), one.expand(slot.m, rank), one.double().expand(rank)
             yield Layer(name, LowRank(a, b, s, 1.0, 1.0, 0.0, s), 1.0, 0.0)

@@ -19,7 +19,7 @@ from peft_posthoc.layout import GUESSED, Layout
 from peft_posthoc.match import match
 from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
 from peft_posthoc.portable import PORTABLE
-from peft_posthoc.rank import Rank, RankRule, as_rule, describe
+from peft_posthoc.rank import Allocation, Rank, RankRule, describe, each
 from peft_posthoc.vocabulary import Vocab
 
 FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
@@ -42,6 +42,18 @@ class Prepared:
     """What was asked for, as plain JSON values."""
     notes: tuple[str, ...]
     """What was decided to compare the two: of their names, and the like."""
+    allocation: Allocation | None = None
+    """What shares ranks out among all layers, once they are factored as far as the rules say."""
+    by_hand: frozenset[str] = frozenset()
+    """Weights whose rank it does not change."""
+
+    def settle(self, adapter: Adapter) -> Adapter:
+        """The adapter, at the ranks that are to be kept of what was factored.
+
+        Raises:
+            ValueError: None are within what was asked for.
+        """
+        return adapter if self.allocation is None else self.allocation.settle(adapter, self.by_hand)
 
     def adapter(self, outcomes: Iterable[Outcome], *, tuned_name: str | None = None) -> Adapter:
         """The adapter, from what is known of every tensor.
@@ -118,11 +130,16 @@ def prepare(
         layout=layout,
         whole=whole,
     )
+    dtype = dtype or after.headers[next(iter(plan.carried))].dtype
+    allocation = rank if isinstance(rank, Allocation) else None
+    if isinstance(rank, Allocation):
+        rank = rank.bounds(plan, dtype=dtype, form=kind)
     rules = rules_of(plan, rank, rank_pattern or {})
+    by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.only(rules, "no rank is given for it")
     plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out or ()))
     options = {
-        "rule": _told(rules),
+        "rule": _told(rules) if allocation is None else describe(allocation),
         "rank_pattern": dict(rank_pattern or {}),
         "include": include,
         "exclude": exclude,
@@ -144,9 +161,11 @@ def prepare(
         rules,
         kind,
         where,
-        dtype or after.headers[next(iter(plan.carried))].dtype,
+        dtype,
         options,
         notes,
+        allocation,
+        frozenset(by_hand),
     )
 
 
@@ -222,12 +241,12 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     Raises:
         ValueError: A rank makes no sense, or is given for a weight that cannot be carried.
     """
-    given = {name: as_rule(one) for name, one in rank.items()} if isinstance(rank, Mapping) else None
-    rule = as_rule(rank) if not isinstance(rank, Mapping) else None
+    given = {name: each(one) for name, one in rank.items()} if isinstance(rank, Mapping) else None
+    rule = each(rank) if not isinstance(rank, Mapping) else None
     for name in given or ():
         if name not in plan.carried:
             raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
-    own = {pattern: as_rule(one) for pattern, one in rank_pattern.items()}
+    own = {pattern: each(one) for pattern, one in rank_pattern.items()}
 
     def of(weight: str, module: str) -> RankRule | None:
         # As PEFT matches the keys of `rank_pattern`: the first that the end of the name is.

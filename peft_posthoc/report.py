@@ -51,6 +51,11 @@ class Row:
     """The certificate of the factorization: energy missed against the best rank-r approximation, relative."""
     residual: float | None
     """Of the worst kept triplet, `||delta v - sigma u||` relative to the largest sigma."""
+    noise: float | None = None
+    """The share of the delta's energy that rounding to the saved type can account for, at most. None where it was not
+    measured (`--rank auto` does), or the type does not tell."""
+    signal_rank: int | None = None
+    """How many singular values stand out of the noise. None where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class Totals:
     file_rank: int
     """`r` of the file: what all are padded to in the portable form, what most have in the `peft` form."""
     bytes: int
+    padding: int
+    """Of these bytes, zeros that bring layers to the file's one rank, or stand for unchanged layers: none in the `peft`
+    form."""
     seconds: float
     extracted: int
     whole: int
@@ -93,7 +101,7 @@ class Report:
     def of(cls, adapter: Adapter) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
-        totals = _totals(rows, adapter.form.rank(adapter))
+        totals = _totals(rows, adapter.form.rank(adapter), adapter.padding)
         warnings = (*adapter.form.warnings(adapter), *_warnings(rows, totals))
         return cls(rows, totals, warnings, adapter.notes, adapter.provenance)
 
@@ -110,10 +118,13 @@ class Report:
 
     def table(self) -> str:
         """The report for a terminal: the layers, what is left out by reason, the totals and the warnings."""
-        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}"]
+        measured = any(row.signal_rank is not None for row in self.rows)
+        more = f" {'signal':>7} {'noise':>7}" if measured else ""
+        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}{more}"]
         lines += [
             f"{shorten(row.weight):<52} {row.rank:>5} {_percent(row.energy):>7} {_percent(row.relative_error):>7} "
             f"{_percent(row.relative_delta):>8} {size(row.bytes):>9}"
+            + (f" {row.signal_rank:>7} {_percent(row.noise):>7}" if measured else "")
             for row in self.rows
             if row.status == "extracted"
         ]
@@ -131,6 +142,8 @@ class Report:
             f"{totals.extracted} weights at rank {rank} hold {_percent(totals.energy)} of their deltas' energy, "
             f"{_percent(totals.energy_of_all)} of the whole fine-tune's; {size(totals.bytes)} on disk.",
         ]
+        if totals.padding >= MATERIAL * totals.bytes:
+            lines.append(f"{size(totals.padding)} of that are zeros, for loaders that need one rank for all layers.")
         if self.provenance["layout"] == GUESSED:
             lines.append("No configuration or module was there to ask: linear layers were told by names and shapes.")
         return [*lines, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
@@ -165,6 +178,8 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
                 seconds=layer.seconds,
                 shortfall=factors.shortfall,
                 residual=float(factors.residual.max()),
+                noise=None if layer.noise is None else min(layer.noise.energy / factors.norm**2, 1.0),
+                signal_rank=layer.signal,
             )
             continue
         if name in adapter.kept:
@@ -219,7 +234,7 @@ def _kept_row(adapter: Adapter, name: str, bytes_in_file: int) -> Row:
     )
 
 
-def _totals(rows: Iterable[Row], file_rank: int) -> Totals:
+def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
     rows = list(rows)
     extracted = [row for row in rows if row.status == "extracted"]
     kept = sum((row.energy or 0.0) * _energy(row) for row in extracted)
@@ -243,6 +258,7 @@ def _totals(rows: Iterable[Row], file_rank: int) -> Totals:
         rank=max(row.rank for row in rows),
         file_rank=file_rank,
         bytes=sum(row.bytes for row in rows),
+        padding=padding,
         seconds=sum(row.seconds for row in rows),
         extracted=len(extracted),
         whole=sum(row.status == "whole" for row in rows),

@@ -21,7 +21,7 @@ from peft_posthoc.errors import AdapterError, MismatchError, NothingToCarryError
 from peft_posthoc.lora_folder import Factors, LoraFolder, Module
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.product import Product, factor_product
-from peft_posthoc.rank import Rank, RankRule, Spectrum, as_rule, describe
+from peft_posthoc.rank import Rank, RankRule, Spectrum, describe, each
 from peft_posthoc.resized import Cut, Resized
 from peft_posthoc.svd import LowRank
 
@@ -319,9 +319,9 @@ def _products(total: _Sum, name: str) -> list[Product]:
 def _rules(total: _Sum, rank: Rank | Mapping[str, Rank]) -> Callable[[str], RankRule]:
     """By the name of a delta, its rule."""
     if not isinstance(rank, Mapping):
-        rule = as_rule(rank)
+        rule = each(rank)
         return lambda _: rule
-    rules = {name: as_rule(one) for name, one in rank.items()}
+    rules = {name: each(one) for name, one in rank.items()}
     names = [one for name, module in total.modules.items() for one in deltas(name, module.experts)]
     for name in names:
         if name not in rules:
@@ -361,7 +361,7 @@ def _each(work: Callable[[str], T], names: Iterable[str], progress: bool, title:
 def _provenance(
     folders: Sequence[LoraFolder], weights: Sequence[float], rank: Rank | Mapping[str, Rank], form: str
 ) -> dict[str, object]:
-    told: object = {name: describe(as_rule(one)) for name, one in rank.items()} if isinstance(rank, Mapping) else None
+    told: object = {name: describe(each(one)) for name, one in rank.items()} if isinstance(rank, Mapping) else None
     config = folders[0].config
     return {
         "adapters": [
@@ -375,7 +375,7 @@ def _provenance(
         ],
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
-        "options": {"form": form, "rule": told or describe(as_rule(rank))},  # type: ignore[arg-type]
+        "options": {"form": form, "rule": told or describe(each(rank))},  # type: ignore[arg-type]
         "versions": {
             "peft-posthoc": metadata.version("peft-posthoc"),
             "python": platform.python_version(),

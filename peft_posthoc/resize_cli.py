@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_posthoc.cli import OUTPUT as OUTPUT
-from peft_posthoc.cli import RANK, _options, check_file, dtype_of, rule_of, show
+from peft_posthoc.cli import _options, check_file, dtype_of, show
+from peft_posthoc.rank_options import RANK, Asked
 
 if TYPE_CHECKING:
     from peft_posthoc.resized import Resized
 
 _SHARED = _options(
-    click.option("--error", type=float, metavar="E", help="Keep the fewest with at most this relative error."),
     click.option(
         "--dtype",
         type=click.Choice(("float32", "bfloat16", "float16")),
@@ -37,14 +37,14 @@ _SHARED = _options(
 @click.argument("out", type=click.Path(path_type=Path))
 @RANK
 @_SHARED
-def resize(adapter: Path, out: Path, **options: Any) -> None:
+def resize(adapter: Path, out: Path, rank: Asked, **options: Any) -> None:
     """Write the best approximation of ADAPTER at a lower rank into the folder OUT.
 
     ADAPTER is a PEFT LoRA folder. The base model is not needed.
     """
     from peft_posthoc.resize import resize as run
 
-    rule = _rule(options) or rule_of(None, None)
+    rule = _rule(rank) or 32
     _write(out, lambda **given: run(adapter, rule, **given), **options)
 
 
@@ -52,32 +52,30 @@ def resize(adapter: Path, out: Path, **options: Any) -> None:
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--weights", metavar="W,W,...", help="What each adapter's delta is multiplied with.  [default: 1 each]")
-@click.option("--rank", type=int, metavar="R", help="Singular triplets to keep of every sum.  [default: all]")
-@click.option("--energy", type=float, metavar="SHARE", help="Keep the fewest that hold this share of its energy.")
+@RANK
 @_SHARED
-def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, **options: Any) -> None:
+def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, rank: Asked, **options: Any) -> None:
     """Write the weighted sum of ADAPTERS, of one base, as one adapter into the folder OUT.
 
-    Without a rank, an energy or an error, the sum is exact.
+    Without a rank, an energy or an error, the sum is exact: there the default is all.
     """
     from peft_posthoc.resize import combine as run
 
     if len(adapters) < 2:
         raise click.UsageError("Give at least two adapters, and the folder to write: A B OUT.")
-    rule, shares = _rule(options), None if weights is None else _numbers(weights)
+    rule, shares = _rule(rank), None if weights is None else _numbers(weights)
     _write(out, lambda **given: run(adapters, shares, rule, **given), **options)
 
 
-def _rule(options: dict[str, Any]) -> Any:
-    """The rank rule asked for; None if none is."""
-    rank, energy, error = (options.pop(name) for name in ("rank", "energy", "error"))
-    if error is None:
-        return None if rank is None and energy is None else rule_of(rank, energy)
-    if rank is not None or energy is not None:
-        raise click.UsageError("Give one of --rank, --energy and --error.")
-    if not 0 <= error < 1:
-        raise ValueError(f"A relative error must be at least 0 and below 1. Got {error!r}.")
-    return rule_of(None, 1 - error**2)
+def _rule(asked: Asked) -> Any:
+    """The rank rule asked for; None if none is.
+
+    Raises:
+        click.UsageError: It is one of all layers together.
+    """
+    if asked.shares_out():
+        raise click.UsageError("Give --rank, --energy or --error: a budget is for `phlora extract`.")
+    return asked.one()
 
 
 def _write(

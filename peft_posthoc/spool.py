@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
+from peft_posthoc.noise import Noise
 from peft_posthoc.svd import LowRank
 
 
@@ -98,6 +99,8 @@ def _read(path: Path) -> Outcome:
         if "factors" not in numbers:
             return Skipped(**numbers)
         energy, norm, shortfall = numbers.pop("factors")
+        noise = numbers.pop("noise")
+        numbers["noise"] = None if noise is None else Noise(*noise)
         a, b, s, residual = (file.get_tensor(name) for name in ("a", "b", "s", "residual"))
     return Layer(factors=LowRank(a, b, s, energy, norm, shortfall, residual), **numbers)
 

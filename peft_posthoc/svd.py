@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_posthoc.dense import Problem, Triplets, gram, lapack
 from peft_posthoc.krylov import block_krylov, columns
-from peft_posthoc.rank import RankRule, fixed
+from peft_posthoc.rank import RankRule, in_advance
 
 # Up to this side LAPACK's full SVD costs no more than the iteration.
 _SMALL = 256
@@ -96,8 +96,8 @@ def truncated_svd(
         ValueError: `rank` is out of range, or `delta` holds NaN or infinity.
     """
     m, n = delta.shape
-    if isinstance(rank, fixed):
-        rank = min(rank.rank, m, n)  # known in advance, so that the first block is wide enough
+    if callable(rank) and (known := in_advance(rank)) is not None:
+        rank = min(known, m, n)  # so that the first block is wide enough
     rule = rank if callable(rank) else _always(rank, m, n)
     work = delta if delta.dtype in (torch.float32, torch.float64) else delta.float()
     norm = _frobenius_norm(work) if norm is None else norm

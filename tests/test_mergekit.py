@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import peft_posthoc
 from mergekit_plugin import command, register
 from mergekit_plugin.method import PHLORA
+from peft_posthoc import above_noise, extract, keep_energy, keep_error, limited
 from tests import merges, models
 
 pytestmark = [
@@ -594,6 +595,37 @@ def test_an_architecture_that_mergekit_cannot_merge_is_refused_by_us_too(tmp_pat
     pair = models.save_pair(models.t5(), tmp_path)
     config = merges.config(*pair, parameters={"rank": 8})
     refused(merges.phlora(config, tmp_path / "out", "--no-model"), "wi_0.weight", "cannot merge such a model")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rule"),
+    [
+        ({"error": 0.5}, keep_error(0.5)),
+        ({"rank": "auto", "max_rank": 6}, limited(above_noise(), most=6)),
+        ({"energy": 0.3, "min_rank": 4, "round_to": 4}, limited(keep_energy(0.3), least=4, multiple=4)),
+    ],
+)
+def test_rules_and_limits_mean_what_they_mean_elsewhere(parameters, rule, llama_pair, tmp_path):
+    config = merges.config(*llama_pair, parameters=parameters)
+    merged = merges.stock(config, tmp_path / "stock")
+    adapter = extract(*llama_pair, rule)
+    base = load_file(Path(llama_pair[0]) / "model.safetensors")
+    for name, layer in adapter.layers.items():
+        assert torch.allclose(merged[name], base[name] + layer.factors.b @ layer.factors.a, atol=1e-6)
+
+
+def test_a_budget_takes_the_place_of_the_ranks(llama_pair, tmp_path):
+    config = merges.config(*llama_pair, parameters={"rank": [{"filter": "k_proj", "value": 0}, {"value": 3}]})
+    merged = merges.merged_by(config, tmp_path / "out", "--budget", "70kB")
+    file = tmp_path / "out/phlora/adapter_model.safetensors"
+    assert 40_000 < file.stat().st_size <= 70_000
+    factors = load_file(file)
+    base = load_file(Path(llama_pair[0]) / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (factors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert len(a) > 3
+    assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + b @ a, atol=1e-6)
+    assert torch.equal(merged["model.layers.0.self_attn.k_proj.weight"], base["model.layers.0.self_attn.k_proj.weight"])
 
 
 def test_ranks_on_the_command_line_are_refused_where_the_configuration_has_them(llama_pair, tmp_path):

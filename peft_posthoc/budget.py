@@ -1,0 +1,279 @@
+"""Ranks of all layers together, within a size.
+
+The size is that of the file with the weights, `adapter_model.safetensors`, with its header: what an engine loads. The
+configuration and the report lie beside it and are not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_posthoc.peft_format import header_bytes
+from peft_posthoc.plan import ONLY_IN_BASE, Plan
+from peft_posthoc.portable import PORTABLE, safe_rank, stacks_of
+from peft_posthoc.rank import RankRule, Spectrum, check_limits, describe, fixed, limit_flags
+from peft_posthoc.weighting import WEIGHTINGS, Weighting, early
+
+if TYPE_CHECKING:
+    from peft_posthoc.adapter import Adapter, Form
+
+# A layer is factored up to this many times the rank that all have if all have the same.
+_DEEP = 4
+_EARLY = early()
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def uniform(shapes: Mapping[str, tuple[int, int]], costs: Mapping[str, int], room: int, *, multiple: int = 1) -> int:
+    """The largest rank that fits in every layer, where smaller layers have all that they can; 0 if none does.
+
+    Args:
+        shapes: By layer.
+        costs: By layer, of one triplet.
+        room: For all.
+        multiple: Of what the rank is one.
+    """
+    steps = [0, max((min(shape) for shape in shapes.values()), default=0) // multiple]
+    while steps[0] < steps[1]:
+        middle = -(-sum(steps) // 2)
+        fits = sum(min(middle * multiple, *shapes[name]) * costs[name] for name in shapes) <= room
+        steps = [middle, steps[1]] if fits else [steps[0], middle - 1]
+    return steps[0] * multiple
+
+
+def allocate(
+    spectra: Mapping[str, Spectrum],
+    costs: Mapping[str, int],
+    room: int,
+    weighting: Weighting,
+    *,
+    least: Mapping[str, int] | int = 1,
+    most: int | None = None,
+    multiple: int = 1,
+) -> dict[str, int]:
+    r"""Ranks that keep the most weighted energy within `room`.
+
+    Triplets are taken in the order of what they are worth per byte, $w_l\,\sigma_{li}^2 / c_l$: nothing better fits
+    into the room that is used when the first one does not fit. What is still free then goes to those that do, in the
+    same order.
+
+    Args:
+        spectra: By layer; no layer gets more than is known of it.
+        costs: By layer, of one triplet.
+        room: For all.
+        weighting: What energy is worth in each layer.
+        least: The rank that every layer has in any case, or that each has.
+        most: The highest rank.
+        multiple: Triplets are taken by so many at a time.
+
+    Raises:
+        ValueError: There is no room for the least.
+    """
+    names = list(spectra)
+    top = {name: min([len(spectra[name].s), *([most] if most else [])]) for name in names}
+    worths = weighting(spectra)
+    ranks = {name: min(least if isinstance(least, int) else least[name], top[name]) for name in names}
+    free = room - sum(ranks[name] * costs[name] for name in names)
+    if free < 0:
+        raise ValueError(f"There is room for {room}, and the least takes {room - free}.")
+    worth, owners, counts = [], [], []
+    for index, name in enumerate(names):
+        for part in (spectra[name].s[ranks[name] : top[name]].double() ** 2).split(multiple):
+            if len(part):
+                worth.append(worths[name] * float(part.mean()) / costs[name])
+                owners.append(index)
+                counts.append(len(part))
+    full: set[int] = set()
+    # A stable sort: of equal ones a layer's own come in their order.
+    for at in torch.sort(torch.tensor(worth, dtype=torch.float64), descending=True, stable=True).indices.tolist():
+        owner, count = owners[at], counts[at]
+        cost = count * costs[names[owner]]
+        if owner in full or cost > free:
+            full.add(owner)
+            continue
+        ranks[names[owner]] += count
+        free -= cost
+    return ranks
+
+
+@dataclass(frozen=True)
+class budget:
+    """Ranks of all layers together, such that the file with the weights has at most this size.
+
+    The portable form has one rank for all, so there it is the largest that fits, whatever the weighting.
+
+    Args:
+        size: In bytes; or in words, such as `64MB`, `1.5GiB`, or `2%` of the tuned checkpoint.
+        params: In place of `size`: how many numbers the file holds.
+        weighting: What energy is worth; None: all layers have the same rank, as far as they are large enough.
+        floor: The share of that rank that every layer has in any case.
+        most: The highest rank.
+        least: The lowest rank, but for smaller layers.
+        multiple: Ranks are multiples of this, but for those of smaller layers.
+
+    Raises:
+        ValueError: The size is none, or the limits leave no rank.
+    """
+
+    size: int | str | None = None
+    params: int | None = None
+    weighting: Weighting | None = _EARLY
+    floor: float = 0.75
+    most: int | None = None
+    least: int = 1
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.params is None):
+            raise ValueError("A budget has a size or a number of parameters, one of them.")
+        check_limits(self.most, self.least, self.multiple)
+        self.limit(10**9)
+
+    def limit(self, tuned_bytes: int) -> int:
+        """The bytes, or numbers, that the file may have.
+
+        Args:
+            tuned_bytes: Of the tuned checkpoint.
+
+        Raises:
+            ValueError: The size is none.
+        """
+        if self.params is not None:
+            if isinstance(self.params, bool) or not isinstance(self.params, int) or self.params < 1:
+                raise ValueError(f"A number of parameters must be whole and at least 1. Got {self.params!r}.")
+            return self.params
+        found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *([kKMG]i?B|B|%)?", str(self.size))
+        if isinstance(self.size, bool) or found is None or not float(found[1]):
+            raise ValueError(
+                f"A budget is a size such as 64MB, 1.5GiB or 2% of the tuned checkpoint. Got {self.size!r}."
+            )
+        unit = tuned_bytes / 100 if found[2] == "%" else _UNITS[(found[2] or "B").upper()]
+        return int(float(found[1]) * unit)
+
+    def bounds(self, plan: Plan, *, dtype: torch.dtype, form: Form) -> dict[str, RankRule]:
+        """As far as the size can reach: by a few times the rank that all have if all have the same.
+
+        Raises:
+            ValueError: The size is below that of the smallest adapter, if every weight has changed.
+        """
+        limit, item = self.limit(_tuned_bytes(plan)), dtype.itemsize if self.params is None else 1
+        slots = {name: [plan.slots[place.module] for place in places] for name, places in plan.carried.items()}
+        costs = {name: item * sum(slot.m + slot.n for slot in all_of) for name, all_of in slots.items()}
+        shapes = {name: (all_of[0].m, all_of[0].n) for name, all_of in slots.items()}
+        least, padded = self._least(form), form is PORTABLE
+        smallest = sum((least if padded else min(least, *shapes[name])) * costs[name] for name in costs)
+        if smallest > limit:
+            raise self._too_small(limit, smallest)
+        if padded:
+            rank = max(self._safe(limit // sum(costs.values())), default=least)
+        else:
+            rank = uniform(shapes, costs, limit, multiple=self.multiple)
+        deep = rank if self.weighting is None or padded else _DEEP * rank
+        return {name: fixed(max(min(deep, self.most or deep), least)) for name in costs}
+
+    def settle(self, adapter: Adapter, by_hand: Collection[str] = ()) -> Adapter:
+        """The adapter within the size.
+
+        Raises:
+            ValueError: The size is below that of the smallest adapter.
+        """
+        told = describe(self)
+        limit = self.limit(_tuned_bytes(adapter.plan))
+        free = {name: spectrum for name, spectrum in adapter.spectra.items() if name not in by_hand}
+        shapes = {name: spectrum.shape for name, spectrum in free.items()}
+
+        def at(rank: int) -> Adapter:
+            return adapter.cut({name: min(rank, len(one.s)) for name, one in free.items()}, told)
+
+        least = self._least(adapter.form)
+        smallest = at(least)
+        start = self._fixed(smallest, adapter.rank, limit)
+        used = start + self._counted(smallest)
+        if used > limit:
+            # A budget of more digits has a longer header.
+            raise self._too_small(limit, used + (8 * len(free) + 16 if self.params is None else 0))
+        if adapter.form is PORTABLE:
+            ranks = [r for r in self._safe(safe_rank(adapter.rank)) if start + self._counted(at(r)) <= limit]
+            return at(max(ranks, default=least))
+        item = adapter.dtype.itemsize if self.params is None else 1
+        costs = {name: item * sum(sum(shapes[name]) for _ in adapter.plan.carried[name]) for name in free}
+        room = limit - used + sum(len(smallest.layers[name].factors.s) * costs[name] for name in free)
+        most = self.most // self.multiple * self.multiple if self.most else None
+        level = least
+        for step in (2**i for i in reversed(range(adapter.rank.bit_length()))):
+            higher = level + step * self.multiple
+            if (
+                higher <= min(most or higher, adapter.rank + self.multiple)
+                and start + self._counted(at(higher)) <= limit
+            ):
+                level = higher
+        # Stacked experts share one rank: nothing is gained by giving some of them less.
+        if self.weighting is None or stacks_of(adapter):
+            return at(level)
+        floor = max(int(self.floor * level) // self.multiple * self.multiple, least)
+        return adapter.cut(
+            allocate(free, costs, room, self.weighting, least=floor, most=most, multiple=self.multiple), told
+        )
+
+    def flags(self) -> list[str]:
+        """The options of the command line that say it.
+
+        Raises:
+            ValueError: None does.
+        """
+        name = next((name for name, one in WEIGHTINGS.items() if one == self.weighting), None)
+        if name is None or self.floor != budget.floor:
+            raise ValueError(f"The rank rule {self!r} cannot be said on a command line.")
+        asked = ["--budget", str(self.size)] if self.params is None else ["--params", str(self.params)]
+        return [*asked, "--weighting", name, *limit_flags(self.most, self.least, self.multiple)]
+
+    def _least(self, form: Form) -> int:
+        least = -(-self.least // self.multiple) * self.multiple
+        if form is not PORTABLE:
+            return least
+        found = self._safe(least + 16 * self.multiple)
+        if not found:
+            raise ValueError("Between the limits lies no rank that the portable form has: 8, or a multiple of 16.")
+        return found[0]
+
+    def _safe(self, most: int) -> list[int]:
+        """The ranks that the portable form may have, up to `most`."""
+        return [
+            rank
+            for rank in (8, *range(16, most + 1, 16))
+            if rank <= most and rank <= (self.most or rank) and rank % self.multiple == 0 and rank >= self.least
+        ]
+
+    def _counted(self, adapter: Adapter) -> int:
+        """What grows with the ranks, and what stands beside it."""
+        inside, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
+        if self.params is None:
+            return sum(inside.values()) + sum(whole.values())
+        kept = sum(count // adapter.kept[name].value.itemsize for name, count in whole.items())
+        return sum(inside.values()) // adapter.dtype.itemsize + kept
+
+    def _fixed(self, smallest: Adapter, deepest: int, limit: int) -> int:
+        """The header, with room for the digits of higher ranks and later places; no parameters are in it."""
+        if self.params is not None:
+            return 0
+        tensors = smallest.form.tensors(smallest)
+        digits = len(str(deepest)) + 2 * len(str(limit))
+        return header_bytes(tensors, smallest.provenance) + digits * len(tensors) + 8
+
+    def _too_small(self, limit: int, least: int) -> ValueError:
+        unit = "bytes" if self.params is None else "parameters"
+        asked = f"--budget {self.size}" if self.params is None else f"--params {self.params}"
+        more = "" if self.params is not None or not str(self.size).endswith("%") else f" ({limit:,} {unit})"
+        return ValueError(
+            f"`{asked}`{more} is below the smallest adapter of these layers, {least:,} {unit}. Give more, or carry "
+            "fewer layers (`--exclude`)."
+        )
+
+
+def _tuned_bytes(plan: Plan) -> int:
+    """Of all tensors of the tuned checkpoint."""
+    return sum(header.bytes for name, header in plan.headers.items() if plan.left_out.get(name) != ONLY_IN_BASE)
