@@ -24,6 +24,7 @@ from peft_posthoc.layout import Place, target_modules
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.plan import by_flags
 from peft_posthoc.portable import PORTABLE, safe_rank
+from peft_posthoc.rank import Rank
 
 # These change what a LoRA layer computes, or the base weights, so that factors of a delta would mean something else.
 _NOT_A_DELTA = (
@@ -48,7 +49,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
         cls,
         base: Source,
         tuned: Source,
-        r: int | float = 8,
+        r: Rank = 8,
         *,
         base_revision: str | None = None,
         tuned_revision: str | None = None,
@@ -62,8 +63,9 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
         Args:
             base: The model before: a folder, a file, a hub id, a module or a state dict.
             tuned: The same model after any kind of full fine-tuning.
-            r: An int is a rank; a float in (0, 1] is the share of every delta's energy to keep, and `r` becomes the
-                largest rank that needs, rounded up to one that every engine scales alike (8, or a multiple of 16).
+            r: An int is a rank; a float in (0, 1] is the share of every delta's energy to keep, or any other rule that
+                `extract` takes as its `rank`. `r` becomes the largest rank that this needs, rounded up to one that
+                every engine scales alike (8, or a multiple of 16).
             base_revision: Branch, tag or commit, where `base` is a hub id.
             tuned_revision: The same for `tuned`.
             exact: Use LAPACK's full SVD for every weight.
