@@ -94,7 +94,7 @@ def by_flags(*, embeddings: bool = False, head: bool = False, conv: bool = False
 
     def choose(places: Sequence[Place]) -> tuple[list[Place], str]:
         roles = {place.role for place in places}
-        if places[0].kind.stacked and not places[0].module.endswith("]"):
+        if places and places[0].kind.stacked and not places[0].module.endswith("]"):
             return [], "bias of experts (carried with --form peft)"
         if roles & wanted:
             return list(places), ""
