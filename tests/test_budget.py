@@ -314,3 +314,15 @@ def test_early_layers_come_first():
     ranks = allocate(spectra, dict.fromkeys(spectra, 1), 8, early())
     assert list(ranks.values()) == [3, 3, 2]
     assert list(early(ratio=1)(spectra).values()) == pytest.approx([3 / 30] * 3)
+
+
+@pytest.mark.parametrize(("form", "experts"), [("peft", "fused"), ("portable", "per-expert"), ("portable", "fused")])
+def test_experts_are_within_the_budget_too(form, experts, tmp_path):
+    torch.manual_seed(0)
+    folders = models.save_pair(models.mixtral(), tmp_path)
+    how = {"form": form, "experts": experts}
+    sizes = [weights_file(extract(*folders, rank, **how).save(tmp_path / f"r{rank}")) for rank in (8, 16)]
+    for step in range(3):
+        size = sizes[0] + 4000 + step * (sizes[1] - sizes[0]) // 2
+        found = extract(*folders, budget(size), **how)
+        assert 0.5 * size < weights_file(found.save(tmp_path / f"{step}")) <= size
