@@ -33,6 +33,8 @@ class Extraction:
     dtype: torch.dtype | None = None
     form: str = "portable"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    conv: bool = False
+    experts: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(as_rule(self.rank), several):
@@ -56,9 +58,11 @@ class Extraction:
             )
         if self.rank_pattern:
             flags += ["--rank-pattern", json.dumps(dict(self.rank_pattern))]
-        flags += [f"--{name}" for name in ("embeddings", "head", "exact") if getattr(self, name)]
+        flags += [f"--{name}" for name in ("embeddings", "head", "conv", "exact") if getattr(self, name)]
         flags += [f"--include={pattern}" for pattern in self.include]
         flags += [f"--exclude={pattern}" for pattern in self.exclude]
+        if self.experts is not None:
+            flags += ["--experts", self.experts]
         if self.dtype is not None:
             flags += ["--dtype", str(self.dtype).removeprefix("torch.")]
         return [*flags, "--device", self.device, "--form", self.form]
@@ -89,6 +93,8 @@ class Extraction:
             dtype=self.dtype,
             form=self.form,
             rank_pattern=self.rank_pattern,
+            conv=self.conv,
+            experts=self.experts,
             progress=progress,
         )
         adapter.save(out, force=True)

@@ -64,8 +64,8 @@ __all__ = [
     "patch_peft",
     "preflight",
     "resize",
-    "spectra",
     "several",
+    "spectra",
     "truncated_svd",
     "verify",
 ]

@@ -142,7 +142,7 @@ class keep_error:
 
     def __post_init__(self) -> None:
         if not 0 <= self.error < 1:
-            raise ValueError(f"A relative error must be at least 0 and lie below 1. Got {self.error!r}.")
+            raise ValueError(f"A relative error must be at least 0 and below 1. Got {self.error!r}.")
 
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to keep; one more than is known, if the error is larger with all that is."""

@@ -10,7 +10,18 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         f"peft_posthoc.{name}"
-        for name in ("svd", "dense", "krylov", "noise", "rank", "layout", "peft_format", "curves", "product", "lora_folder")
+        for name in (
+            "svd",
+            "dense",
+            "krylov",
+            "noise",
+            "rank",
+            "layout",
+            "peft_format",
+            "curves",
+            "product",
+            "lora_folder",
+        )
     ],
     "beartype.beartype",
 )
