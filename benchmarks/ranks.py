@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from peft_posthoc import Adapter, Spectrum, extract
 from peft_posthoc.budget import budget
 from peft_posthoc.factor import merged
-from peft_posthoc.weighting import Weighting, depth, early, energy, relative
+from peft_posthoc.weighting import Weighting, balanced, depth, early, energy, relative
 
 RANKS = (4, 8, 16, 32)
 FILE = "model.safetensors"
@@ -66,7 +66,7 @@ def rules(adapter: Adapter, base: Mapping[str, Tensor]) -> dict[str, Callable[[i
         "relative, floor 1/2": (relative(), 0.5),
         "relative, floor 3/4": (relative(), 0.75),
         "relative, root of cost, floor 1/2": (Proxy(roots), 0.5),
-        "relative, root of cost, floor 3/4": (Proxy(roots), 0.75),
+        "relative, root of cost, floor 3/4": (balanced(), 0.75),
         "halfway, root of cost, floor 3/4": (Proxy(roots, halfway), 0.75),
         "over base, floor 3/4": (over_base, 0.75),
         "over base's largest value, floor 3/4": (Proxy(top, energy()), 0.75),

@@ -17,14 +17,14 @@ from peft_posthoc.peft_format import header_bytes
 from peft_posthoc.plan import ONLY_IN_BASE, Plan
 from peft_posthoc.portable import PORTABLE, safe_rank, stacks_of
 from peft_posthoc.rank import RankRule, Spectrum, check_limits, describe, fixed, limit_flags
-from peft_posthoc.weighting import WEIGHTINGS, Weighting, early
+from peft_posthoc.weighting import WEIGHTINGS, Weighting, balanced
 
 if TYPE_CHECKING:
     from peft_posthoc.adapter import Adapter, Form
 
 # A layer is factored up to this many times the rank that all have if all have the same.
 _DEEP = 4
-_EARLY = early()
+_BALANCED = balanced()
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -121,7 +121,7 @@ class budget:
 
     size: int | str | None = None
     params: int | None = None
-    weighting: Weighting | None = _EARLY
+    weighting: Weighting | None = _BALANCED
     floor: float = 0.75
     most: int | None = None
     least: int = 1

@@ -23,7 +23,9 @@ _OPTIONS = (
     click.option("--budget", metavar="SIZE", help="Share out ranks within 64MB, or 2% of the tuned checkpoint."),
     click.option("--params", type=int, metavar="N", help="Share out ranks within so many parameters."),
     click.option(
-        "--weighting", metavar="NAME", help="Of a budget: early, uniform, energy, relative.  [default: early]"
+        "--weighting",
+        metavar="NAME",
+        help="Of a budget: balanced, early, uniform, energy, relative.  [default: balanced]",
     ),
     click.option("--max-rank", type=int, metavar="R", help="No layer gets more."),
     click.option("--min-rank", type=int, metavar="R", help="No layer gets less, if it is large enough."),
@@ -104,10 +106,10 @@ def rule_of(*, weighting: str | None = None, **asked: Any) -> RankRule | Allocat
 
     name, value = next(iter(given.items()), ("rank", "32"))
     if name in _SHARED:
-        if (weighting or "early") not in WEIGHTINGS:
+        if (weighting or "balanced") not in WEIGHTINGS:
             raise click.UsageError(f"--weighting must be one of {', '.join(WEIGHTINGS)}. Got {weighting!r}.")
         within: dict[str, Any] = {"size": value} if name == "budget" else {"params": value}
-        return budget(**within, weighting=WEIGHTINGS[weighting or "early"], **limits)
+        return budget(**within, weighting=WEIGHTINGS[weighting or "balanced"], **limits)
 
     def one(text: str) -> RankRule:
         rule = _number(name, text)

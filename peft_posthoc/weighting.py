@@ -44,23 +44,29 @@ class relative:
 
 
 @dataclass(frozen=True)
-class early:
-    """Energy counts as a share of its own delta's, more so in early layers; a triplet costs the root of `m + n`.
+class balanced:
+    """Energy counts as a share of its own delta's, and a triplet costs the root of `m + n`.
 
-    What an early layer gets wrong goes through all that follow. Large layers are often the embeddings and the head,
-    whose deltas decay slowly.
+    Large layers are often the embeddings and the head, whose deltas decay slowly.
     """
+
+    def __call__(self, spectra: Mapping[str, Spectrum]) -> dict[str, float]:
+        """The relative worth, times the root of `m + n`."""
+        shares = relative()(spectra)
+        return {name: shares[name] * math.sqrt(sum(one.shape)) for name, one in spectra.items()}
+
+
+@dataclass(frozen=True)
+class early:
+    """The same, and more so in early layers: what one of these gets wrong goes through all that follow."""
 
     ratio: float = 4.0
     """How much more energy is worth in the first layer than in the last."""
 
     def __call__(self, spectra: Mapping[str, Spectrum]) -> dict[str, float]:
-        """The relative worth, times the root of `m + n`, over a number that grows from 1 to `ratio` with depth."""
-        shares, depths = relative()(spectra), depth(spectra)
-        return {
-            name: shares[name] * math.sqrt(sum(one.shape)) / (1 + (self.ratio - 1) * depths[name])
-            for name, one in spectra.items()
-        }
+        """What `balanced` gives, over a number that grows from 1 to `ratio` with depth."""
+        worth, depths = balanced()(spectra), depth(spectra)
+        return {name: worth[name] / (1 + (self.ratio - 1) * depths[name]) for name in spectra}
 
 
 def depth(names: Mapping[str, object]) -> dict[str, float]:
@@ -86,6 +92,7 @@ WEIGHTINGS: Mapping[str, Weighting | None] = {
     "uniform": None,
     "energy": energy(),
     "relative": relative(),
+    "balanced": balanced(),
     "early": early(),
 }
 """By the name that the command line has for it. `uniform` is none: all layers have the same rank."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peft_posthoc import Spectrum, budget, extract
 from peft_posthoc.budget import allocate, uniform
-from peft_posthoc.weighting import depth, early, energy, relative
+from peft_posthoc.weighting import balanced, depth, early, energy, relative
 from tests import models
 from tests.spectra import with_spectrum
 
@@ -39,7 +39,7 @@ def best(spectra, costs, room, weighting):
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**31), data=st.data())
-@pytest.mark.parametrize("weighting", [energy(), relative(), early()], ids=str)
+@pytest.mark.parametrize("weighting", [energy(), relative(), balanced(), early()], ids=str)
 def test_nothing_better_fits_into_the_room_that_a_threshold_uses(weighting, seed, data):
     generator = torch.Generator().manual_seed(seed)
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -100,7 +100,7 @@ def test_a_layer_never_gets_more_than_is_known_of_it():
 
 def test_a_zero_layer_gets_the_least():
     spectra = {"zero": spectrum([0.0, 0.0]), "a": spectrum([1.0, 0.5])}
-    for weighting in (energy(), relative(), early()):
+    for weighting in (energy(), relative(), balanced(), early()):
         assert allocate(spectra, {"zero": 1, "a": 1}, 3, weighting) == {"zero": 1, "a": 2}
 
 
@@ -166,7 +166,7 @@ def weights_file(folder):
     return (folder / "adapter_model.safetensors").stat().st_size
 
 
-WEIGHTINGS = [None, energy(), relative(), early()]
+WEIGHTINGS = [None, energy(), relative(), balanced(), early()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

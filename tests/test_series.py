@@ -203,7 +203,7 @@ def test_options_that_contradict_one_another_are_refused():
             rule_of(**asked)
     with pytest.raises(click.UsageError, match="--weighting is one of --budget"):
         rule_of(rank="8", weighting="energy")
-    with pytest.raises(click.UsageError, match="must be one of uniform, energy, relative, early"):
+    with pytest.raises(click.UsageError, match="must be one of uniform, energy, relative, balanced, early"):
         rule_of(budget="1MB", weighting="mine")
     assert rule_of() is None
     assert rule_of(max_rank=8) == limited(fixed(32), most=8)
