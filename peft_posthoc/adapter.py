@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.checkpoint import Checkpoint
-from peft_posthoc.errors import NothingToCarryError
+from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
 from peft_posthoc.peft_format import Contents, write_folder
 from peft_posthoc.plan import Plan
@@ -67,6 +67,8 @@ class Adapter:
     form: Form = PORTABLE
     kept: Mapping[str, Kept] = field(default_factory=dict)
     """By weight name: what is in the file without factors."""
+    hollow: bool = False
+    """Whether the factors' values were not kept: there is nothing to save."""
     notes: tuple[str, ...] = ()
     """What was decided to compare the two checkpoints: of their names, and the like."""
 
@@ -210,8 +212,10 @@ class Adapter:
             force: Replace an adapter that is there.
 
         Raises:
-            AdapterError: The folder holds something, or cannot be written.
+            AdapterError: The folder holds something, or cannot be written; or there are no factors.
         """
+        if self.hollow:
+            raise AdapterError("An adapter that was extracted with `keep_factors=False` has nothing to save.")
         contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
         written = write_folder(folder, contents, force=force)
         clear(folder)

@@ -160,7 +160,7 @@ class budget:
         Raises:
             ValueError: The size is below that of the smallest adapter, if every weight has changed.
         """
-        limit, item = self.limit(_tuned_bytes(plan)), dtype.itemsize if self.params is None else 1
+        limit, item = self.limit(tuned_bytes(plan)), dtype.itemsize if self.params is None else 1
         slots = {name: [plan.slots[place.module] for place in places] for name, places in plan.carried.items()}
         costs = {name: item * sum(slot.m + slot.n for slot in all_of) for name, all_of in slots.items()}
         shapes = {name: (all_of[0].m, all_of[0].n) for name, all_of in slots.items()}
@@ -182,7 +182,7 @@ class budget:
             ValueError: The size is below that of the smallest adapter.
         """
         told = describe(self)
-        limit = self.limit(_tuned_bytes(adapter.plan))
+        limit = self.limit(tuned_bytes(adapter.plan))
         free = {name: spectrum for name, spectrum in adapter.spectra.items() if name not in by_hand}
         shapes = {name: spectrum.shape for name, spectrum in free.items()}
 
@@ -274,6 +274,6 @@ class budget:
         )
 
 
-def _tuned_bytes(plan: Plan) -> int:
+def tuned_bytes(plan: Plan) -> int:
     """Of all tensors of the tuned checkpoint."""
     return sum(header.bytes for name, header in plan.headers.items() if plan.left_out.get(name) != ONLY_IN_BASE)

@@ -1,19 +1,14 @@
-"""Energy against rank, per layer and in total (PHLoRA, Figure 1): as numbers, a table and a plot."""
+"""Energy against rank, per layer and in total (PHLoRA, Figure 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from peft_posthoc.errors import MissingExtraError
-from peft_posthoc.portable import safe_rank
-from peft_posthoc.report import shorten, size
 
 if TYPE_CHECKING:
     from peft_posthoc.adapter import Adapter
@@ -45,6 +40,11 @@ class Curves:
             bytes_per_rank=sum(adapter.form.bytes(adapter).values()) // adapter.form.rank(adapter),
         )
 
+    def at(self, weight: str, rank: int) -> float:
+        """E_r of one layer. Beyond its own rank a layer holds what it holds."""
+        curve = self.layers[weight]
+        return float(curve[min(rank, len(curve)) - 1])
+
     def ranks(self) -> list[int]:
         """The ranks worth a column: powers of two, and the largest."""
         top = len(self.total)
@@ -58,45 +58,3 @@ class Curves:
             "total": self.total.tolist(),
             "layers": {name: curve.tolist() for name, curve in self.layers.items()},
         }
-
-    def table(self) -> str:
-        """A row for every layer, a column for every power of two."""
-        ranks = self.ranks()[-9:]
-        lines = [f"{'E_r at rank':<52} " + " ".join(f"{rank:>8}" for rank in ranks)]
-        for name, curve in [*self.layers.items(), ("total", self.total)]:
-            cells = (f"{100 * float(curve[min(rank, len(curve)) - 1]):>7.1f}%" for rank in ranks)
-            lines.append(f"{shorten(name):<52} " + " ".join(cells))
-        sizes = (f"{size(self.bytes_per_rank * safe_rank(rank)):>8}" for rank in ranks)
-        lines.append(f"{'size of the adapter':<52} " + " ".join(sizes))
-        return "\n".join(lines)
-
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw energy against rank, as in Figure 1 of the paper, into a PNG (or any format matplotlib knows).
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError("Plots need matplotlib: `pip install 'peft-posthoc[plot]'`.") from error
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.add_subplot()
-        kinds = sorted({_leaf(name) for name in self.layers})
-        for name, curve in self.layers.items():
-            color = f"C{kinds.index(_leaf(name)) % 10}"
-            axes.plot(range(1, len(curve) + 1), curve.tolist(), color=color, alpha=0.35, linewidth=0.8)
-        for kind in kinds:
-            axes.plot([], [], color=f"C{kinds.index(kind) % 10}", label=kind)
-        axes.plot(range(1, len(self.total) + 1), self.total.tolist(), color="black", linewidth=2.5, label="total")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set(xlabel="rank", ylabel="energy kept, $E_r$", ylim=(0, 1.02), title="Preserved energy against rank")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=2)
-        figure.savefig(path, dpi=150)
-
-
-def _leaf(weight: str) -> str:
-    return weight.removesuffix(".weight").rpartition(".")[2]

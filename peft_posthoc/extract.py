@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from os import PathLike
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from peft_posthoc.adapter import Adapter
 from peft_posthoc.checkpoint import Checkpoint, Source
 from peft_posthoc.errors import PosthocError, ShareDone
-from peft_posthoc.factor import Outcome, Pair, factor_pairs
+from peft_posthoc.factor import Layer, Outcome, Pair, factor_pairs
 from peft_posthoc.plan import Choice, Plan
 from peft_posthoc.preflight import check
 from peft_posthoc.prepare import prepare
@@ -53,6 +53,7 @@ def extract(
     out: str | PathLike[str] | None = None,
     processes: Processes = ALONE,
     progress: bool = False,
+    keep_factors: bool = True,
 ) -> Adapter:
     """Extract a LoRA adapter from a base model and a full fine-tune of it (PHLoRA, arXiv 2509.10971).
 
@@ -92,6 +93,7 @@ def extract(
             the same inputs and options goes on from there.
         processes: Those that share the work, as `Processes.from_environment()` finds them.
         progress: Show a progress bar on stderr.
+        keep_factors: Without them the adapter can be looked at, not saved: of every layer only the spectrum is held.
 
     Returns:
         The adapter, with its report.
@@ -144,9 +146,19 @@ def extract(
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
         outcomes = _outcomes(
-            before, after, plan, rules, spool, processes, exact=exact, device=prepared.device, progress=progress
+            before,
+            after,
+            plan,
+            rules,
+            spool,
+            processes,
+            exact=exact,
+            device=prepared.device,
+            progress=progress,
+            keep_factors=keep_factors,
         )
-        return prepared.settle(prepared.adapter(outcomes, tuned_name=tuned_name))
+        adapter = prepared.adapter(outcomes, tuned_name=tuned_name)
+        return prepared.settle(adapter if keep_factors else replace(adapter, hollow=True))
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
@@ -168,6 +180,7 @@ def _outcomes(
     exact: bool,
     device: torch.device,
     progress: bool,
+    keep_factors: bool,
 ) -> list[Outcome]:
     """What is known of every weight: from an earlier run, from this process, and from the others.
 
@@ -197,6 +210,8 @@ def _outcomes(
         factor_pairs(pairs, plan, rules, exact=exact, device=device) as found,
     ):
         for outcome in found:
+            if isinstance(outcome, Layer) and not keep_factors:
+                outcome = outcome._replace(factors=outcome.factors.hollow())
             outcomes.append(outcome)
             if spool is not None:
                 spool.put(outcome)

@@ -18,7 +18,7 @@ from peft_posthoc.kinds import LayerKind
 from peft_posthoc.noise import Noise, rounding
 from peft_posthoc.peft_format import Factors
 from peft_posthoc.plan import Plan
-from peft_posthoc.rank import RankRule, Spectrum, signal_rank
+from peft_posthoc.rank import RankRule, Spectrum, in_advance, signal_rank
 from peft_posthoc.svd import LowRank, full_precision, truncated_svd
 
 # Values subtracted at a time: 1 MB of float32, which stay in the cache between the subtraction and the norms. With 4 MB
@@ -175,8 +175,12 @@ def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torc
         return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
     matrix = plan.carried[pair.name][0].kind.matrix(delta.values)
     noisy = _Noisy(rule, pair, delta) if getattr(rule, "measures_noise", False) else None
+    # A rank that is known in advance makes the first block wide enough; noise is then told of what was found.
+    asks = noisy if noisy and in_advance(rule) is None else rule
     # The seed depends on the name alone: same inputs, same factors, in whatever order weights come.
-    found = truncated_svd(matrix, noisy or rule, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
+    found = truncated_svd(matrix, asks, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
+    if noisy and asks is rule:
+        noisy(Spectrum(found.s, found.norm**2, (matrix.shape[0], matrix.shape[1])))
     found = found._replace(a=found.a.cpu(), b=found.b.cpu())
     noise, signal = (noisy.noise, noisy.signal) if noisy else (None, None)
     return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start, noise, signal)

@@ -46,6 +46,11 @@ class LowRank(NamedTuple):
     """Of each triplet, the larger of `||delta @ v - sigma u||` and `||delta.T @ u - sigma v||`, relative to the largest
     sigma: some singular value of the delta is this near. Float64 on the CPU."""
 
+    def hollow(self) -> LowRank:
+        """The same but for the factors: zeros of their shapes, which take no memory."""
+        a, b = (x.new_zeros(()).expand(x.shape) for x in (self.a, self.b))
+        return self._replace(a=a, b=b)
+
     def cut(self, rank: int) -> LowRank:
         """The factors of a smaller rank: the `rank` leading triplets.
 
