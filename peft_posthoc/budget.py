@@ -7,6 +7,7 @@ configuration and the report lie beside it and are not counted.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -197,8 +198,9 @@ class budget:
             # A budget of more digits has a longer header.
             raise self._too_small(limit, used + (8 * len(free) + 16 if self.params is None else 0))
         if adapter.form is PORTABLE:
-            ranks = [r for r in self._safe(safe_rank(adapter.rank)) if start + self._counted(at(r)) <= limit]
-            return at(max(ranks, default=least))
+            ranks = self._safe(safe_rank(adapter.rank))
+            fit = bisect_right(ranks, limit - start, key=lambda rank: self._counted(at(rank)))
+            return at(ranks[fit - 1] if fit else least)
         item = adapter.dtype.itemsize if self.params is None else 1
         costs = {name: item * sum(sum(shapes[name]) for _ in adapter.plan.carried[name]) for name in free}
         room = limit - used + sum(len(smallest.layers[name].factors.s) * costs[name] for name in free)

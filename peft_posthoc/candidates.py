@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ class Candidate:
     @property
     def error(self) -> float:
         """`||delta - b @ a|| / ||delta||` over all layers together."""
-        return max(1 - self.energy, 0.0) ** 0.5
+        return math.sqrt(max(1 - self.energy, 0.0))
 
     @property
     def spread(self) -> tuple[int, float, int]:
@@ -59,6 +60,14 @@ class Candidate:
         if not self.ranks:
             return "-"
         return f"{'>' if weight in self.beyond else ''}{self.ranks[weight]}"
+
+    def least(self, text: str) -> str:
+        """A sum over all layers, for people: it is more where ranks are higher than what was factored."""
+        return f">{text}" if self.beyond and text != "-" else text
+
+    def most(self, text: str) -> str:
+        """The same of what is less then."""
+        return f"<{text}" if self.beyond else text
 
     def told(self) -> str:
         """All ranks in short: the lowest and the highest."""
@@ -119,9 +128,10 @@ def _in(form: Form, adapter: Adapter) -> tuple[int, int] | None:
 
 
 def _by_layer(adapter: Adapter) -> Iterator[Candidate]:
-    ranks = [fixed(rank) for rank in RANKS if rank <= adapter.rank]
+    rules: list[fixed | keep_energy | keep_error] = [fixed(rank) for rank in RANKS if rank <= adapter.rank]
+    rules += [*map(keep_energy, ENERGIES), *map(keep_error, ERRORS)]
     spectra = adapter.spectra
-    for rule in (*ranks, *map(keep_energy, ENERGIES), *map(keep_error, ERRORS)):
+    for rule in rules:
         yield _cut(adapter, " ".join(rule.flags()), {name: rule(spectrum) for name, spectrum in spectra.items()})
     signal = {name: layer.signal for name, layer in adapter.layers.items()}
     if None not in signal.values():

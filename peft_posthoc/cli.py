@@ -127,6 +127,12 @@ _VOCAB = click.option(
     show_default=True,
     help="Where the vocabularies differ: stop, compare what both have, or keep tuned's embeddings whole (--form peft).",
 )
+HTML = click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a page with drawings and tables that can be sorted, for a browser.",
+)
 DTYPE = click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
 FORM = click.option(
     "--form",
@@ -182,6 +188,7 @@ def main() -> None:
 @click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
+@HTML
 @FORM
 @CHOICE
 @_VOCAB
@@ -195,6 +202,7 @@ def extract(
     dtype: str | None,
     force: bool,
     dry_run: bool,
+    html: Path | None,
     quiet: bool,
     json_to: str | None,
     debug: bool,
@@ -216,6 +224,7 @@ def extract(
 
     # Bad arguments are told before the work, not after it.
     check_file(json_to, "--json")
+    _check_drawing(html, "--html")
     if isinstance(rule, several):
         check_targets(out, dict(rule.named), force=force)
     else:
@@ -233,6 +242,11 @@ def extract(
         return
     found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
     found.save(out, force=force)
+    if html is not None:
+        from peft_posthoc.inspection import Inspection
+
+        made = found.adapters if isinstance(found, Series) else {"as written": adapter}
+        Inspection.of(adapter, made).html(html)
     show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":
         click.echo(f"{'Adapters' if isinstance(found, Series) else 'Adapter'} written to {out}")
@@ -242,8 +256,16 @@ def extract(
 @click.argument("base")
 @click.argument("tuned")
 @click.option("--max-rank", type=click.IntRange(min=1), default=512, show_default=True, help="Where the curves end.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves into this PNG.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the curves and the ranks into this PNG (or SVG, PDF).",
+)
+@HTML
+@FORM
 @CHOICE
+@_VOCAB
 @_MODELS
 @OUTPUT
 def inspect(
@@ -251,23 +273,25 @@ def inspect(
     tuned: str,
     max_rank: int,
     plot: Path | None,
+    html: Path | None,
     quiet: bool,
     json_to: str | None,
     debug: bool,
     **options: Any,
 ) -> None:
-    """Show how much of each delta's energy every rank would keep; write no adapter."""
+    """Show what every rank and every rank rule would keep of each delta, and take; write no adapter."""
     del debug
     check_file(json_to, "--json")
-    check_file(plot, "--plot")
-    from peft_posthoc.curves import Curves
-    from peft_posthoc.extract import extract as run
+    _check_drawing(plot, "--plot")
+    _check_drawing(html, "--html")
+    from peft_posthoc.inspection import inspect as run
 
-    adapter = run(base, tuned, max_rank, progress=not quiet, **options)
-    curves = Curves.of(adapter)
+    inspection = run(base, tuned, max_rank, progress=not quiet, **options)
     if plot is not None:
-        curves.plot(plot)
-    show(curves, json_to, quiet=quiet, more=[f"Warning: {warning}" for warning in adapter.report.warnings])
+        inspection.plot(plot)
+    if html is not None:
+        inspection.html(html)
+    show(inspection, json_to, quiet=quiet)
 
 
 @main.command()
@@ -322,6 +346,15 @@ def check_file(path: str | Path | None, option: str) -> None:
         raise PosthocError(f"`{option} {path}` is a folder. Name a file.")
     if not file.parent.is_dir():
         raise PosthocError(f"`{option} {path}` cannot be written: there is no folder `{file.parent}`.")
+
+
+def _check_drawing(path: Path | None, option: str) -> None:
+    """See before the work whether there will be something to draw with."""
+    check_file(path, option)
+    if path is not None:
+        from peft_posthoc.plots import check_format
+
+        check_format(path.suffix if option == "--plot" else ".svg")
 
 
 def _quiet_hosts() -> None:

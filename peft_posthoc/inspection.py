@@ -182,16 +182,15 @@ class Inspection:
 
     def _rules(self) -> Iterable[str]:
         wide = max(len(one.flags) for one in self.candidates)
-        yield f"{'rule':<{wide}} {'ranks':>12} {'E_r':>7} {'error':>7} {'portable':>9} {'(padding)':>9} {'peft':>9}"
+        yield f"{'rule':<{wide}} {'ranks':>12} {'E_r':>7} {'error':>7} {'portable':>10} {'(padding)':>10} {'peft':>10}"
         for one in self.candidates:
             if not one.ranks:
                 yield f"{one.flags:<{wide}} {one.reason}"
                 continue
-            sizes = [sized(one.portable), f"({sized(one.padding)})", sized(one.peft)]
-            yield (
-                f"{one.flags:<{wide}} {one.told():>12} {percent(one.energy):>7} {percent(one.error):>7} "
-                + " ".join(f"{text:>9}" for text in sizes)
-            )
+            shares = [one.least(percent(one.energy)), one.most(percent(one.error))]
+            sizes = [one.least(sized(one.portable)), f"({sized(one.padding)})", one.least(sized(one.peft))]
+            numbers = [*(f"{text:>7}" for text in shares), *(f"{text:>10}" for text in sizes)]
+            yield f"{one.flags:<{wide}} {one.told():>12} {' '.join(numbers)}"
 
 
 def inspect(base: Source, tuned: Source, max_rank: int = 512, **options: Any) -> Inspection:

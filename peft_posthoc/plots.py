@@ -91,7 +91,7 @@ def picture(inspection: Inspection, suffix: str = ".png") -> bytes:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE | {"text.color": "black", "svg.hashsalt": "picture"}):
-        figure = Figure(figsize=(2 * _SIZE[0], 2 * _SIZE[1]), layout="constrained")
+        figure: Any = Figure(figsize=(2 * _SIZE[0], 2 * _SIZE[1]), layout="constrained")
         rules = _rules(inspection)
         top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
         left, right = top.subfigures(1, 2)
@@ -142,7 +142,11 @@ def captions(inspection: Inspection) -> dict[str, str]:
 
 def _saved(figure: Any, kind: str, **options: Any) -> bytes:
     # Of the same numbers, the same bytes: no dates.
-    dated = {"png": {}, "svg": {"Date": None, "Creator": None, "Format": None, "Type": None}, "pdf": {"CreationDate": None}}
+    dated = {
+        "png": {},
+        "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
+        "pdf": {"CreationDate": None},
+    }
     file = io.BytesIO()
     figure.savefig(file, format=kind, metadata=dated.get(kind), **options)
     return file.getvalue()
@@ -152,7 +156,9 @@ def _for_page(svg: str) -> str:
     """One element, in the colour of the text around it, as wide as its place, with no names that others have too."""
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    return re.sub(r'(<svg [^>]*?)width="[^"]*pt"', r"\1", re.sub(r'(<svg [^>]*?)height="[^"]*pt" ?', r"\1", svg, count=1), count=1)
+    return re.sub(
+        r'(<svg [^>]*?)width="[^"]*pt"', r"\1", re.sub(r'(<svg [^>]*?)height="[^"]*pt" ?', r"\1", svg, count=1), count=1
+    )
 
 
 def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
@@ -191,7 +197,13 @@ def _energy(figure: Any, inspection: Inspection) -> None:
                 if inspection.cells[name].module == module
             ]
         )
-        axes.fill_between(shown, *(group.quantile(q, dim=0).tolist() for q in (0.0, 1.0)), color=style["color"], alpha=0.08, linewidth=0)
+        axes.fill_between(
+            shown,
+            *(group.quantile(q, dim=0).tolist() for q in (0.0, 1.0)),
+            color=style["color"],
+            alpha=0.08,
+            linewidth=0,
+        )
         axes.plot(shown, group.median(dim=0).values.tolist(), linewidth=1.3, **style)
     axes.plot(shown, [float(curves.total[rank - 1]) for rank in shown], color=_INK, linewidth=2.2)
     for share in (0.5, 0.9):
@@ -211,19 +223,28 @@ def _energy(figure: Any, inspection: Inspection) -> None:
 
 def _heat(figure: Any, inspection: Inspection) -> None:
     rank = _heat_rank(inspection)
-    modules, columns, values = _matrix(inspection, {name: inspection.curves.at(name, rank) for name in inspection.cells})
+    modules, columns, values = _matrix(
+        inspection, {name: inspection.curves.at(name, rank) for name in inspection.cells}
+    )
     axes = figure.add_subplot()
     low, high = (float(x) for x in (values[~values.isnan()].min(), values[~values.isnan()].max()))
     middle, half = (low + high) / 2, max((high - low) / 2, 0.05)
     mesh = axes.pcolormesh(
-        values.numpy(), cmap=_MAP, vmin=max(middle - half, 0), vmax=min(middle + half, 1), edgecolors="face", linewidth=0.3
+        values.numpy(),
+        cmap=_MAP,
+        vmin=max(middle - half, 0),
+        vmax=min(middle + half, 1),
+        edgecolors="face",
+        linewidth=0.3,
     )
     axes.invert_yaxis()
     if len(columns) <= 8:
         for (y, x), value in ((at, float(values[at])) for at in product(range(len(modules)), range(len(columns)))):
             if not math.isnan(value):
                 dark = value < middle
-                axes.text(x + 0.5, y + 0.5, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black")
+                axes.text(
+                    x + 0.5, y + 0.5, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black"
+                )
     axes.set_yticks([y + 0.5 for y in range(len(modules))], [_short(name) for name in modules])
     _layer_axis(axes, columns)
     axes.tick_params(length=0)
@@ -232,7 +253,7 @@ def _heat(figure: Any, inspection: Inspection) -> None:
     axes.set_title(f"Energy kept at rank {rank}", loc="left", fontweight="bold")
     bar = figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.8, aspect=35, pad=0.03)
     bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _allocation(figure: Any, inspection: Inspection, rule: Candidate) -> None:
@@ -316,4 +337,3 @@ def _spread_out(top: int) -> list[int]:
 
 def _short(name: str, width: int = 28) -> str:
     return name if len(name) <= width else f"…{name[-(width - 1) :]}"
-

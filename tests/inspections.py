@@ -33,13 +33,17 @@ def llama(layers=32, width=4096, inner=11008, *, rank=512, dtype=torch.bfloat16,
     for name, (place, *_) in plan.carried.items():
         _, m, n = plan.slots[place.module]
         depth = int(name.split(".")[2]) / layers
-        exponent = exponents.get(name.split(".")[-2], 0.45) + 0.25 * depth**2 + 0.02 * float(torch.randn((), generator=draw))
+        exponent = (
+            exponents.get(name.split(".")[-2], 0.45) + 0.25 * depth**2 + 0.02 * float(torch.randn((), generator=draw))
+        )
         s = (torch.arange(min(m, n), dtype=torch.float64) + 2) ** -exponent
         energy = float((s**2).sum())
-        noise = Noise((0.3 + 0.2 * depth) * energy, white(m, n)) if measured else None
+        noise = Noise((0.02 + 0.4 * depth**3) * energy, white(m, n)) if measured else None
         held = s[: min(rank, len(s))]
         share = float((held**2).sum()) / energy
-        factors = LowRank(nothing.expand(len(held), n), nothing.expand(m, len(held)), held, share, energy**0.5, 0.0, held * 0)
+        factors = LowRank(
+            nothing.expand(len(held), n), nothing.expand(m, len(held)), held, share, energy**0.5, 0.0, held * 0
+        )
         spectrum = Spectrum(held, energy, (m, n), noise)
         outcomes.append(Layer(name, factors, 20 * energy**0.5, 0.0, noise, signal_rank(spectrum) if measured else None))
     return Inspection.of(Adapter.of(base, tuned, plan, outcomes, options={}))
