@@ -226,7 +226,8 @@ def main(work: Path, quick: bool) -> None:
     version = (base / "model.safetensors").stat().st_mtime_ns
     tuned = kept(work / "tuned", [*size, version], lambda folder: fine_tune(base, folder, training, size))
 
-    run("inspect", base, tuned, *KINDS[-1].flags, "--json", work / "energy.json", "--plot", work / "energy.png")
+    files = ("--json", work / "energy.json", "--plot", work / "energy.png", "--html", work / "energy.html")
+    run("inspect", base, tuned, *KINDS[-1].flags, *files)
     full = [measure(folder.name, folder, partial(load_full, folder), test) for folder in (base, tuned)]
     adapters = [measure_adapter(base, tuned, *choice, test) for choice in itertools.product(KINDS, size.ranks)]
     best = smallest_recovered(full[1], adapters)
@@ -239,7 +240,7 @@ def main(work: Path, quick: bool) -> None:
     click.echo(f"\nA test report: {test[0].prose}\nIts answer:    {test[0].answer}\n\n{table(rows)}\n")
     click.echo(f"What the callback left while the model was trained:\n{(work / 'run/phlora/README.md').read_text()}")
     click.echo(verdict(full[1], best))
-    click.echo(f"The table is in {work / 'table.md'}, energy against rank in {work / 'energy.png'}.")
+    click.echo(f"The table is in {work / 'table.md'}, energy against rank in {work / 'energy.png'}, and as a page in energy.html.")
     if best is None and not quick:
         raise click.ClickException("The demo did not show what it is there to show.")
 

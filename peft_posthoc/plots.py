@@ -163,14 +163,19 @@ def _for_page(svg: str) -> str:
 
 def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
     """By module: how its lines look, the same in every plot."""
-    modules = dict.fromkeys(cell.module for cell in inspection.cells.values())
     return {
         module: {
             "color": _COLOURS[at % len(_COLOURS)],
             "linestyle": _DASHES[at // len(_COLOURS) % len(_DASHES)],
         }
-        for at, module in enumerate(modules)
+        for at, module in enumerate(_modules(inspection))
     }
+
+
+def _modules(inspection: Inspection) -> list[str]:
+    """Those of numbered layers first."""
+    found = sorted(inspection.cells.values(), key=lambda cell: cell.layer is None)
+    return list(dict.fromkeys(cell.module for cell in found))
 
 
 def _legend(figure: Any, styles: Mapping[str, Mapping[str, Any]], *, total: bool = False) -> None:
@@ -208,11 +213,10 @@ def _energy(figure: Any, inspection: Inspection) -> None:
     axes.plot(shown, [float(curves.total[rank - 1]) for rank in shown], color=_INK, linewidth=2.2)
     for share in (0.5, 0.9):
         reached = int((curves.total < share).sum()) + 1
-        if reached <= len(curves.total):
-            axes.plot([reached], [share], "o", color=_INK, markersize=4.5)
-            axes.annotate(
-                f"{share:.0%} at {reached}", (reached, share), (6, -11), textcoords="offset points", fontweight="bold"
-            )
+        if 1 < reached <= len(curves.total):
+            point = (reached, float(curves.total[reached - 1]))
+            axes.plot(*point, "o", color=_INK, markersize=4.5)
+            axes.annotate(f"{share:.0%} at {reached}", point, (6, -11), textcoords="offset points", fontweight="bold")
     _rank_axis(axes.xaxis)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set(xlabel="rank", ylabel="energy kept, E_r", ylim=(0, 1.02), xlim=(1, max(shown[-1], 2)))
@@ -294,7 +298,7 @@ def _matrix(
     inspection: Inspection, values: Mapping[str, float]
 ) -> tuple[list[str], list[str], Float[Tensor, "modules layers"]]:
     """Modules, layers, and the mean of the values in each place: experts of a layer are one. NaN where nothing is."""
-    modules = list(dict.fromkeys(cell.module for cell in inspection.cells.values()))
+    modules = _modules(inspection)
     layers = sorted({cell.layer for cell in inspection.cells.values() if cell.layer is not None})
     columns = [str(layer) for layer in layers]
     if any(cell.layer is None for cell in inspection.cells.values()):
