@@ -240,7 +240,7 @@ def main(work: Path, quick: bool) -> None:
     click.echo(f"\nA test report: {test[0].prose}\nIts answer:    {test[0].answer}\n\n{table(rows)}\n")
     click.echo(f"What the callback left while the model was trained:\n{(work / 'run/phlora/README.md').read_text()}")
     click.echo(verdict(full[1], best))
-    click.echo(f"The table is in {work / 'table.md'}, energy against rank in {work / 'energy.png'}, and as a page in energy.html.")
+    click.echo(f"The table is in {work / 'table.md'}, energy against rank in {work / 'energy.png'} and energy.html.")
     if best is None and not quick:
         raise click.ClickException("The demo did not show what it is there to show.")
 

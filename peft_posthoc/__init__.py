@@ -16,6 +16,7 @@ from peft_posthoc.errors import (
 )
 from peft_posthoc.extract import extract
 from peft_posthoc.fix import Fixed, fix
+from peft_posthoc.inspection import Inspection, inspect
 from peft_posthoc.preflight import Preflight, preflight
 from peft_posthoc.rank import RankRule, Spectrum, above_noise, fixed, keep_energy, keep_error, limited, several
 from peft_posthoc.report import Report
@@ -35,6 +36,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Fixed",
+    "Inspection",
     "LoraConfig",
     "LowRank",
     "MismatchError",
@@ -57,6 +59,7 @@ __all__ = [
     "fix",
     "fixed",
     "get_peft_model",
+    "inspect",
     "keep_energy",
     "keep_error",
     "limited",

@@ -145,15 +145,18 @@ def _cut(adapter: Adapter, flags: str, asked: Mapping[str, int]) -> Candidate:
 
 
 def _by_budget(adapter: Adapter) -> Iterator[Candidate]:
-    sides = {name: min(spectrum.shape) for name, spectrum in adapter.spectra.items()}
+    spectra = adapter.spectra
     for size in BUDGETS:
-        flags = f"--budget {size}"
+        flags, rule = f"--budget {size}", budget(size)
         try:
-            found = adapter.at(budget(size))
+            bounds = rule.bounds(adapter.plan, dtype=adapter.dtype, form=adapter.form)
+            # No deeper than `extract` would factor: it would choose among as many.
+            deep = {name: bounds[name](spectrum) for name, spectrum in spectra.items()}
+            ranks = {name: min(deep[name], len(spectrum.s)) for name, spectrum in spectra.items()}
+            found = rule.settle(adapter.cut(ranks, flags))
         except ValueError:
             yield Candidate(flags, {}, frozenset(), 0.0, None, None, None, "less than the smallest adapter")
             continue
-        held, kept = ({name: len(layer.factors.s) for name, layer in one.layers.items()} for one in (adapter, found))
-        cut_off = [name for name in held if held[name] < sides[name]]
-        # Where none of those has less than was factored, more may fit.
-        yield of(flags, found, cut_off if all(kept[name] == held[name] for name in cut_off) else ())
+        yield of(
+            flags, found, [name for name in ranks if deep[name] > ranks[name] == len(found.layers[name].factors.s)]
+        )

@@ -105,6 +105,8 @@ def extract(
         ShareDone: This is not the first of several processes, and its share is done.
         ValueError: An argument makes no sense.
     """
+    if out is not None and not keep_factors:
+        raise ValueError("`extract(keep_factors=False)` makes nothing to save: it takes no `out`.")
     prepared = prepare(
         base,
         tuned,

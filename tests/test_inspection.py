@@ -1,6 +1,9 @@
 """`phlora inspect`: what it tells is what `phlora extract` then does."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +71,8 @@ def test_no_factor_is_kept_and_nothing_can_be_saved(tmp_path):
     with pytest.raises(AdapterError, match="keep_factors=False"):
         adapter.at(1).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="takes no `out`"):
+        extract(*pair_with({"a.weight": diagonal(4.0)}), 2, keep_factors=False, out=tmp_path / "out")
 
 
 def test_a_rank_beyond_what_was_factored_is_told_as_higher():
@@ -205,3 +210,16 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
         write_whole(target, b"second")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert target.read_bytes() == b"first"
+
+
+def test_the_blocks_of_the_page_about_it(rounded_pair, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    text = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    shell, python = (re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1] for language in ("sh", "python"))
+    monkeypatch.chdir(tmp_path)
+    for folder in rounded_pair:
+        (tmp_path / Path(folder).name).symlink_to(folder)
+    for line in shell.splitlines():
+        run(*shlex.split(line, comments=True)[1:])
+    assert {path.name for path in tmp_path.iterdir()} >= {"ranks.json", "energy.png", "energy.html", "adapter.html"}
+    exec(python, {})
