@@ -156,9 +156,7 @@ def _for_page(svg: str) -> str:
     """One element, in the colour of the text around it, as wide as its place, with no names that others have too."""
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    return re.sub(
-        r'(<svg [^>]*?)width="[^"]*pt"', r"\1", re.sub(r'(<svg [^>]*?)height="[^"]*pt" ?', r"\1", svg, count=1), count=1
-    )
+    return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)
 
 
 def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
@@ -204,7 +202,8 @@ def _energy(figure: Any, inspection: Inspection) -> None:
         )
         axes.fill_between(
             shown,
-            *(group.quantile(q, dim=0).tolist() for q in (0.0, 1.0)),
+            group.amin(dim=0).tolist(),
+            group.amax(dim=0).tolist(),
             color=style["color"],
             alpha=0.08,
             linewidth=0,
@@ -268,7 +267,7 @@ def _allocation(figure: Any, inspection: Inspection, rule: Candidate) -> None:
         at = [x + 0.5 for x, value in enumerate(row.tolist()) if not math.isnan(value)]
         size = 2.2 if len(at) > 12 else 3.5
         axes.plot(at, row[~row.isnan()].tolist(), marker="o", markersize=size, linewidth=1.1, **styles[module])
-    ended = [(inspection.cells[name], rule.ranks[name]) for name in rule.beyond]
+    ended = [(inspection.cells[name], rule.ranks[name]) for name in sorted(rule.beyond)]
     at = [columns.index(_column(cell.layer)) + 0.5 for cell, _ in ended]
     axes.plot(at, [rank for _, rank in ended], "^", color=_INK, markersize=4.5, markerfacecolor="none")
     # The same range for all rules: drawings are compared.
@@ -283,9 +282,10 @@ def _allocation(figure: Any, inspection: Inspection, rule: Candidate) -> None:
 
 
 def _rules(inspection: Inspection) -> list[Candidate]:
-    """Those whose ranks are drawn: one by energy, and beside it that of the noise, or what was written."""
+    """Those whose ranks are drawn: one by energy, and beside it that of the noise, or what was written at several."""
     first, *_ = inspection.candidates
-    beside = inspection.measured() or (first if not first.flags.startswith("--") else None)
+    written = not first.flags.startswith("--") and len(set(first.ranks.values())) > 1
+    beside = inspection.measured() or (first if written else None)
     return [inspection.telling(), *([beside] if beside else [])]
 
 

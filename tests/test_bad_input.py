@@ -577,7 +577,7 @@ def test_what_is_no_argument_at_all_gets_the_usage(arguments, fragment, work):
     assert contents(work) == before
 
 
-@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize("option", ["--json", "--plot", "--html"])
 def test_inspect_sees_before_the_work_that_its_file_cannot_be_written(option, no_svd, work):
     before = contents(work)
     refused(run("inspect", "base", "tuned", option, "nowhere/file"), f"{option} nowhere/file", "no folder `nowhere`")
