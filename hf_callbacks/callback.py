@@ -64,6 +64,12 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         dtype: Of the saved factors; by default the checkpoint's.
         form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it.
         rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
+        conv: Carry convolutions too.
+        experts: Carry mixtures of experts: `per-expert` for serving engines, `fused` for PEFT; by default `fused` in
+            the `peft` form, `none` otherwise.
+        vocab: Where the vocabulary grew: `error`, `truncate` or `extend`, as in `peft_posthoc.extract`.
+        rename: `regex=>replacement` rules over tensor names.
+        serve_as: The class that the adapter is for, or the folder of a model of that class, if not the base's.
 
     Raises:
         ValueError: An argument makes no sense.
@@ -90,6 +96,11 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         form: Literal["portable", "peft"] = "portable",
         rank_pattern: Mapping[str, int] | None = None,
+        conv: bool = False,
+        experts: Literal["none", "per-expert", "fused"] | None = None,
+        vocab: Literal["error", "truncate", "extend"] = "error",
+        rename: str | Iterable[str] = (),
+        serve_as: str | None = None,
     ) -> None:
         if when not in ("save", "end") and (isinstance(when, bool) or not isinstance(when, int) or when < 1):
             raise ValueError(f"`when` must be 'save', 'end', or a number of saves of at least 1. Got {when!r}.")
@@ -97,9 +108,23 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(f"`keep` must be at least 1, or None for all. Got {keep!r}.")
         if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
             raise ValueError(f"`push_to_hub` must be a repository such as 'me/adapters'. Got {push_to_hub!r}.")
-        patterns = [(given,) if isinstance(given, str) else tuple(given) for given in (include, exclude)]
+        several = [(given,) if isinstance(given, str) else tuple(given) for given in (include, exclude, rename)]
         self._extraction = Extraction(
-            rank, patterns[0], patterns[1], embeddings, head, exact, device, dtype, form, rank_pattern or {}
+            rank=rank,
+            include=several[0],
+            exclude=several[1],
+            embeddings=embeddings,
+            head=head,
+            exact=exact,
+            device=device,
+            dtype=dtype,
+            form=form,
+            rank_pattern=rank_pattern or {},
+            conv=conv,
+            experts=experts,
+            vocab=vocab,
+            rename=several[2],
+            serve_as=serve_as,
         )
         if background:
             self._extraction.flags()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_posthoc.extract import extract
-from peft_posthoc.prepare import form_of
+from peft_posthoc.prepare import experts_of, form_of, vocab_of
 from peft_posthoc.rank import Rank, Told, as_rule, several
 
 
@@ -35,11 +35,16 @@ class Extraction:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     conv: bool = False
     experts: str | None = None
+    vocab: str = "error"
+    rename: tuple[str, ...] = ()
+    serve_as: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(as_rule(self.rank), several):
             raise ValueError("One adapter is made of every checkpoint, at one rank. Several are given.")
         form_of(self.form)
+        experts_of(self.experts, self.form)
+        vocab_of(self.vocab, self.form)
 
     def flags(self) -> list[str]:
         """The options of `phlora extract` that say the same.
@@ -61,11 +66,13 @@ class Extraction:
         flags += [f"--{name}" for name in ("embeddings", "head", "conv", "exact") if getattr(self, name)]
         flags += [f"--include={pattern}" for pattern in self.include]
         flags += [f"--exclude={pattern}" for pattern in self.exclude]
-        if self.experts is not None:
-            flags += ["--experts", self.experts]
+        flags += [f"--map={rule}" for rule in self.rename]
+        for option, value in (("--experts", self.experts), ("--serve-as", self.serve_as)):
+            if value is not None:
+                flags += [option, value]
         if self.dtype is not None:
             flags += ["--dtype", str(self.dtype).removeprefix("torch.")]
-        return [*flags, "--device", self.device, "--form", self.form]
+        return [*flags, "--device", self.device, "--form", self.form, "--vocab", self.vocab]
 
     def run(
         self,
@@ -95,6 +102,9 @@ class Extraction:
             rank_pattern=self.rank_pattern,
             conv=self.conv,
             experts=self.experts,
+            vocab=self.vocab,
+            rename=self.rename,
+            serve_as=self.serve_as,
             progress=progress,
         )
         adapter.save(out, force=True)

@@ -103,9 +103,7 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-_MODELS = _options(
-    click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id."),
-    click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
+NAMES = _options(
     click.option(
         "--map",
         "rename",
@@ -118,9 +116,13 @@ _MODELS = _options(
         metavar="CLASS",
         help="The class, or a model's folder, that the adapter is for.  [default: BASE's]",
     ),
+)
+_MODELS = _options(
+    click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id."),
+    click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
 )
-_VOCAB = click.option(
+VOCAB = click.option(
     "--vocab",
     type=click.Choice(("error", "truncate", "extend")),
     default="error",
@@ -191,7 +193,8 @@ def main() -> None:
 @HTML
 @FORM
 @CHOICE
-@_VOCAB
+@VOCAB
+@NAMES
 @_MODELS
 @OUTPUT
 def extract(
@@ -265,7 +268,8 @@ def extract(
 @HTML
 @FORM
 @CHOICE
-@_VOCAB
+@VOCAB
+@NAMES
 @_MODELS
 @OUTPUT
 def inspect(
@@ -303,6 +307,7 @@ def inspect(
 @click.option("--weights-only", is_flag=True, help="Do not load the models to compare outputs.")
 @click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below.")
 @click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above.")
+@NAMES
 @_MODELS
 @OUTPUT
 def verify(
