@@ -89,14 +89,14 @@ class Adapter:
         """Put together what the loop found.
 
         Raises:
-            NothingToCarryError: No layer was factored.
+            NothingToCarryError: No layer was factored, and nothing else is kept.
         """
         order = {name: index for index, name in enumerate(plan.headers)}
         rows = sorted(outcomes, key=lambda row: order[row.weight])
         layers = {row.weight: row for row in rows if isinstance(row, Layer)}
         skipped = {row.weight: row for row in rows if isinstance(row, Skipped)}
         kept = {row.weight: row for row in rows if isinstance(row, Kept)}
-        if not layers:
+        if not layers and (form is PORTABLE or not any(row.delta_norm for row in kept.values())):
             raise NothingToCarryError(_nothing([*skipped.values(), *kept.values()], base.label, tuned.label))
         return cls(
             layers=layers,
@@ -105,7 +105,7 @@ class Adapter:
             plan=plan,
             form=form,
             notes=tuple(notes),
-            dtype=dtype or tuned.headers[next(iter(layers))].dtype,
+            dtype=dtype or tuned.headers[next(iter(layers or kept))].dtype,
             provenance={
                 "base": base.label,
                 "base_revision": base.revision,
@@ -184,7 +184,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank that a layer keeps."""
-        return max(len(layer.factors.s) for layer in self.layers.values())
+        return max((len(layer.factors.s) for layer in self.layers.values()), default=0)
 
     @cached_property
     def factors(self) -> dict[str, tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]]:

@@ -287,8 +287,9 @@ def _fill_layer(
         scale = layer.scaling[adapter_name]
         if into_a.shape[0] < len(a):
             raise AdapterError(f"The model gives `{name}` rank {into_a.shape[0]}, but {len(a)} were extracted.")
-        _copy(into_a[: len(a)], a, name)
-        _copy(into_b[:, : len(a)], b / scale, name)
+        # A convolution's have its kernel behind the two sides of the matrix.
+        _copy(into_a[: len(a)], a.reshape(len(a), -1, *into_a.shape[2:]), name)
+        _copy(into_b[:, : len(a)], (b / scale).reshape(*b.shape, *into_b.shape[2:]), name)
     if bias is not None and not embedding:
         _copy(layer.lora_B[adapter_name].bias, bias / layer.scaling[adapter_name], f"{name}.bias")
     if layer.use_dora.get(adapter_name):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.fused import target_parameters
-from peft_posthoc.keep import keeping
+from peft_posthoc.keep import as_peft_means, keeping
+from peft_posthoc.kinds import EMBEDDING
 from peft_posthoc.layout import target_modules
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.plan import Plan
@@ -37,6 +38,8 @@ class Exact:
         """
         stacked = {unit for stack in stacks_of(adapter) for unit in stack.units}
         counts = Counter(len(a) for module, (a, _) in adapter.factors.items() if not stacked or module in stacked)
+        if not counts:
+            return 1
         return max(counts) if stacked else max(counts, key=lambda rank: (counts[rank], rank))
 
     def keep(self, plan: Plan, names: Collection[str]) -> Plan:
@@ -128,9 +131,24 @@ class Exact:
         factors = adapter.factors
         plain = {module for module in factors if not adapter.plan.slots[module].kind.stacked}
         chosen = {*plain, *(module for module, bias in self._biases(adapter).items() if bias.any())}
+        if not chosen and not stacks_of(adapter):
+            chosen = self._carrier(adapter)
         return {
             module: len(factors[module][0]) if module in factors else 1 for module in targeted(chosen, adapter.plan)
         }
+
+    def _carrier(self, adapter: Adapter) -> set[str]:
+        """A layer for zeros where no layer has changed: PEFT takes no adapter without one.
+
+        Raises:
+            NothingToCarryError: There is none.
+        """
+        whole = tuple(f"{module}." for module in self._whole(adapter))
+        for module, slot in adapter.plan.slots.items():
+            free = not slot.kind.stacked and slot.kind is not EMBEDDING and not f"{module}.".startswith(whole)
+            if free and targeted([module], adapter.plan) == [module]:
+                return {module}
+        raise NothingToCarryError("Norms or biases alone have changed, and PEFT needs a layer beside them to adapt.")
 
     def _biases(self, adapter: Adapter) -> dict[str, Tensor]:
         """By module with factors, the difference of its bias; nothing if no bias has changed."""
@@ -152,7 +170,16 @@ class Exact:
             if kept.delta_norm and not plan.kept[name].as_bias
             for module in plan.kept[name].modules
         }
-        return _meant(changed, plan)
+        whole, stuck = as_peft_means(changed, plan.kept, plan.layout)
+        if stuck:
+            module, end = next(iter(stuck.items()))
+            weight = next(weight for weight, kept in plan.kept.items() if end in kept.modules)
+            pattern = rf"^{re.escape(weight.rpartition('.')[0])}\."
+            raise AdapterError(
+                f"PEFT would take `{end}`, which is to be kept whole, to mean `{module}` too, which cannot be. Leave "
+                f"it out: `--exclude '{pattern}'`."
+            )
+        return whole
 
     def _names(self, adapter: Adapter) -> dict[str, list[str]]:
         """By weight that is kept, its names in the modules that are in the file whole."""
@@ -166,30 +193,6 @@ def _pattern(module: str, others: Iterable[str]) -> str:
     # Older versions of PEFT find none that begins with `^`.
     start = "^" if any(other.endswith(f".{module}") for other in others) else ""
     return f"{start}{re.escape(module)}"
-
-
-def _meant(changed: Collection[str], plan: Plan) -> list[str]:
-    """The modules to be kept whole for these: PEFT takes along whatever name ends in one of theirs.
-
-    Of modules that lie in one another it is the outermost; PEFT would otherwise wrap one inside its own wrapper.
-
-    Raises:
-        AdapterError: A name means a module that cannot be kept whole.
-    """
-    possible = {module for kept in plan.kept.values() if not kept.as_bias for module in kept.modules}
-    meant = {module for module in {*plan.layout.classes, *plan.layout.kinds} if module.endswith(tuple(changed))}
-    inside = tuple(f"{module}." for module in meant)
-    outer = {module for module in meant if not module.startswith(inside)}
-    inner = {module for module in meant - outer if module.endswith(tuple(outer))}
-    if stuck := sorted((meant - possible) | inner):
-        (end, *_) = sorted(name for name in changed if stuck[0].endswith(name))
-        weight = next(weight for weight, kept in plan.kept.items() if end in kept.modules)
-        pattern = rf"^{re.escape(weight.rpartition('.')[0])}\."
-        raise AdapterError(
-            f"PEFT would take `{end}`, which is to be kept whole, to mean `{stuck[0]}` too, which cannot be. Leave "
-            f"it out: `--exclude '{pattern}'`."
-        )
-    return sorted(outer)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:

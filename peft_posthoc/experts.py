@@ -19,7 +19,7 @@ from torch import Tensor
 from peft_posthoc.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.kinds import LINEAR
-from peft_posthoc.layout import Layout, Stack, is_of_an_expert
+from peft_posthoc.layout import GUESSED, Layout, Stack, is_of_an_expert
 from peft_posthoc.peft_format import Stored
 from peft_posthoc.view import Piece, View, same
 
@@ -49,6 +49,11 @@ def see_experts(
         MismatchError: The model's experts have no modules of their own (gpt-oss), or a checkpoint can be read once.
     """
     if not layout.stacks:
+        if experts == "fused" and layout.origin == GUESSED and any(map(is_of_an_expert, base.headers)):
+            raise MismatchError(
+                f"How the experts of `{base.label}` are stacked only its class knows: give a folder with config.json, "
+                "or leave them out with `--experts none`."
+            )
         return base, tuned, layout
     if experts == "none" and _stacked(base, layout) == _stacked(tuned, layout):
         return base, tuned, layout

@@ -45,9 +45,10 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
             modules, own = _homes(name, layout, blocked)
             if modules:
                 kept[name] = Keep(modules, own, as_bias=False)
-    left_out = {}
+    misread = _drop_misread(kept, layout)
+    left_out = dict(misread)
     for name, reason in plan.left_out.items():
-        if name not in kept:
+        if name not in kept and name not in misread:
             module = layout.module_of(name)
             if module in blocked and name in free:
                 reason = f"a parameter of a module that holds layers with factors ({reason})"
@@ -60,6 +61,40 @@ def _homes(name: str, layout: Layout, blocked: Collection[str]) -> tuple[tuple[s
     found = [(own.rpartition(".")[0], own) for own in layout.names_of(name)]
     homes = [(module, n) for module, n in found if module in layout.classes and module not in blocked]
     return tuple(module for module, _ in homes), tuple(n for _, n in homes)
+
+
+def as_peft_means(
+    modules: Collection[str], kept: Mapping[str, Keep], layout: Layout
+) -> tuple[list[str], dict[str, str]]:
+    """What PEFT keeps whole for these names: whatever ends in one of them.
+
+    Of modules that lie in one another it is the outermost; PEFT would otherwise wrap one inside its own wrapper.
+
+    Returns:
+        The modules; and those that cannot be kept whole but would be, each with the name that means it.
+    """
+    possible = {module for how in kept.values() if not how.as_bias for module in how.modules}
+    ends = tuple(modules)
+    meant = {module for module in {*layout.classes, *layout.kinds} if module.endswith(ends)} if ends else set()
+    inside = tuple(f"{module}." for module in meant)
+    outer = {module for module in meant if not module.startswith(inside)}
+    inner = {module for module in meant - outer if module.endswith(tuple(outer))}
+    stuck = sorted((meant - possible) | inner)
+    return sorted(outer), {module: min(end for end in ends if module.endswith(end)) for module in stuck}
+
+
+def _drop_misread(kept: dict[str, Keep], layout: Layout) -> dict[str, str]:
+    """Take out what cannot be kept since the name of its module means another one too; by weight, why."""
+    dropped: dict[str, str] = {}
+    while True:
+        whole = {module for how in kept.values() if not how.as_bias for module in how.modules}
+        _, stuck = as_peft_means(whole, kept, layout)
+        if not stuck:
+            return dropped
+        module, end = next(iter(stuck.items()))
+        for name in [name for name, how in kept.items() if not how.as_bias and end in how.modules]:
+            del kept[name]
+            dropped[name] = f"PEFT would take the name of its module, `{end}`, to mean `{module}` too"
 
 
 def _biases(plan: Plan, names: Collection[str]) -> dict[str, str]:
@@ -113,6 +148,8 @@ def _blocked(plan: Plan, free: Collection[str]) -> set[str]:
     layout = plan.layout
     inside: dict[str, list[bool]] = defaultdict(list)
     for name in plan.headers:
+        if name.endswith(":]"):
+            continue  # Rows beyond the base's vocabulary: the module itself has none of them.
         parts = layout.module_of(name).split(".")
         for depth in range(1, len(parts) + 1):
             inside[".".join(parts[:depth])].append(name in free)

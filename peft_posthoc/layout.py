@@ -72,6 +72,10 @@ class Layout:
     """The parameters of the experts, in the model's order."""
     mistaken: Mapping[str, LayerKind] = field(default_factory=dict)
     """Layers that PEFT takes for an expert's, by their names, and whose factors it drops in silence."""
+    peft_takes_experts: bool = False
+    """Whether PEFT stacks the factors of single experts; if not, it ignores them in silence."""
+    tokens: str | None = None
+    """The module of the token embeddings."""
     task_type: str | None = None
     fan_in_fan_out: bool = False
 
@@ -213,6 +217,7 @@ def _of_plain_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layo
         kinds=kinds,
         classes=dict.fromkeys([*(name.rpartition(".")[0] for name in checkpoint.headers), "lm_head"], ""),
         head="lm_head",
+        tokens="model.embed_tokens",
         ties={"model.embed_tokens": ("lm_head",)} if tied else {},
         task_type="CAUSAL_LM",
     )
@@ -222,6 +227,9 @@ _EMBEDDING_LEAVES = (
     *("embed_tokens", "word_embeddings", "wte", "wpe", "position_embeddings", "token_type_embeddings", "shared"),
     *("embed_positions", "relative_attention_bias"),
 )
+_TOKEN_LEAVES = ("embed_tokens", "word_embeddings", "wte", "shared")
+# Routers beside experts, which are no plain layers.
+_ROUTER_LEAVES = ("gate", "router")
 _HEAD_LEAVES = ("lm_head", "embed_out")
 # GPT-2's names, whose weights are stored in x out in some models and out x in in others: a guess could be wrong.
 _UNKNOWABLE_LEAVES = ("c_attn", "c_proj", "c_fc")
@@ -229,10 +237,11 @@ _UNKNOWABLE_LEAVES = ("c_attn", "c_proj", "c_fc")
 
 def _of_names(checkpoint: Checkpoint) -> Layout:
     kinds: dict[str, LayerKind] = {}
+    unknowable = (*_UNKNOWABLE_LEAVES, *(_ROUTER_LEAVES if any(map(is_of_an_expert, checkpoint.headers)) else ()))
     for name, header in checkpoint.headers.items():
         module, _, leaf = name.rpartition(".")
         name = module.rpartition(".")[2]
-        if leaf == "weight" and len(header.shape) == 2 and name not in _UNKNOWABLE_LEAVES:
+        if leaf == "weight" and len(header.shape) == 2 and name not in unknowable:
             kinds[module] = EMBEDDING if name in _EMBEDDING_LEAVES else LINEAR
     heads = [module for module in kinds if module.rpartition(".")[2] in _HEAD_LEAVES]
     return Layout(
@@ -240,6 +249,7 @@ def _of_names(checkpoint: Checkpoint) -> Layout:
         kinds=kinds,
         classes=dict.fromkeys((module for name in checkpoint.headers for module in _around(name)), ""),
         head=heads[0] if heads else None,
+        tokens=next((module for module in kinds if module.rpartition(".")[2] in _TOKEN_LEAVES), None),
     )
 
 

@@ -62,7 +62,10 @@ def match(
         layout, wanted = layout_to_serve(serve_as, base, tuned)
         base, told = as_named(base, wanted, layout)
         notes += told
-    base, tuned, layout = see_experts(base, tuned, layout, experts)
+        layout, _ = layout_to_serve(serve_as, base, tuned)  # Experts are found by the new names.
     tuned, told = as_named(tuned, {name: header.shape for name, header in base.headers.items()}, layout)
+    if told and serve_as is None:
+        layout = layout_of(base, tuned, of_tuned=of_tuned)  # It knows experts by their names.
+    base, tuned, layout = see_experts(base, tuned, layout, experts)
     base, tuned, resized, said = see_vocabulary(base, tuned, layout, vocab)
     return Match(base, tuned, layout, resized, (*notes, *told, *said))

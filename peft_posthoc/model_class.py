@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.kinds import EMBEDDING, EXPERT, EXPERT_IN_OUT, kind_of
 from peft_posthoc.layout import Layout, Stack, architecture, task_type
+from peft_posthoc.peft_experts import names_of_experts
 
 
 def build(config: Mapping[str, Any]) -> nn.Module | None:
@@ -59,9 +60,10 @@ def layout_of_module(model: nn.Module, origin: str, stored: Iterable[str]) -> La
         for module, name in names.items()
         if (kind := kind_of(module)) is not None and name.rpartition(".")[2] not in uncalled
     }
-    # PEFT takes a dense or shared MLP beside stacked experts for one of theirs and drops its factors in silence.
     any_experts = any(_EXPERTS in type(module).__name__ for module in names)
-    mistaken = {name: kinds.pop(name) for name in [*kinds] if any_experts and name.rpartition(".")[2] in _EXPERT_LEAVES}
+    # PEFT takes a dense or shared MLP of these names for an expert's and drops its factors in silence.
+    leaves = names_of_experts(_model_type(model)) if any_experts else frozenset()
+    mistaken = {name: kinds.pop(name) for name in [*kinds] if name.rpartition(".")[2] in leaves}
     head = names.get(_call(model, "get_output_embeddings"))
     renamed, merged = _renamed(model, stored)
     stacks = tuple(_stacks(model, merged))
@@ -77,6 +79,8 @@ def layout_of_module(model: nn.Module, origin: str, stored: Iterable[str]) -> La
         renamed=renamed,
         stacks=stacks,
         mistaken=mistaken,
+        peft_takes_experts=bool(leaves),
+        tokens=names.get(_call(model, "get_input_embeddings")),
         task_type=task_type(type(model).__name__, encoder_decoder=_reads_and_writes_text(model)),
         fan_in_fan_out=bool(linear_like) and all(kind.fan_in_fan_out for kind in linear_like),
     )
@@ -174,7 +178,10 @@ def _as_written(model: nn.Module, name: str, parameter: Tensor) -> Parts:
 
 def _call(model: nn.Module, method: str) -> Any:
     found = getattr(model, method, None)
-    return found() if callable(found) else None
+    try:
+        return found() if callable(found) else None
+    except NotImplementedError:  # It reads no tokens.
+        return None
 
 
 def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -212,9 +219,10 @@ _UNCALLED: Mapping[str, tuple[str, ...]] = {
     "jamba": ("dt_proj",),
     "mamba": ("out_proj", "dt_proj"),
     "mamba2": ("out_proj",),
+    "mobilenet_v1": ("convolution",),
+    "mobilenet_v2": ("convolution",),
     "whisper": ("conv1", "conv2"),
     "nemotron_h": ("out_proj",),
 }
 # In the name of the class that stacks the experts of a layer.
 _EXPERTS = "Experts"
-_EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")

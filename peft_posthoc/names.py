@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from peft_posthoc.checkpoint import Checkpoint
@@ -86,27 +86,54 @@ def as_named(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], layo
     free = {name: shape for name, shape in wanted.items() if name not in checkpoint.headers}
     by_own = {layout.name_of(name): name for name in free}
     strange = {name: header.shape for name, header in checkpoint.headers.items() if name not in wanted}
-    names = {name: by_own[own] for name in strange if (own := layout.name_of(name)) in by_own}
+    # Single experts have no module in the class; of a bare model's they have its names all the same.
+    by_own |= {
+        name.removeprefix(layout.prefix): name for name in free if layout.prefix and name.startswith(layout.prefix)
+    }
+    names = {
+        name: by_own[own] for name in strange if (own := layout.name_of(name)) in by_own or (own := name) in by_own
+    }
     told = []
     if names:
         one = next(iter(names))
         told.append(f"{len(names)} as the model itself names them (`{one}` is `{names[one]}`)")
-    while found := _by_beginning(
+    changes: list[tuple[str, str]] = []
+    while change := _change_of_beginning(
         {name: shape for name, shape in strange.items() if name not in names},
         {name: shape for name, shape in free.items() if name not in names.values()},
         checkpoint.label,
+        bulk=min(len(checkpoint.headers), len(wanted)) / 2,
+        known={cut for cut, _ in changes if cut},
     ):
+        begins, found = change
+        changes.append(begins)
         one = next(iter(found))
         told.append(f"{len(found)} with another beginning (`{one}` is `{found[one]}`)")
         names |= found
+    for cut, put in changes:
+        # What the other does not have goes along, such as the tensors of single experts.
+        along = {name: f"{put}{name.removeprefix(cut)}" for name in strange if name.startswith(cut)}
+        names |= {old: new for old, new in along.items() if cut and old not in names and new not in names.values()}
     notes = tuple(f"Names of `{checkpoint.label}`: {line}" for line in told)
     return Renamed(renamed(checkpoint, names) if names else checkpoint, notes)
 
 
-def _by_beginning(
-    strange: Mapping[str, tuple[int, ...]], free: Mapping[str, tuple[int, ...]], label: str
-) -> dict[str, str]:
-    """The new names that the one change of their beginning gives that fits the most.
+def _change_of_beginning(
+    strange: Mapping[str, tuple[int, ...]],
+    free: Mapping[str, tuple[int, ...]],
+    label: str,
+    *,
+    bulk: float,
+    known: Collection[str],
+) -> tuple[tuple[str, str], dict[str, str]] | None:
+    """The one change of their beginning that fits the most names, and those.
+
+    Args:
+        strange: The names to change, with the shapes of their tensors.
+        free: The names to have.
+        label: Of the checkpoint.
+        bulk: How many fit where a change is none by chance: a new head resembles some old layer.
+        known: Beginnings that are changed already: where they go, some may go elsewhere.
 
     Raises:
         MismatchError: Two changes fit as many, and give some of them different names.
@@ -124,15 +151,39 @@ def _by_beginning(
                 begins = new.split(".")[: len(new.split(".")) - len(parts) + cut]
                 # The shortest change: what both begin with differs where the rest starts.
                 if free[new] == shape and (not cut or not begins or parts[cut - 1] != begins[-1]):
-                    found[".".join(parts[:cut]), ".".join(begins)][name] = new
-    if not found:
-        return {}
-    most = max(map(len, found.values()))
-    first, *others = [names for names in found.values() if len(names) == most]
-    for other in others:
-        if clash := [name for name in first if other.get(name, first[name]) != first[name]]:
-            raise MismatchError(
-                f"`{clash[0]}` of `{label}` may be `{first[clash[0]]}` or `{other[clash[0]]}`. Say which with `--map "
-                "'regex=>replacement'`."
-            )
-    return first
+                    found["".join(f"{part}." for part in parts[:cut]), "".join(f"{part}." for part in begins)][name] = (
+                        new
+                    )
+    fitting = {
+        (cut, put): names
+        for (cut, put), names in found.items()
+        if cut in known or _is_a_change((cut, put), names, strange, free, bulk)
+    }
+    if not fitting:
+        return None
+    most = max(map(len, fitting.values()))
+    (change, first), *others = [(one, names) for one, names in fitting.items() if len(names) == most]
+    by_new = {new: name for name, new in first.items()}
+    for _, other in others:
+        for name, new in other.items():
+            told = ""
+            if first.get(name, new) != new:
+                told = f"`{name}` of `{label}` may be `{first[name]}` or `{new}`"
+            elif by_new.get(new, name) != name:
+                told = f"`{by_new[new]}` and `{name}` of `{label}` may both be `{new}`"
+            if told:
+                raise MismatchError(f"{told}. Say which with `--map 'regex=>replacement'`.")
+    return change, first
+
+
+def _is_a_change(
+    change: tuple[str, str],
+    names: Mapping[str, str],
+    strange: Mapping[str, object],
+    free: Mapping[str, object],
+    bulk: float,
+) -> bool:
+    """Whether it fits the bulk of the model; or a part of it, such as a vision tower, nearly completely."""
+    cut, put = change
+    part = max(sum(name.startswith(cut) for name in strange), sum(name.startswith(put) for name in free))
+    return len(names) >= bulk or (len(names) >= 10 and 10 * len(names) >= 9 * part)

@@ -90,11 +90,13 @@ class Portable:
         layout = adapter.plan.layout
         if stacks_of(adapter):
             return ["Stacked experts (`target_parameters`) need PEFT 0.19, and an engine that takes them so."]
-        if layout.mistaken and any(map(is_of_an_expert, adapter.factors)):
-            return [
-                "For serving engines only: PEFT on transformers 5 drops the factors of the dense MLPs beside the "
-                "experts, in silence. For PEFT, `--form peft`."
-            ]
+        if layout.stacks and any(map(is_of_an_expert, adapter.factors)):
+            lost = "the dense MLPs beside the experts" if layout.mistaken else "the experts"
+            if layout.mistaken or not layout.peft_takes_experts:
+                return [
+                    f"For serving engines only: PEFT on transformers 5 drops the factors of {lost}, in silence. For "
+                    "PEFT, `--form peft`."
+                ]
         return []
 
     def config(self, adapter: Adapter) -> dict[str, Any]:

@@ -222,8 +222,10 @@ def _may_be_kept(
     def fits(name: str) -> bool:
         if name in base.headers:
             return base.headers[name].shape == tuned.headers[name].shape
-        # A new head, whose module the tuned model's class has.
-        return layout.origin != GUESSED and layout.module_of(name) in layout.classes
+        # A new head, whose module the tuned model's class has. What is numbered is a layer that the base lacks.
+        module = layout.module_of(name)
+        numbered = any(part.isdigit() for part in module.split("."))
+        return layout.origin != GUESSED and module in layout.classes and not name.endswith(":]") and not numbered
 
     return [
         name
@@ -253,7 +255,7 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
         by_hand = next((r for pattern, r in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), None)
         return by_hand or (rule if given is None else given.get(weight))
 
-    found = {weight: of(weight, places[0].module) for weight, places in plan.carried.items()}
+    found = {weight: of(weight, places[0].module.partition("[")[0]) for weight, places in plan.carried.items()}
     return {weight: one for weight, one in found.items() if one is not None}
 
 

@@ -250,12 +250,12 @@ def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
     matrices = [row for row in rows if len(row.shape) > 1 and row.relative_delta is not None]
     moved = math.sqrt(sum(map(_energy, matrices)))
     return Totals(
-        energy=kept / carried,
+        energy=kept / carried if carried else 1.0,
         energy_of_all=(kept + whole) / everything,
-        energy_at={rank: held / carried for rank, held in at.items()},
-        relative_error=math.sqrt(max(0.0, 1 - kept / carried)),
+        energy_at={rank: held / carried for rank, held in at.items() if carried},
+        relative_error=math.sqrt(max(0.0, 1 - kept / carried)) if carried else 0.0,
         relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
-        rank=max(row.rank for row in rows),
+        rank=max((row.rank for row in rows), default=0),
         file_rank=file_rank,
         bytes=sum(row.bytes for row in rows),
         padding=padding,
@@ -273,7 +273,7 @@ def _energy(row: Row) -> float:
 
 
 def _powers_below(rank: int) -> list[int]:
-    return [2**i for i in range((rank - 1).bit_length())]
+    return [2**i for i in range(max(rank - 1, 0).bit_length())]
 
 
 def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:

@@ -136,7 +136,7 @@ def verify(
         rules=[rename] if isinstance(rename, str) else list(rename),
         serve_as=serve_as,
         experts=experts_in(stored),
-        vocab="extend" if stored.whole else "truncate",
+        vocab="extend" if _extends(stored, opened[0]) else "truncate",
         of_tuned=bool(stored.whole),
     )
     before, after = found.base, found.tuned
@@ -150,7 +150,9 @@ def verify(
     inner = sum(weight.inner for weight in weights)
     carried = [weight.row for weight in weights if weight.row.delta_cosine is not None and weight.product > 0]
     adapted, alone, note = None, None, "not asked for"
-    if outputs:
+    if serve_as is not None:
+        note = "with --serve-as only weights are compared"
+    elif outputs:
         adapted, alone, note = compare_outputs(
             before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
         )
@@ -171,6 +173,17 @@ class _Weight(NamedTuple):
     product: float
     residual: float
     inner: float
+
+
+def _extends(stored: Stored, base: Checkpoint) -> bool:
+    """Whether it holds tensors whole that have other rows than the base's: embeddings of another vocabulary."""
+    return any(
+        name in base.headers
+        and base.headers[name].shape[1:] == tensor.shape[1:]
+        and base.headers[name].shape != tensor.shape
+        for name, tensor in stored.whole.items()
+        if tensor.ndim
+    )
 
 
 def _fits(stored: Stored, plan: Plan, adapter: str | PathLike[str]) -> None:

@@ -37,7 +37,8 @@ def resized(base: Checkpoint, tuned: Checkpoint, layout: Layout) -> dict[str, tu
         and header.shape != tuned.headers[name].shape
     }
     # An embedding's or the head's sizes are those of the vocabulary; biases of a head have the same.
-    sizes = {apart[name] for name in apart if {p.role for p in layout.places(name)} & {"embedding", "head"}}
+    heads = {layout.tokens, layout.head} - {None}
+    sizes = {apart[name] for name in apart if any(place.module in heads for place in layout.places(name))}
     return {name: rows for name, rows in apart.items() if rows in sizes}
 
 
@@ -48,17 +49,19 @@ def see_vocabulary(base: Checkpoint, tuned: Checkpoint, layout: Layout, vocab: V
         base: The checkpoint before.
         tuned: The checkpoint after.
         layout: Of both.
-        vocab: `truncate` to the smaller one: what lies beyond is a tensor of its own, `NAME[ROWS:]`. `extend` the base
-            to the tuned one's, or cut it. `error` leaves them as they are: the plan refuses them.
+        vocab: `truncate` the tuned one's to the base's: what lies beyond is a tensor of its own, `NAME[ROWS:]`, and
+            what is missing is the base's. `extend` the base's to the tuned one's, or cut it. `error` leaves them as
+            they are: the plan refuses them.
     """
     apart = resized(base, tuned, layout)
     if vocab == "error" or not apart:
         return Vocabulary(base, tuned, frozenset())
     before, after = next(iter(apart.values()))
     if vocab == "truncate":
-        rows = {name: min(sizes) for name, sizes in apart.items()}
-        notes = (f"Vocabulary: base has {before} rows, tuned {after}; those beyond {min(before, after)} are left out.",)
-        return Vocabulary(_cut(base, rows), _cut(tuned, rows), frozenset(), notes)
+        rows = {name: before for name, (before, _) in apart.items()}
+        what = f"those beyond {before} are left out" if after > before else f"those beyond {after} stay the base's"
+        notes = (f"Vocabulary: base has {before} rows, tuned {after}; {what}.",)
+        return Vocabulary(base, _cut(_filled(tuned, base, rows), rows), frozenset(), notes)
     rows = {name: after for name, (_, after) in apart.items()}
     notes = (
         f"Vocabulary: base has {before} rows, tuned {after}. Before the adapter is loaded, the base needs "
@@ -92,6 +95,21 @@ def _padded(checkpoint: Checkpoint, rows: dict[str, int]) -> Checkpoint:
             shape = (rows[name], *header.shape[1:])
             pieces[name] = Piece((name,), Header(shape, header.dtype), partial(_with_zeros, more))
     return _view(checkpoint, pieces)
+
+
+def _filled(checkpoint: Checkpoint, base: Checkpoint, rows: dict[str, int]) -> Checkpoint:
+    """With the base's rows where it has fewer: the adapter then fits the base as it is."""
+    pieces: dict[str, Piece] = {}
+    for name, header in checkpoint.headers.items():
+        pieces[name] = same(checkpoint, name)
+        if header.shape and header.shape[0] < rows.get(name, 0):
+            shape = (rows[name], *header.shape[1:])
+            pieces[name] = Piece((name,), Header(shape, header.dtype), partial(_with_rows_of, base, name))
+    return _view(checkpoint, pieces)
+
+
+def _with_rows_of(base: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, base.read(name)[len(tensor) :].to(tensor)])
 
 
 def _view(checkpoint: Checkpoint, pieces: dict[str, Piece]) -> Checkpoint:

@@ -44,17 +44,31 @@ def test_by_default_other_sizes_are_an_error_that_tells_both_ways_out(pair, rows
     assert result.stderr.count("\n") == 1
 
 
-def test_truncated_both_are_compared_where_they_overlap(pair, rows):
-    report = extract(*pair, 4, vocab="truncate", embeddings=True, head=True).report
-    by_name = {row.weight: row for row in report.rows}
-    common, most = min(96, rows), max(96, rows)
-    embedding = by_name["model.embed_tokens.weight"]
-    assert (embedding.status, embedding.shape) == ("extracted", (common, 32))
-    beyond = by_name[f"model.embed_tokens.weight[{common}:]"]
-    assert (beyond.status, beyond.shape) == ("left out", (most - common, 32))
-    assert beyond.reason == ("only in tuned" if rows > 96 else "only in base")
-    assert (beyond.tuned_norm or beyond.base_norm) > 0
-    assert any(f"those beyond {common} are left out" in note for note in report.notes)
+def test_truncated_to_the_base_s_rows_the_adapter_fits_the_base(pair, rows, tmp_path):
+    adapter = extract(*pair, 4096, vocab="truncate", embeddings=True, head=True)
+    by_name = {row.weight: row for row in adapter.report.rows}
+    embedding, beyond = (by_name.get(f"model.embed_tokens.weight{end}") for end in ("", "[96:]"))
+    assert (embedding.status, embedding.shape) == ("extracted", (96, 32))
+    said = "those beyond 96 are left out" if rows > 96 else "those beyond 90 stay the base's"
+    assert any(said in note for note in adapter.report.notes)
+    if rows > 96:
+        assert (beyond.status, beyond.shape, beyond.reason) == ("left out", (3, 32), "only in tuned")
+        assert beyond.tuned_norm > 0
+    else:
+        assert beyond is None
+    loaded = models.load_adapter(pair[0], adapter.save(tmp_path / "out"), tied=True)
+    deltas, (base, tuned) = models.lora_deltas(loaded), (models.load(folder) for folder in pair)
+    common = min(96, rows)
+    wanted = (tuned.get_input_embeddings().weight[:common] - base.get_input_embeddings().weight[:common]).detach()
+    found = deltas["model.embed_tokens"]
+    assert (found[:common] - wanted).norm() < 100 * EPS * base.get_input_embeddings().weight.norm()
+    assert found[common:].norm() < 1e-4
+
+
+def test_truncated_in_the_peft_form_it_is_verified(pair, tmp_path):
+    adapter = extract(*pair, 4096, form="peft", vocab="truncate")
+    found = verify(adapter.save(tmp_path / "out"), *pair, outputs=False)
+    assert found.energy == pytest.approx(1, abs=1e-5)
 
 
 # What PEFT says of tied weights; so does our report.
