@@ -71,9 +71,8 @@ def convolution(kernel: tuple[int, ...]) -> LayerKind:
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a live module, or None if PEFT has no LoRA form for it."""
-    # `nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it: an adapter there has no effect.
-    if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return LINEAR
+    if isinstance(module, nn.Linear):
+        return LINEAR if _is_plain(module) else None
     # Subclasses that change what is looked up (OPT's positions are offset) would be adapted wrongly by PEFT; scaled
     # word embeddings (Gemma) are handled by it.
     if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")):
@@ -86,3 +85,13 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
         return convolution(module.kernel_size) if plain else None
     return None
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    """Whether it is called, and gives what a linear layer gives: PEFT adds to that."""
+    # `nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it: an adapter there has no effect.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    # Routers of experts give a tuple (Llama 4, Phi-MoE), others more columns (Idefics) or groups of them (DeepSeek V4).
+    # Falcon's multiplies and adds in two steps.
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"

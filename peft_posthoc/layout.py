@@ -108,7 +108,10 @@ class Layout:
         if leaf != "weight":
             return []
         users = [module, *self.ties.get(module, ())]
-        return [Place(user, self.kinds[user], self._role(user)) for user in users if user in self.kinds]
+        # Adapted in one place and not in another, a tied weight would be two.
+        if any(user not in self.kinds for user in users):
+            return []
+        return [Place(user, self.kinds[user], self._role(user)) for user in users]
 
     def of_experts(self, weight: str) -> bool:
         """Whether it is a matrix, or the stacked matrices, of experts that are not taken apart."""

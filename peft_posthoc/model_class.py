@@ -54,11 +54,9 @@ def layout_of_module(model: nn.Module, origin: str, stored: Iterable[str]) -> La
         stored: The names on disk.
     """
     names = {module: name for name, module in model.named_modules()}
-    uncalled = _UNCALLED.get(_model_type(model), ())
+    uncalled = {f"{name}.{leaf}" for module, name in names.items() for leaf in _UNCALLED.get(type(module).__name__, ())}
     kinds = {
-        name: kind
-        for module, name in names.items()
-        if (kind := kind_of(module)) is not None and name.rpartition(".")[2] not in uncalled
+        name: kind for module, name in names.items() if (kind := kind_of(module)) is not None and name not in uncalled
     }
     any_experts = any(_EXPERTS in type(module).__name__ for module in names)
     # PEFT takes a dense or shared MLP of these names for an expert's and drops its factors in silence.
@@ -84,10 +82,6 @@ def layout_of_module(model: nn.Module, origin: str, stored: Iterable[str]) -> La
         task_type=task_type(type(model).__name__, encoder_decoder=_reads_and_writes_text(model)),
         fan_in_fan_out=bool(linear_like) and all(kind.fan_in_fan_out for kind in linear_like),
     )
-
-
-def _model_type(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 Parts = tuple[tuple[str, ...], ...]
@@ -211,18 +205,34 @@ def _reads_and_writes_text(model: nn.Module) -> bool:
     return text and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-# Layers of which the model reads more than it calls, such as the weight or the stride: an adapter there has no effect,
-# or makes it fail.
+# Layers, by the class that holds them, of which it reads more than it calls, such as the weight or the stride: an
+# adapter there has no effect, or makes it fail.
 _UNCALLED: Mapping[str, tuple[str, ...]] = {
-    "falcon_h1": ("out_proj",),
-    "falcon_mamba": ("out_proj", "dt_proj"),
-    "jamba": ("dt_proj",),
-    "mamba": ("out_proj", "dt_proj"),
-    "mamba2": ("out_proj",),
-    "mobilenet_v1": ("convolution",),
-    "mobilenet_v2": ("convolution",),
-    "whisper": ("conv1", "conv2"),
-    "nemotron_h": ("out_proj",),
+    "DebertaEncoder": ("rel_embeddings",),
+    "DebertaV2Encoder": ("rel_embeddings",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "FSMTDecoder": ("embed_tokens",),
+    "FSMTEncoder": ("embed_tokens",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("out_proj", "dt_proj"),
+    "Glm4vMoeVisionEmbeddings": ("position_embedding",),
+    "Glm4vVisionEmbeddings": ("position_embedding",),
+    "JambaMambaMixer": ("dt_proj",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("out_proj", "dt_proj"),
+    "MobileNetV1ConvLayer": ("convolution",),
+    "MobileNetV2ConvLayer": ("convolution",),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Qwen2AudioEncoder": ("conv1", "conv2"),
+    "SEWDTransformerEncoder": ("rel_embeddings",),
+    "Siglip2VisionEmbeddings": ("position_embedding",),
+    "TDNNLayer": ("kernel",),
+    "VoxtralEncoder": ("conv1", "conv2"),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "WhisperEncoder": ("conv1", "conv2", "embed_positions"),
 }
 # In the name of the class that stacks the experts of a layer.
 _EXPERTS = "Experts"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers as tf
 
-from tests import models
+from tests import models, multimodal
 
 TEXT = {"input_ids": torch.arange(20)[None]}
 TWO_TEXTS = {"input_ids": torch.arange(10)[None], "decoder_input_ids": torch.arange(5)[None]}
@@ -40,6 +40,14 @@ CODERS = {
     "decoder_attention_heads": 4,
 }
 EXPERTS = {"num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+LOCAL_EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
+WAVE = {"input_values": torch.linspace(-9, 9, 800).sin()[None]}
+WAVES = {
+    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)},
+    **{"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+}
 
 
 class Architecture(NamedTuple):
@@ -138,7 +146,7 @@ ARCHITECTURES = {
         **{"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "num_heads": 8, "head_dim": 8},
         n_groups=1,
     ),
-    "clip": _of(
+    "clip-vision": _of(
         *("CLIPVisionModel", "CLIPVisionConfig", IMAGE),
         **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
         image_size=32,
@@ -150,12 +158,72 @@ ARCHITECTURES = {
         image_size=32,
         patch_size=8,
     ),
-    "wav2vec2": _of(
-        *("Wav2Vec2ForCTC", "Wav2Vec2Config", {"input_values": torch.linspace(-9, 9, 800).sin()[None]}),
-        **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)},
-        **{"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+    "wav2vec2": _of("Wav2Vec2ForCTC", "Wav2Vec2Config", WAVE, **WAVES),
+    "clip": Architecture(multimodal.clip, multimodal.CLIP),
+    "llava": Architecture(multimodal.llava, multimodal.LLAVA),
+    "gemma3-images": Architecture(multimodal.gemma3, multimodal.GEMMA3),
+    "qwen2_5_vl": Architecture(multimodal.qwen2_5_vl, multimodal.QWEN2_5_VL),
+    "qwen3_vl": Architecture(multimodal.qwen3_vl, multimodal.QWEN3_VL),
+    "qwen3_vl_moe": Architecture(multimodal.qwen3_vl_moe, multimodal.QWEN3_VL),
+    "llama4": Architecture(multimodal.llama4, multimodal.LLAMA4),
+    "qwen3_moe-no-dense": Architecture(models.qwen3_moe),
+    "phimoe": _of("PhimoeForCausalLM", "PhimoeConfig", **SIZES, **LOCAL_EXPERTS),
+    "granitemoe": _of("GraniteMoeForCausalLM", "GraniteMoeConfig", **SIZES, **LOCAL_EXPERTS),
+    "jetmoe": _of(
+        *("JetMoeForCausalLM", "JetMoeConfig"),
+        **SIZES,
+        **{"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
+    "switch": _of(
+        *("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", TWO_TEXTS),
+        **{"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2},
+        **{"num_heads": 4, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        decoder_start_token_id=0,
+    ),
+    "granitemoehybrid": _of(
+        *("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig"),
+        **SIZES | LOCAL_EXPERTS | MAMBA,
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=16,
+    ),
+    "falcon_h1": _of(
+        *("FalconH1ForCausalLM", "FalconH1Config"),
+        **SIZES | MAMBA,
+        **{"mamba_d_ssm": 64, "num_key_value_heads": 2, "head_dim": 8},
+    ),
+    "jamba": _of(
+        *("JambaForCausalLM", "JambaConfig"),
+        **{**SIZES, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+        **{"use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    ),
+    "qwen3_next": _of(
+        *("Qwen3NextForCausalLM", "Qwen3NextConfig"),
+        **SIZES | EXPERTS,
+        **{"head_dim": 8, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4},
+        **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "lfm2": _of(
+        "Lfm2ForCausalLM", "Lfm2Config", **SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+    ),
+    "modernbert": _of(
+        *("ModernBertForMaskedLM", "ModernBertConfig"),
+        **SIZES,
+        **{"pad_token_id": 0, "local_attention": 8, "global_attn_every_n_layers": 2},
+    ),
+    "albert": _of("AlbertForMaskedLM", "AlbertConfig", **SIZES, embedding_size=16),
+    "xlnet": _of("XLNetLMHeadModel", "XLNetConfig", vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "mobilebert": _of(
+        *("MobileBertForMaskedLM", "MobileBertConfig"),
+        **{**SIZES, "num_hidden_layers": 1, "num_feedforward_networks": 1},
+        **{"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+    ),
+    "swin": _of(
+        *("SwinForImageClassification", "SwinConfig", IMAGE),
+        **{"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    ),
+    "wavlm": _of("WavLMForCTC", "WavLMConfig", WAVE, **WAVES),
 }
 
 

@@ -14,12 +14,13 @@ from tests import architectures, models
 from tests.architectures import ARCHITECTURES
 
 EPS = torch.finfo(torch.float32).eps
-PER_EXPERT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+PER_EXPERT = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe-no-dense", "deepseek_v3", "phimoe", "jamba", "qwen3_next")
+STACKED = ("gpt_oss", "granitemoe", "granitemoehybrid", "jetmoe", "qwen3_vl_moe", "llama4")
 # Whose dense or shared MLPs PEFT takes for experts.
 BESIDE = ("qwen2_moe", "qwen3_moe", "deepseek_v3")
 
 
-@pytest.fixture(scope="module", params=[*PER_EXPERT, "gpt_oss"])
+@pytest.fixture(scope="module", params=[*PER_EXPERT, *STACKED])
 def pair(request, tmp_path_factory):
     return request.param, *architectures.pair_of(request.param, tmp_path_factory.mktemp("pair"))
 
@@ -46,7 +47,13 @@ def merged(base, out):
 
 
 def expert_parameters(model):
-    return {name: parameter for name, parameter in model.named_parameters() if ".experts." in name}
+    return {
+        f"{name}.{own}": parameter
+        for name, module in model.named_modules()
+        if "Experts" in type(module).__name__
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    }
 
 
 def test_however_they_are_stored_the_matrices_are_the_same(pair):
@@ -110,7 +117,7 @@ def test_the_fused_form_is_for_every_mixture(pair, tmp_path):
 
 def test_verify_reads_what_extract_wrote(pair, tmp_path):
     name, base, tuned = pair
-    ways = ["fused"] if name == "gpt_oss" else ["fused", "per-expert"]
+    ways = ["fused"] if name in STACKED else ["fused", "per-expert"]
     for experts in ways:
         adapter = extract(base, tuned, 2, experts=experts)
         found = verify(adapter.save(tmp_path / experts), base, tuned, outputs=False)
@@ -118,15 +125,18 @@ def test_verify_reads_what_extract_wrote(pair, tmp_path):
         assert 0.05 < found.energy < 0.95
 
 
-def test_experts_that_are_one_parameter_have_no_names_of_their_own(tmp_path):
+@pytest.mark.parametrize("name", STACKED)
+def test_experts_that_are_one_parameter_have_no_names_of_their_own(name, tmp_path):
     with pytest.raises(MismatchError, match=r"one parameter .*--experts fused"):
-        extract(*architectures.pair_of("gpt_oss", tmp_path), 4, experts="per-expert")
+        extract(*architectures.pair_of(name, tmp_path), 4, experts="per-expert")
 
 
 def test_by_default_experts_are_left_out_and_the_report_says_so(pair):
     _, base, tuned = pair
     report = extract(base, tuned, 4).report
-    of_experts = [row for row in report.rows if ".experts" in row.weight]
+    layout = match(open_checkpoint(base), open_checkpoint(tuned)).layout
+    of_experts = [row for row in report.rows if layout.of_experts(row.weight)]
+    assert of_experts
     assert {row.status for row in of_experts} == {"left out"}
     assert all("expert (carried with --experts)" in row.reason or "bias" in row.reason for row in of_experts)
     assert any("--experts" in warning for warning in report.warnings)
@@ -195,10 +205,7 @@ def test_packed_factors_of_another_number_of_experts_are_refused():
 
 
 def test_all_mixtures_of_the_matrix_are_tested_here():
-    assert {name for name in ARCHITECTURES if "moe" in name or name in (*PER_EXPERT, "gpt_oss")} == {
-        *PER_EXPERT,
-        "gpt_oss",
-    }
+    assert {name for name in ARCHITECTURES if "moe" in name} <= {*PER_EXPERT, *STACKED}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
