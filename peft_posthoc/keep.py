@@ -50,7 +50,9 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
     for name, reason in plan.left_out.items():
         if name not in kept and name not in misread:
             module = layout.module_of(name)
-            if module in blocked and name in free:
+            if "." not in name and name in free:
+                reason = f"a parameter of the model itself ({reason})"
+            elif module in blocked and name in free:
                 reason = f"a parameter of a module that holds layers with factors ({reason})"
             left_out[name] = reason
     return replace(plan, carried=carried, kept=kept, left_out=left_out)

@@ -118,6 +118,8 @@ def load_adapter(base, adapter, *, tied=False, unbiased=False):
         if tied:
             # PEFT says that merging such an adapter is no good idea; so does our report.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part")
+            # GPT-2's head is another kind of layer than all the others: PEFT sees it, and says so.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but the target module is")
         if unbiased:
             # It gives LoRA's biases to layers that have none, and says so; so does our report.
             warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but the targeted layer")

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,23 @@ from peft_posthoc.rank import keep_energy
 from tests import architectures, models
 
 EPS = torch.finfo(torch.float32).eps
-BESIDE = "a parameter of a module that holds layers with factors"
-# What PEFT has no place for: why.
+# What PEFT has no place for: parameters beside layers with factors, or of the model itself, by the end of their names.
 BEYOND_PEFT = {
-    "convnext": f"{BESIDE} (norm or other vector (LoRA has no form for it))",
-    "mamba": f"{BESIDE} (no LoRA form for this tensor (MambaMixer))",
-    "mamba2": f"{BESIDE} (norm or other vector (LoRA has no form for it))",
-    "siglip": f"{BESIDE} (no LoRA form for this tensor (SiglipMultiheadAttentionPoolingHead))",
-    "wav2vec2": f"{BESIDE} (norm or other vector (LoRA has no form for it))",
+    "clip": {"logit_scale"},
+    "convnext": {"layer_scale_parameter"},
+    "falcon_h1": {"A_log", "D", "dt_bias"},
+    "gemma3-images": {"probe"},
+    "granitemoehybrid": {"A_log", "D", "dt_bias"},
+    "jamba": {"A_log", "D"},
+    "jetmoe": {"bias"},
+    "llama4": {"class_embedding", "positional_embedding_vlm"},
+    "mamba": {"A_log", "D"},
+    "mamba2": {"A_log", "D", "dt_bias"},
+    "qwen3_next": {"A_log", "dt_bias"},
+    "siglip": {"probe"},
+    "wav2vec2": {"masked_spec_embed"},
+    "wavlm": {"gru_rel_pos_const", "masked_spec_embed"},
+    "xlnet": {"mask_emb"},
 }
 
 
@@ -27,12 +37,27 @@ class Case:
     """A pair of an architecture, and its adapter at full rank."""
 
     def __init__(self, name, folder):
-        self.name, self.pair = name, architectures.pair_of(name, folder)
+        self.name, self.pair, self.folder = name, architectures.pair_of(name, folder), folder
         self.adapter = extract(*self.pair, 4096, form="peft")
         self.out = self.adapter.save(folder / "out")
 
+    @cached_property
+    def model(self):
+        """Stock PEFT's, of the base and the adapter."""
+        return self.loaded()
+
     def loaded(self, out=None):
         return models.load_adapter(self.pair[0], out or self.out, tied=True, unbiased=True)
+
+    def error(self, model, adapter):
+        """How far the model is from the tuned one, with the base's tensors in place of those left out."""
+        base, tuned = self.pair
+        if left_out := left_out_of(adapter):
+            before, after = (load_file(f"{folder}/model.safetensors") for folder in self.pair)
+            tuned = shutil.copytree(tuned, self.folder / "wanted", dirs_exist_ok=True)
+            tensors = {name: (before if name in left_out else after)[name] for name in after}
+            save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+        return architectures.error(self.name, model, base, tuned)
 
 
 @pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
@@ -57,34 +82,37 @@ def status_of(adapter):
     return {row.weight: row.status for row in adapter.report.rows}
 
 
-def test_at_full_rank_the_outputs_are_the_tuned_ones_but_for_what_is_left_out(case, tmp_path):
-    left_out = {row.weight for row in case.adapter.report.rows if row.status == "left out"}
-    assert bool(left_out) is (case.name in BEYOND_PEFT)
-    wanted = shutil.copytree(case.pair[1], tmp_path / "wanted")
-    before, after = (load_file(f"{folder}/model.safetensors") for folder in case.pair)
-    tensors = {name: (before if name in left_out else after)[name] for name in after}
-    save_file(tensors, wanted / "model.safetensors", metadata={"format": "pt"})
-    assert architectures.error(case.name, case.loaded(), case.pair[0], wanted) < 100 * EPS
+def left_out_of(adapter):
+    return {row.weight for row in adapter.report.rows if row.status == "left out"}
+
+
+def test_at_full_rank_the_outputs_are_the_tuned_ones_but_for_what_is_left_out(case):
+    assert {name.rpartition(".")[2] for name in left_out_of(case.adapter)} == BEYOND_PEFT.get(case.name, set())
+    assert case.error(case.model, case.adapter) < 100 * EPS
+
+
+def test_so_are_those_of_the_portable_form(case, tmp_path):
+    adapter = extract(*case.pair, 4096, **architectures.EVERYTHING)
+    model = models.load_adapter(case.pair[0], adapter.save(tmp_path / "out"), tied=True)
+    assert case.error(model, adapter) < 100 * EPS
 
 
 def test_every_tensor_of_both_checkpoints_is_accounted_for_once(case):
     report = case.adapter.report
     before, after = (load_file(f"{folder}/model.safetensors") for folder in case.pair)
-    rows = [row.weight for row in report.rows if ".experts" not in row.weight]
-    assert sorted(rows) == sorted(name for name in after if ".experts" not in name)
+    of_experts = case.adapter.plan.layout.of_experts
+    rows = [row.weight for row in report.rows if not of_experts(row.weight.partition("[")[0])]
+    assert sorted(rows) == sorted(name for name in after if not of_experts(name))
     # Those of experts are matrices of one expert, however they are stored: together they are the tensors.
     energies = sum((after[name].double() - before[name].double()).norm() ** 2 for name in after)
     assert sum(row.delta_norm**2 for row in report.rows) == pytest.approx(float(energies), rel=1e-6)
     assert sum(row.base_norm**2 for row in report.rows) == pytest.approx(
         sum(float(before[name].double().norm()) ** 2 for name in before), rel=1e-6
     )
-    left_out = [row for row in report.rows if row.status == "left out"]
-    if case.name in BEYOND_PEFT:
-        assert BEYOND_PEFT[case.name] in {row.reason for row in left_out}
-        assert report.totals.energy_of_all < 1 - 1e-4
-    else:
-        assert left_out == []
-        assert report.totals.energy_of_all == pytest.approx(1, abs=1e-6)
+    reasons = {row.reason.partition(" (")[0] for row in report.rows if row.status == "left out"}
+    assert reasons <= {"a parameter of a module that holds layers with factors", "a parameter of the model itself"}
+    assert report.totals.energy_of_all == pytest.approx(1, abs=1e-6 if not reasons else 0.05)
+    assert not reasons or report.totals.energy_of_all < 1 - 1e-6
 
 
 def test_the_rows_bytes_are_the_file_s(case):
@@ -96,7 +124,7 @@ def test_the_rows_bytes_are_the_file_s(case):
 def test_peft_takes_every_tensor_of_the_file(case):
     from peft import get_peft_model_state_dict
 
-    found, tensors = get_peft_model_state_dict(case.loaded(), save_embedding_layers=False), tensors_of(case.out)
+    found, tensors = get_peft_model_state_dict(case.model, save_embedding_layers=False), tensors_of(case.out)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
