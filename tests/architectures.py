@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers as tf
 
-from tests import models, multimodal
+from tests import diffusion, models, multimodal
 
 TEXT = {"input_ids": torch.arange(20)[None]}
 TWO_TEXTS = {"input_ids": torch.arange(10)[None], "decoder_input_ids": torch.arange(5)[None]}
@@ -224,6 +224,9 @@ ARCHITECTURES = {
         **{"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
     ),
     "wavlm": _of("WavLMForCTC", "WavLMConfig", WAVE, **WAVES),
+    "diffusers-unet": Architecture(diffusion.unet, diffusion.UNET),
+    "diffusers-sd3": Architecture(diffusion.sd3, diffusion.SD3),
+    "diffusers-flux": Architecture(diffusion.flux, diffusion.FLUX),
 }
 
 
@@ -245,8 +248,15 @@ def outputs(name: str, model: torch.nn.Module) -> torch.Tensor:
     return model(**ARCHITECTURES[name].inputs)[0].float()
 
 
-def error(name: str, got: torch.nn.Module, base: str, tuned: str) -> float:
-    """How far a model's outputs are from the tuned one's, as a share of how far the base's are."""
+def error(name: str, got: torch.nn.Module, base: Any, tuned: Any) -> float:
+    """How far a model's outputs are from the tuned one's, as a share of how far the base's are.
+
+    Args:
+        name: Of the architecture.
+        got: The model.
+        base: A folder, or the loaded model.
+        tuned: The same.
+    """
     wanted = outputs(name, models.load(tuned))
     apart = (outputs(name, models.load(base)) - wanted).norm()
     assert apart > 0

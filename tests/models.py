@@ -1,7 +1,9 @@
 """Tiny host models made from configurations in milliseconds, and full fine-tunes of them."""
 
 import copy
+import json
 import warnings
+from pathlib import Path
 
 import torch
 import transformers
@@ -101,10 +103,22 @@ def save_pair(model, folder, *, dtype=None, **how):
 
 
 def load(folder):
-    """The model in a folder, of the class its configuration names, in float32."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    cls = getattr(transformers, config.architectures[0])
+    """The model in a folder, of the class its configuration names, in float32; a copy of one that is loaded."""
+    if isinstance(folder, torch.nn.Module):
+        return copy.deepcopy(folder)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if "_class_name" in config:
+        import diffusers
+
+        return getattr(diffusers, config["_class_name"]).from_pretrained(folder).eval()
+    cls = getattr(transformers, config["architectures"][0])
     return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def weights_of(folder):
+    """The one file of weights in a model's folder."""
+    (found,) = Path(folder).glob("*.safetensors")
+    return found
 
 
 def load_adapter(base, adapter, *, tied=False, unbiased=False):
