@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 
 def decoder(name, **changes):
@@ -119,6 +120,12 @@ def weights_of(folder):
     """The one file of weights in a model's folder."""
     (found,) = Path(folder).glob("*.safetensors")
     return found
+
+
+def names_of(folder):
+    """The names in its file of weights."""
+    with safe_open(weights_of(folder), "pt") as file:
+        return set(file.keys())
 
 
 def load_adapter(base, adapter, *, tied=False, unbiased=False):
