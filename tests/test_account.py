@@ -58,6 +58,11 @@ def tensors(draw):
             draw(st.sampled_from([0, 1, 2, 9])),
             draw(st.sampled_from(["none", "none", "none", "both", "base", "tuned"])),
         )
+    # Biases of layers.
+    for weight in [one for one in found.values() if one.name.endswith(".weight") and len(one.shape) == 2]:
+        name = weight.name.removesuffix("weight") + "bias"
+        if name not in found and weight.where == "both" and draw(st.booleans()):
+            found[name] = weight._replace(name=name, shape=weight.shape[:1], rank=draw(st.sampled_from([0, 1])))
     return list(found.values())
 
 

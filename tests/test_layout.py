@@ -163,3 +163,26 @@ def test_layers_that_mamba_does_not_call_have_no_kind():
 @pytest.mark.parametrize(("name", "task"), [("bart", "SEQ_2_SEQ_LM"), ("t5", "SEQ_2_SEQ_LM"), ("whisper", None)])
 def test_peft_s_class_for_two_texts_is_not_for_a_model_that_listens(name, task):
     assert layout_of(open_checkpoint(architectures.ARCHITECTURES[name].make())).task_type == task
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("llama4", "language_model.model.layers.1.feed_forward.router.weight"),  # Gives a tuple.
+        ("phimoe", "model.layers.0.mlp.router.weight"),
+        ("whisper", "model.encoder.embed_positions.weight"),  # Asked for its size.
+        ("wavlm", "wavlm.encoder.layers.0.attention.q_proj.weight"),  # Its weight is read, and it is not called.
+        ("deberta-v2", "deberta.encoder.rel_embeddings.weight"),
+        ("mobilebert", "mobilebert.embeddings.word_embeddings.weight"),  # Tied to a head that is not called.
+    ],
+)
+def test_what_peft_would_adapt_wrongly_has_no_place(name, weight):
+    model = open_checkpoint(architectures.ARCHITECTURES[name].make())
+    assert weight in model.headers
+    assert layout_of(model).places(weight) == []
+
+
+def test_a_linear_layer_of_another_class_that_computes_the_same_has_one():
+    layout = layout_of(open_checkpoint(architectures.ARCHITECTURES["falcon"].make()))
+    (place,) = layout.places("transformer.h.0.self_attention.query_key_value.weight")
+    assert place.kind is LINEAR
