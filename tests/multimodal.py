@@ -95,7 +95,7 @@ def _types(ids):
     return (ids == IMAGE_TOKEN).int() + 2 * (ids == VIDEO_TOKEN).int()
 
 
-def _qwen(image, video):
+def _qwen(video):
     """An image of 4 x 4 patches, and a video of two times as many; four patches are one token."""
     ids = torch.cat([prompt((IMAGE_TOKEN, 4)), video], 1)
     return {
@@ -108,9 +108,9 @@ def _qwen(image, video):
     }
 
 
-QWEN2_5_VL = _qwen(4, prompt((VIDEO_TOKEN, 8)))
+QWEN2_5_VL = _qwen(prompt((VIDEO_TOKEN, 8)))
 # Qwen3-VL has each time of a video by itself.
-QWEN3_VL = _qwen(4, prompt((VIDEO_TOKEN, 4), (VIDEO_TOKEN, 4)))
+QWEN3_VL = _qwen(prompt((VIDEO_TOKEN, 4), (VIDEO_TOKEN, 4)))
 
 
 def llama4():
