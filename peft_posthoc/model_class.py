@@ -60,7 +60,7 @@ def layout_of_module(model: nn.Module, origin: str, stored: Iterable[str]) -> La
     }
     any_experts = any(_EXPERTS in type(module).__name__ for module in names)
     # PEFT takes a dense or shared MLP of these names for an expert's and drops its factors in silence.
-    leaves = names_of_experts(_model_type(model)) if any_experts else frozenset()
+    leaves = names_of_experts(getattr(getattr(model, "config", None), "model_type", "")) if any_experts else frozenset()
     mistaken = {name: kinds.pop(name) for name in [*kinds] if name.rpartition(".")[2] in leaves}
     head = names.get(_call(model, "get_output_embeddings"))
     renamed, merged = _renamed(model, stored)

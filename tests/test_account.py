@@ -109,7 +109,9 @@ def extracted(base, tuned, **options):
     """The adapter, and what its file holds."""
     apart = [name for name in stored(base) if name in stored(tuned) and base[name].shape != tuned[name].shape]
     try:
-        adapter = extract(base, tuned, 64, exclude=[f"^{re.escape(name)}$" for name in apart], **options)
+        adapter = extract(
+            base, tuned, 64, experts="none", exclude=[f"^{re.escape(name)}$" for name in apart], **options
+        )
         with tempfile.TemporaryDirectory() as folder:
             path = adapter.save(Path(folder) / "out") / "adapter_model.safetensors"
             return adapter, load_file(path)

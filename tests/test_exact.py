@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import AdapterError, NothingToCarryError, extract
+from peft_posthoc import NothingToCarryError, extract
 from peft_posthoc.rank import keep_energy
 from tests import architectures, models
 
@@ -256,11 +256,11 @@ def test_a_bias_is_saved_as_its_difference(qwen2):
     assert not tensors["base_model.model.model.layers.1.self_attn.o_proj.lora_B.bias"].any()
 
 
-def test_a_change_of_norms_alone_is_told(tmp_path):
+def test_a_change_of_norms_alone_is_none_for_the_portable_form(tmp_path):
     base = models.llama()
     tuned = models.tuned_from(base, only=lambda name: "norm" in name)
-    with pytest.raises(NothingToCarryError, match=r"5 others do; .*norm.*: PEFT keeps it only beside a layer"):
-        extract(base, tuned, 4, form="peft")
+    with pytest.raises(NothingToCarryError, match=r"5 others do; .*norm.*: norm or other vector"):
+        extract(base, tuned, 4)
 
 
 def test_what_is_excluded_is_not_kept_either(llama_pair, tmp_path):
@@ -305,14 +305,13 @@ def test_what_peft_takes_along_is_there_whole(tmp_path):
     assert torch.equal(found["norm.modules_to_save.default.weight"], tuned.norm.weight)
 
 
-def test_what_peft_would_take_along_and_cannot_is_an_error_that_says_what_to_leave_out(tmp_path):
+def test_what_peft_would_take_along_and_cannot_is_left_out_and_told(tmp_path):
     base = Net(norm=torch.nn.LayerNorm(4), prenorm=Net(proj=linear()))
-    tuned = models.tuned_from(base)
-    with pytest.raises(AdapterError, match=r"take `norm`.* to mean `prenorm` too") as raised:
-        extract(base, tuned, 8, form="peft").save(tmp_path / "out")
-    (pattern,) = re.findall(r"--exclude '(.*)'", str(raised.value))
-    adapter = extract(base, tuned, 8, form="peft", exclude=[pattern])
+    adapter = extract(base, models.tuned_from(base), 8, form="peft")
     adapter.save(tmp_path / "out")
+    reasons = {row.weight: row.reason for row in adapter.report.rows if row.status == "left out"}
+    why = "PEFT would take the name of its module, `norm`, to mean `prenorm` too"
+    assert reasons == {"norm.weight": why, "norm.bias": why}
     assert status_of(adapter)["prenorm.proj.weight"] == "extracted"
 
 

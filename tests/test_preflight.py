@@ -98,14 +98,14 @@ def test_without_room_nothing_is_read(llama_pair, tmp_path, monkeypatch):
 
 
 def test_names_that_peft_would_misread_are_found_before_a_tensor_is_read(tmp_path):
-    """A norm that is to be kept whole, and whose name means a layer with factors too."""
-    weights = {"a.norm.weight": torch.ones(4), "b.a.norm.weight": torch.ones(4, 4), "b.q.weight": torch.ones(4, 4)}
+    """A layer whose name means one that has no LoRA form."""
+    weights = {"q.weight": torch.ones(4, 4), "b.q.weight": torch.ones(4, 4, 4), "b.k.weight": torch.ones(4, 4)}
     pair = []
     for side in ("base", "tuned"):
         save_file(weights, tmp_path / f"{side}.safetensors")
         pair.append(NeverRead(tmp_path / f"{side}.safetensors"))
-    with pytest.raises(AdapterError, match=r"to mean `b\.a\.norm` too"):
-        extract(*pair, 2, form="peft")
+    with pytest.raises(AdapterError, match=r"to mean `b\.q` too"):
+        extract(*pair, 2)
 
 
 def test_a_large_model_s_takes_no_longer_than_its_headers(tmp_path):
