@@ -14,6 +14,8 @@ from peft_posthoc.errors import (
     NothingToCarryError,
     PosthocError,
 )
+from peft_posthoc.export import export
+from peft_posthoc.exported import Exported
 from peft_posthoc.extract import extract
 from peft_posthoc.fix import Fixed, fix
 from peft_posthoc.inspection import Inspection, inspect
@@ -35,6 +37,7 @@ __all__ = [
     "Check",
     "Checkpoint",
     "CheckpointError",
+    "Exported",
     "Fixed",
     "Inspection",
     "LoraConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "budget",
     "check",
     "combine",
+    "export",
     "extract",
     "fix",
     "fixed",

@@ -30,6 +30,7 @@ COMMANDS = "peft_posthoc.commands"
 _ELSEWHERE = {
     "check": "peft_posthoc.check_cli",
     "combine": "peft_posthoc.resize_cli",
+    "export": "peft_posthoc.export_cli",
     "resize": "peft_posthoc.resize_cli",
 }
 

@@ -132,6 +132,8 @@ class Folder:
                 raise CheckpointError(f"The index of `{label}` names shards that are not there: {', '.join(missing)}.")
         else:
             listed = None
+        self.files: dict[str, str] = {}
+        """By tensor, the name of its file."""
         for file in chosen:
             self._add(file)
         # A commit on the hub is its own: wherever, and whenever, its files are.
@@ -148,6 +150,7 @@ class Folder:
                 raise CheckpointError(f"Two files of `{self.label}` hold `{tensor}`; one of them is `{name}`.")
             self.headers[tensor] = header
             self._files[tensor] = file
+            self.files[tensor] = name
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file."""

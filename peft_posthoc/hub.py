@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from glob import escape
@@ -102,6 +102,11 @@ class OnHub:
         """In the hub's own cache, with the weights."""
         return self._fetched.folder
 
+    @property
+    def files(self) -> Mapping[str, str]:
+        """By tensor, the name of its file."""
+        return self._fetched.files
+
     def read(self, name: str) -> Tensor:
         """The tensor of that name."""
         return self._fetched.read(name)
@@ -140,6 +145,32 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
                     f"The index of `{repo_id}` names shards that are not there: {', '.join(missing)}."
                 )
         return Repository(repo_id, str(info.sha), folder, tuple(wanted), role)
+
+
+def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base") -> Mapping[str, Any] | None:
+    """The configuration of a model on the hub, without its weights; None if it has none.
+
+    Raises:
+        CheckpointError: No such repository or revision, no access, or no connection.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not is_repo_id(repo_id):
+        raise CheckpointError(f"The {role} `{repo_id}` is neither a folder nor a hub id such as `org/name`.")
+    with _told(repo_id, revision, role):
+        return config_of(Path(snapshot_download(repo_id, revision=revision, allow_patterns=["config.json"])))
+
+
+def fetch_beside(repo_id: str, patterns: Iterable[str], *, revision: str | None) -> None:
+    """Download more files of a repository to where its weights are.
+
+    Raises:
+        CheckpointError: No access, or no connection.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _told(repo_id, revision, "base"):
+        snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
 
 
 @contextlib.contextmanager

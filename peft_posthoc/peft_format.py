@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.kinds import FILED
 from peft_posthoc.plain import not_plain
+from peft_posthoc.staged import staged
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -98,17 +97,8 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
     Raises:
         AdapterError: The folder holds something, or cannot be written.
     """
-    target = Path(folder).absolute()
-    check_target(target, force=force)
-    missing = [path for path in target.parents if not path.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that moving it into place is a rename within one file system.
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise AdapterError(f"Cannot write to `{Path(folder).parent}`: {error.strerror or error}.") from error
-    try:
-        made = staging / "new"
+    check_target(Path(folder).absolute(), force=force)
+    with staged(folder, what="The adapter") as made:
         made.mkdir()
         save_file(dict(contents.tensors), made / WEIGHTS, metadata=_metadata(contents.provenance))
         _sort_metadata(made / WEIGHTS)
@@ -116,19 +106,6 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
         _write_json(made / REPORT, contents.report)
         # safetensors makes files that only their owner can read; servers often run as somebody else.
         (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
-        if target.exists():
-            target.rename(staging / "old")
-        made.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterError(f"The adapter could not be written to `{folder}`: {reason}. Nothing was left.") from error
-    finally:
-        if (staging / "old").exists() and not target.exists():
-            (staging / "old").rename(target)
-        shutil.rmtree(staging, ignore_errors=True)
-        if not target.exists():
-            for path in missing:
-                path.rmdir()
     return Path(folder)
 
 

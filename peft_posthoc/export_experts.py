@@ -1,0 +1,178 @@
+"""PEFT's own folder with its experts laid out the other way: one by one, or stacked (`target_parameters`).
+
+Both are exact. One by one, gate and up are rows of the stacked delta and keep its `a`. Stacked, they are blocks of one
+matrix: `[b_gate 0; 0 b_up] @ [a_gate; a_up]`, of the sum of their ranks, or `[b_gate; b_up] @ a` where they share `a`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_posthoc.deltas import Deltas, matrices
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.exported import Exported
+from peft_posthoc.fused import pack, places_in_file, target_parameters
+from peft_posthoc.kinds import LINEAR
+from peft_posthoc.layout import Stack, target_modules
+from peft_posthoc.lora_folder import Factors
+from peft_posthoc.peft_format import CONFIG, PREFIX, WEIGHTS, Contents, write_folder
+
+
+def write_per_expert(
+    deltas: Deltas, out: str | os.PathLike[str], *, dtype: torch.dtype | None, force: bool, progress: bool
+) -> Exported:
+    """Write experts one by one, all of a layer and of all layers, as vLLM and SGLang read them: zeros where nothing is.
+
+    Raises:
+        AdapterError: The model's experts have no modules of their own, or there are other things in it than factors.
+    """
+    deltas.only_factors("a serving engine")
+    stacks = _stacks(deltas)
+    if whole := [stack.name for stack in stacks if not stack.parts]:
+        raise AdapterError(
+            f"The experts of `{deltas.base.label}` are one parameter (`{whole[0]}`) and have no names of their own. "
+            "vLLM reads such experts stacked (`--to peft-moe`)."
+        )
+    dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
+    names = dict.fromkeys([*_others(deltas), *(name for stack in stacks for name in matrices(stack))])
+    tensors: dict[str, Tensor] = {}
+    for name in tqdm(names, desc="Matrices", disable=not progress):
+        tensors |= deltas.slots[name].kind.tensors(f"{PREFIX}{name}", *deltas.padded(name, rank, dtype))
+    notes = deltas.notes()
+    if deltas.layout.mistaken:
+        notes.append("For serving engines only: PEFT on transformers 5 drops dense MLPs' factors beside such experts.")
+    return _write("vllm-moe", deltas, out, tensors, names, (), rank, dtype, notes, force=force)
+
+
+def write_stacked(
+    deltas: Deltas, out: str | os.PathLike[str], *, dtype: torch.dtype | None, force: bool, progress: bool
+) -> Exported:
+    """Write experts stacked, as PEFT 0.19 and newer computes with them, padded to one rank; zeros where nothing is.
+
+    Raises:
+        AdapterError: There are factors in it that PEFT drops beside stacked experts.
+    """
+    # PEFT takes these for experts' by their names, and drops their factors in silence.
+    if dropped := [name for name in deltas.names if name in deltas.layout.mistaken]:
+        raise AdapterError(
+            f"`{deltas.folder.label}` adapts `{dropped[0]}`, which PEFT drops in silence beside stacked experts. Use "
+            "`--to merged`."
+        )
+    if deltas.biases:
+        raise AdapterError(
+            f"`{deltas.folder.label}` adds to the bias of `{deltas.biases[0]}`; beside stacked experts PEFT's LoRA has "
+            "no biases. Use `--to merged`."
+        )
+    stacks = _stacks(deltas)
+    dtype, names = dtype or deltas.folder.dtype(), _others(deltas)
+    joined = {stack.name: [_joined(deltas, unit, dtype) for unit in _by_unit(stack)] for stack in stacks}
+    ranks = [len(a) for each in joined.values() for a, _ in each]
+    rank = max([*ranks, *map(deltas.rank_of, names)])
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= deltas.slots[name].kind.tensors(f"{PREFIX}{name}", *deltas.padded(name, rank, dtype))
+    places = places_in_file(stacks)
+    for stack in tqdm(stacks, desc="Experts", disable=not progress):
+        factors = {unit: (a, b) for unit, (a, b) in zip(stack.units, joined.pop(stack.name), strict=True)}
+        tensors |= LINEAR.tensors(f"{PREFIX}{places[stack.name]}", *pack(stack, factors, rank, dtype))
+    notes = [*deltas.notes(), "Stacked experts (`target_parameters`) need PEFT 0.19, or an engine that takes them so."]
+    if rank > deltas.rank:
+        notes.insert(
+            0, f"The rank is {rank} and not {deltas.rank}: gate and up of an expert are two blocks of one matrix."
+        )
+    tensors |= {key: deltas.folder.tensor(key) for key in (*deltas.whole.values(), *deltas.base_layers.values())}
+    return _write("peft-moe", deltas, out, tensors, names, stacks, rank, dtype, notes, force=force)
+
+
+def _stacks(deltas: Deltas) -> list[Stack]:
+    """The experts to be written: in every layer, every parameter, if some in one have factors.
+
+    Raises:
+        AdapterError: None have.
+    """
+    if not deltas.of_experts():
+        raise AdapterError(f"`{deltas.folder.label}` has no factors for experts: it is the same in both layouts.")
+    with_factors = {stack.name for stack in deltas.of_experts()}
+    return [stack for stack in deltas.stacks if len(stack.shape) == 3 or stack.name in with_factors]
+
+
+def _others(deltas: Deltas) -> list[str]:
+    """The matrices with factors that are no expert's."""
+    of_stacks = {name for stack in deltas.stacks for name in matrices(stack)}
+    return [name for name in deltas.names if name not in of_stacks]
+
+
+def _by_unit(stack: Stack) -> Iterable[tuple[str, ...]]:
+    """By expert, the matrices that its matrix in the stack is made of."""
+    names = matrices(stack)
+    each = len(names) // len(stack.units)
+    return [names[start : start + each] for start in range(0, len(names), each)]
+
+
+def _joined(deltas: Deltas, names: Sequence[str], dtype: torch.dtype) -> Factors:
+    """The factors of one matrix that has these one above the other."""
+    parts = [Factors(*(x.to(dtype) for x in deltas.factors(name))) for name in names]
+    if all(torch.equal(parts[0].a, part.a) for part in parts[1:]):
+        return Factors(parts[0].a, torch.cat([part.b for part in parts]))
+    return Factors(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)))
+
+
+def _write(
+    to: str,
+    deltas: Deltas,
+    out: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    modules: Iterable[str],
+    stacks: Sequence[Stack],
+    rank: int,
+    dtype: torch.dtype,
+    notes: Sequence[str],
+    *,
+    force: bool,
+) -> Exported:
+    old = deltas.folder.config
+    config: dict[str, Any] = {
+        "base_model_name_or_path": old.get("base_model_name_or_path") or deltas.base.label,
+        "bias": "none",
+        "fan_in_fan_out": deltas.layout.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": (old.get("modules_to_save") if deltas.whole else None) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "revision": old.get("revision"),
+        "target_modules": target_modules(modules, deltas.layout),
+        "task_type": old.get("task_type"),
+    }
+    if stacks:
+        config["target_parameters"] = target_parameters(stacks)
+    exported = Exported(
+        to=to,
+        adapter=deltas.folder.label,
+        base=deltas.base.label,
+        out=str(out),
+        dtype=str(dtype).removeprefix("torch."),
+        matrices=len(deltas.names),
+        rank_before=deltas.rank,
+        rank=rank,
+        files=(WEIGHTS, CONFIG),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        notes=tuple(notes),
+    )
+    provenance = {
+        "adapter": exported.adapter,
+        "base": exported.base,
+        "to": to,
+        "versions": {"peft-posthoc": metadata.version("peft-posthoc")},
+    }
+    write_folder(out, Contents(tensors, config, exported.to_dict(), provenance), force=force)
+    return exported
