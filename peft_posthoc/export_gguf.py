@@ -49,7 +49,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen3MoeForCausalLM": Architecture("QWEN3MOE"),
 }
 
-_FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 _EXPERT = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
@@ -90,7 +89,6 @@ def write(
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
-            writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
             for module, a, b in tqdm(_modules(deltas, rank, dtype, heads), desc="Modules", disable=not progress):
                 name = names.get_name(_plain(module))
                 if name is None:
