@@ -57,13 +57,13 @@ def write_stacked(
     """Write experts stacked, as PEFT 0.19 and newer computes with them, padded to one rank; zeros where nothing is.
 
     Raises:
-        AdapterError: There are factors in it that PEFT drops beside stacked experts.
+        AdapterError: There are factors in it that PEFT does not load beside stacked experts.
     """
-    # PEFT takes these for experts' by their names, and drops their factors in silence.
-    if dropped := [name for name in deltas.names if name in deltas.layout.mistaken]:
+    # PEFT 0.21 takes these for experts' by their names, and then reads a stack as of twice its rank.
+    if mistaken := [name for name in deltas.names if name in deltas.layout.mistaken]:
         raise AdapterError(
-            f"`{deltas.folder.label}` adapts `{dropped[0]}`, which PEFT drops in silence beside stacked experts. Use "
-            "`--to merged`."
+            f"`{deltas.folder.label}` adapts `{mistaken[0]}`, which PEFT takes for an expert's beside stacked experts, "
+            "and loads neither rightly. Use `--to merged`."
         )
     if deltas.biases:
         raise AdapterError(
