@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from peft_posthoc.cli import _OUTPUT as OUTPUT
-from peft_posthoc.cli import _check_file, dtype_of, show
+from peft_posthoc.cli import OUTPUT, check_file, dtype_of, show
 
 TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
 
@@ -48,7 +47,7 @@ def export(
     from peft_posthoc.export import export as run
 
     # Bad arguments are told before the work, not after it.
-    _check_file(json_to, "--json")
+    check_file(json_to, "--json")
     exported = run(adapter, out, dtype=dtype_of(dtype), progress=not quiet, **options)
     show(exported, json_to, quiet=quiet)
     if not quiet and json_to != "-":

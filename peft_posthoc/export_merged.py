@@ -53,9 +53,10 @@ def write(
     """
     del force  # Seen to by the caller.
     merge = Merge(deltas, dtype)
-    shards = _shards(deltas, merge.headers)
     total = sum(header.bytes for header in merge.headers.values())
+    # Before the base's weights are fetched, if it is on the hub.
     _room_for(total, out)
+    shards, config = _shards(deltas, merge.headers), merge.config()
     with staged(out, what="The merged model") as made:
         made.mkdir()
         bar = tqdm(total=len(merge.headers), desc="Tensors", disable=not progress)
@@ -68,8 +69,8 @@ def write(
                 save_file(tensors, made / file, metadata={"format": "pt"})
         beside = _copy_beside(deltas, merge, made)
         files = [*shards, *beside]
-        if merge.config is not None:
-            (made / "config.json").write_text(json.dumps(merge.config, indent=2) + "\n", encoding="utf-8")
+        if config is not None:
+            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             files.append("config.json")
         if len(shards) > 1:
             where = {name: file for file, names in shards.items() for name in names}
@@ -99,7 +100,7 @@ def write(
 def _shards(deltas: Deltas, headers: Mapping[str, Header]) -> dict[str, list[str]]:
     """By file, the tensors: as the base is divided, if it is so in the usual way."""
     base = deltas.base
-    files = base.files if isinstance(base, Folder) else {}
+    files = base.files if isinstance(base, Folder | hub.OnHub) else {}
     usual = {*files.values()} == {SAFETENSORS} or (
         base.folder is not None
         and (base.folder / SAFETENSORS_INDEX).is_file()

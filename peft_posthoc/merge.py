@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,11 +41,12 @@ class Merge:
                 "model that it was made from."
             )
         untied = self._untied()
-        users = {f"{user}.weight" for users in self._layout.ties.values() for user in users}
+        stored = {self._layout.name_of(name): name for name in names}
+        ties = self._layout.ties.items()
+        users = {f"{user}.weight" for owner, users in ties if f"{owner}.weight" in stored for user in users}
         # A loader that ties them does not read what else is stored under a tied name.
         self._sources = {name: name for name in names if self._layout.name_of(name) not in users}
         self._own = {name: self._layout.name_of(name) for name in self._sources}
-        stored = {self._layout.name_of(name): name for name in names}
         for user, owner in untied.items():
             name = stored.get(user, user)
             self._sources[name], self._own[name] = stored[owner], user
@@ -56,7 +56,24 @@ class Merge:
             wide = dtype is not None and header.dtype in _FLOATS
             self.headers[name] = Header(header.shape, dtype) if wide and dtype is not None else header
         self._check()
-        self.config = self._config(untied, dtype)
+        self._dtype, self._is_untied = dtype, bool(untied)
+
+    def config(self) -> dict[str, Any] | None:
+        """The configuration, as it is to be; None if the base has none."""
+        if self._deltas.base.config is None:
+            return None
+        config = _raw_config(self._deltas)
+        parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
+        if self._is_untied:
+            config["tie_word_embeddings"] = False
+            for part in parts[1:]:
+                if "tie_word_embeddings" in part:
+                    part["tie_word_embeddings"] = False
+        if self._dtype is not None:
+            for part in parts:
+                for key in {"dtype", "torch_dtype"} & part.keys():
+                    part[key] = str(self._dtype).removeprefix("torch.")
+        return config
 
     def read(self, name: str) -> Tensor:
         """One tensor of the merged checkpoint."""
@@ -105,15 +122,15 @@ class Merge:
             AdapterError: It is not the head's, or the model computes otherwise when its head is not tied.
         """
         deltas, found = self._deltas, {}
+        stored = {self._layout.name_of(name) for name in deltas.base.headers}
+        config = deltas.base.config or {}
         for owner, users in self._layout.ties.items():
             for user in users:
-                if f"{owner}.weight" not in {self._layout.name_of(name) for name in deltas.base.headers}:
-                    continue
                 if deltas.alike(owner, user):
                     continue
-                config = deltas.base.config or {}
                 # T5 scales what goes into a head that is tied.
-                if user != self._layout.head or config.get("is_encoder_decoder"):
+                possible = user == self._layout.head and not config.get("is_encoder_decoder")
+                if not possible or f"{owner}.weight" not in stored:
                     raise AdapterError(
                         f"`{deltas.folder.label}` changes `{owner}` and `{user}` differently, which are one weight in "
                         f"`{deltas.base.label}`: no checkpoint of it holds that. Serve the adapter unmerged."
@@ -163,23 +180,6 @@ class Merge:
                     f"`{label}` holds `{name}` whole as {list(found)}; in the base `{deltas.base.label}` it is "
                     f"{list(wanted)}. Resize the base's vocabulary first."
                 )
-
-    def _config(self, untied: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, Any] | None:
-        """The configuration, as it is to be; None if the base has none."""
-        if self._deltas.base.config is None:
-            return None
-        config = _raw_config(self._deltas)
-        parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
-        if untied:
-            config["tie_word_embeddings"] = False
-            for part in parts[1:]:
-                if "tie_word_embeddings" in part:
-                    part["tie_word_embeddings"] = False
-        if dtype is not None:
-            for part in parts:
-                for key in {"dtype", "torch_dtype"} & part.keys():
-                    part[key] = str(dtype).removeprefix("torch.")
-        return config
 
 
 def _raw_config(deltas: Deltas) -> dict[str, Any]:

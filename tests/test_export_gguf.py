@@ -129,9 +129,10 @@ def test_what_llama_cpp_does_not_read_is_refused(tied_pair, tmp_path):
     dense = extract(base, tuned, 2, experts="per-expert").save(tmp_path / "dense")
     with pytest.raises(AdapterError, match=r"`model.layers.0.mlp.*`, which llama\.cpp has no name for"):
         export(dense, tmp_path / "out.gguf", "gguf", base=base)
-    biased = lora.adapter(gpt2[0], tmp_path / "biased", r=2, target_modules=["c_attn"], lora_bias=True)
+    qwen2 = models.save(models.qwen2(), tmp_path / "qwen2")
+    biased = lora.adapter(qwen2, tmp_path / "biased", r=2, target_modules=["q_proj"], lora_bias=True)
     with pytest.raises(AdapterError, match=r"\(`lora_bias`\), which llama\.cpp does not read"):
-        export(biased, tmp_path / "out.gguf", "gguf", base=gpt2[0])
+        export(biased, tmp_path / "out.gguf", "gguf", base=qwen2)
     assert not list(tmp_path.glob("*out.gguf*"))
 
 
