@@ -1,4 +1,5 @@
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -297,3 +298,21 @@ def test_without_a_connection_there_is_one_clear_line(offline, pair, tmp_path, w
         ran = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     line = refused((ran.returncode, ran.stdout, ran.stderr), work, "The base `org/base`", "give a local folder")
     assert ran.stderr == f"{line}\n"
+
+
+def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tmp_path):
+    base, tuned = llama_pair
+    folder = tmp_path / "repository"
+    shutil.copytree(base, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    hub.repository("org/exported").commit(with_company(folder), "main")
+    adapter = extract(base, tuned, 2).save(tmp_path / "adapter")
+    assert phlora("export", adapter, tmp_path / "mlx", "--to", "mlx", "--base", "org/exported")[0] == 0
+    assert {file for _, file in hub.fetched} == {"config.json"}
+    assert phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")[0] == 0
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {file for _, file in hub.fetched} == wanted
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {*wanted, "phlora_report.json"}
+    status, _, stderr = phlora("export", adapter, tmp_path / "no", "--to", "mlx", "--base", "org/nowhere")
+    assert status == 1
+    assert "neither a local folder nor a repository on the hub" in stderr
