@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -20,7 +21,7 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.exported import Exported
 from peft_posthoc.fused import pack, places_in_file, target_parameters
 from peft_posthoc.kinds import LINEAR
-from peft_posthoc.layout import Stack, target_modules
+from peft_posthoc.layout import Stack, is_of_an_expert, target_modules
 from peft_posthoc.lora_folder import Factors
 from peft_posthoc.peft_format import CONFIG, PREFIX, WEIGHTS, Contents, write_folder
 
@@ -46,8 +47,8 @@ def write_per_expert(
     for name in tqdm(names, desc="Matrices", disable=not progress):
         tensors |= deltas.slots[name].kind.tensors(f"{PREFIX}{name}", *deltas.padded(name, rank, dtype))
     notes = deltas.notes()
-    if deltas.layout.mistaken:
-        notes.append("For serving engines only: PEFT on transformers 5 drops dense MLPs' factors beside such experts.")
+    if deltas.layout.mistaken or not deltas.layout.peft_takes_experts:
+        notes.append("For serving engines only: PEFT on transformers 5 drops some or all of these factors in silence.")
     return _write("vllm-moe", deltas, out, tensors, names, (), rank, dtype, notes, force=force)
 
 
@@ -137,7 +138,9 @@ def _write(
     *,
     force: bool,
 ) -> Exported:
-    old = deltas.folder.config
+    old, layout = deltas.folder.config, deltas.layout
+    if stacks:  # Stacked, the experts have no modules of their own.
+        layout = replace(layout, kinds={n: kind for n, kind in layout.kinds.items() if not is_of_an_expert(n)})
     config: dict[str, Any] = {
         "base_model_name_or_path": old.get("base_model_name_or_path") or deltas.base.label,
         "bias": "none",
@@ -150,7 +153,7 @@ def _write(
         "peft_type": "LORA",
         "r": rank,
         "revision": old.get("revision"),
-        "target_modules": target_modules(modules, deltas.layout),
+        "target_modules": target_modules(modules, layout),
         "task_type": old.get("task_type"),
     }
     if stacks:
