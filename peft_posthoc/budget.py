@@ -221,6 +221,45 @@ class budget:
             allocate(free, costs, room, self.weighting, least=floor, most=most, multiple=self.multiple), told
         )
 
+    def within(self, spectra: Mapping[str, Spectrum], *, item: int, beside: int, padded: bool) -> dict[str, int]:
+        """Ranks of deltas that are known already, such as an adapter's own.
+
+        Args:
+            spectra: By delta.
+            item: Bytes of a number in the file.
+            beside: Bytes that do not grow with the ranks: header, biases, whole tensors.
+            padded: Whether all have one rank in the file, a safe one (the portable form).
+
+        Raises:
+            ValueError: The size is a share of a checkpoint that is not there, or below the smallest adapter.
+        """
+        if str(self.size).endswith("%"):
+            raise ValueError(
+                f"`--budget {self.size}` is a share of the tuned checkpoint, which is not there: give a size."
+            )
+        if self.params is not None:
+            item, beside = 1, 0
+        limit, costs = self.limit(0), {name: item * sum(one.shape) for name, one in spectra.items()}
+        room, all_of = limit - beside, sum(costs.values())
+        top, least = (
+            max((len(one.s) for one in spectra.values()), default=1),
+            self._least(PORTABLE) if padded else self.least,
+        )
+        if padded:
+            fitting = [rank for rank in self._safe(max(safe_rank(top), least)) if rank * all_of <= room]
+            if not fitting:
+                raise self._too_small(limit, beside + least * all_of)
+            return dict.fromkeys(spectra, fitting[-1])
+        held = {name: (len(one.s), len(one.s)) for name, one in spectra.items()}
+        level = min(uniform(held, costs, room, multiple=self.multiple), self.most or top)
+        if level < least:
+            smallest = sum(min(least, len(one.s)) * costs[name] for name, one in spectra.items())
+            raise self._too_small(limit, beside + smallest)
+        if self.weighting is None:
+            return {name: min(level, len(one.s)) for name, one in spectra.items()}
+        floor = max(int(self.floor * level) // self.multiple * self.multiple, least)
+        return allocate(spectra, costs, room, self.weighting, least=floor, most=self.most, multiple=self.multiple)
+
     def flags(self) -> list[str]:
         """The options of the command line that say it.
 

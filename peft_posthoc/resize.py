@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_posthoc.budget import budget
 from peft_posthoc.errors import AdapterError, MismatchError, NothingToCarryError
+from peft_posthoc.layout import is_of_an_expert
 from peft_posthoc.lora_folder import Factors, LoraFolder, Module
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.product import Product, factor_product
-from peft_posthoc.rank import Rank, RankRule, Spectrum, describe, each
+from peft_posthoc.rank import Rank, RankRule, Spectrum, as_rule, describe, each
 from peft_posthoc.resized import Cut, Resized
 from peft_posthoc.svd import LowRank
 
@@ -52,8 +55,8 @@ def resize(
     Args:
         adapter: A PEFT LoRA folder.
         rank: How many singular triplets of each delta to keep: an int is a rank, a float in (0, 1] the share of the
-            delta's energy, a `RankRule` anything else. Or one of these for every delta that `spectra` names: a rule
-            that looks at all spectra at once is a function from those to ranks.
+            delta's energy, a `RankRule` anything else; or a `budget` of all together. Or a rank for every delta that
+            `spectra` names: a rule that looks at all spectra at once is a function from those to ranks.
         form: `portable`, one rank for the file; or `peft`, each module at its own rank, and the only one for adapters
             that hold biases or whole tensors. By default the first that can be.
         dtype: Of the saved factors; by default the adapter's.
@@ -132,12 +135,16 @@ def spectra(*adapters: Folder, weights: Sequence[float] | None = None, progress:
     with ExitStack() as stack:
         total = _Sum([stack.enter_context(LoraFolder(one)) for one in adapters], weights or [1.0] * len(adapters))
 
-        def work(name: str) -> list[Spectrum]:
-            return [one.spectrum for one in _products(total, name)]
+        return _spectra(total, progress)
 
-        found = list(_each(work, total.modules, progress, "Factoring"))
-        names = [name for name, each in zip(total.modules, found, strict=True) for name in deltas(name, len(each))]
-        return dict(zip(names, (one for each in found for one in each), strict=True))
+
+def _spectra(total: _Sum, progress: bool) -> dict[str, Spectrum]:
+    def work(name: str) -> list[Spectrum]:
+        return [one.spectrum for one in _products(total, name)]
+
+    found = list(_each(work, total.modules, progress, "Factoring"))
+    names = [name for name, each in zip(total.modules, found, strict=True) for name in deltas(name, len(each))]
+    return dict(zip(names, (one for each in found for one in each), strict=True))
 
 
 def deltas(module: str, count: int) -> list[str]:
@@ -159,11 +166,17 @@ def _run(
     with ExitStack() as stack:
         folders = [stack.enter_context(LoraFolder(adapter)) for adapter in adapters]
         total = _Sum(folders, weights)
-        rule = _rules(total, rank)
         chosen = form or ("peft" if total.extras() else "portable")
         if chosen == "portable" and (extras := total.extras()):
             raise AdapterError(f"{extras}: the portable form has no place for that. Use `--form peft`.")
         saved, whole = dtype or total.dtype(), total.whole()
+        provenance = _provenance(folders, weights, rank, chosen)
+        if isinstance(rank, budget):
+            beside = total.beside(saved, whole) + 2 * len(json.dumps(provenance)) + 512
+            # Stacked experts have one rank in the file, and so has everything in the portable form.
+            padded = chosen == "portable" or total.has_experts()
+            rank = dict(rank.within(_spectra(total, progress), item=saved.itemsize, beside=beside, padded=padded))
+        rule = _rules(total, rank)
 
         def work(name: str) -> Cut:
             return _cut(total, name, rule, saved)
@@ -180,7 +193,7 @@ def _run(
             form=chosen,
             dtype=saved,
             bytes_before=sum(folder.bytes() for folder in folders),
-            provenance=_provenance(folders, weights, rank, chosen),
+            provenance=provenance,
         )
 
 
@@ -245,6 +258,19 @@ class _Sum:
         for folder, _ in self._parts[1:]:
             found = torch.promote_types(found, folder.dtype())
         return found
+
+    def has_experts(self) -> bool:
+        """Whether some module is of one expert, or stacks them."""
+        return any(module.kind == "experts" or is_of_an_expert(name) for name, module in self.modules.items())
+
+    def beside(self, dtype: torch.dtype, whole: Mapping[str, Tensor]) -> int:
+        """Bytes in a file of this that do not grow with the rank: biases, whole tensors, and what a header needs."""
+        modules = self.modules.values()
+        biases = [module.size[0] for module in modules] if any(module.bias for module in modules) else []
+        names = [*(name for module in modules for name in module.tensor_names()), *whole]
+        # An entry of the header: type, shape, and two places of up to 13 digits.
+        header = sum(len(name) + 120 for name in names) + sum(len(module.name) + 160 for module in modules)
+        return header + dtype.itemsize * sum(biases) + sum(tensor.nbytes for tensor in whole.values())
 
     def extras(self) -> str | None:
         """What there is beside factors, in words."""
@@ -375,7 +401,7 @@ def _provenance(
         ],
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
-        "options": {"form": form, "rule": told or describe(each(rank))},  # type: ignore[arg-type]
+        "options": {"form": form, "rule": told or describe(as_rule(rank))},  # type: ignore[arg-type]
         "versions": {
             "peft-posthoc": metadata.version("peft-posthoc"),
             "python": platform.python_version(),

@@ -44,7 +44,7 @@ def resize(adapter: Path, out: Path, rank: Asked, **options: Any) -> None:
     """
     from peft_posthoc.resize import resize as run
 
-    rule = _rule(rank) or 32
+    rule = rank.one() or 32
     _write(out, lambda **given: run(adapter, rule, **given), **options)
 
 
@@ -63,19 +63,8 @@ def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, rank: As
 
     if len(adapters) < 2:
         raise click.UsageError("Give at least two adapters, and the folder to write: A B OUT.")
-    rule, shares = _rule(rank), None if weights is None else _numbers(weights)
+    rule, shares = rank.one(), None if weights is None else _numbers(weights)
     _write(out, lambda **given: run(adapters, shares, rule, **given), **options)
-
-
-def _rule(asked: Asked) -> Any:
-    """The rank rule asked for; None if none is.
-
-    Raises:
-        click.UsageError: It is one of all layers together.
-    """
-    if asked.shares_out():
-        raise click.UsageError("Give --rank, --energy or --error: a budget is for `phlora extract`.")
-    return asked.one()
 
 
 def _write(
