@@ -160,9 +160,10 @@ def targeted(chosen: Iterable[str], plan: Plan) -> list[str]:
     while extra := matched(target_modules(modules, layout), layout) - modules:
         stuck = sorted(module for module in extra if module not in slots)
         if stuck:
+            adapted = next((m for m in sorted(modules) if stuck[0] in matched([m], layout)), stuck[0])
             raise AdapterError(
-                f"PEFT would take the name of an adapted module to mean `{stuck[0]}` too, which has no LoRA form. "
-                "Leave that module out with `--exclude`."
+                f"PEFT would take `{adapted}`, which is adapted, to mean `{stuck[0]}` too, which has no LoRA form. "
+                f"Leave the first one out: `--exclude '^{re.escape(adapted)}\\.'`."
             )
         modules |= extra
     return [module for module in slots if module in modules]

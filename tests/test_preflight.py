@@ -1,5 +1,6 @@
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -104,8 +105,10 @@ def test_names_that_peft_would_misread_are_found_before_a_tensor_is_read(tmp_pat
     for side in ("base", "tuned"):
         save_file(weights, tmp_path / f"{side}.safetensors")
         pair.append(NeverRead(tmp_path / f"{side}.safetensors"))
-    with pytest.raises(AdapterError, match=r"to mean `b\.q` too"):
+    with pytest.raises(AdapterError, match=r"take `q`.* to mean `b\.q` too") as raised:
         extract(*pair, 2)
+    (pattern,) = re.findall(r"--exclude '(.*)'", str(raised.value))
+    assert preflight(*pair, 2, exclude=pattern).rows
 
 
 def test_a_large_model_s_takes_no_longer_than_its_headers(tmp_path):
