@@ -98,9 +98,10 @@ def as_named(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], layo
         one = next(iter(names))
         told.append(f"{len(names)} as the model itself names them (`{one}` is `{names[one]}`)")
     changes: list[tuple[str, str]] = []
+    taken = set(names.values())
     while change := _change_of_beginning(
         {name: shape for name, shape in strange.items() if name not in names},
-        {name: shape for name, shape in free.items() if name not in names.values()},
+        {name: shape for name, shape in free.items() if name not in taken},
         checkpoint.label,
         bulk=min(len(checkpoint.headers), len(wanted)) / 2,
         known={cut for cut, _ in changes if cut},
@@ -110,10 +111,11 @@ def as_named(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], layo
         one = next(iter(found))
         told.append(f"{len(found)} with another beginning (`{one}` is `{found[one]}`)")
         names |= found
+        taken |= set(found.values())
     for cut, put in changes:
         # What the other does not have goes along, such as the tensors of single experts.
-        along = {name: f"{put}{name.removeprefix(cut)}" for name in strange if name.startswith(cut)}
-        names |= {old: new for old, new in along.items() if cut and old not in names and new not in names.values()}
+        along = {name: f"{put}{name.removeprefix(cut)}" for name in strange if cut and name.startswith(cut)}
+        names |= {old: new for old, new in along.items() if old not in names and new not in taken}
     notes = tuple(f"Names of `{checkpoint.label}`: {line}" for line in told)
     return Renamed(renamed(checkpoint, names) if names else checkpoint, notes)
 
