@@ -21,8 +21,8 @@ from peft_posthoc.rank import Rank, in_advance
 from peft_posthoc.report import shorten, size
 from peft_posthoc.svd import LowRank
 
-# Python and PyTorch alone. With what `_work` adds, estimates were 0.96 to 1.14 of what was measured: 12 layers of
-# 768 x 3072 (275 against 242 MB), one of Llama 7B at rank 32 and 128 (729, 746; 875, 909), 4 of 2048 x 5632 (505, 471).
+# Python and PyTorch alone. With what `_work` adds, estimates were 0.96 to 1.20 of what was measured: 12 layers of
+# 768 x 3072 (291 against 242 MB), one of Llama 7B at rank 32 and 128 (729, 746; 875, 909), 4 of 2048 x 5632 (505, 471).
 _PROCESS = 230e6
 # Where a rule looks at the spectrum its rank is not known before: sizes are told for this one.
 _ASSUMED = 32
