@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hf_callbacks.base import Base, remembered
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.run import FINAL, Run
-from peft_posthoc.cli import CHOICE, FORM, NAMES, VOCAB
+from peft_posthoc.options import CHOICE, FORM, NAMES, VOCAB
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
 

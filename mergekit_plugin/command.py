@@ -18,11 +18,12 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
-from peft_posthoc.cli import CHOICE, DTYPE, FORM, dtype_of, one_line_errors, show
+from peft_posthoc.cli import one_line_errors, show
 from peft_posthoc.device import pick_device
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.extract import extract
 from peft_posthoc.folder import Folder
+from peft_posthoc.options import CHOICE, DTYPE, FORM, dtype_of
 from peft_posthoc.peft_format import check_target
 from peft_posthoc.plan import make_plan
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from peft_posthoc.cli import OUTPUT, check_file, dtype_of, show
+from peft_posthoc.cli import check_file, show
 from peft_posthoc.errors import PosthocError
+from peft_posthoc.options import DTYPES, OUTPUT, dtype_of
 
 # As in `engines.ENGINES`, which a test holds against this: importing it for `phlora --help` would take a second.
 NAMES = ("peft", "vllm", "sglang", "lorax", "tgi", "trtllm", "nim", "llamacpp", "mlx", "all")
@@ -20,7 +21,7 @@ NAMES = ("peft", "vllm", "sglang", "lorax", "tgi", "trtllm", "nim", "llamacpp", 
 @click.option("--fix", "out", type=click.Path(path_type=Path), metavar="OUT", help="Write it as all engines read it.")
 @click.option(
     "--dtype",
-    type=click.Choice(("float32", "bfloat16", "float16")),
+    type=click.Choice(DTYPES),
     help="Of the factors in OUT.  [default: ADAPTER's]",
 )
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")

@@ -9,20 +9,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 from peft_posthoc.errors import PosthocError, ShareDone, one_line
+from peft_posthoc.options import CHOICE, DTYPE, FORM, HTML, MODELS, NAMES, OUTPUT, VOCAB, dtype_of
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 # Packages beside this one add commands to `phlora` by entry points of this group.
 COMMANDS = "peft_posthoc.commands"
@@ -95,82 +91,6 @@ def one_line_errors(
         fail(f"{what}{one_line(error)}", 1)
 
 
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-NAMES = _options(
-    click.option(
-        "--map",
-        "rename",
-        multiple=True,
-        metavar="'REGEX=>NAME'",
-        help="Rename tensors of both before they are compared.",
-    ),
-    click.option(
-        "--serve-as",
-        metavar="CLASS",
-        help="The class, or a model's folder, that the adapter is for.  [default: BASE's]",
-    ),
-)
-_MODELS = _options(
-    click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id."),
-    click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
-    click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
-)
-VOCAB = click.option(
-    "--vocab",
-    type=click.Choice(("error", "truncate", "extend")),
-    default="error",
-    show_default=True,
-    help="Where the vocabularies differ: stop, compare what both have, or keep tuned's embeddings whole (--form peft).",
-)
-HTML = click.option(
-    "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write a page with drawings and tables that can be sorted, for a browser.",
-)
-DTYPE = click.option("--dtype", type=click.Choice(_DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
-FORM = click.option(
-    "--form",
-    type=click.Choice(("portable", "peft")),
-    default="portable",
-    show_default=True,
-    help="portable: what every engine loads. peft: all that changed, as exactly as PEFT can hold it.",
-)
-CHOICE = _options(
-    click.option("--include", multiple=True, metavar="REGEX", help="Carry only weights whose name this is found in."),
-    click.option("--exclude", multiple=True, metavar="REGEX", help="Do not carry weights whose name this is found in."),
-    click.option("--embeddings", is_flag=True, help="Carry token embeddings too."),
-    click.option("--head", is_flag=True, help="Carry the output head (lm_head) too."),
-    click.option("--conv", is_flag=True, help="Carry convolutions too."),
-    click.option(
-        "--experts",
-        type=click.Choice(("none", "per-expert", "fused")),
-        help="Carry experts: per-expert for serving engines, fused for PEFT.  [default: none; fused in --form peft]",
-    ),
-    click.option("--exact", is_flag=True, help="LAPACK's full SVD for every weight."),
-)
-OUTPUT = _options(
-    click.option("--quiet", is_flag=True, help="No progress bar, no table: errors only."),
-    click.option(
-        "--json",
-        "json_to",
-        is_flag=False,
-        flag_value="-",
-        metavar="[FILE]",
-        help="Write the result as JSON into FILE, or to stdout in place of the table.",
-    ),
-    click.option("--debug", is_flag=True, help="Show a traceback when something goes wrong."),
-)
-
-
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="peft-posthoc", prog_name="phlora")
 def main() -> None:
@@ -196,7 +116,7 @@ def main() -> None:
 @CHOICE
 @VOCAB
 @NAMES
-@_MODELS
+@MODELS
 @OUTPUT
 def extract(
     base: str,
@@ -271,7 +191,7 @@ def extract(
 @CHOICE
 @VOCAB
 @NAMES
-@_MODELS
+@MODELS
 @OUTPUT
 def inspect(
     base: str,
@@ -309,7 +229,7 @@ def inspect(
 @click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below.")
 @click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above.")
 @NAMES
-@_MODELS
+@MODELS
 @OUTPUT
 def verify(
     out: Path,
@@ -379,15 +299,6 @@ def _token_ids(text: str) -> list[int]:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError as error:
         raise click.BadParameter(f"`{text}` is not a list of numbers.", param_hint="--token-ids") from error
-
-
-def dtype_of(name: str | None) -> Any:
-    """The type that `DTYPE` says; None for the tuned checkpoint's."""
-    if name is None:
-        return None
-    import torch
-
-    return getattr(torch, name)
 
 
 def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:

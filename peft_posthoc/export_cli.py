@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from peft_posthoc.cli import OUTPUT, check_file, dtype_of, show
+from peft_posthoc.cli import check_file, show
+from peft_posthoc.options import DTYPES, OUTPUT, dtype_of
 
 TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
 
@@ -20,7 +21,7 @@ TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
 @click.option(
     "--dtype",
-    type=click.Choice(("float32", "bfloat16", "float16")),
+    type=click.Choice(DTYPES),
     help="Of what is written.  [default: the adapter's; merged: the base's]",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier export that is at OUT.")

@@ -158,19 +158,8 @@ def _write(
     }
     if stacks:
         config["target_parameters"] = target_parameters(stacks)
-    exported = Exported(
-        to=to,
-        adapter=deltas.folder.label,
-        base=deltas.base.label,
-        out=str(out),
-        dtype=str(dtype).removeprefix("torch."),
-        matrices=len(deltas.names),
-        rank_before=deltas.rank,
-        rank=rank,
-        files=(WEIGHTS, CONFIG),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        notes=tuple(notes),
-    )
+    count = sum(tensor.nbytes for tensor in tensors.values())
+    exported = Exported.of(to, deltas, out, dtype, rank, (WEIGHTS, CONFIG), count, notes)
     provenance = {
         "adapter": exported.adapter,
         "base": exported.base,

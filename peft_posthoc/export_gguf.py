@@ -102,19 +102,7 @@ def write(
             writer.write_tensors_to_file()
         finally:
             writer.close()
-    return Exported(
-        to="gguf",
-        adapter=deltas.folder.label,
-        base=deltas.base.label,
-        out=str(out),
-        dtype=str(dtype).removeprefix("torch."),
-        matrices=len(deltas.names),
-        rank_before=deltas.rank,
-        rank=rank,
-        files=(os.path.basename(out),),
-        bytes=size,
-        notes=tuple(deltas.notes()),
-    )
+    return Exported.of("gguf", deltas, out, dtype, rank, (os.path.basename(out),), size, deltas.notes())
 
 
 def interleave(b: Tensor, heads: int) -> Tensor:

@@ -52,19 +52,8 @@ def write(
         "model": deltas.base.label,
     }
     files = ("adapters.safetensors", "adapter_config.json")
-    exported = Exported(
-        to="mlx",
-        adapter=deltas.folder.label,
-        base=deltas.base.label,
-        out=str(out),
-        dtype=str(dtype).removeprefix("torch."),
-        matrices=len(deltas.names),
-        rank_before=deltas.rank,
-        rank=rank,
-        files=files,
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        notes=tuple(deltas.notes()),
-    )
+    count = sum(tensor.nbytes for tensor in tensors.values())
+    exported = Exported.of("mlx", deltas, out, dtype, rank, files, count, deltas.notes())
     with staged(out, what="The MLX adapter") as made:
         made.mkdir()
         save_file(tensors, made / files[0], metadata={"format": "mlx"})

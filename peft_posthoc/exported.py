@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.peft_format import REPORT
 from peft_posthoc.report import size
+
+if TYPE_CHECKING:
+    import torch
+
+    from peft_posthoc.deltas import Deltas
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,33 @@ class Exported:
     bytes: int
     notes: tuple[str, ...] = ()
     """What is other than one would expect."""
+
+    @classmethod
+    def of(
+        cls,
+        to: str,
+        deltas: Deltas,
+        out: str | os.PathLike[str],
+        dtype: torch.dtype,
+        rank: int,
+        files: tuple[str, ...],
+        count: int,
+        notes: Sequence[str],
+    ) -> Exported:
+        """The account of factors that were written, `count` bytes of them."""
+        return cls(
+            to=to,
+            adapter=deltas.folder.label,
+            base=deltas.base.label,
+            out=str(out),
+            dtype=str(dtype).removeprefix("torch."),
+            matrices=len(deltas.names),
+            rank_before=deltas.rank,
+            rank=rank,
+            files=files,
+            bytes=count,
+            notes=tuple(notes),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The account as plain JSON values."""

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peft_posthoc.cli import OUTPUT as OUTPUT
-from peft_posthoc.cli import _options, check_file, dtype_of, show
+from peft_posthoc.cli import check_file, show
+from peft_posthoc.options import DTYPES, OUTPUT, dtype_of, together
 from peft_posthoc.rank_options import RANK, Asked
 
 if TYPE_CHECKING:
     from peft_posthoc.resized import Resized
 
-_SHARED = _options(
+_SHARED = together(
     click.option(
         "--dtype",
-        type=click.Choice(("float32", "bfloat16", "float16")),
+        type=click.Choice(DTYPES),
         help="Of the new adapter.  [default: that of the old ones]",
     ),
     click.option(

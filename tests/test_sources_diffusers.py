@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from peft_posthoc import CheckpointError, extract, open_checkpoint
 from peft_posthoc.layout import GUESSED
+from tests import diffusion
 from tests.test_checkpoint import same
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -94,17 +95,8 @@ def diffusers():
     return pytest.importorskip("diffusers", reason="diffusers is not installed.")
 
 
-def unet(diffusers):
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    ), (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 16))
+def unet(_):
+    return diffusion.unet(), (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 16))
 
 
 def transformer(diffusers):
