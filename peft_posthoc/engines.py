@@ -48,8 +48,9 @@ def _peft(subject: Subject) -> list[str]:
 
 
 def _vllm(subject: Subject) -> list[str]:
+    # One slot more than adapters: on CPU (0.32), with none free, requests to the base get the last slot's adapter.
     return [
-        f"vllm serve {_base(subject)} --enable-lora --max-lora-rank {_vllm_rank(subject)} --max-loras 1 "
+        f"vllm serve {_base(subject)} --enable-lora --max-lora-rank {_vllm_rank(subject)} --max-loras 2 "
         f"--lora-modules {_name(subject)}={_path(subject)}"
     ]
 
@@ -82,24 +83,24 @@ def _trtllm(subject: Subject) -> list[str]:
 
 def _nim(subject: Subject) -> list[str]:
     return [
-        f"mkdir adapters && cp -r {_path(subject)} adapters/{_name(subject)}  # a folder for each adapter",
-        f"NIM_PEFT_SOURCE=adapters, with --enable-lora --max-loras 1 --max-lora-rank {_vllm_rank(subject)}",
+        f"mkdir -p nim-adapters && cp -r {_path(subject)} nim-adapters/  # a folder for each adapter",
+        f'NIM_PEFT_SOURCE="$PWD/nim-adapters", with --enable-lora --max-loras 1 --max-lora-rank {_vllm_rank(subject)}',
     ]
 
 
 def _llamacpp(subject: Subject) -> list[str]:
     name = _name(subject)
     return [
-        f"python convert_lora_to_gguf.py {_path(subject)} --base {_base(subject)} --outfile {name}.gguf",
+        f"phlora export {_path(subject)} {name}.gguf --to gguf --base {_base(subject)}  # or llama.cpp's converter",
         f"llama-server -m base.gguf --lora {name}.gguf  # Ollama: ADAPTER {name}.gguf",
     ]
 
 
 def _mlx(subject: Subject) -> list[str]:
+    out = f"{_name(subject)}-mlx"
     return [
-        "MLX reads a form of its own: adapters.safetensors with the factors transposed as lora_a and lora_b, and an "
-        "adapter_config.json with fine_tune_type, num_layers and lora_parameters "
-        f"(rank {subject.max_rank}, scale, keys)"
+        f"phlora export {_path(subject)} {out} --to mlx --base {_base(subject)}",
+        f"mlx_lm.server --model {_base(subject)} --adapter-path {out}",
     ]
 
 

@@ -38,7 +38,7 @@ def write(
         AdapterError: MLX-LM has no place for something in it, or it cannot be written.
     """
     del force  # Seen to by the caller.
-    _check(deltas)
+    check(deltas)
     dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
     tensors: dict[str, Tensor] = {}
     for module, a, b in tqdm(_modules(deltas, rank, dtype), desc="Modules", disable=not progress):
@@ -63,7 +63,12 @@ def write(
     return exported
 
 
-def _check(deltas: Deltas) -> None:
+def check(deltas: Deltas) -> None:
+    """Whether MLX-LM has a place for all of it.
+
+    Raises:
+        AdapterError: It has not.
+    """
     deltas.only_factors("MLX-LM")
     kind = (deltas.base.config or {}).get("model_type")
     if kind not in _MODEL_TYPES:

@@ -8,6 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from peft_posthoc import export_mlx
+from peft_posthoc.deltas import Deltas
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.lora_folder import LoraFolder
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.portable import safe_rank
 from peft_posthoc.subject import EMBEDDING_FACTOR, EXPERT, FACTOR, Factored, Subject, leaf_of
@@ -203,6 +207,26 @@ def exotic_names(subject: Subject) -> tuple[str, ...]:
     return tuple(module for module in subject.modules if module not in skipped and not _LAYERED.fullmatch(module))
 
 
+def overwriting(subject: Subject) -> tuple[str, ...]:
+    """Norms, biases and whole weights that PEFT, not told of them by the configuration, writes over the base's."""
+    biases = subject.biases if not bias_setting(subject) else ()
+    names = (name for name in (*subject.norms, *biases, *subject.whole) if not subject.is_kept_whole(name))
+    if subject.base is None:
+        return tuple(names)
+    return tuple(name for name in names if name.removeprefix(PREFIX) in subject.base.checkpoint.headers)
+
+
+def not_for_mlx(subject: Subject) -> tuple[str, ...]:
+    """The refusal of `phlora export --to mlx`, if it refuses the adapter."""
+    try:
+        with LoraFolder(subject.label) as folder:
+            if subject.base is not None:
+                export_mlx.check(Deltas(folder, subject.base.checkpoint, subject.base.layout))
+    except AdapterError as error:
+        return (str(error),)
+    return ()
+
+
 def kept_norms(subject: Subject) -> tuple[str, ...]:
     """Norms that llama.cpp's converter knows by their names."""
     return tuple(name for name in subject.norms if "_layernorm" in name or ".norm" in name)
@@ -224,6 +248,22 @@ def strangers(subject: Subject) -> tuple[str, ...]:
         for module in subject.modules
         if module not in handled and module.removesuffix(".base_layer") not in classes
     )
+
+
+def unmapped(subject: Subject) -> tuple[str, ...]:
+    """Modules that the base's class does not have, with or without a wrapper's `language_model.` in their names."""
+    classes = subject.base.layout.classes if subject.base is not None else {}
+    return tuple(module for module in strangers(subject) if module.replace("language_model.", "") not in classes)
+
+
+def in_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of numbered layers."""
+    return tuple(name for name in names if ".layers." in name)
+
+
+def other_adapters(subject: Subject) -> tuple[str, ...]:
+    """Other safetensors files in the folder with tensors that an engine would take for the adapter's."""
+    return tuple(file for file, names in subject.others.items() if any(".lora_" in one or ".layers." in one for one in names))
 
 
 def fused_names(subject: Subject) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def _pickle(parts: Parts) -> None:
 
 
 def _other_file(parts: Parts) -> None:
-    parts.files["optimizer.safetensors"] = {"state": torch.zeros(3)}
+    parts.files["earlier.safetensors"] = {name: tensor / 2 for name, tensor in parts.tensors.items()}
 
 
 def _head(parts: Parts) -> None:
@@ -139,7 +139,7 @@ OWN_SCALE = _config(alpha_pattern={"q_proj": 4})
 RSLORA = _config(use_rslora=True)
 DORA = _config(use_dora=True)
 MAGNITUDE = _all(DORA, lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector", 32))
-PISSA = _config(init_lora_weights="pissa_niter_4")
+PISSA = _config(init_lora_weights="pissa")
 REPLICATION = _config(layer_replication=[[0, 2], [1, 2]])
 
 
@@ -185,7 +185,6 @@ CASES: dict[str, Case] = {
     "rslora-lorax": Case(RSLORA),
     "scale-trtllm": Case(OWN_SCALE),
     "scale-llamacpp": Case(RSLORA),
-    "mixed-ranks-mlx": Case(OWN_RANK),
     "rank-above-512": Case(_all(lambda parts: parts.cut(528), _config(r=528, lora_alpha=528))),
     "dora": Case(DORA),
     "dora-ignored": Case(DORA),
@@ -206,9 +205,10 @@ CASES: dict[str, Case] = {
     "modules-to-save-missing": Case(_config(modules_to_save=["norm"]), "llama"),
     "whole-weights": Case(WHOLE_HEAD),
     "whole-weights-ignored": Case(WHOLE_HEAD),
+    "whole-weights-sglang": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.weight", 32, 32)),
     "whole-weights-trtllm": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.weight", 32, 32)),
     "whole-head-trtllm": Case(WHOLE_HEAD),
-    "norms-overwrite": Case(NORM, "llama"),
+    "overwrites-base": Case(NORM, "llama"),
     "norms": Case(NORM),
     "norms-ignored": Case(NORM),
     "norms-llamacpp": Case(NORM),
@@ -226,7 +226,8 @@ CASES: dict[str, Case] = {
     "adapter-in-names": Case(_names_of_adapter, "llama"),
     "adapter-in-names-ignored": Case(_names_of_adapter),
     "wrong-path": Case(lambda parts: parts.rename("model.layers", "model.language_model.layers"), "llama"),
-    "wrong-path-mlx": Case(lambda parts: parts.rename("model.layers", "model.language_model.layers"), "llama"),
+    "unknown-names-llamacpp": Case(lambda parts: parts.rename(".mlp.", "."), "llama"),
+    "mlx-export": Case(DORA),
     "fused-names": Case(lambda parts: parts.rename("q_proj", "qkv_proj"), "llama"),
     "other-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
     "larger-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
@@ -278,7 +279,16 @@ FINE: dict[str, tuple[tuple[str, ...], Case]] = {
         ("mixed-ranks-of-a-leaf",),
         Case(_all(lambda parts: parts.cut(12, only="layers.0"), _config(rank_pattern={r".*\.0\..*": 12}))),
     ),
-    "norms in modules_to_save": (("norms-overwrite",), Case(_all(NORM, _config(modules_to_save=["input_layernorm"])))),
+    "a file of something else": (
+        ("other-safetensors",),
+        Case(lambda parts: parts.files.update({"optimizer.safetensors": {"state": torch.zeros(3)}})),
+    ),
+    "names of a wrapper's language model": (
+        ("unknown-names-llamacpp",),
+        Case(lambda parts: parts.rename("model.layers", "model.language_model.layers"), "llama"),
+    ),
+    "own ranks, which the export pads": (("mlx-export",), Case(OWN_RANK)),
+    "norms in modules_to_save": (("overwrites-base",), Case(_all(NORM, _config(modules_to_save=["input_layernorm"])))),
     "a classifier": (("modules-to-save",), Case(_config(modules_to_save=["score"]))),
     "full names as targets": (
         ("untargeted", "untargeted-in-peft"),

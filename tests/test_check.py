@@ -114,7 +114,7 @@ def what_peft_does(folder, base):
 # Of what is spoiled there, that which a dense Llama and its PEFT tell apart.
 FOR_PEFT = [
     *("rank-not-as-configured", "patterns-before-0.32", "mixed-ranks", "scale-sglang", "missing-keys", "no-peft-type"),
-    *("norms-overwrite", "modules-to-save-missing", "no-prefix", "adapter-in-names", "wrong-path", "fused-names"),
+    *("overwrites-base", "modules-to-save-missing", "no-prefix", "adapter-in-names", "wrong-path", "fused-names"),
     *(
         "other-shapes",
         "smaller-shapes",
@@ -229,6 +229,7 @@ BY_PEFT = {
         {
             **{engine: {"lora-bias"} for engine in ("vllm", "sglang", "trtllm", "llamacpp")},
             **{engine: {"lora-bias-ignored"} for engine in ("lorax", "tgi")},
+            "mlx": {"mlx-export"},
         },
     ),
     "dora": (
@@ -236,7 +237,7 @@ BY_PEFT = {
         {
             **{engine: {"dora"} for engine in ("vllm", "sglang")},
             **{engine: {"dora-ignored"} for engine in ("lorax", "tgi")},
-            **{"llamacpp": {"dora-gguf"}, "trtllm": {"dora-trtllm"}},
+            **{"llamacpp": {"dora-gguf"}, "trtllm": {"dora-trtllm"}, "mlx": {"mlx-export"}},
         },
     ),
 }
@@ -269,7 +270,7 @@ def test_single_experts_of_extract(make, tmp_path):
     base, tuned = models.save_pair(make(), tmp_path)
     folder = extract(base, tuned, serving.RANK, experts="per-expert").save(tmp_path / "adapter")
     seen = found(folder, base)
-    unread = dict.fromkeys(("lorax", "tgi", "mlx"), frozenset({"single-experts-unread"}))
+    unread = dict.fromkeys(("lorax", "tgi"), frozenset({"single-experts-unread"}))
     named = {} if make is models.mixtral else {"trtllm": {"expert-names-trtllm"}}
     assert {engine: names for engine, names in seen.items() if names} == unread | named
 
@@ -292,7 +293,7 @@ def test_embeddings_and_head_of_extract(pair, request, tmp_path):
 
 def test_the_flags_that_an_engine_is_started_with(good, llama_pair):
     serve = {outcome.engine: " ".join(outcome.serve) for outcome in check(good, base=llama_pair[0]).outcomes}
-    assert f"vllm serve {llama_pair[0]} --enable-lora --max-lora-rank 16 --max-loras 1" in serve["vllm"]
+    assert f"vllm serve {llama_pair[0]} --enable-lora --max-lora-rank 16 --max-loras 2" in serve["vllm"]
     leaves = "--lora-target-modules down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
     assert leaves in serve["sglang"]
     assert "--max-lora-rank 16" in serve["sglang"]

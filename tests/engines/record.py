@@ -1,0 +1,116 @@
+"""What the engines did, kept in `outcomes.json`: `record` runs them, `kept` reads it."""
+
+import datetime
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests import models, serving
+from tests.engines import subjects
+from tests.engines.running import ENGINES, Engine, Run, difference, run
+
+KEPT = Path(__file__).with_name("outcomes.json")
+
+
+def kept() -> dict[str, Any]:
+    """By engine, what it did when it was last run."""
+    return json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+
+
+def record(names: list[str]) -> dict[str, Any]:
+    """Run the engines of these names; what the others did is left as it is kept."""
+    outcomes = kept()
+    with tempfile.TemporaryDirectory() as folder:
+        right = {name: Right(name, Path(folder)) for name in subjects.BASES}
+        spoiled = {name: Spoiled(name, Path(folder)) for name in subjects.SPOILED_BASES}
+        for name in names:
+            engine = ENGINES[name]
+            print(engine.title, flush=True)
+            outcomes[name] = {
+                "date": datetime.date.today().isoformat(),
+                "right": {base: made.by(engine) for base, made in right.items()},
+            }
+            outcomes[name]["versions"] = outcomes[name]["right"]["llama"].pop("versions")
+            for one in outcomes[name]["right"].values():
+                one.pop("versions", None)
+            if engine.rules is not None:
+                found = (made.by(engine) for made in spoiled.values())
+                outcomes[name]["spoiled"] = {case: what for one in found for case, what in one.items()}
+    KEPT.write_text(json.dumps({name: outcomes[name] for name in ENGINES if name in outcomes}, indent=1) + "\n")
+    return outcomes
+
+
+class Right:
+    """A base, adapters of its fine-tune as `phlora extract` writes them, and these spoiled on purpose."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.pair = subjects.save_pair(subjects.BASES[name], folder / name)
+        self.base = subjects.next_token(models.load(self.pair.base))
+        self.tuned = subjects.next_token(models.load(self.pair.tuned))
+        self.adapters = subjects.right_adapters(self.pair, folder / name)
+        self.good = self.adapters["full rank"]
+        self.wrong = subjects.wrong_adapters(self.good, folder / name / "wrong")
+        self.held = {
+            what: subjects.next_token(models.load(subjects.held(self.pair, adapter, folder / name / f"held {what}")))
+            for what, adapter in self.adapters.items()
+        }
+        self.meant = {
+            what: subjects.next_token(subjects.meant(adapter, self.pair.base, self.good))
+            for what, adapter in self.adapters.items()
+        }
+
+    def by(self, engine: Engine) -> dict[str, Any]:
+        """What an engine makes of them."""
+        mixed = [(what, number) for number, what in enumerate(2 * [*list(self.adapters)[:2], None])]
+        ran = run(engine, self.pair.base, self.adapters | self.wrong, subjects.prompts(), mixed=mixed)
+        wanted = self.meant | dict.fromkeys(self.wrong, self.meant["full rank"])
+        found = {what: _told(ran, what, wanted[what], self.base) for what in (*self.adapters, *self.wrong)}
+        for what, held in self.held.items():
+            if not isinstance(ran.adapters[what], str):
+                found[what] |= {"from_tuned": difference(ran.adapters[what], held)}
+        told: dict[str, Any] = {"versions": ran.versions, "base": difference(ran.base, self.base), "adapters": found}
+        if ran.mixed is not None:
+            alone = [(self.base if what is None else self.meant[what])[number] for what, number in mixed]
+            told["mixed"] = difference(ran.mixed, np.stack(alone))
+        return told
+
+
+class Spoiled:
+    """A base, and for every rule about it the adapter that breaks it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        where = folder / f"spoiled-{name}"
+        self.pair = subjects.save_pair(subjects.SPOILED_BASES[name], where)
+        good = subjects.extract(*self.pair, serving.RANK).save(where / "good")
+        cases = {what: case for what, case in subjects.SPOILED.items() if (case.base or "llama") == name}
+        self.adapters = {what: serving.make(case, good, where / what) for what, case in cases.items()}
+        self.base = subjects.next_token(models.load(self.pair.base))
+        self.meant = {
+            what: subjects.next_token(subjects.meant(adapter, self.pair.base, good))
+            for what, adapter in self.adapters.items()
+        }
+
+    def by(self, engine: Engine) -> dict[str, Any]:
+        """What an engine makes of them."""
+        ran = run(engine, self.pair.base, self.adapters, subjects.prompts())
+        return {what: _told(ran, what, wanted, self.base) for what, wanted in self.meant.items()}
+
+
+def rounding(own: float) -> float:
+    """What an adapter may add to the difference that an engine has with transformers without one."""
+    return 1e-4 + 3 * own
+
+
+def _told(ran: Run, what: str, wanted: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    found, most = ran.adapters[what], rounding(difference(ran.base, base))
+    if isinstance(found, str):
+        return {"verdict": "refused", "said": found[:200]}
+    told = {"verdict": "right", "difference": difference(found, wanted)}
+    if what in ran.beside:
+        told["beside"] = difference(ran.beside[what], ran.base)
+    if max(told["difference"], told.get("beside", 0)) > most:
+        told["verdict"] = "silently wrong"
+    return told

@@ -1,0 +1,147 @@
+"""What the engines are given: four bases with their fine-tunes, right adapters of these, and spoiled ones.
+
+Sizes are those that all engines take: heads of 32 (vLLM's attention on CPU), rows a multiple of 32 (llama.cpp).
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_posthoc import extract
+from peft_posthoc.peft_format import PREFIX
+from peft_posthoc.subject import Subject
+from tests import models, serving
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+BASES: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": lambda: models.llama(**SIZES),
+    "qwen2": lambda: models.qwen2(**SIZES),
+    "qwen3": lambda: models.decoder("Qwen3", head_dim=32, **SIZES),
+    "gemma": lambda: models.decoder("Gemma", head_dim=32, **SIZES),
+}
+# One head: the width of `tests/serving.py`'s adapters, 32, is then that of vLLM's smallest head.
+ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1}
+SPOILED_BASES: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": lambda: models.llama(**ONE_HEAD),
+    "tied": lambda: models.llama(tie_word_embeddings=True, **ONE_HEAD),
+    "qwen2": lambda: models.qwen2(**ONE_HEAD),
+}
+# Of `tests/serving.py`, what can be served on a dense language model of a small vocabulary.
+SPOILED = {
+    name: case
+    for name, case in serving.CASES.items()
+    if not {"expert", "experts", "towers", "vocabulary"} & {*name.split("-")}
+}
+MORE_THAN_FACTORS = ("use_dora", "layer_replication", "modules_to_save")
+# Spoiled on purpose, so that a comparison which does not see it is worth nothing.
+WRONG: dict[str, serving.Spoil] = {
+    "alpha twice": lambda parts: parts.configure(lora_alpha=2 * parts.config["r"]),
+    "a layer missing": lambda parts: parts.drop("layers.1.self_attn.o_proj"),
+    "no prefix": lambda parts: parts.rename("base_model.model.", ""),
+    "another prefix": lambda parts: parts.rename("base_model.model.model.", "base_model.model.model.language_model."),
+}
+
+
+class Pair(NamedTuple):
+    """A base and its fine-tune, in which everything changed, norms and biases too."""
+
+    base: Path
+    tuned: Path
+
+
+def prompts() -> list[list[int]]:
+    """Token ids: eight prompts of 5 to 19 tokens."""
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 96, (5 + 2 * i,), generator=draw).tolist() for i in range(8)]
+
+
+def save_pair(make: Callable[[], torch.nn.Module], folder: Path) -> Pair:
+    """A base whose outputs are far from uniform, and a fine-tune far from it."""
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
+    base, tuned = models.save_pair(model, folder, scale=0.05)
+    return Pair(Path(base), Path(tuned))
+
+
+def right_adapters(pair: Pair, folder: Path) -> dict[str, Path]:
+    """Adapters as `phlora extract` writes them."""
+    asked = {
+        "full rank": {"rank": 64},
+        "rank 8": {"rank": 8},
+        "full rank, embeddings and head": {"rank": 64, "embeddings": True, "head": True},
+    }
+    return {
+        name: extract(pair.base, pair.tuned, **options).save(folder / name.replace(",", "").replace(" ", "-"))
+        for name, options in asked.items()
+    }
+
+
+def wrong_adapters(good: Path, folder: Path) -> dict[str, Path]:
+    """The adapter, spoiled in each of the ways."""
+    return {name: serving.make(serving.Case(spoil), good, folder / name) for name, spoil in WRONG.items()}
+
+
+# What should come out.
+
+
+@torch.no_grad()
+def next_token(model: torch.nn.Module) -> np.ndarray:
+    """The log-probabilities of the next token after each prompt, by transformers."""
+    rows = [model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for prompt in prompts()]
+    return torch.stack(rows).numpy()
+
+
+def held(pair: Pair, adapter: Path, folder: Path) -> Path:
+    """The tuned model with everything that the adapter does not carry put back to the base."""
+    carried = {f"{module}.weight" for module in Subject.read(adapter).modules}
+    before, after = (load_file(models.weights_of(one)) for one in pair)
+    folder.mkdir()
+    (folder / "config.json").write_text((pair.base / "config.json").read_text())
+    weights = {name: after[name] if name in carried else before[name] for name in before}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def meant(adapter: Path, base: Path, good: Path) -> torch.nn.Module:
+    """The base with what the file says in it.
+
+    Factors and whole tensors are read by our own reading of them; where there is more (DoRA, ...) PEFT tells what is
+    meant; and the good adapter does where the file's names or shapes fit nothing.
+    """
+    subject = Subject.read(adapter)
+    taken_out = isinstance(subject.config.get("init_lora_weights"), str)
+    if taken_out or subject.base_copies or subject.setting(*MORE_THAN_FACTORS):
+        with contextlib.suppress(KeyError, RuntimeError):
+            return peft.PeftModel.from_pretrained(models.load(base), adapter).eval()
+    return _with(subject, base) or _with(Subject.read(good), base)
+
+
+@torch.no_grad()
+def _with(subject: Subject, base: Path) -> torch.nn.Module | None:
+    model = models.load(base)
+    if "lm_head" in subject.modules and model.config.tie_word_embeddings:
+        # Each of the two has factors of its own.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    weights = dict(model.named_parameters())
+    for name in (*subject.norms, *subject.biases, *subject.whole):
+        weight = weights.get(name.removeprefix(PREFIX))
+        if weight is None:
+            return None
+        weight.copy_(subject.weights.read(name))
+    for name, own in subject.modules.items():
+        weight = weights.get(f"{name}.weight")
+        product = own.kind.matrix(subject.weights.read(own.b).float() @ subject.weights.read(own.a).float())
+        if weight is None or weight.shape != product.shape:
+            return None
+        weight += subject.scale(name) * product
+    return model
