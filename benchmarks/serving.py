@@ -95,7 +95,7 @@ def version(python: Path, package: str) -> str:
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "SERVING.md", show_default=True)
 def main(work: Path, rounds: int, with_vllm: bool, quick: bool, results: Path) -> None:
     """Measure, and write the tables."""
-    large, small, counts, requests, tokens = LARGE, SMALL, (1, 8, 64), "1,4", 16
+    large, small, counts, requests, tokens = LARGE, SMALL, (1, 8, 64), "1,4", 8
     folders = work / "serving", work / "serving-small"
     if quick:
         large, small, counts, requests, tokens, rounds = QUICK, QUICK, (2,), "1,2", 4, 1

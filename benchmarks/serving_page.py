@@ -50,20 +50,23 @@ not run here.{kernel}
 
 ## Latency of one request
 
-The large model, a prompt of 32 tokens, {tokens} tokens after the first.
+The large model, a prompt of 32 tokens, {tokens} tokens after the first.{latency_in_vllm}
 
 {latency}
 """
 
 TENANTS_IN_VLLM = """\
 An engine of vLLM serves one full model: more are as many processes, and were not run. With adapters it has places for
-eight at a time and one to spare (for one tenant: one, and one), and 1 GB for keys and values either way.
+eight at a time and one to spare (for one tenant: one, and one). Either way it has 1 GB for keys and values, of which
+only the engine with adapters touches every page when it starts.
 
 """
 
 KERNEL = """ \
 vLLM has no kernel for adapters on a CPU: its fallback copies A and B once for every token of the batch
 (`vllm/lora/ops/torch_ops/lora_ops.py`), so that its rows here say nothing of vLLM on a GPU."""
+
+LATENCY_IN_VLLM = " vLLM's base is asked in the engine with adapters."
 
 
 class Load(NamedTuple):
@@ -101,6 +104,7 @@ def page(measured: Tree) -> str:
         throughput="\n".join(throughput_table(engines, measured["tenants_in_a_batch"] * tokens)),
         said="\n".join(said),
         kernel=KERNEL if vllm else "",
+        latency_in_vllm=LATENCY_IN_VLLM if vllm else "",
         latency="\n".join(latency_table(engines)),
     )
 
