@@ -34,6 +34,9 @@ the size. PEFT builds modules for an adapter, and draws initial weights that it 
 
 {tenants}
 
+PEFT's `load_adapter` takes the longer the more adapters the model has already: what many tenants save in memory they
+pay for with a slower start.
+
 {tenants_in_vllm}## Throughput of eight tenants
 
 The large model; prompts of 32 tokens, {tokens} new tokens each. All requests are one batch on base + adapters, or the
