@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-distributed bench lint wheel clean
+.PHONY: demo test test-distributed bench bench-serving lint wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -29,6 +29,9 @@ bench: $(READY)  ## Side by side with the other extractors, the callback's cost,
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/callback.py
 	$(BIN)/python benchmarks/merging.py
+
+bench-serving: $(READY)  ## The paper's claims about serving, in PEFT and, where it is installed, in vLLM; 13 GB of disk.
+	$(BIN)/python benchmarks/serving.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -27,6 +27,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 RANKS = (16, 32, 128, 512)
+OTHERS = "Others: [serving](SERVING.md), [resizing](RESIZING.md), [mergekit](MERGING.md), [callback](CALLBACK.md)."
 
 
 class Run(NamedTuple):
@@ -251,7 +252,7 @@ def main(work: Path, demo: Path, runs: int, slow_runs: int, results: Path) -> No
     """Measure, and write the tables."""
     work.mkdir(parents=True, exist_ok=True)
     text = ["# Results", "", "Written by `make bench`. " + machine(), ""]
-    text += [" ".join((__doc__ or "").split("\n\n")[1].split()), "", "## Extraction", ""]
+    text += [OTHERS, "", " ".join((__doc__ or "").split("\n\n")[1].split()), "", "## Extraction", ""]
     for name, shape in SHAPES.items():
         pair = make(work / name, **shape)
         title = f"{name}: {', '.join(f'{key} {value}' for key, value in shape.items())}"
