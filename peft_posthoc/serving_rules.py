@@ -57,7 +57,18 @@ VLLM_HELPER = "vllm/lora/peft_helper.py"
 CONVERT = "convert_lora_to_gguf.py"
 
 # vLLM classes that declare no `embedding_modules`; and those that do, as far as they were looked at (0.32).
-_NO_EMBEDDINGS = ("qwen2", "gemma2", "gemma3", "gemma3_text", "phi3", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4")
+_NO_EMBEDDINGS = (
+    "qwen2",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "phi3",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4",
+)
 _EMBEDDINGS = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen3_5", "exaone", "jamba", "solar", "lfm2")
 # vLLM classes with `is_3d_moe_weight` (0.32).
 _STACKED_EXPERTS = ("gpt_oss", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe", "interns1_pro")
@@ -102,7 +113,7 @@ RULES: tuple[Rule, ...] = (
         ("sglang", "lorax", "tgi"),
         WRONG,
         faults.other_adapters,
-        "loads every safetensors file of the folder: what is called like factors or layers takes the place of the adapter's",
+        "loads every safetensors file of the folder, and takes what is called like factors or layers for the adapter's",
         "move the others out of the folder; `--fix OUT` leaves them behind",
         "read: SGLang's DefaultModelLoader; LoRAX, TGI",
     ),
@@ -397,12 +408,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "biases",
-        ("sglang", "trtllm", "llamacpp"),
+        ("vllm", "sglang", "trtllm", "llamacpp"),
         REFUSED,
         lambda s: s.biases,
-        f"ends at tensors that are no factors (KeyError in SGLang and TensorRT-LLM, exit in {CONVERT})",
+        "ends at tensors that are no factors",
         LEAVE_OUT,
-        f"{SGLANG_RUN}; {TRT_READ}; run: {CONVERT}",
+        f"run: vLLM, {CONVERT}; {SGLANG_RUN}; {TRT_READ}",
     ),
     Rule(
         "lora-bias",

@@ -1,8 +1,8 @@
 """SGLang's own code from the adapter's folder to the buffers that its kernels read, on CPU.
 
 A server needs a GPU. `LoRAConfig`, `LoRAManager`'s checks, `LoRAAdapter` and `LoRAMemoryPool` are SGLang's, imported
-with stand-ins for what they only mention; the reading of the folder, as its `DefaultModelLoader` does, is one too. The product of the buffers, times SGLang's scale, is added to the base's weights, and
-transformers runs that.
+with stand-ins for what they only mention; the reading of the folder, as its `DefaultModelLoader` does, is one too. The
+product of the buffers, times SGLang's scale, is added to the base's weights, and transformers runs that.
 """
 
 import importlib.abc
@@ -29,8 +29,6 @@ ROOT = Path(next(iter(importlib.util.find_spec("sglang").submodule_search_locati
 
 
 class _StandIn(types.ModuleType):
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -48,7 +46,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: Any) -> Any:
-        return _StandIn(spec.name)
+        module = _StandIn(spec.name)
+        module.__path__ = []
+        return module
 
     def exec_module(self, module: Any) -> None:
         pass
@@ -88,8 +88,8 @@ for module, name, value in (
         value = importlib.import_module("sglang.srt.layers.utils.common").get_layer_id
     setattr(sys.modules[module], name, value)
 
-from sglang.srt.lora.lora_manager import LoRAManager
-from sglang.srt.lora.mem_pool import LoRAMemoryPool
+LoRAManager = importlib.import_module("sglang.srt.lora.lora_manager").LoRAManager
+LoRAMemoryPool = importlib.import_module("sglang.srt.lora.mem_pool").LoRAMemoryPool
 
 
 class Sglang:
@@ -143,7 +143,11 @@ class Sglang:
             for number, stacked in enumerate(layers):
                 rows = 0
                 for place, part in enumerate(parts.get(name, (name,))):
-                    (weight,) = (w for key, w in weights.items() if key.endswith(f".{part}.weight") and f"layers.{number}." in key)
+                    (weight,) = (
+                        w
+                        for key, w in weights.items()
+                        if key.endswith(f".{part}.weight") and f"layers.{number}." in key
+                    )
                     a = stacked[0, place * r : (place + 1) * r]
                     b = pool.B_buffer[name][number][0, rows : rows + len(weight), :r]
                     weight += scale * b @ a

@@ -2,12 +2,15 @@
 
 import datetime
 import json
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peft_posthoc import check
 from tests import models, serving
 from tests.engines import subjects
 from tests.engines.running import ENGINES, Engine, Run, difference, run
@@ -39,8 +42,35 @@ def record(names: list[str]) -> dict[str, Any]:
             if engine.rules is not None:
                 found = (made.by(engine) for made in spoiled.values())
                 outcomes[name]["spoiled"] = {case: what for one in found for case, what in one.items()}
+        said = {name: said_of(name, right, spoiled) for name in outcomes if ENGINES[name].rules is not None}
+        for name, (of_right, of_spoiled) in said.items():
+            for base, verdicts in of_right.items():
+                for what, verdict in verdicts.items():
+                    outcomes[name]["right"][base]["adapters"][what]["check"] = verdict
+            for case, verdict in of_spoiled.items():
+                outcomes[name]["spoiled"][case]["check"] = verdict
     KEPT.write_text(json.dumps({name: outcomes[name] for name in ENGINES if name in outcomes}, indent=1) + "\n")
     return outcomes
+
+
+def said_of(
+    name: str, right: Mapping[str, "Right"], spoiled: Mapping[str, "Spoiled"]
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """What `check` says of all the adapters for an engine: by base and adapter, and by case."""
+    rules = ENGINES[name].rules
+    assert rules is not None
+
+    def verdict(adapter: Path, base: Path) -> str:
+        return check(adapter, engines=[rules], base=base).outcomes[0].verdict
+
+    of_right = {
+        base: {what: verdict(adapter, made.pair.base) for what, adapter in (made.adapters | made.wrong).items()}
+        for base, made in right.items()
+    }
+    of_spoiled = {
+        case: verdict(adapter, made.pair.base) for made in spoiled.values() for case, adapter in made.adapters.items()
+    }
+    return of_right, of_spoiled
 
 
 class Right:
@@ -71,7 +101,13 @@ class Right:
         for what, held in self.held.items():
             if not isinstance(ran.adapters[what], str):
                 found[what] |= {"from_tuned": difference(ran.adapters[what], held)}
-        told: dict[str, Any] = {"versions": ran.versions, "base": difference(ran.base, self.base), "adapters": found}
+        apart = difference(self.tuned, self.base)
+        told: dict[str, Any] = {
+            "apart": apart,
+            "versions": ran.versions,
+            "base": difference(ran.base, self.base),
+            "adapters": found,
+        }
         if ran.mixed is not None:
             alone = [(self.base if what is None else self.meant[what])[number] for what, number in mixed]
             told["mixed"] = difference(ran.mixed, np.stack(alone))
@@ -107,7 +143,8 @@ def rounding(own: float) -> float:
 def _told(ran: Run, what: str, wanted: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     found, most = ran.adapters[what], rounding(difference(ran.base, base))
     if isinstance(found, str):
-        return {"verdict": "refused", "said": found[:200]}
+        # Folders are those of this machine.
+        return {"verdict": "refused", "said": re.sub(r"/\S*/", "", found)[:200]}
     told = {"verdict": "right", "difference": difference(found, wanted)}
     if what in ran.beside:
         told["beside"] = difference(ran.beside[what], ran.base)

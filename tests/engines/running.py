@@ -107,7 +107,9 @@ ENGINES: Mapping[str, Engine] = {
         adapters=_exported("gguf", ".gguf"),
         base=_gguf_base,
     ),
-    "mlx": Engine("MLX-LM on CPU, through `phlora export --to mlx`", "drive_mlx.py", "mlx", "mlx", adapters=_exported("mlx", "")),
+    "mlx": Engine(
+        "MLX-LM on CPU, through `phlora export --to mlx`", "drive_mlx.py", "mlx", "mlx", adapters=_exported("mlx", "")
+    ),
 }
 
 

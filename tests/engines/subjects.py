@@ -32,12 +32,37 @@ SPOILED_BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "tied": lambda: models.llama(tie_word_embeddings=True, **ONE_HEAD),
     "qwen2": lambda: models.qwen2(**ONE_HEAD),
 }
+
+
+def _ranked(own: dict[str, int] | None = None, **settings: object) -> serving.Spoil:
+    """Rank 8, or another by the leaf's name."""
+
+    def spoil(parts: serving.Parts) -> None:
+        parts.cut(settings.get("r", 8))
+        for leaf, rank in (own or {}).items():
+            parts.cut(rank, only=leaf)
+        parts.configure(**{"r": 8, "lora_alpha": 8} | settings)
+
+    return spoil
+
+
+QKV, MLP = dict.fromkeys(("q_proj", "k_proj", "v_proj"), 4), dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4)
+# Ranks and scales, which every engine reads in its own way.
+SCALED = {
+    "rank 8": _ranked(),
+    "alpha 16": _ranked(lora_alpha=16),
+    "alpha 0": _ranked(lora_alpha=0),
+    "rank 12": _ranked(r=12, lora_alpha=12),
+    "own ranks": _ranked(QKV, rank_pattern=QKV),
+    "own ranks and alphas": _ranked(QKV, rank_pattern=QKV, alpha_pattern=QKV),
+    "mlp of its own rank and alpha": _ranked(MLP, rank_pattern=MLP, alpha_pattern=MLP),
+}
 # Of `tests/serving.py`, what can be served on a dense language model of a small vocabulary.
 SPOILED = {
     name: case
     for name, case in serving.CASES.items()
     if not {"expert", "experts", "towers", "vocabulary"} & {*name.split("-")}
-}
+} | {name: serving.Case(spoil) for name, spoil in SCALED.items()}
 MORE_THAN_FACTORS = ("use_dora", "layer_replication", "modules_to_save")
 # Spoiled on purpose, so that a comparison which does not see it is worth nothing.
 WRONG: dict[str, serving.Spoil] = {
