@@ -18,16 +18,19 @@ class Peft:
 
     @torch.no_grad()
     def next_token(self, adapter: str | None, prompts: list[list[int]]) -> Any:
-        model = self._load()
+        self.model = self._load()
         if adapter is not None:
-            model = peft.PeftModel.from_pretrained(model, adapter)
-        return driving.log_softmax(torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]))
+            self.model = peft.PeftModel.from_pretrained(self.model, adapter)
+        return self._after(prompts)
 
     @torch.no_grad()
     def beside(self, adapter: str, prompts: list[list[int]]) -> Any:
-        model = peft.PeftModel.from_pretrained(self._load(), adapter)
-        with model.disable_adapter():
-            return driving.log_softmax(torch.stack([model(torch.tensor([one])).logits[0, -1] for one in prompts]))
+        with self.model.disable_adapter():
+            return self._after(prompts)
+
+    def _after(self, prompts: list[list[int]]) -> Any:
+        rows = [self.model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+        return driving.log_softmax(torch.stack(rows))
 
     @torch.no_grad()
     def mixed(self, rows: list[tuple[str | None, list[int]]]) -> Any:
