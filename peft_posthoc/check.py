@@ -85,7 +85,7 @@ class Check:
             more = f" and {len(others)} more" if others else ""
             lines += [
                 *("", f"{', '.join(titles[finding])}: {finding.severity} [{finding.rule}]"),
-                *(f"  found:   {shorten(first, 80)}{more}", f"  why:     {finding.message}"),
+                *(f"  found:   {shorten(first, 240)}{more}", f"  why:     {finding.message}"),
                 f"  way out: {finding.way_out}",
             ]
         served = [outcome for outcome in self.outcomes if outcome.verdict == "right"]
@@ -106,7 +106,8 @@ def check(
 ) -> Check:
     """Tell what serving engines would do with a PEFT LoRA adapter, without loading it.
 
-    Only `adapter_config.json` and the headers of the tensors are read. The rules, their versions and sources are those
+    Only `adapter_config.json` and the headers of the tensors are read (for MLX, a tied embedding's factors too, which
+    must be the head's). The rules, their versions and sources are those
     of `serving_rules.RULES`.
 
     Args:

@@ -3,8 +3,8 @@
 `python drive_X.py JOB OUT`. JOB is JSON: `base`, a model's folder; `adapters`, folders by name; `prompts`, lists of
 token ids; `rank`, the largest; `mixed`, pairs of an adapter's name (or null) and a prompt's number. OUT gets
 `NAME.npy`, the log-probabilities of the next token after each prompt (prompts x vocabulary), or `NAME.txt`, the
-engine's own refusal; `base.npy` without an adapter; `NAME.beside.npy`, the base's right after, with the adapter loaded, and
-`mixed.npy`, one batch of all the pairs, where the engine does that; and `versions.json`.
+engine's own refusal; `base.npy` without an adapter; `NAME.beside.npy`, the base's right after, with the adapter loaded,
+and `mixed.npy`, one batch of all the pairs, where the engine does that; and `versions.json`.
 """
 
 import json
