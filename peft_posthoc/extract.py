@@ -76,7 +76,8 @@ def extract(
             as serving engines read them; `fused`, as PEFT computes with stacked experts; or `none`. By default `fused`
             in the `peft` form, `none` otherwise.
         choose: Which modules to adapt, in place of `embeddings`, `head`, `conv` and whether to carry `experts`.
-        leave_out: By name, tensors that are not carried, and the reason that the report gives.
+        leave_out: By the name that a tensor has where it is stored, those that are not carried, and the reason that
+            the report gives.
         rename: `regex=>replacement` rules over the tensor names of both, each applied to what the one before left.
             Names that differ as transformers 4's and 5's do, or in what they begin with, are brought together without.
         serve_as: The class that the adapter is for, or the folder of a model of that class, where it is not the base's:
