@@ -97,10 +97,11 @@ def main(
             MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model, vocab=vocab
         )
         if merge.by_phlora:
+            beyond = {name: choice.pop(name) for name in ("conv", "experts")}
             if not rank.shares_out():
                 choice |= dict.fromkeys(rank.given(), True)
             _only_parameters({"rank_pattern": rank_pattern, **choice}, form)
-            _as_merged(serve_as, vocab)
+            _as_merged({"serve-as": serve_as, "vocab": vocab, **beyond})
             choice = {"choose": merge.choose, "exact": merge.exact}
             rule = rank.one() if rank.shares_out() else merge.ranks
         else:
@@ -165,13 +166,13 @@ def _only_parameters(asked: Mapping[str, Any], form: str) -> None:
         )
 
 
-def _as_merged(serve_as: str | None, vocab: str | None) -> None:
-    for flag, value in (("serve-as", serve_as), ("vocab", vocab)):
-        if value:
-            raise PosthocError(
-                f"With `merge_method: {NAME}` the merged model holds the adapter's factors, under its own names and in "
-                f"its own vocabulary. For the fine-tune itself use `phlora extract --{flag} {value}`."
-            )
+def _as_merged(asked: Mapping[str, Any]) -> None:
+    given = [name for name, value in asked.items() if value]
+    if given:
+        raise PosthocError(
+            f"With `merge_method: {NAME}` the merged model holds the adapter's factors in its own layers, by its own "
+            f"names, and takes no `--{given[0]}`. For the fine-tune itself use `phlora extract --{given[0]}`."
+        )
 
 
 def _warn(merge: Merge, options: MergeOptions, *, no_model: bool) -> None:

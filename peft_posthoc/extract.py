@@ -24,6 +24,7 @@ from peft_posthoc.processes import ALONE, Processes
 from peft_posthoc.rank import Rank, RankRule, in_advance
 from peft_posthoc.spool import Spool
 from peft_posthoc.svd import cost
+from peft_posthoc.view import in_stored_order
 
 
 def extract(
@@ -195,7 +196,7 @@ def _outcomes(
     }
     share = processes.share({name: _cost(name, base, tuned, plan, rules, exact=exact) for name in plan.headers})
     if tuned.sequential:
-        share = [*(name for name in tuned.headers), *(name for name in plan.headers if name not in tuned.headers)]
+        share = [*in_stored_order(tuned), *(name for name in plan.headers if name not in tuned.headers)]
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]

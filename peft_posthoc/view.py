@@ -68,6 +68,11 @@ class View:
         """The checkpoint's own names of what the tensor is made of."""
         return {own for source in self._pieces[name].sources for own in stored_names(self._checkpoint, source)}
 
+    def in_stored_order(self) -> list[str]:
+        """The names, in the order in which what they are made of is stored."""
+        at = {name: place for place, name in enumerate(in_stored_order(self._checkpoint))}
+        return sorted(self.headers, key=lambda name: max(at[source] for source in self._pieces[name].sources))
+
     def _source(self, name: str) -> Tensor:
         if not self.sequential:
             return self._checkpoint.read(name)
@@ -82,6 +87,11 @@ class View:
 def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:
     """What a tensor is made of, by the names that it has where it is stored."""
     return checkpoint.stored_names(name) if isinstance(checkpoint, View) else {name}
+
+
+def in_stored_order(checkpoint: Checkpoint) -> list[str]:
+    """The names of a checkpoint's tensors, in the order in which what they are made of is stored."""
+    return checkpoint.in_stored_order() if isinstance(checkpoint, View) else list(checkpoint.headers)
 
 
 def same(checkpoint: Checkpoint, name: str) -> Piece:

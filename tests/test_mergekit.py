@@ -574,6 +574,21 @@ def test_a_change_that_has_no_known_form_is_warned_of_where_it_is_dropped(tmp_pa
     assert "no LoRA form that is known here" in message
 
 
+@pytest.mark.parametrize("experts", ["per-expert", "fused"])
+@pytest.mark.parametrize("make", [models.mixtral, models.qwen3_moe], ids=lambda make: make.__name__)
+def test_the_experts_of_a_merge_are_carried_stored_or_not(make, experts, tmp_path):
+    pair = models.save_pair(make(), tmp_path)
+    config = merges.config(*pair, method="task_arithmetic", each={"weight": 0.5})
+    flags = ["--experts", experts, "--rank", "8"]
+    assert merges.phlora(config, tmp_path / "streamed", "--no-model", *flags).exit_code == 0
+    assert merges.phlora(config, tmp_path / "both", *flags).exit_code == 0
+    wanted = extract(pair[0], str(tmp_path / "both"), 8, experts=experts)
+    assert {layer for layer in wanted.layers if "experts" in layer}
+    wanted.save(tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "streamed", tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "both/phlora", tmp_path / "by hand")
+
+
 @pytest.fixture
 def images(tmp_path):
     """(base, tuned) folders of a tiny Llama 4 with images."""
@@ -641,10 +656,14 @@ def test_a_value_that_makes_no_sense_is_refused(parameters, word, llama_pair, tm
     refused(merges.phlora(merges.config(*llama_pair, parameters=parameters), tmp_path / "out"), word)
 
 
-@pytest.mark.parametrize("flags", [["--serve-as", "LlamaForCausalLM"], ["--vocab", "truncate"]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [["--serve-as", "LlamaForCausalLM"], ["--vocab", "truncate"], ["--experts", "fused"], ["--conv"]],
+    ids=lambda flags: flags[0],
+)
 def test_what_the_merged_model_cannot_follow_is_refused(flags, llama_pair, tmp_path):
     config = merges.config(*llama_pair, parameters={"rank": 8})
-    refused(merges.phlora(config, tmp_path / "out", *flags), f"use `phlora extract {' '.join(flags)}`")
+    refused(merges.phlora(config, tmp_path / "out", *flags), f"use `phlora extract {flags[0]}`")
 
 
 def test_mergekits_own_rules_end_in_a_line(three, tmp_path):
