@@ -22,7 +22,8 @@ from peft_posthoc.peft_format import PREFIX, Contents, check_target, write_folde
 from peft_posthoc.plan import Plan, Slot
 from peft_posthoc.portable import complete, safe_rank, targeted
 from peft_posthoc.report import size
-from peft_posthoc.subject import Factored, Served, Subject
+from peft_posthoc.served import Served
+from peft_posthoc.subject import Factored, Subject
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
