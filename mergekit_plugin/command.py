@@ -18,14 +18,15 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
+from mergekit_plugin.models import described
 from peft_posthoc.cli import one_line_errors, show
 from peft_posthoc.device import pick_device
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.extract import extract
 from peft_posthoc.folder import Folder
-from peft_posthoc.options import CHOICE, DTYPE, FORM, dtype_of
+from peft_posthoc.options import CHOICE, DTYPE, FORM, SERVE_AS, VOCABS, dtype_of
 from peft_posthoc.peft_format import check_target
-from peft_posthoc.plan import make_plan
+from peft_posthoc.prepare import prepare
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,13 @@ logger = logging.getLogger(__name__)
 @DTYPE
 @FORM
 @CHOICE
+@SERVE_AS
+@click.option(
+    "--vocab",
+    type=VOCABS,
+    help="Where the merge has more tokens, or fewer: stop, compare what both have, or keep its embeddings whole "
+    "(--form peft).  [default: leave them out]",
+)
 @add_merge_options  # type: ignore[untyped-decorator]
 def main(
     merge_options: MergeOptions,
@@ -56,6 +64,8 @@ def main(
     form: str,
     rank: Asked,
     rank_pattern: dict[str, int],
+    serve_as: str | None,
+    vocab: str | None,
     **choice: Any,
 ) -> None:
     """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads there from the base.
@@ -71,6 +81,11 @@ def main(
                 f"`--adapter-out {adapter_out}` is the merged model's folder: transformers would load the adapter on "
                 "top of the model that holds it already. Choose another folder."
             )
+        if no_model and vocab == "extend":
+            raise PosthocError(
+                "`--vocab extend` makes an adapter for the merge's tokenizer, which `--no-model` does not write. Leave "
+                "one of them out."
+            )
         # Bad arguments are told before the work, not after it.
         check_target(target, force=force)
         pick_device(merge_options.device or "cpu")
@@ -78,15 +93,19 @@ def main(
         register()
         source = Path(config_file).read_text(encoding="utf-8")
         read = _parse(source, config_file)
-        merge = Merge(MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model)
+        merge = Merge(
+            MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model, vocab=vocab
+        )
         if merge.by_phlora:
+            beyond = {name: choice.pop(name) for name in ("conv", "experts")}
             if not rank.shares_out():
                 choice |= dict.fromkeys(rank.given(), True)
             _only_parameters({"rank_pattern": rank_pattern, **choice}, form)
+            _as_merged({"serve-as": serve_as, "vocab": vocab, **beyond})
             choice = {"choose": merge.choose, "exact": merge.exact}
             rule = rank.one() if rank.shares_out() else merge.ranks
         else:
-            choice["rank_pattern"] = rank_pattern
+            choice |= {"rank_pattern": rank_pattern, "serve_as": serve_as, "vocab": vocab or "error"}
             rule = rank.one() or 32
         _warn(merge, merge_options, no_model=no_model)
         options = {
@@ -94,20 +113,21 @@ def main(
             "form": form,
             "dtype": dtype_of(dtype) or dtype_from_name(read.get("out_dtype")) or merge.dtype,
             "device": merge_options.device or "cpu",
-            "progress": not merge_options.quiet,
             **choice,
         }
+        progress = not merge_options.quiet
         if merge.by_phlora or no_model:
-            adapter = extract(merge.base, merge.result, rule, **options)
+            adapter = extract(merge.base, merge.result, rule, progress=progress, **options)
         if merge.by_phlora and not no_model:
             factors = {name: layer.factors for name, layer in adapter.layers.items()}
             with PHLORA.knowing(factors, but=merge.leave_out):
                 _run(read, source, out_path, merge_options)
         elif not no_model:
-            chosen = {name: choice[name] for name in ("include", "exclude")}
-            make_plan(merge.base, merge.result, **chosen, leave_out=merge.leave_out)
+            result = merge.result
+            prepare(merge.base, described(result.headers, result.label, result.config), rule, **options)
             _run(read, source, out_path, merge_options)
-            adapter = extract(merge.base, Folder(Path(out_path), label=out_path), rule, **options)
+            stored = Folder(Path(out_path), label=out_path)
+            adapter = extract(merge.base, stored, rule, progress=progress, **options)
         adapter.save(target, force=force)
         show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
 
@@ -143,6 +163,15 @@ def _only_parameters(asked: Mapping[str, Any], form: str) -> None:
         raise PosthocError(
             f"With `merge_method: {NAME}`, `--{given[0]}` belongs among the `parameters` of CONFIG, where the merged "
             "model is told the same (rank 0 leaves a weight out)."
+        )
+
+
+def _as_merged(asked: Mapping[str, Any]) -> None:
+    given = [name for name, value in asked.items() if value]
+    if given:
+        raise PosthocError(
+            f"With `merge_method: {NAME}` the merged model holds the adapter's factors in its own layers, by its own "
+            f"names, and takes no `--{given[0]}`. For the fine-tune itself use `phlora extract --{given[0]}`."
         )
 
 

@@ -38,6 +38,8 @@ class Merge:
         options: mergekit's.
         base: What the adapter is for; by default the configuration's `base_model`.
         stored: Whether the result is written. If not, nothing is rounded to a type narrower than the files'.
+        vocab: What becomes of embeddings and a head of which the merge has other rows, as `extract` takes it; None to
+            leave them out.
 
     Raises:
         PosthocError: There is no base.
@@ -45,9 +47,15 @@ class Merge:
     """
 
     def __init__(
-        self, config: MergeConfiguration, options: MergeOptions, *, base: str | None = None, stored: bool = True
+        self,
+        config: MergeConfiguration,
+        options: MergeOptions,
+        *,
+        base: str | None = None,
+        stored: bool = True,
+        vocab: str | None = None,
     ) -> None:
-        self._config, self._options = config, options
+        self._config, self._options, self._vocab = config, options, vocab
         LoaderCache().setup(options=options)
         self._base = _base_of(config, base)
         # Sorted: a set of names has another order in every process, and what comes first decides in `dtype`, `_beside`.
@@ -95,19 +103,27 @@ class Merge:
     def leave_out(self) -> dict[str, str]:
         """By name, what has no place in an adapter, and why."""
         unknown = [name for name in (*self.base.headers, *self._beside) if name not in self._planned]
-        moved = [name for name in self._planned if name in self.base.headers and self._moves_rows(name)]
+        moved = [name for name in self._planned if name in self.base.headers and self._has_other_rows(name)]
         return {
             **dict.fromkeys(unknown, "mergekit does not merge this tensor"),
             **dict.fromkeys(moved, "the merge changes the vocabulary"),
         }
 
-    def _moves_rows(self, name: str) -> bool:
-        """Whether the rows of the base's tensor are other tokens' in the merge, as far as that can be seen."""
+    def _has_other_rows(self, name: str) -> bool:
+        """Whether rows of the base's tensor are other tokens' in the merge, or missing, and `vocab` has no use for it.
+
+        As far as that can be seen: mergekit puts rows where it wants them before it merges.
+        """
         inputs = self._planned[name].tensor_task.gather_tensors
         if isinstance(inputs, GatherTensors):
             return False
         before, after = self.base.read(name), aligned(inputs, self._options).get(self._base)
-        return after is None or not torch.equal(before, after.to(before))
+        if after is None:
+            return True
+        if len(before) != len(after) and self._vocab != "truncate":
+            return self._vocab is None
+        rows = min(len(before), len(after))
+        return not torch.equal(before[:rows], after[:rows].to(before))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -69,6 +69,8 @@ class Stored:
         self.label, self.revision, self.config = checkpoint.label, checkpoint.revision, checkpoint.config
         self.identity = [checkpoint.identity, str(dtype)] if checkpoint.identity else None
         self._names: dict[str, str] = {}
+        # An expert's matrices are taken from two stacks (gate and up, down), each made from all experts'.
+        self._made_last: dict[str, Tensor] = {}
         self.headers: dict[str, Header] = {}
         used = set()
         for weight in weights:
@@ -87,7 +89,10 @@ class Stored:
         if name in self._names:
             tensor = self._checkpoint.read(self._names[name])
         else:
-            tensor = self._converted(name, self._checkpoint.read)
+            if name not in self._made_last:
+                self._made_last = dict([*self._made_last.items()][-1:])
+                self._made_last[name] = self._converted(name, self._checkpoint.read)
+            tensor = self._made_last[name]
         return tensor.to(self._header(Header((), tensor.dtype)).dtype)
 
     def _made(self, name: str) -> tuple[Header, set[str]] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_posthoc.adapter_config import adapter_config
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.fused import target_parameters
 from peft_posthoc.keep import as_peft_means, keeping
@@ -104,27 +105,18 @@ class Exact:
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """The file's configuration."""
         layout, rank, ranks = adapter.plan.layout, self.rank(adapter), self._ranks(adapter)
-        stacks = stacks_of(adapter)
-        own = {_pattern(module, ranks): own for module, own in ranks.items() if own != rank}
-        stacked = {"target_parameters": target_parameters(stacks)} if stacks else {}
-        return stacked | {
-            "alpha_pattern": own,
-            "base_model_name_or_path": adapter.provenance["base"],
-            "bias": "none",
-            "fan_in_fan_out": layout.fan_in_fan_out,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_alpha": rank,
-            "lora_bias": bool(self._biases(adapter)),
-            "lora_dropout": 0.0,
-            "modules_to_save": self._whole(adapter) or None,
-            "peft_type": "LORA",
-            "r": rank,
-            "rank_pattern": own,
-            "revision": adapter.provenance["base_revision"],
-            "target_modules": target_modules(ranks, layout),
-            "task_type": layout.task_type,
-        }
+        return adapter_config(
+            rank,
+            target_modules(ranks, layout),
+            base=adapter.provenance["base"],
+            revision=adapter.provenance["base_revision"],
+            task_type=layout.task_type,
+            fan_in_fan_out=layout.fan_in_fan_out,
+            whole=self._whole(adapter),
+            stacked=target_parameters(stacks_of(adapter)),
+            ranks={_pattern(module, ranks): own for module, own in ranks.items() if own != rank},
+            lora_bias=bool(self._biases(adapter)),
+        )
 
     def _ranks(self, adapter: Adapter) -> dict[str, int]:
         """By module in the file, its rank: 1, of zeros, where only its bias changed or PEFT takes it along."""

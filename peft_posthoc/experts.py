@@ -46,7 +46,7 @@ def see_experts(
             With `none` they stay as they are stored, if both store them alike.
 
     Raises:
-        MismatchError: The model's experts have no modules of their own (gpt-oss), or a checkpoint can be read once.
+        MismatchError: The model's experts have no modules of their own (gpt-oss).
     """
     if not layout.stacks:
         if experts == "fused" and layout.origin == GUESSED and any(map(is_of_an_expert, base.headers)):
@@ -146,11 +146,6 @@ def _above_one_another(*tensors: Tensor) -> Tensor:
 def _with(checkpoint: Checkpoint, pieces: dict[str, Piece], taken: Iterable[str]) -> Checkpoint:
     if not pieces:
         return checkpoint
-    if checkpoint.sequential:
-        raise MismatchError(
-            f"The experts of `{checkpoint.label}` are made as they are read and cannot be taken apart. Write the model "
-            "first, and extract from its folder."
-        )
     taken = set(taken)
     others = {name: same(checkpoint, name) for name in checkpoint.headers if name not in taken}
     return View(checkpoint, {**others, **pieces}, loadable=True, module=checkpoint.module)

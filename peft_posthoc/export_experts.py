@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_posthoc.adapter_config import adapter_config
 from peft_posthoc.deltas import Deltas, matrices
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.exported import Exported
@@ -141,23 +141,16 @@ def _write(
     old, layout = deltas.folder.config, deltas.layout
     if stacks:  # Stacked, the experts have no modules of their own.
         layout = replace(layout, kinds={n: kind for n, kind in layout.kinds.items() if not is_of_an_expert(n)})
-    config: dict[str, Any] = {
-        "base_model_name_or_path": old.get("base_model_name_or_path") or deltas.base.label,
-        "bias": "none",
-        "fan_in_fan_out": deltas.layout.fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": (old.get("modules_to_save") if deltas.whole else None) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": old.get("revision"),
-        "target_modules": target_modules(modules, layout),
-        "task_type": old.get("task_type"),
-    }
-    if stacks:
-        config["target_parameters"] = target_parameters(stacks)
+    config = adapter_config(
+        rank,
+        target_modules(modules, layout),
+        base=old.get("base_model_name_or_path") or deltas.base.label,
+        revision=old.get("revision"),
+        task_type=old.get("task_type"),
+        fan_in_fan_out=layout.fan_in_fan_out,
+        whole=old.get("modules_to_save") or () if deltas.whole else (),
+        stacked=target_parameters(stacks),
+    )
     count = sum(tensor.nbytes for tensor in tensors.values())
     exported = Exported.of(to, deltas, out, dtype, rank, (WEIGHTS, CONFIG), count, notes)
     provenance = {

@@ -24,6 +24,7 @@ from peft_posthoc.processes import ALONE, Processes
 from peft_posthoc.rank import Rank, RankRule, in_advance
 from peft_posthoc.spool import Spool
 from peft_posthoc.svd import cost
+from peft_posthoc.view import in_stored_order
 
 
 def extract(
@@ -76,7 +77,8 @@ def extract(
             as serving engines read them; `fused`, as PEFT computes with stacked experts; or `none`. By default `fused`
             in the `peft` form, `none` otherwise.
         choose: Which modules to adapt, in place of `embeddings`, `head`, `conv` and whether to carry `experts`.
-        leave_out: By name, tensors that are not carried, and the reason that the report gives.
+        leave_out: By the name that a tensor has where it is stored, those that are not carried, and the reason that
+            the report gives.
         rename: `regex=>replacement` rules over the tensor names of both, each applied to what the one before left.
             Names that differ as transformers 4's and 5's do, or in what they begin with, are brought together without.
         serve_as: The class that the adapter is for, or the folder of a model of that class, where it is not the base's:
@@ -194,7 +196,7 @@ def _outcomes(
     }
     share = processes.share({name: _cost(name, base, tuned, plan, rules, exact=exact) for name in plan.headers})
     if tuned.sequential:
-        share = [*(name for name in tuned.headers), *(name for name in plan.headers if name not in tuned.headers)]
+        share = [*in_stored_order(tuned), *(name for name in plan.headers if name not in tuned.headers)]
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]

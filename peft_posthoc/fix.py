@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_posthoc import faults
+from peft_posthoc.adapter_config import adapter_config
 from peft_posthoc.check import Check, check, chosen
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.factor import frobenius
@@ -21,7 +22,8 @@ from peft_posthoc.peft_format import PREFIX, Contents, check_target, write_folde
 from peft_posthoc.plan import Plan, Slot
 from peft_posthoc.portable import complete, safe_rank, targeted
 from peft_posthoc.report import size
-from peft_posthoc.subject import Factored, Served, Subject
+from peft_posthoc.served import Served
+from peft_posthoc.subject import Factored, Subject
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -208,21 +210,14 @@ def _absent(subject: Subject) -> dict[str, Slot]:
 
 def _config(subject: Subject, rank: int, modules: list[str]) -> dict[str, Any]:
     old, layout = subject.config, subject.base.layout if subject.base is not None else None
-    return {
-        "base_model_name_or_path": old.get("base_model_name_or_path"),
-        "bias": "none",
-        "fan_in_fan_out": bool(old.get("fan_in_fan_out")) if layout is None else layout.fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": old.get("revision"),
-        "target_modules": _targets(subject, modules) if layout is None else target_modules(modules, layout),
-        "task_type": old.get("task_type"),
-    }
+    return adapter_config(
+        rank,
+        _targets(subject, modules) if layout is None else target_modules(modules, layout),
+        base=old.get("base_model_name_or_path"),
+        revision=old.get("revision"),
+        task_type=old.get("task_type"),
+        fan_in_fan_out=bool(old.get("fan_in_fan_out")) if layout is None else layout.fan_in_fan_out,
+    )
 
 
 def _targets(subject: Subject, modules: list[str]) -> list[str]:

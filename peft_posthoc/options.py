@@ -24,6 +24,11 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+SERVE_AS = click.option(
+    "--serve-as",
+    metavar="CLASS",
+    help="The class, or a model's folder, that the adapter is for.  [default: BASE's]",
+)
 NAMES = together(
     click.option(
         "--map",
@@ -32,20 +37,17 @@ NAMES = together(
         metavar="'REGEX=>NAME'",
         help="Rename tensors of both before they are compared.",
     ),
-    click.option(
-        "--serve-as",
-        metavar="CLASS",
-        help="The class, or a model's folder, that the adapter is for.  [default: BASE's]",
-    ),
+    SERVE_AS,
 )
 MODELS = together(
     click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id."),
     click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
 )
+VOCABS = click.Choice(("error", "truncate", "extend"))
 VOCAB = click.option(
     "--vocab",
-    type=click.Choice(("error", "truncate", "extend")),
+    type=VOCABS,
     default="error",
     show_default=True,
     help="Where the vocabularies differ: stop, compare what both have, or keep tuned's embeddings whole (--form peft).",

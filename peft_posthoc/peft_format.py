@@ -149,7 +149,8 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
             if module.replace(".base_layer", "").endswith(stacks):
                 stacked[module] = Factors(a.float(), b.float())
                 continue
-            factors[module] = Factors(a.float(), b.float() * scale.of(module, len(a)))
+            # In float64, as `LoraFolder` does it: `BASE+ADAPTER` is, bit for bit, what `export --to merged` writes.
+            factors[module] = Factors(a.float(), (b.double() * scale.of(module, len(a))).float())
             bias = tensors.pop(f"{stem}{_BIAS}", None)
             if bias is not None:
                 biases[module] = bias.float() * scale.of(module, len(a))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_posthoc.adapter_config import adapter_config
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.fused import pack, places_in_file, target_parameters, targeted_stacks
 from peft_posthoc.kinds import LINEAR
@@ -101,25 +102,16 @@ class Portable:
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """The file's configuration."""
-        layout, rank = adapter.plan.layout, self.rank(adapter)
-        stacks = stacks_of(adapter)
-        # Left out where there are none: older versions of PEFT do not know it.
-        stacked = {"target_parameters": target_parameters(stacks)} if stacks else {}
-        return stacked | {
-            "base_model_name_or_path": adapter.provenance["base"],
-            "bias": "none",
-            "fan_in_fan_out": layout.fan_in_fan_out,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_alpha": rank,
-            "lora_dropout": 0.0,
-            "modules_to_save": None,
-            "peft_type": "LORA",
-            "r": rank,
-            "revision": adapter.provenance["base_revision"],
-            "target_modules": target_modules(self.modules(adapter), layout),
-            "task_type": layout.task_type,
-        }
+        layout = adapter.plan.layout
+        return adapter_config(
+            self.rank(adapter),
+            target_modules(self.modules(adapter), layout),
+            base=adapter.provenance["base"],
+            revision=adapter.provenance["base_revision"],
+            task_type=layout.task_type,
+            fan_in_fan_out=layout.fan_in_fan_out,
+            stacked=target_parameters(stacks_of(adapter)),
+        )
 
 
 PORTABLE = Portable()

@@ -20,6 +20,7 @@ from peft_posthoc.match import match
 from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
 from peft_posthoc.portable import PORTABLE
 from peft_posthoc.rank import Allocation, Rank, RankRule, describe, each
+from peft_posthoc.view import stored_names
 from peft_posthoc.vocabulary import Vocab
 
 FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
@@ -116,6 +117,7 @@ def prepare(
     before, after, layout, whole, notes = match(
         *opened, rules=rename, serve_as=serve_as, experts=mixture, vocab=vocab_of(vocab, form), of_tuned=form == "peft"
     )
+    leave_out = _as_compared(leave_out or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(embeddings=embeddings, head=head, conv=conv, experts=carry_experts)
     if form == "peft":
@@ -137,7 +139,7 @@ def prepare(
     rules = rules_of(plan, rank, rank_pattern or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.only(rules, "no rank is given for it")
-    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out or ()))
+    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
     options = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         "rank_pattern": dict(rank_pattern or {}),
@@ -167,6 +169,17 @@ def prepare(
         allocation,
         frozenset(by_hand),
     )
+
+
+def _as_compared(leave_out: Mapping[str, str], *sides: Checkpoint) -> dict[str, str]:
+    """What is left out by a name of its own, by the name that it is compared under."""
+    return {
+        name: leave_out[own]
+        for side in sides
+        for name in side.headers
+        for own in stored_names(side, name)
+        if own in leave_out
+    }
 
 
 def form_of(name: str) -> Form:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_posthoc.adapter_config import adapter_config
 from peft_posthoc.layout import is_of_an_expert
 from peft_posthoc.lora_folder import Factors, Kind, Module
 from peft_posthoc.peft_format import PREFIX, Contents, write_folder
@@ -182,29 +183,21 @@ class Resized:
     def config(self) -> dict[str, Any]:
         """The file's configuration."""
         first = self.configs[0]
-        config = {
-            "base_model_name_or_path": first.get("base_model_name_or_path"),
-            "bias": "none",
-            "fan_in_fan_out": any(one.get("fan_in_fan_out") for one in self.configs),
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_alpha": self.rank,
-            "lora_dropout": 0.0,
-            "modules_to_save": self._union("modules_to_save") or None,
-            "peft_type": "LORA",
-            "r": self.rank,
-            "revision": first.get("revision"),
-            "target_modules": self._target_modules(),
-            "task_type": next((own for one in self.configs if (own := one.get("task_type"))), None),
-        }
-        if first.get("auto_mapping"):
-            config["auto_mapping"] = first["auto_mapping"]
-        if parameters := self._union("target_parameters"):
-            config["target_parameters"] = parameters
-        if self.form == "peft":
-            own = {self._pattern(c.module.name): r for c in self.cuts if (r := self._file_rank(c)) != self.rank}
-            config |= {"alpha_pattern": own, "rank_pattern": own, "lora_bias": self._lora_bias}
-        return config
+        of_peft = self.form == "peft"
+        ranks = {self._pattern(c.module.name): r for c in self.cuts if (r := self._file_rank(c)) != self.rank}
+        config = adapter_config(
+            self.rank,
+            self._target_modules(),
+            base=first.get("base_model_name_or_path"),
+            revision=first.get("revision"),
+            task_type=next((own for one in self.configs if (own := one.get("task_type"))), None),
+            fan_in_fan_out=any(one.get("fan_in_fan_out") for one in self.configs),
+            whole=self._union("modules_to_save"),
+            stacked=self._union("target_parameters"),
+            ranks=ranks if of_peft else None,
+            lora_bias=self._lora_bias if of_peft else None,
+        )
+        return {**config, "auto_mapping": first["auto_mapping"]} if first.get("auto_mapping") else config
 
     @cached_property
     def report(self) -> ResizeReport:

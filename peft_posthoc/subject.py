@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_posthoc.checkpoint import Checkpoint, Header, open_checkpoint
+from peft_posthoc.adapter_config import read_config
+from peft_posthoc.checkpoint import Header
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.folder import File
 from peft_posthoc.kinds import EMBEDDING, LINEAR, LayerKind
-from peft_posthoc.layout import Layout, layout_of
-from peft_posthoc.peft_format import CONFIG, PREFIX, WEIGHTS
-from peft_posthoc.plan import Slot, slots_of
+from peft_posthoc.peft_format import PREFIX, WEIGHTS
+from peft_posthoc.served import Served
 
 PICKLE = "adapter_model.bin"
 # `module.lora_A.weight`, or with the adapter's name inside, as a state dict that was not saved by PEFT has it.
@@ -32,17 +32,6 @@ _LORA_BIAS = re.compile(r".+\.lora_B(?:\.[^.]+)?\.bias")
 _EMBEDDING_LEAVES = ("embed_tokens", "wte", "word_embeddings")
 _HEAD_LEAVES = ("lm_head", "embed_out")
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "alpha_pattern": (dict, type(None)),
-    "bias": (str,),
-    "exclude_modules": (list, str, type(None)),
-    "lora_alpha": (int, float),
-    "modules_to_save": (list, type(None)),
-    "r": (int,),
-    "rank_pattern": (dict, type(None)),
-    "target_modules": (list, str, type(None)),
-    "target_parameters": (list, type(None)),
-}
 
 
 class Factored(NamedTuple):
@@ -55,46 +44,6 @@ class Factored(NamedTuple):
     rank: int
     m: int
     n: int
-
-
-@dataclass(frozen=True)
-class Served:
-    """The model that the adapter is to be served on: its class and the headers of its tensors."""
-
-    checkpoint: Checkpoint
-    layout: Layout
-    slots: Mapping[str, Slot]
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Served:
-        """Read a model folder's configuration and headers.
-
-        Raises:
-            CheckpointError: It is no model folder.
-        """
-        if not Path(folder).is_dir():
-            raise CheckpointError(f"The base `{folder}` is no folder. Give the folder of the model to be served.")
-        checkpoint = open_checkpoint(folder, role="base")
-        layout = layout_of(checkpoint)
-        return cls(checkpoint, layout, slots_of(checkpoint.headers, layout))
-
-    @property
-    def model_type(self) -> str:
-        """As the configuration calls it."""
-        return str((self.checkpoint.config or {}).get("model_type") or "")
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Its size, where the configuration tells it."""
-        config = self.checkpoint.config or {}
-        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-        return int(size) if size else None
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head's weight is the embedding's."""
-        layout = self.layout
-        return any(layout.head in {owner, *users} for owner, users in layout.ties.items() if users)
 
 
 @dataclass(frozen=True)
@@ -126,7 +75,7 @@ class Subject:
         where = Path(folder)
         if not where.is_dir():
             raise AdapterError(f"`{where}` is no folder. Give the folder of a PEFT adapter.")
-        config = _config(where)
+        config = read_config(where)
         name = next((name for name in (WEIGHTS, PICKLE) if (where / name).is_file()), None)
         if name is None:
             held = ", ".join(sorted(path.name for path in where.iterdir())[:5])
@@ -328,41 +277,6 @@ def leaf_of(module: str) -> str:
 
 def _some(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in list(names)[:3]) or "nothing"
-
-
-def _config(where: Path) -> dict[str, Any]:
-    path = where / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterError(f"`{path}` is not a readable configuration of an adapter: {reason}.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"`{path}` is not a configuration: expected a JSON object.")
-    kind = config.get("peft_type") or "LORA"
-    if str(kind).upper() != "LORA":
-        raise AdapterError(f"`{where}` is a {kind} adapter; only LoRA adapters are known here.")
-    for key, types in _TYPES.items():
-        value = config.get(key, types[0]())
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise AdapterError(f"`{path}` sets `{key}` to {value!r}, which is no value for it.")
-    if config.get("r", 8) < 1:
-        raise AdapterError(f"`{path}` sets `r` to {config['r']}; a rank is at least 1.")
-    for key in ("target_modules", "exclude_modules"):
-        _compiled(config.get(key) or "", key, path)
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (config.get(key) or {}).items():
-            _compiled(pattern, key, path)
-            if not isinstance(value, int | float) or isinstance(value, bool) or (key == "rank_pattern" and value < 1):
-                raise AdapterError(f"`{key}` of `{path}` gives `{pattern}` the value {value!r}.")
-    return config
-
-
-def _compiled(pattern: Any, key: str, path: Path) -> None:
-    try:
-        re.compile(pattern if isinstance(pattern, str) else "")
-    except re.error as error:
-        raise AdapterError(f"`{key}` of `{path}` holds `{pattern}`, no regular expression: {error}.") from error
 
 
 def _added_tokens(where: Path) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,8 @@ class View:
         self.config = checkpoint.config
         self.sequential = checkpoint.sequential
         self.headers = {name: piece.header for name, piece in pieces.items()}
+        self._held: dict[str, Tensor] = {}
+        self._to_come = Counter(source for piece in pieces.values() for source in piece.sources)
 
     @property
     def folder(self) -> Path | None:
@@ -59,7 +62,36 @@ class View:
     def read(self, name: str) -> Tensor:
         """The tensor of that name."""
         piece = self._pieces[name]
-        return piece.make(*(self._checkpoint.read(source) for source in piece.sources))
+        return piece.make(*map(self._source, piece.sources))
+
+    def stored_names(self, name: str) -> set[str]:
+        """The checkpoint's own names of what the tensor is made of."""
+        return {own for source in self._pieces[name].sources for own in stored_names(self._checkpoint, source)}
+
+    def in_stored_order(self) -> list[str]:
+        """The names, in the order in which what they are made of is stored."""
+        at = {name: place for place, name in enumerate(in_stored_order(self._checkpoint))}
+        return sorted(self.headers, key=lambda name: max(at[source] for source in self._pieces[name].sources))
+
+    def _source(self, name: str) -> Tensor:
+        if not self.sequential:
+            return self._checkpoint.read(name)
+        # It can be read once: what other pieces are made of, too, is kept until the last of them is read.
+        tensor = self._held.pop(name) if name in self._held else self._checkpoint.read(name)
+        self._to_come[name] -= 1
+        if self._to_come[name] > 0:
+            self._held[name] = tensor
+        return tensor
+
+
+def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:
+    """What a tensor is made of, by the names that it has where it is stored."""
+    return checkpoint.stored_names(name) if isinstance(checkpoint, View) else {name}
+
+
+def in_stored_order(checkpoint: Checkpoint) -> list[str]:
+    """The names of a checkpoint's tensors, in the order in which what they are made of is stored."""
+    return checkpoint.in_stored_order() if isinstance(checkpoint, View) else list(checkpoint.headers)
 
 
 def same(checkpoint: Checkpoint, name: str) -> Piece:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import AdapterError, CheckpointError, export, extract
+from peft_posthoc import AdapterError, CheckpointError, export, extract, open_checkpoint
 from tests import architectures, lora, models
 
 EPS = torch.finfo(torch.float32).eps
@@ -116,6 +116,16 @@ def test_scales_of_every_kind_are_peft_s_own(tmp_path):
     )
     export(out, tmp_path / "out", "merged", base=base)
     assert torch.allclose(lora.logits(models.load(tmp_path / "out")), lora.logits(lora.served(base, out)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_is_bit_for_bit_what_base_and_adapter_are_read_as(dtype, tmp_path):
+    base, _ = models.save_pair(models.llama(), tmp_path, dtype=dtype)
+    out = lora.adapter(base, tmp_path / "a", r=6, lora_alpha=7, target_modules=["q_proj", "down_proj"])
+    export(out, tmp_path / "out", "merged", base=base)
+    read = open_checkpoint(f"{base}+{out}")
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(read.read(name).to(dtype), value), name
 
 
 @pytest.mark.parametrize("make", [models.llama, models.gpt2])

@@ -16,7 +16,7 @@ import peft_posthoc
 from mergekit_plugin import command, register
 from mergekit_plugin.method import PHLORA
 from peft_posthoc import above_noise, extract, keep_energy, keep_error, limited
-from tests import merges, models
+from tests import merges, models, multimodal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch_dtype.*"),
@@ -323,6 +323,72 @@ def test_a_vocabulary_in_another_order_is_left_out_too(tmp_path):
     assert reasons["lm_head.weight"] == "the merge changes the vocabulary"
 
 
+@pytest.fixture
+def longer(tmp_path):
+    """A base, a fine-tune with more tokens, and the configuration that merges them over the tokens of both."""
+    pair = with_tokenizers(tmp_path, 96, 100)
+    union = {"tokenizer": {"source": "union"}}
+    return pair[0], merges.config(*pair, method="task_arithmetic", each={"weight": 0.5}, **union)
+
+
+VOCABULARY = ["lm_head.weight", "model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-model"]], ids=["stored", "streamed"])
+def test_truncated_to_the_base_s_rows_the_adapter_of_a_merge_fits_the_base(flags, longer, tmp_path):
+    base, config = longer
+    asked = ["--vocab", "truncate", "--embeddings", "--head", "--rank", "4096", "--dtype", "float32"]
+    result = merges.phlora(config, tmp_path / "out", *asked, *flags)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "out" if flags else tmp_path / "out/phlora"
+    rows = {row["weight"]: row for row in json.loads((folder / "phlora_report.json").read_text())["rows"]}
+    before, after = merges.tensors(base), merges.stock(config, tmp_path / "stock")
+    deltas = models.lora_deltas(models.load_adapter(base, folder))
+    for name in VOCABULARY:
+        assert rows[name]["status"] == "extracted"
+        assert (rows[f"{name}[96:]"]["status"], rows[f"{name}[96:]"]["shape"]) == ("left out", [4, 32])
+        wanted = after[name][:96] - before[name]
+        torch.testing.assert_close(deltas[name.removesuffix(".weight")], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_are_other_tokens_are_left_out_whatever_is_asked(tmp_path):
+    pair = with_tokenizers(tmp_path, 96, 96, turned=True)
+    parts = {"each": {"weight": 0.5}, "tokenizer": {"source": {"model": pair[1]}}}
+    config = merges.config(*pair, method="task_arithmetic", **parts)
+    for vocab in ("error", "truncate"):
+        flags = ["--no-model", "--vocab", vocab, "--embeddings", "--head", "--rank", "8"]
+        assert merges.phlora(config, tmp_path / vocab, *flags).exit_code == 0
+        report = json.loads((tmp_path / vocab / "phlora_report.json").read_text())
+        reasons = {row["weight"]: row["reason"] for row in report["rows"]}
+        assert {reasons[name] for name in VOCABULARY} == {"the merge changes the vocabulary"}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_extended_the_adapter_gives_the_merge_on_the_resized_base(longer, tmp_path):
+    import peft
+
+    base, config = longer
+    flags = ["--vocab", "extend", "--form", "peft", "--rank", "4096", "--dtype", "float32"]
+    result = merges.phlora(config, tmp_path / "out", *flags)
+    assert result.exit_code == 0, result.output
+    model, wanted, ids = models.load(base), models.load(tmp_path / "out"), torch.arange(100)[None]
+    model.resize_token_embeddings(100, mean_resizing=False)
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out/phlora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, wanted(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_other_vocabularies_stop_the_merge_where_that_is_asked_for(longer, tmp_path):
+    _, config = longer
+    result = merges.phlora(config, tmp_path / "out", "--vocab", "error")
+    assert (result.exit_code, "96 rows in base, 100 in tuned" in result.output) == (1, True)
+    asked = ["--vocab", "extend", "--form", "peft", "--no-model"]
+    refused(merges.phlora(config, tmp_path / "out", *asked), "which `--no-model` does not write")
+    result = merges.phlora(config, tmp_path / "out", "--vocab", "extend")
+    assert (result.exit_code, "only `--form peft` can" in result.output) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
 def with_tokenizers(folder, *sizes, turned=False):
     """A base and a fine-tune of it, of vocabularies that begin alike; or of which the second is the first, turned."""
     from tokenizers import Tokenizer
@@ -508,6 +574,49 @@ def test_a_change_that_has_no_known_form_is_warned_of_where_it_is_dropped(tmp_pa
     assert "no LoRA form that is known here" in message
 
 
+@pytest.mark.parametrize("experts", ["per-expert", "fused"])
+@pytest.mark.parametrize("make", [models.mixtral, models.qwen3_moe], ids=lambda make: make.__name__)
+def test_the_experts_of_a_merge_are_carried_stored_or_not(make, experts, tmp_path):
+    pair = models.save_pair(make(), tmp_path)
+    config = merges.config(*pair, method="task_arithmetic", each={"weight": 0.5})
+    flags = ["--experts", experts, "--rank", "8"]
+    assert merges.phlora(config, tmp_path / "streamed", "--no-model", *flags).exit_code == 0
+    assert merges.phlora(config, tmp_path / "both", *flags).exit_code == 0
+    wanted = extract(pair[0], str(tmp_path / "both"), 8, experts=experts)
+    assert {layer for layer in wanted.layers if "experts" in layer}
+    wanted.save(tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "streamed", tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "both/phlora", tmp_path / "by hand")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """(base, tuned) folders of a tiny Llama 4 with images."""
+    torch.manual_seed(0)
+    return models.save_pair(multimodal.llama4(), tmp_path)
+
+
+def test_a_merge_of_models_with_images_is_served_as_their_language_model(images, tmp_path):
+    config = merges.config(*images, method="task_arithmetic", each={"weight": 0.5})
+    flags = ["--serve-as", "Llama4ForCausalLM", "--rank", "8"]
+    assert merges.phlora(config, tmp_path / "streamed", "--no-model", *flags).exit_code == 0
+    assert merges.phlora(config, tmp_path / "both", *flags).exit_code == 0
+    wanted = extract(images[0], str(tmp_path / "both"), 8, serve_as="Llama4ForCausalLM")
+    assert "model.layers.0.self_attn.q_proj" in wanted.factors
+    wanted.save(tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "streamed", tmp_path / "by hand")
+    adapters_are_the_same(tmp_path / "both/phlora", tmp_path / "by hand")
+
+
+def test_a_vocabulary_that_the_merge_changes_is_left_out_under_other_names_too(longer, tmp_path):
+    llava = models.save(multimodal.llava(), tmp_path / "llava")
+    flags = ["--no-model", "--serve-as", str(llava), "--embeddings", "--rank", "8"]
+    assert merges.phlora(longer[1], tmp_path / "out", *flags).exit_code == 0
+    rows = {row["weight"]: row for row in json.loads((tmp_path / "out/phlora_report.json").read_text())["rows"]}
+    assert rows["model.language_model.layers.0.self_attn.q_proj.weight"]["status"] == "extracted"
+    assert rows["model.language_model.embed_tokens.weight"]["reason"] == "the merge changes the vocabulary"
+
+
 # What goes wrong.
 
 
@@ -545,6 +654,16 @@ def test_other_methods_keep_their_parameters(three, tmp_path):
 )
 def test_a_value_that_makes_no_sense_is_refused(parameters, word, llama_pair, tmp_path):
     refused(merges.phlora(merges.config(*llama_pair, parameters=parameters), tmp_path / "out"), word)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--serve-as", "LlamaForCausalLM"], ["--vocab", "truncate"], ["--experts", "fused"], ["--conv"]],
+    ids=lambda flags: flags[0],
+)
+def test_what_the_merged_model_cannot_follow_is_refused(flags, llama_pair, tmp_path):
+    config = merges.config(*llama_pair, parameters={"rank": 8})
+    refused(merges.phlora(config, tmp_path / "out", *flags), f"use `phlora extract {flags[0]}`")
 
 
 def test_mergekits_own_rules_end_in_a_line(three, tmp_path):

@@ -140,3 +140,14 @@ def test_names_that_agree_are_left_alone(llama_pair):
     wanted = {name: header.shape for name, header in base.headers.items()}
     assert as_named(tuned, wanted, found.layout).checkpoint is tuned
     assert (found.base, found.tuned) == (base, tuned)
+
+
+def test_what_is_left_out_may_be_told_by_the_name_that_it_is_stored_under(llama_pair, tmp_path):
+    base, tuned = llama_pair
+    other = under(tuned, lambda name: f"policy.{name}", tmp_path / "tuned")
+    stored = "policy.model.layers.0.mlp.up_proj.weight"
+    reasons = {
+        row.weight: row.reason for row in extract(base, other, 4, leave_out={stored: "not this one"}).report.rows
+    }
+    assert reasons["model.layers.0.mlp.up_proj.weight"] == "not this one"
+    assert list(reasons.values()).count("not this one") == 1
