@@ -43,7 +43,7 @@ def mixtral(**changes):
 
 def qwen3_moe(**changes):
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-    return decoder("Qwen3Moe", head_dim=8, **experts | changes)
+    return decoder("Qwen3Moe", **{"head_dim": 8} | experts | changes)
 
 
 def gpt2(**changes):

@@ -34,7 +34,7 @@ def record(names: list[str]) -> dict[str, Any]:
             print(engine.title, flush=True)
             outcomes[name] = {
                 "date": datetime.date.today().isoformat(),
-                "right": {base: made.by(engine) for base, made in right.items()},
+                "right": {base: made.by(engine) for base, made in right.items() if base in bases_of(engine)},
             }
             outcomes[name]["versions"] = outcomes[name]["right"]["llama"].pop("versions")
             for one in outcomes[name]["right"].values():
@@ -66,11 +66,17 @@ def said_of(
     of_right = {
         base: {what: verdict(adapter, made.pair.base) for what, adapter in (made.adapters | made.wrong).items()}
         for base, made in right.items()
+        if base in bases_of(ENGINES[name])
     }
     of_spoiled = {
         case: verdict(adapter, made.pair.base) for made in spoiled.values() for case, adapter in made.adapters.items()
     }
     return of_right, of_spoiled
+
+
+def bases_of(engine: Engine) -> list[str]:
+    """Those of `subjects.BASES` that it runs."""
+    return [base for base in subjects.BASES if engine.mixtures or base not in subjects.MIXTURES]
 
 
 class Right:

@@ -6,6 +6,7 @@ and whose rules are about it.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,17 @@ def _converted(adapters: Mapping[str, Path], out: Path, base: Path) -> dict[str,
     return {name: file if file.exists() else file.with_suffix(".txt").read_text() for name, file in files.items()}
 
 
+def _with_old_keys(base: Path, out: Path) -> Path:
+    """MLX-LM does not know the names that transformers 5 gives these settings; models on the hub have the old ones."""
+    folder = Path(shutil.copytree(base, out / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    if "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def _gguf_base(base: Path, out: Path) -> Path:
     _llama_cpp("convert_base.py", base, out / "base.gguf")
     return out / "base.gguf"
@@ -80,6 +92,8 @@ class Engine:
     adapters: Callable[[Mapping[str, Path], Path, Path], Mapping[str, Made]] = _as_they_are
     """Adapter folders by name, a folder to write to, and the base: what the driver gets."""
     base: Callable[[Path, Path], Path] = field(default=lambda base, out: base)
+    mixtures: bool = True
+    """Whether mixtures of experts run in it here."""
 
     @property
     def python(self) -> str:
@@ -95,8 +109,8 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "peft": Engine("PEFT", "drive_peft.py", "peft"),
     "transformers": Engine("transformers, `load_adapter`", "drive_transformers.py"),
-    "vllm": Engine("vLLM on CPU", "drive_vllm.py", "vllm", "vllm"),
-    "sglang": Engine("SGLang's loader", "drive_sglang.py", "sglang", "sglang"),
+    "vllm": Engine("vLLM on CPU", "drive_vllm.py", "vllm", "vllm", mixtures=False),
+    "sglang": Engine("SGLang's loader", "drive_sglang.py", "sglang", "sglang", mixtures=False),
     "llamacpp": Engine(
         *("llama.cpp, through its `convert_lora_to_gguf.py`", "drive_llamacpp.py", "llamacpp", "llamacpp"),
         adapters=_converted,
@@ -108,7 +122,9 @@ ENGINES: Mapping[str, Engine] = {
         base=_gguf_base,
     ),
     "mlx": Engine(
-        "MLX-LM on CPU, through `phlora export --to mlx`", "drive_mlx.py", "mlx", "mlx", adapters=_exported("mlx", "")
+        *("MLX-LM on CPU, through `phlora export --to mlx`", "drive_mlx.py", "mlx", "mlx"),
+        adapters=_exported("mlx", ""),
+        base=_with_old_keys,
     ),
 }
 
@@ -158,6 +174,8 @@ def run(
         }
         (out / "job.json").write_text(json.dumps(job))
         _drive(engine, out)
+        if not (out / "base.npy").exists():
+            raise RuntimeError(f"{engine.title} does not run the base: {(out / 'base.txt').read_text()}")
         for name in ready:
             refusal = out / f"{name}.txt"
             found[name] = refusal.read_text() if refusal.exists() else np.load(out / f"{name}.npy")
@@ -181,10 +199,10 @@ def _drive(engine: Engine, out: Path) -> None:
         except subprocess.TimeoutExpired:
             told = f"no answer in {PATIENCE} s"
         name = now.read_text() if now.exists() else "base"
-        if name == "base":
-            raise RuntimeError(f"{engine.title} did not run the base: {told}")
-        now.unlink()
         (out / f"{name}.txt").write_text(told)
+        if name == "base":
+            return
+        now.unlink()
 
 
 def _rank(adapter: Path) -> int:

@@ -4,6 +4,8 @@ Sizes are those that all engines take: heads of 32 (vLLM's attention on CPU), ro
 """
 
 import contextlib
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,17 +15,24 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import extract
+from peft_posthoc import export, extract
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.subject import Subject
 from tests import models, serving
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+# llama.cpp has no other kind of Qwen3-MoE than with `norm_topk_prob`.
+EXPERTS = {
+    **{"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "norm_topk_prob": True,
+}
+MIXTURES = ("qwen3-moe",)
 BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": lambda: models.llama(**SIZES),
     "qwen2": lambda: models.qwen2(**SIZES),
     "qwen3": lambda: models.decoder("Qwen3", head_dim=32, **SIZES),
     "gemma": lambda: models.decoder("Gemma", head_dim=32, **SIZES),
+    "qwen3-moe": lambda: models.qwen3_moe(**SIZES, **EXPERTS),
 }
 # One head: the width of `tests/serving.py`'s adapters, 32, is then that of vLLM's smallest head.
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1}
@@ -92,8 +101,8 @@ def save_pair(make: Callable[[], torch.nn.Module], folder: Path) -> Pair:
     model = make()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
     base, tuned = models.save_pair(model, folder, scale=0.05)
     return Pair(Path(base), Path(tuned))
 
@@ -106,7 +115,9 @@ def right_adapters(pair: Pair, folder: Path) -> dict[str, Path]:
         "full rank, embeddings and head": {"rank": 64, "embeddings": True, "head": True},
     }
     return {
-        name: extract(pair.base, pair.tuned, **options).save(folder / name.replace(",", "").replace(" ", "-"))
+        name: extract(pair.base, pair.tuned, experts="per-expert", **options).save(
+            folder / name.replace(",", "").replace(" ", "-")
+        )
         for name, options in asked.items()
     }
 
@@ -146,8 +157,13 @@ def meant(adapter: Path, base: Path, good: Path) -> torch.nn.Module:
     subject = Subject.read(adapter)
     taken_out = isinstance(subject.config.get("init_lora_weights"), str)
     if taken_out or subject.base_copies or subject.setting(*MORE_THAN_FACTORS):
-        with contextlib.suppress(KeyError, RuntimeError):
+        with contextlib.suppress(KeyError, RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return peft.PeftModel.from_pretrained(models.load(base), adapter).eval()
+    if subject.experts:
+        with tempfile.TemporaryDirectory() as folder:
+            export(adapter, Path(folder) / "merged", "merged", base=base)
+            return models.load(Path(folder) / "merged")
     return _with(subject, base) or _with(Subject.read(good), base)
 
 

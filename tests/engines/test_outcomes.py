@@ -7,10 +7,11 @@ import pytest
 
 from tests.engines import subjects
 from tests.engines.page import PAGE, page
-from tests.engines.record import Right, Spoiled, kept, rounding, said_of
+from tests.engines.record import Right, Spoiled, bases_of, kept, rounding, said_of
 from tests.engines.running import ENGINES
 
 OUTCOMES = kept()
+RUNS = [(name, base) for name, engine in ENGINES.items() for base in bases_of(engine)]
 RULED = [name for name, engine in ENGINES.items() if engine.rules is not None]
 # An exporter refuses, or writes what is right: what the rules say of other tools' files is not about it.
 EXPORTS = ("llamacpp-export",)
@@ -40,17 +41,17 @@ def test_every_engine_was_run_with_every_adapter():
     assert list(OUTCOMES) == list(ENGINES)
     for name, own in OUTCOMES.items():
         assert own["versions"], name
-        assert list(own["right"]) == list(subjects.BASES)
+        assert list(own["right"]) == bases_of(ENGINES[name])
     for name in RULED:
         assert set(OUTCOMES[name]["spoiled"]) == set(subjects.SPOILED), name
 
 
-@pytest.mark.parametrize("base", subjects.BASES)
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("name", "base"), RUNS)
 def test_a_right_adapter_is_right_in_the_engine(name, base):
     one = OUTCOMES[name]["right"][base]
     most = rounding(one["base"])
-    assert most < 1e-2 < 1e-2 * one["apart"] * 100
+    assert most < 1e-2
+    assert one["apart"] > 1
     for what in ("full rank", "rank 8"):
         assert one["adapters"][what]["difference"] <= most, what
     # With everything that it carries, it is the tuned model; with less, it is not.
@@ -59,12 +60,13 @@ def test_a_right_adapter_is_right_in_the_engine(name, base):
     assert one.get("mixed", 0) <= most
 
 
-def test_vllm_and_peft_were_run_with_mixed_batches():
-    assert all("mixed" in OUTCOMES[name]["right"][base] for name in ("peft", "vllm") for base in subjects.BASES)
+@pytest.mark.parametrize("name", ["peft", "vllm"])
+def test_mixed_batches_were_run_of_all_but_mixtures_of_experts(name):
+    right = OUTCOMES[name]["right"]
+    assert {base for base in right if "mixed" in right[base]} == set(subjects.BASES) - set(subjects.MIXTURES)
 
 
-@pytest.mark.parametrize("base", subjects.BASES)
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("name", "base"), RUNS)
 def test_embeddings_and_head_are_right_or_refused(name, base):
     one = OUTCOMES[name]["right"][base]
     head = one["adapters"]["full rank, embeddings and head"]
@@ -73,15 +75,14 @@ def test_embeddings_and_head_are_right_or_refused(name, base):
         assert head["from_tuned"] <= rounding(one["base"])
 
 
-@pytest.mark.parametrize("base", subjects.BASES)
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("name", "base"), RUNS)
 def test_a_wrong_scale_and_a_missing_layer_are_caught(name, base):
     one = OUTCOMES[name]["right"][base]
     for what in ("alpha twice", "a layer missing"):
         assert one["adapters"][what]["difference"] > 50 * rounding(one["base"]), what
 
 
-@pytest.mark.parametrize("name", ["peft", "vllm"])
+@pytest.mark.parametrize("name", ["peft", "transformers", "vllm"])
 def test_a_wrong_prefix_is_caught_where_the_engine_drops_it_in_silence(name):
     for one in OUTCOMES[name]["right"].values():
         assert one["adapters"]["another prefix"]["difference"] > 1
@@ -98,11 +99,12 @@ def test_check_says_today_what_is_kept_of_it(name, right, spoiled):
 
 @pytest.mark.parametrize("name", [name for name in RULED if name not in EXPORTS])
 def test_the_engine_did_what_check_says(name):
-    # Of files alone: twice the scale, and a layer less, are what such a file says.
+    # Twice the scale, and a layer less, are what such a file says: no engine is wrong then.
     files = {"alpha twice", "a layer missing"}
     for base, one in OUTCOMES[name]["right"].items():
         for what, did in one["adapters"].items():
-            if what not in files:
+            # PEFT gives single experts the prefix when it brings them into its own form.
+            if what not in files and (name, base, what) != ("peft", "qwen3-moe", "no prefix"):
                 assert did["verdict"] == did["check"], (base, what, did)
     unlike = {case for case, did in OUTCOMES[name]["spoiled"].items() if did["verdict"] != did["check"]}
     assert unlike == {case for engine, case in UNLIKE if engine == name}
