@@ -67,7 +67,7 @@ class Server:
 
     def load(self, name: str) -> None:
         """Add one adapter; those that are there serve on."""
-        self.model.load_adapter(self.folder / "adapters" / name, adapter_name=name)
+        self.model.load_adapter(self.folder / "adapters" / name, adapter_name=name, low_cpu_mem_usage=True)
 
     def mixed(self, names: Sequence[str]) -> dict[str, Answers]:
         """All questions for all of these, in one batch."""

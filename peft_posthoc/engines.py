@@ -107,11 +107,11 @@ def _mlx(subject: Subject) -> list[str]:
 ENGINES: Mapping[str, Engine] = {
     "peft": Engine("PEFT", "0.21.2 with transformers 5.23.0 (run)", _peft),
     "vllm": Engine("vLLM", "0.32.0 (dense models run on CPU; mixtures of experts read)", _vllm),
-    "sglang": Engine("SGLang", "0.5.23 (its loader run, the rest read)", _sglang),
+    "sglang": Engine("SGLang", "0.5.23 (its loader and memory pool run, the rest read)", _sglang),
     "lorax": Engine("LoRAX", "git a7394ba, 2026-05-28 (read)", _lorax),
     "tgi": Engine("TGI", "git db931fc, 2026-01-08 (read)", _tgi),
     "trtllm": Engine("TensorRT-LLM", "sources of 2026 (read)", _trtllm),
     "nim": Engine("NIM", "LLM 2.x (its documents), whose backends are vLLM and SGLang", _nim, ("vllm", "sglang")),
     "llamacpp": Engine("llama.cpp", "as in llama-cpp-python 0.3.36 (run)", _llamacpp),
-    "mlx": Engine("MLX-LM", "mlx 0.32.4, git d78bf58, 2026-08-22 (run on CPU)", _mlx),
+    "mlx": Engine("MLX-LM", "mlx-lm 0.32.2 with mlx 0.32.4 (run on CPU)", _mlx),
 }

@@ -52,7 +52,7 @@ MERGE = "merge the adapter into its base (PEFT's `merge_and_unload`) and serve t
 LORAX_READ = "read: lorax_server/adapters/lora.py"
 BOTH_READ = "read: lorax_server/adapters/lora.py; TGI adapters/lora.py"
 TRT_READ = "read: tensorrt_llm/_torch/peft/lora/loaders.py"
-SGLANG_RUN = "run: SGLang's srt/lora/lora.py under stubs"
+SGLANG_RUN = "run: SGLang's srt/lora with stand-ins"
 VLLM_HELPER = "vllm/lora/peft_helper.py"
 CONVERT = "convert_lora_to_gguf.py"
 
@@ -200,7 +200,7 @@ RULES: tuple[Rule, ...] = (
         faults.other_ranks,
         "its buffers have one rank: an assertion stops the scheduler when a batch is prepared, or `torch.cat` fails",
         FIX,
-        f"{SGLANG_RUN}; read: srt/lora/mem_pool.py",
+        SGLANG_RUN,
     ),
     Rule(
         "scale-sglang",
@@ -291,7 +291,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: (f"rank {s.max_rank}",) if s.max_rank > 512 else (),
         "takes ranks up to 512",
         "cut the adapter to a lower rank",
-        "read: vllm/config/lora.py",
+        "run: vLLM",
     ),
     # DoRA, initial weights, variants.
     Rule(
@@ -301,7 +301,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: (*s.setting("use_dora"), *s.magnitudes),
         "does not support DoRA",
         MERGE,
-        f"run: {VLLM_HELPER}; read: SGLang's `validate_new_adapter`",
+        f"run: {VLLM_HELPER}; {SGLANG_RUN} (`validate_new_adapter`)",
     ),
     Rule(
         "dora-ignored",
@@ -346,7 +346,7 @@ RULES: tuple[Rule, ...] = (
         faults.mutating_init,
         "refuses initial weights that PEFT takes out of the base when it loads them",
         "convert it with PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)`",
-        f"read: {VLLM_HELPER}",
+        f"run: {VLLM_HELPER}",
         "0.32 and later",
     ),
     Rule(
@@ -375,7 +375,7 @@ RULES: tuple[Rule, ...] = (
         faults.variants,
         "refuses kinds of LoRA that compute something else",
         MERGE,
-        f"read: {VLLM_HELPER}",
+        f"run: {VLLM_HELPER}",
         "0.32 and later",
     ),
     Rule(
@@ -699,7 +699,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: faults.unfitting(s, larger=True, smaller=True),
         "the factors do not have the base's shapes: another base, or a changed vocabulary",
         "give the base that the adapter was made for",
-        "run: PEFT, llama.cpp; read: SGLang's srt/lora/mem_pool.py",
+        f"run: PEFT, llama.cpp; {SGLANG_RUN} (mem_pool.py)",
         needs_base=True,
     ),
     Rule(
@@ -709,7 +709,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: faults.unfitting(s, larger=True, smaller=False),
         "the factors are larger than the base's weights: another base, or a changed vocabulary",
         "give the base that the adapter was made for",
-        "read: vllm/lora/layers",
+        "run: vLLM",
         needs_base=True,
     ),
     Rule(
@@ -719,7 +719,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: faults.unfitting(s, larger=False, smaller=True),
         "pads factors that are smaller than the base's weights with zeros in silence",
         "give the base that the adapter was made for",
-        "read: vllm/lora/layers",
+        "run: vLLM",
         needs_base=True,
     ),
     Rule(
@@ -729,7 +729,7 @@ RULES: tuple[Rule, ...] = (
         faults.new_tokens,
         "refuses adapters whose added_tokens.json has tokens beyond the base's vocabulary",
         "`--fix OUT` leaves the file behind; where the tokens are new, merge the adapter",
-        "read: srt/lora/lora_config.py, `validate_new_adapter`",
+        f"{SGLANG_RUN} (`validate_new_adapter`)",
     ),
     # Embeddings and head.
     Rule(

@@ -351,15 +351,15 @@ In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` 
 
 Adapters of `phlora extract` in the portable form, without `--embeddings` and `--head`, break none of these rules (but
 for the note on rank 8). This page is made by `python -m tests.serving`; for every rule there is an adapter that breaks
-it in `tests/serving.py`.
+it in `tests/serving.py`; what engines did with these, run here, is in [`engines.md`](engines.md).
 
 ## The engines
 
 | `--engine` | engine | examined |
 |---|---|---|
 {engines}
-NIM has the rules of both its backends. llama.cpp and MLX read forms of their own, into which an adapter is converted:
-their rules are about what comes out.
+NIM has the rules of both its backends. llama.cpp and MLX read forms of their own: llama.cpp's rules are about what its
+own converter makes, MLX's about `phlora export --to mlx`.
 
 ## The rules
 

@@ -32,13 +32,10 @@ def record(names: list[str]) -> dict[str, Any]:
         for name in names:
             engine = ENGINES[name]
             print(engine.title, flush=True)
-            outcomes[name] = {
-                "date": datetime.date.today().isoformat(),
-                "right": {base: made.by(engine) for base, made in right.items() if base in bases_of(engine)},
-            }
-            outcomes[name]["versions"] = outcomes[name]["right"]["llama"].pop("versions")
-            for one in outcomes[name]["right"].values():
-                one.pop("versions", None)
+            bases = {base: made.by(engine) for base, made in right.items() if base in bases_of(engine)}
+            (versions,) = {tuple(one.pop("versions").items()) for one in bases.values()}
+            today = datetime.date.today().isoformat()
+            outcomes[name] = {"date": today, "versions": dict(versions), "right": bases}
             if engine.rules is not None:
                 found = (made.by(engine) for made in spoiled.values())
                 outcomes[name]["spoiled"] = {case: what for one in found for case, what in one.items()}
@@ -87,14 +84,13 @@ class Right:
         self.base = subjects.next_token(models.load(self.pair.base))
         self.tuned = subjects.next_token(models.load(self.pair.tuned))
         self.adapters = subjects.right_adapters(self.pair, folder / name)
-        self.good = self.adapters["full rank"]
-        self.wrong = subjects.wrong_adapters(self.good, folder / name / "wrong")
+        self.wrong = subjects.wrong_adapters(self.adapters["full rank"], folder / name / "wrong")
         self.held = {
             what: subjects.next_token(models.load(subjects.held(self.pair, adapter, folder / name / f"held {what}")))
             for what, adapter in self.adapters.items()
         }
-        self.meant = {
-            what: subjects.next_token(subjects.meant(adapter, self.pair.base, self.good))
+        self.in_peft = {
+            what: subjects.next_token(subjects.by_peft(adapter, self.pair.base))
             for what, adapter in self.adapters.items()
         }
 
@@ -102,7 +98,7 @@ class Right:
         """What an engine makes of them."""
         mixed = [(what, number) for number, what in enumerate(2 * [*list(self.adapters)[:2], None])]
         ran = run(engine, self.pair.base, self.adapters | self.wrong, subjects.prompts(), mixed=mixed)
-        wanted = self.meant | dict.fromkeys(self.wrong, self.meant["full rank"])
+        wanted = self.in_peft | dict.fromkeys(self.wrong, self.in_peft["full rank"])
         found = {what: _told(ran, what, wanted[what], self.base) for what in (*self.adapters, *self.wrong)}
         for what, held in self.held.items():
             if not isinstance(ran.adapters[what], str):
@@ -115,7 +111,7 @@ class Right:
             "adapters": found,
         }
         if ran.mixed is not None:
-            alone = [(self.base if what is None else self.meant[what])[number] for what, number in mixed]
+            alone = [(self.base if what is None else self.in_peft[what])[number] for what, number in mixed]
             told["mixed"] = difference(ran.mixed, np.stack(alone))
         return told
 

@@ -4,7 +4,6 @@ Sizes are those that all engines take: heads of 32 (vLLM's attention on CPU), ro
 """
 
 import contextlib
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import export, extract
+from peft_posthoc import extract
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.subject import Subject
 from tests import models, serving
@@ -148,22 +147,24 @@ def held(pair: Pair, adapter: Path, folder: Path) -> Path:
     return folder
 
 
-def meant(adapter: Path, base: Path, good: Path) -> torch.nn.Module:
-    """The base with what the file says in it.
+def by_peft(adapter: Path, base: Path) -> torch.nn.Module:
+    """The base with the adapter, in PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(models.load(base), adapter).eval()
 
-    Factors and whole tensors are read by our own reading of them; where there is more (DoRA, ...) PEFT tells what is
+
+def meant(adapter: Path, base: Path, good: Path) -> torch.nn.Module:
+    """The base with what a spoiled file says in it.
+
+    Factors and whole tensors are added by our own reading of them; where there is more (DoRA, ...) PEFT tells what is
     meant; and the good adapter does where the file's names or shapes fit nothing.
     """
     subject = Subject.read(adapter)
     taken_out = isinstance(subject.config.get("init_lora_weights"), str)
     if taken_out or subject.base_copies or subject.setting(*MORE_THAN_FACTORS):
-        with contextlib.suppress(KeyError, RuntimeError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return peft.PeftModel.from_pretrained(models.load(base), adapter).eval()
-    if subject.experts:
-        with tempfile.TemporaryDirectory() as folder:
-            export(adapter, Path(folder) / "merged", "merged", base=base)
-            return models.load(Path(folder) / "merged")
+        with contextlib.suppress(KeyError, RuntimeError):
+            return by_peft(adapter, base)
     return _with(subject, base) or _with(Subject.read(good), base)
 
 
