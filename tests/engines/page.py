@@ -123,4 +123,4 @@ def _ran(name: str, own: Mapping[str, Any]) -> str:
 
 
 def _nats(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}"
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}" if value else "0"
