@@ -34,8 +34,8 @@ the size. PEFT builds modules for an adapter, and draws initial weights that it 
 
 {tenants}
 
-PEFT's `load_adapter` takes the longer the more adapters the model has already: what many tenants save in memory they
-pay for with a slower start.
+What adapters save in PEFT are mapped files, which the system can drop and read again. PEFT's `load_adapter` takes the
+longer the more adapters the model has already: what many tenants save in memory they pay for with a slower start.
 
 {tenants_in_vllm}## Throughput of eight tenants
 

@@ -106,9 +106,8 @@ def check(
 ) -> Check:
     """Tell what serving engines would do with a PEFT LoRA adapter, without loading it.
 
-    Only `adapter_config.json` and the headers of the tensors are read (for MLX, a tied embedding's factors too, which
-    must be the head's). The rules, their versions and sources are those
-    of `serving_rules.RULES`.
+    `adapter_config.json` and the headers of the tensors are read, and only such tensors as have to be compared with the
+    base's. The rules, their versions and sources are those of `serving_rules.RULES`.
 
     Args:
         adapter: An adapter folder, by whatever tool.

@@ -48,10 +48,10 @@ def _peft(subject: Subject) -> list[str]:
 
 
 def _vllm(subject: Subject) -> list[str]:
-    # One slot more than adapters: on CPU (0.32), with none free, requests to the base get the last slot's adapter.
+    # On a CPU (0.32), where no slot is free, requests to the base get the last slot's adapter.
     return [
-        f"vllm serve {_base(subject)} --enable-lora --max-lora-rank {_vllm_rank(subject)} --max-loras 2 "
-        f"--lora-modules {_name(subject)}={_path(subject)}"
+        f"vllm serve {_base(subject)} --enable-lora --max-lora-rank {_vllm_rank(subject)} --max-loras 1 "
+        f"--lora-modules {_name(subject)}={_path(subject)}  # on a CPU --max-loras 2"
     ]
 
 
@@ -76,7 +76,7 @@ def _tgi(subject: Subject) -> list[str]:
 
 def _trtllm(subject: Subject) -> list[str]:
     return [
-        f"LLM(model={_base(subject)!r}, lora_config=LoraConfig(lora_dir=[{subject.label!r}], "
+        f"LLM(model={shlex.split(_base(subject))[0]!r}, lora_config=LoraConfig(lora_dir=[{subject.label!r}], "
         f"max_lora_rank={subject.max_rank}))"
     ]
 
@@ -91,7 +91,7 @@ def _nim(subject: Subject) -> list[str]:
 def _llamacpp(subject: Subject) -> list[str]:
     name = _name(subject)
     return [
-        f"phlora export {_path(subject)} {name}.gguf --to gguf --base {_base(subject)}  # or llama.cpp's converter",
+        f"python convert_lora_to_gguf.py {_path(subject)} --base {_base(subject)} --outfile {name}.gguf",
         f"llama-server -m base.gguf --lora {name}.gguf  # Ollama: ADAPTER {name}.gguf",
     ]
 

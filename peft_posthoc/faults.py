@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import torch
+
 from peft_posthoc import export_mlx
 from peft_posthoc.deltas import Deltas
 from peft_posthoc.errors import AdapterError
@@ -155,7 +157,27 @@ def untargeted_in_peft(subject: Subject) -> tuple[str, ...]:
     target, excluded = subject.config.get("target_modules"), subject.config.get("exclude_modules")
     if target is None:
         return () if subject.fused_experts else ("target_modules=None",)
-    return tuple(module for module, _ in _ranked(subject) if not _means(target, module) or _means(excluded, module))
+    # To PEFT, "all-linear" is all but the head.
+    spared = {*subject.heads, *subject.embeddings} if target == "all-linear" else set()
+    return tuple(
+        module
+        for module, _ in _ranked(subject)
+        if not _means(target, module)
+        or _means(excluded, module)
+        or module in spared
+        or _of_other_layer(subject, module)
+    )
+
+
+def _of_other_layer(subject: Subject, module: str) -> bool:
+    """Whether `layers_to_transform` leaves its layer out."""
+    layers, names = subject.config.get("layers_to_transform"), subject.config.get("layers_pattern")
+    if layers is None or (isinstance(layers, list) and not layers):
+        return False
+    names = [names] if isinstance(names, str) else names
+    inside = f"(?:{'|'.join(names)})" if names else "[^.]*"
+    found = re.match(rf".*\.{inside}\.(\d+)\.", module)
+    return found is None or int(found[1]) not in (layers if isinstance(layers, list) else [layers])
 
 
 def misscaled(subject: Subject, scale: Callable[[Factored], float]) -> tuple[str, ...]:
@@ -225,6 +247,21 @@ def not_for_mlx(subject: Subject) -> tuple[str, ...]:
     except AdapterError as error:
         return (str(error),)
     return ()
+
+
+def other_copies(subject: Subject) -> tuple[str, ...]:
+    """Copies of the base's weights that are not the base's."""
+    if subject.base is None:
+        return ()
+    headers, read = subject.base.checkpoint.headers, subject.base.checkpoint.read
+
+    def differs(copy: str) -> bool:
+        name = copy.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if name not in headers:  # A tied head is stored as the embeddings.
+            return False
+        return not torch.equal(subject.weights.read(copy).float(), read(name).float())
+
+    return tuple(copy for copy in subject.base_copies if differs(copy))
 
 
 def kept_norms(subject: Subject) -> tuple[str, ...]:

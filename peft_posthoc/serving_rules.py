@@ -385,7 +385,7 @@ RULES: tuple[Rule, ...] = (
         faults.variants,
         "does not read that the adapter computes something else than base + b @ a",
         MERGE,
-        f"read: SGLang's srt/lora/lora_config.py; LoRAX's LoraConfig; {TRT_READ}; {CONVERT}",
+        f"run: {CONVERT}; {SGLANG_RUN}; read: LoRAX's LoraConfig; {TRT_READ.removeprefix('read: ')}",
     ),
     # Biases.
     Rule(
@@ -460,7 +460,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.whole,
         "knows no whole weights in an adapter",
         LEAVE_OUT,
-        f"vllm #9280; run: {CONVERT} (llama.cpp #11554, #9065)",
+        f"run: vLLM (#9280), {CONVERT} (llama.cpp #11554, #9065)",
     ),
     Rule(
         "whole-weights-ignored",
@@ -541,16 +541,26 @@ RULES: tuple[Rule, ...] = (
         faults.other_norms,
         f"{CONVERT} ends at norms whose names have neither _layernorm nor .norm in them",
         LEAVE_OUT,
-        f"read: {CONVERT}",
+        f"run: {CONVERT}",
     ),
     Rule(
         "base-copies",
         tuple(ENGINES),
         WARNING,
         lambda s: s.base_copies,
-        "PEFT saved the base's own weights beside the factors of embeddings: bytes that change nothing",
+        "PEFT saved the base's own weights beside the factors of embeddings: bytes that are of no use",
         "`--fix OUT` leaves them out; or `save_pretrained(save_embedding_layers=False)`",
         "run: PEFT",
+    ),
+    Rule(
+        "other-base-copies",
+        tuple(ENGINES),
+        WRONG,
+        faults.other_copies,
+        "the file's copies of the base's weights are another base's: PEFT writes them over it, other engines do not",
+        "serve it on the base that it was made for",
+        "run",
+        needs_base=True,
     ),
     # Targets.
     Rule(
@@ -612,7 +622,7 @@ RULES: tuple[Rule, ...] = (
         ("lorax", "tgi"),
         WRONG,
         faults.missing_layers,
-        "drops a name for the whole model where one layer lacks it",
+        "ignores a projection in all layers where one layer lacks it",
         FIX_BASE,
         f"{BOTH_READ} (`prepare_weights` gives None)",
     ),
@@ -679,7 +689,7 @@ RULES: tuple[Rule, ...] = (
         REFUSED,
         faults.not_for_mlx,
         "reads a form of its own, and `phlora export --to mlx` refuses to write it",
-        "as the refusal says; `--fix OUT` rewrites what it can",
+        "as the refusal says; `--fix OUT` rewrites what it can; or merge the adapter and serve the whole model",
         "run: MLX-LM, with what the export wrote",
     ),
     Rule(

@@ -215,6 +215,10 @@ CASES: dict[str, Case] = {
     "other-norms-llamacpp": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_norm.weight", 8)),
     "names-trtllm": Case(lambda parts: parts.rename(".mlp.", ".")),
     "base-copies": Case(_all(_head, lambda parts: parts.add(f"{HEAD}.base_layer.weight", 96, 32))),
+    "other-base-copies": Case(
+        _all(_head, lambda parts: parts.add(f"{HEAD}.base_layer.weight", 96, 32)),
+        "llama",
+    ),
     "target-pattern": Case(_config(target_modules=r".*_proj")),
     "target-all-linear": Case(_config(target_modules="all-linear")),
     "untargeted": Case(_config(target_modules=["q_proj", "v_proj"])),
@@ -332,9 +336,10 @@ def base_of(case: Case, folder: Path) -> Path | None:
 _PAGE = """# Serving an adapter
 
 `phlora check ADAPTER` tells, for any PEFT LoRA adapter, what each engine would do with it, and how to start it. It
-reads the configuration and the tensors' headers only. With `--base` it holds names, shapes, layers and ties against
-the model that is served; with `--fix OUT` it writes the adapter again as all engines read it. The exit status is 1 if
-a chosen engine (`--engine`) would refuse the adapter or compute something else than PEFT.
+reads the configuration and the tensors' headers, and only such tensors as have to be compared with the base's. With
+`--base` it holds names, shapes, layers and ties against the model that is served; with `--fix OUT` it writes the
+adapter again as all engines read it. The exit status is 1 if a chosen engine (`--engine`) would refuse the adapter or
+compute something else than PEFT.
 
 ```sh
 phlora check adapter                                    # every engine
@@ -349,9 +354,10 @@ no power of two, factors are rounded to their dtype once more, and it says by ho
 In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` has the names of the engines, and
 `peft_posthoc.fix("adapter", "out", base="base")` is `--fix`.
 
-Adapters of `phlora extract` in the portable form, without `--embeddings` and `--head`, break none of these rules (but
-for the note on rank 8). This page is made by `python -m tests.serving`; for every rule there is an adapter that breaks
-it in `tests/serving.py`; what engines did with these, run here, is in [`engines.md`](engines.md).
+Adapters of `phlora extract` in the portable form, of dense language models, without `--embeddings` and `--head`, at
+ranks up to 128, break none of these rules (but for the note on rank 8). This page is made by `python -m tests.serving`;
+for every rule there is an adapter that breaks it in `tests/serving.py`; what engines did with these, run here, is in
+[`engines.md`](engines.md).
 
 ## The engines
 

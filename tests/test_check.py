@@ -102,6 +102,45 @@ def test_scales_that_are_all_one_are_not_in_lorax_where_it_pads_to_another_rank(
     assert "padded-rank" in seen["lorax"] & seen["tgi"]
 
 
+NOT_ADAPTED = {
+    "a head under all-linear": (
+        lambda parts: (serving._head(parts), parts.configure(target_modules="all-linear")),
+        {"lm_head"},
+    ),
+    "a layer that is left out": (
+        lambda parts: parts.configure(layers_to_transform=[0]),
+        {f"model.layers.1.{name}" for name in serving.IN_LAYER},
+    ),
+    "layers of another name": (
+        lambda parts: parts.configure(layers_to_transform=1, layers_pattern="layers"),
+        {f"model.layers.0.{name}" for name in serving.IN_LAYER},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NOT_ADAPTED)
+def test_what_peft_does_not_adapt(name, good, llama_pair, tmp_path):
+    spoil, dropped = NOT_ADAPTED[name]
+    folder = serving.make(serving.Case(spoil), good, tmp_path / "adapter")
+    subject = Subject.read(folder, llama_pair[0])
+    model = peft.PeftModel.from_pretrained(models.load(llama_pair[0]), folder)
+    assert set(subject.modules) - set(models.lora_deltas(model)) == dropped
+    (rule,) = (rule for rule in RULES if rule.name == "untargeted-in-peft")
+    assert set(rule.finds(subject)) == dropped
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_copies_of_the_base_that_peft_saves_are_the_base_s(llama_pair, tmp_path):
+    folder = by_peft(tmp_path / "adapter", models.load(llama_pair[0]), target_modules=["q_proj", "v_proj", "lm_head"])
+    subject = Subject.read(folder, llama_pair[0])
+    assert subject.base_copies
+    seen = found(folder, llama_pair[0])
+    assert "base-copies" in seen["peft"]
+    assert "other-base-copies" not in set().union(*seen.values())
+    assert "other-base-copies" in found(folder, llama_pair[1])["peft"]
+
+
 # Adapters of others.
 
 
@@ -199,7 +238,7 @@ def test_embeddings_and_head_of_extract(pair, request, tmp_path):
 
 def test_the_flags_that_an_engine_is_started_with(good, llama_pair):
     serve = {outcome.engine: " ".join(outcome.serve) for outcome in check(good, base=llama_pair[0]).outcomes}
-    assert f"vllm serve {llama_pair[0]} --enable-lora --max-lora-rank 16 --max-loras 2" in serve["vllm"]
+    assert f"vllm serve {llama_pair[0]} --enable-lora --max-lora-rank 16 --max-loras 1" in serve["vllm"]
     leaves = "--lora-target-modules down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
     assert leaves in serve["sglang"]
     assert "--max-lora-rank 16" in serve["sglang"]

@@ -31,11 +31,11 @@ def drive(load: Callable[[dict[str, Any]], Engine]) -> None:
     engine = load(job)
     (out / "versions.json").write_text(json.dumps(engine.versions))
     for name, folder in {"base": None, **job["adapters"]}.items():
-        if not any((out / f"{name}{end}").exists() for end in (".npy", ".txt")):
+        if not _done(out, name):
             ran = _keep(out / name, lambda folder=folder: engine.next_token(folder, job["prompts"]))
             if ran and folder and hasattr(engine, "beside"):
                 _keep(out / f"{name}.beside", lambda folder=folder: engine.beside(folder, job["prompts"]))
-    if job["mixed"] and hasattr(engine, "mixed") and not (out / "mixed.npy").exists():
+    if job["mixed"] and hasattr(engine, "mixed") and not _done(out, "mixed"):
         rows = [(job["adapters"].get(name), job["prompts"][number]) for name, number in job["mixed"]]
         _keep(out / "mixed", lambda: engine.mixed(rows))
 
@@ -47,13 +47,21 @@ def log_softmax(logits: Any) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def _done(out: Path, name: str) -> bool:
+    return any((out / f"{name}{ending}").exists() for ending in (".npy", ".txt"))
+
+
 def _keep(stem: Path, run: Callable[[], Any]) -> bool:
-    # Who starts us reads this name, if this is the adapter that the process dies of.
-    (stem.parent / "now").write_text(stem.name)
+    # Who starts us reads this name, if this is what the process dies of.
+    now = stem.parent / "now"
+    now.write_text(stem.name)
     try:
         rows = np.asarray(run(), dtype=np.float64)
     except (Exception, SystemExit) as error:
         stem.with_name(f"{stem.name}.txt").write_text(f"{type(error).__name__}: {error}")
         return False
-    np.save(stem.with_name(f"{stem.name}.npy"), rows)
-    return True
+    else:
+        np.save(stem.with_name(f"{stem.name}.npy"), rows)
+        return True
+    finally:
+        now.unlink()

@@ -1,6 +1,7 @@
 """What the engines did, kept in `outcomes.json`: `record` runs them, `kept` reads it."""
 
 import datetime
+import hashlib
 import json
 import re
 import tempfile
@@ -110,7 +111,9 @@ class Right:
             "base": difference(ran.base, self.base),
             "adapters": found,
         }
-        if ran.mixed is not None:
+        if isinstance(ran.mixed, str):
+            told["mixed"] = _words(ran.mixed)
+        elif ran.mixed is not None:
             alone = [(self.base if what is None else self.in_peft[what])[number] for what, number in mixed]
             told["mixed"] = difference(ran.mixed, np.stack(alone))
         return told
@@ -124,7 +127,12 @@ class Spoiled:
         self.pair = subjects.save_pair(subjects.SPOILED_BASES[name], where)
         good = subjects.extract(*self.pair, serving.RANK).save(where / "good")
         cases = {what: case for what, case in subjects.SPOILED.items() if (case.base or "llama") == name}
-        self.adapters = {what: serving.make(case, good, where / what) for what, case in cases.items()}
+        made = {what: serving.make(case, good, where / what) for what, case in cases.items()}
+        # Several rules are about one and the same adapter: it stands for them under the first one's name.
+        first: dict[bytes, str] = {}
+        for what, adapter in made.items():
+            first.setdefault(_content(adapter), what)
+        self.adapters = {what: made[what] for what in first.values()}
         self.base = subjects.next_token(models.load(self.pair.base))
         self.meant = {
             what: subjects.next_token(subjects.meant(adapter, self.pair.base, good))
@@ -137,6 +145,13 @@ class Spoiled:
         return {what: _told(ran, what, wanted, self.base) for what, wanted in self.meant.items()}
 
 
+def _content(adapter: Path) -> bytes:
+    digest = hashlib.sha256()
+    for file in sorted(adapter.iterdir()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.digest()
+
+
 def rounding(own: float) -> float:
     """What an adapter may add to the difference that an engine has with transformers without one."""
     return 1e-4 + 3 * own
@@ -145,11 +160,15 @@ def rounding(own: float) -> float:
 def _told(ran: Run, what: str, wanted: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     found, most = ran.adapters[what], rounding(difference(ran.base, base))
     if isinstance(found, str):
-        # Folders are those of this machine.
-        return {"verdict": "refused", "said": re.sub(r"/\S*/", "", found)[:200]}
+        return {"verdict": "refused", "said": _words(found)}
     told = {"verdict": "right", "difference": difference(found, wanted)}
     if what in ran.beside:
         told["beside"] = difference(ran.beside[what], ran.base)
     if max(told["difference"], told.get("beside", 0)) > most:
         told["verdict"] = "silently wrong"
     return told
+
+
+def _words(said: str) -> str:
+    """Without folders of this machine, and sets, which have another order every time."""
+    return re.sub(r"\{[^{}]*\}?", "{...}", re.sub(r"/\S*/", "", said))[:200]

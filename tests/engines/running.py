@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,8 @@ from peft_posthoc import PosthocError, export
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 HOME = Path(os.environ.get("PHLORA_ENGINES") or ROOT / ".work/engines")
-# A driver that says nothing for so long hangs.
-PATIENCE = 420
+# One driver with all adapters of a base takes half a minute on a quiet machine.
+PATIENCE = 1800
 
 
 Made = Path | str
@@ -110,7 +111,7 @@ ENGINES: Mapping[str, Engine] = {
     "peft": Engine("PEFT", "drive_peft.py", "peft"),
     "transformers": Engine("transformers, `load_adapter`", "drive_transformers.py"),
     "vllm": Engine("vLLM on CPU", "drive_vllm.py", "vllm", "vllm", mixtures=False),
-    "sglang": Engine("SGLang's loader", "drive_sglang.py", "sglang", "sglang", mixtures=False),
+    "sglang": Engine("SGLang's LoRA code", "drive_sglang.py", "sglang", "sglang", mixtures=False),
     "llamacpp": Engine(
         *("llama.cpp, through its `convert_lora_to_gguf.py`", "drive_llamacpp.py", "llamacpp", "llamacpp"),
         adapters=_converted,
@@ -138,10 +139,10 @@ class Run:
     """Log-probabilities of the next token after each prompt (prompts x vocabulary)."""
     adapters: Mapping[str, np.ndarray | str]
     """The same by adapter, or the words in which the engine refused it."""
-    beside: Mapping[str, np.ndarray]
+    beside: Mapping[str, np.ndarray | str]
     """The base's own, while the adapter is loaded, where the engine tells the two apart."""
-    mixed: np.ndarray | None
-    """One batch of several adapters (rows x vocabulary), where the engine takes one."""
+    mixed: np.ndarray | str | None
+    """One batch of several adapters (rows x vocabulary), where the driver has a way to run one."""
 
 
 def run(
@@ -165,25 +166,27 @@ def run(
         out = Path(folder)
         made = engine.adapters(adapters, out, base)
         ready = {name: str(one) for name, one in made.items() if isinstance(one, Path)}
-        found: dict[str, np.ndarray | str] = {name: one for name, one in made.items() if isinstance(one, str)}
-        beside: dict[str, np.ndarray] = {}
-        ranks = (_rank(adapter) for adapter in adapters.values())
+        found: dict[str, Any] = {name: one for name, one in made.items() if isinstance(one, str)}
         job = {
             **{"base": str(engine.base(base, out)), "adapters": ready, "prompts": list(prompts)},
-            **{"rank": max(ranks), "mixed": list(mixed)},
+            **{"rank": max(map(_rank, adapters.values()), default=8), "mixed": list(mixed)},
         }
         (out / "job.json").write_text(json.dumps(job))
         _drive(engine, out)
-        if not (out / "base.npy").exists():
-            raise RuntimeError(f"{engine.title} does not run the base: {(out / 'base.txt').read_text()}")
-        for name in ready:
+
+        def outcome(name: str) -> np.ndarray | str | None:
+            if (out / f"{name}.npy").exists():
+                return np.load(out / f"{name}.npy")
             refusal = out / f"{name}.txt"
-            found[name] = refusal.read_text() if refusal.exists() else np.load(out / f"{name}.npy")
-            if (out / f"{name}.beside.npy").exists():
-                beside[name] = np.load(out / f"{name}.beside.npy")
-        together = np.load(out / "mixed.npy") if (out / "mixed.npy").exists() else None
+            return refusal.read_text() if refusal.exists() else None
+
+        rows = outcome("base")
+        if not isinstance(rows, np.ndarray):
+            raise RuntimeError(f"{engine.title} does not run the base: {rows}")
+        found |= {name: outcome(name) for name in ready}
+        beside = {name: one for name in ready if (one := outcome(f"{name}.beside")) is not None}
         versions = json.loads((out / "versions.json").read_text())
-        return Run(versions, np.load(out / "base.npy"), {name: found[name] for name in adapters}, beside, together)
+        return Run(versions, rows, {name: found[name] for name in adapters}, beside, outcome("mixed"))
 
 
 def _drive(engine: Engine, out: Path) -> None:
@@ -193,15 +196,14 @@ def _drive(engine: Engine, out: Path) -> None:
         command = [engine.python, HERE / engine.driver, out / "job.json", out]
         try:
             ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-            told = f"the process ended with {ran.returncode}: {_last_line(ran.stderr)}"
-            if ran.returncode == 0:
-                return
-        except subprocess.TimeoutExpired:
-            told = f"no answer in {PATIENCE} s"
-        name = now.read_text() if now.exists() else "base"
-        (out / f"{name}.txt").write_text(told)
-        if name == "base":
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{engine.title} took more than {PATIENCE} s.") from error
+        if ran.returncode == 0:
             return
+        told = f"the process ended with {ran.returncode}: {_said(ran.stderr)}"
+        if not now.exists():
+            raise RuntimeError(f"{engine.title} did not start: {told}\n{ran.stderr[-2000:]}")
+        (out / f"{now.read_text()}.txt").write_text(told)
         now.unlink()
 
 
@@ -209,8 +211,9 @@ def _rank(adapter: Path) -> int:
     return int(json.loads((adapter / "adapter_config.json").read_text()).get("r") or 8)
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no word"])[-1]
+def _said(text: str) -> str:
+    lines = text.strip().splitlines() or ["no word"]
+    return next((line for line in lines if "ASSERT" in line), lines[-1])
 
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> float:

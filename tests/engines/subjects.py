@@ -71,6 +71,12 @@ SPOILED = {
     for name, case in serving.CASES.items()
     if not {"expert", "experts", "towers", "vocabulary"} & {*name.split("-")}
 } | {name: serving.Case(spoil) for name, spoil in SCALED.items()}
+# Where an engine does otherwise than `check` says, and why.
+UNLIKE = {
+    ("peft", "init-vllm"): "the base is another for as long as the adapter is loaded: in `check` a warning",
+    ("peft", "variants"): "the base has other layers for as long as the adapter is loaded: what the setting asks for",
+    ("sglang", "target-all-linear"): "SGLang resolves it by its own model classes, which need a GPU",
+}
 MORE_THAN_FACTORS = ("use_dora", "layer_replication", "modules_to_save")
 # Spoiled on purpose, so that a comparison which does not see it is worth nothing.
 WRONG: dict[str, serving.Spoil] = {
