@@ -107,6 +107,10 @@ def main(name, folder, base):
     training.train()
     weight = training.model.model.layers[0].self_attn.q_proj.weight.data
     print(type(training.model).__name__, training.accelerator.distributed_type, type(weight).__name__)
+    if torch.distributed.is_initialized():
+        # A process that leaves without it may be aborted by a thread of gloo's.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

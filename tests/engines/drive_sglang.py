@@ -118,8 +118,6 @@ class Sglang:
         if not loaded:
             raise ValueError(why)
         manager.init_lora_shapes()
-        if manager.target_modules == {"all"}:
-            raise NotImplementedError("not resolved without SGLang's model")
         pool = LoRAMemoryPool(
             **{"base_hf_config": model.config, "max_loras_per_batch": 2, "dtype": torch.float32},
             **{"max_lora_rank": manager.max_lora_rank, "target_modules": manager.target_modules},
