@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from hf_callbacks.pin import pin
 from peft_posthoc.checkpoint import Checkpoint, once, open_checkpoint
 from peft_posthoc.errors import CheckpointError, PosthocError, one_line
+from peft_posthoc.staged import staged
 
 # Values of each tensor, and tensors, that are compared to see whether a folder holds the model that will be trained.
 _VALUES, _TENSORS = 4096, 16
@@ -90,25 +89,12 @@ def _snapshot(model: nn.Module, to: Path) -> Path:
             "The model's weights are spread over processes, and no snapshot of them can be taken. Give "
             "`PosthocLoraCallback(base=...)` the model that the fine-tune starts from."
         )
-    half = to.with_name(f"{to.name}.part")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
     save: Any = getattr(model, "save_pretrained", None)
-    if callable(save):
-        save(half)
-    else:
-        save_file({name: t.contiguous() for name, t in once(model.state_dict()).items()}, half / "model.safetensors")
-    shutil.rmtree(to, ignore_errors=True)
-    return half.rename(to)
-
-
-def remember(base: Base, work: Path) -> None:
-    """Write down which base a run has, for when it is resumed."""
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "base.json").write_text(json.dumps(base._asdict(), indent=2) + "\n", encoding="utf-8")
-
-
-def remembered(work: Path) -> Base | None:
-    """The base that an earlier part of the run wrote down."""
-    path = work / "base.json"
-    return Base(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    with staged(to, what="The snapshot of the initial weights") as half:
+        half.mkdir()
+        if callable(save):
+            save(half)
+        else:
+            weights = {name: t.contiguous() for name, t in once(model.state_dict()).items()}
+            save_file(weights, half / "model.safetensors")
+    return to

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -15,19 +15,44 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_callbacks.base import Base, find_base, remember, remembered
+from hf_callbacks.base import Base, find_base
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions
-from hf_callbacks.jobs import Done
+from hf_callbacks.jobs import Done, Job
+from hf_callbacks.log import Log, is_summary
+from hf_callbacks.memory import Memory, remember, remembered
 from hf_callbacks.metrics import metrics, read_report
 from hf_callbacks.push import Push, Sent
 from hf_callbacks.run import FINAL, Run
+from hf_callbacks.turns import others_wait
 from peft_posthoc.checkpoint import open_checkpoint
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.hub import is_repo_id
 from peft_posthoc.rank import Rank
 
 logger = logging.getLogger(__name__)
+
+Event = Callable[..., None]
+
+
+def _on_all(event: Event) -> Event:
+    """Make a method an event of the Trainer's in which the first process works, and the others wait for it.
+
+    Whatever goes wrong is told and does not end the training, but for a callback that is `strict`.
+    """
+
+    @functools.wraps(event)
+    def harmless(
+        self: PosthocLoraCallback,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        with others_wait(first=state.is_world_process_zero):
+            self._guarded(f"`{event.__name__}` failed", lambda: event(self, args, state, control, **kwargs))
+
+    return harmless
 
 
 class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
@@ -37,7 +62,8 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
     when `save_total_limit` deletes their checkpoints. Nothing is written into a checkpoint.
 
     Training is not held up: the work is done by another process at low priority, one checkpoint at a time. It is not
-    endangered either: what fails is logged as a warning with its reason.
+    endangered either: what fails is logged as a warning with its reason. The trainer's control, its state, its random
+    numbers and the order of its collectives are what they are without the callback.
 
     Args:
         rank: How many singular triplets of each delta to keep: an int is a rank, a float in (0, 1] the share of the
@@ -126,57 +152,70 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             rename=several[2],
             serve_as=serve_as,
         )
-        if background:
-            self._extraction.flags()
-        self._given = None if base is None else Base(str(base), base_revision, "it was given")
-        self._out = None if out is None else Path(out)
+        # Said now, where it can still be mended: a rule that is a function cannot be handed to another process.
+        self._flags = self._extraction.flags() if background else self._extraction.known_flags()
+        self._given = None if base is None else _given(base, base_revision)
+        self._out = None if out is None else Path(out).absolute()
         self._when, self._background, self._strict, self._keep = when, background, strict, keep
         self._repo_id = push_to_hub
+        self._log = Log(strict=strict)
         self._run: Run | None = None
+        self._run_dir = ""
         self._push: Push | None = None
-        self._trainer: Trainer | None = None
+        self._state: TrainerState | None = None
         self._saves = 0
         self._on_disk: set[int] = set()  # steps whose weights can be read from files
         self._told = False
+        self._idle = False  # there is nothing to extract in this run
 
     def attach(self, trainer: Trainer) -> PosthocLoraCallback:
         """Say which trainer's log gets the numbers, where it cannot be found by itself."""
-        self._trainer = trainer
+        self._log.trainer = trainer
         return self
 
+    @_on_all
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep hold of the initial weights: a resumed run changes them before its first step."""
-        if state.is_world_process_zero:
-            self._trainer = _calling_trainer() or self._trainer
-            run = self._opened(args)
-            if self._given is None and remembered(run.work) is None:
-                self._guarded("the base was not found", lambda: self._find(kwargs["model"]))
+        model = cast(nn.Module, kwargs["model"])
+        if state.is_world_process_zero and model is not None and not _trains_adapter(model):
+            run = self._opened(args, state)
+            if self._given is None and not (run.work / "base.json").is_file():
+                self._guarded("the base was not found", lambda: self._find(model))
 
+    @_on_all
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Settle on a base, and catch up with what an interrupted run left."""
-        self._saves, self._on_disk = 0, set()
+        model = cast(nn.Module, kwargs["model"])
+        self._saves, self._on_disk, self._told = 0, set(), False
+        self._log.trackers_are_open = True
+        self._idle = _trains_adapter(model)
         if not state.is_world_process_zero:
             return
-        self._trainer = _calling_trainer() or self._trainer
-        run = self._opened(args)
+        if self._idle:
+            self._log.warn(
+                "this run trains a PEFT adapter of its own (LoRA or the like): its checkpoints are adapters already, "
+                "and none is extracted"
+            )
+            return
+        run = self._opened(args, state)
         resumed = state.global_step > 0
-        self._guarded("the base was not found", lambda: self._settle(kwargs["model"], resumed=resumed))
+        self._guarded("what lies there was not kept apart", lambda: _say(run.begin(state.global_step)))
+        self._guarded("the base was not found", lambda: self._settle(model, args, resumed=resumed))
         if run.base is None:
             return
         logger.info("phlora: the base is %s: %s.", run.base.source, run.base.how)
-        if not resumed:
-            run.start_over()
         if self._repo_id is not None:
-            # Private by default: an adapter may tell what it was trained on.
-            private = args.hub_private_repo is not False
-            self._push = Push(self._repo_id, run.work / "pushed", private=private, token=args.hub_token)
+            self._guarded("adapters are not uploaded", lambda: self._open_hub(args))
         if resumed and self._when == "save":
             self._catch_up()
 
+    @_on_all
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make an adapter of what was saved."""
+        if self._idle:
+            return
         # The same on every process, as `_take` waits for all of them.
         step, first, partitions = state.global_step, state.is_world_process_zero, saves_partitions(args)
         self._saves += 1
@@ -186,68 +225,70 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         taken = self._take(kwargs["model"], f"step-{step}", first=first) if chosen and partitions else None
         if not first or not chosen or self._run is None or self._run.base is None:
             return  # if there is no base, that was told when training began
-        source = taken if partitions else self._run.checkpoints().get(step)
+        run = self._opened(args, state)
+        source = taken if partitions else run.checkpoints().get(step)
         if source is not None:
-            self._tell(self._run.make(source, step, background=self._background))
+            self._tell(run.make(source, step, background=self._background))
         elif not partitions:
-            self._warn(f"no checkpoint of step {step} in `{self._run.folder}`")
+            self._log.warn(f"no checkpoint of step {step} in `{run.folder}`")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See what has been finished."""
-        if self._run is not None and len(self._run):
-            self._tell(self._run.poll())
-        if self._push is not None and len(self._push):
-            self._tell_sent(self._push.poll())
+        self._state = state
+        self._guarded("finished adapters were not looked for", self._look)
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """When training is summed up, wait for the adapters of steps: trackers close with the event that follows."""
+        if is_summary(kwargs["logs"]) and not self._idle:
+            self._state = state
+            with others_wait(first=state.is_world_process_zero):
+                self._guarded("adapters are missing", self._finish_steps)
+
+    @_on_all
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Wait for what is still to be made; then make `final`."""
+        """Make `final`, and wait for it."""
         first, model = state.is_world_process_zero, cast(nn.Module, kwargs["model"])
         taken = None
         last = (args.load_best_model_at_end and state.best_global_step) or state.global_step
-        if is_partitioned(model) and last not in self._on_disk:  # the same on every process
+        if not self._idle and is_partitioned(model) and last not in self._on_disk:  # the same on every process
             taken = self._take(model, FINAL, first=first)
-        if not first or self._run is None or self._run.base is None:
+        self._log.trackers_are_open = False
+        if not first or self._idle or self._run is None:
             return
-        run = self._run
+        run = self._opened(args, state)
         try:
-            if self._when == "save":
-                self._catch_up()
-            self._wait()
-            best = state.best_model_checkpoint if args.load_best_model_at_end else None
-            step = int(Path(best).name.rpartition("-")[2]) if best else state.global_step
-            # Without a checkpoint, the model as it is: the best one, where that was to be loaded.
-            source = taken or run.checkpoints().get(step) or model
-            if taken is None and step in run.adapters():
-                self._tell([run.copy(step, name=FINAL)])
-            elif source is model and (is_partitioned(model) or is_sharded(model)):
-                self._warn(f"there is no adapter `{FINAL}`: the weights are spread over processes, and were not saved")
-            else:
-                self._tell(run.make(source, step, name=FINAL, background=self._background))
-                self._wait()
-            self._guarded("there is no picture of the adapters", run.draw)
-            self._wait_for_hub()
+            if run.base is not None:
+                self._finish_steps()
+                self._guarded(f"there is no adapter `{FINAL}`", lambda: self._finish(args, state, model, taken))
+                self._guarded("there is no picture of the adapters", run.draw)
+                self._guarded("uploads are missing", self._wait_for_hub)
         finally:
             run.stop()
 
-    def _opened(self, args: TrainingArguments) -> Run:
-        folder = Path(args.output_dir)
-        if self._trainer is not None:
+    def _opened(self, args: TrainingArguments, state: TrainerState) -> Run:
+        """The run that the events are about; where its trainer saves checkpoints now."""
+        self._state = state
+        self._log.trainer = _calling_trainer() or self._log.trainer
+        folder, trainer = args.output_dir, self._log.trainer
+        if trainer is not None:
             # A folder of its own for every trial of a hyperparameter search.
-            folder = Path(self._trainer._get_output_dir(getattr(self._trainer, "_trial", None)))
-        if self._run is None or self._run.folder != folder:
-            self._run = Run(folder, self._extraction, out=self._out, keep=self._keep)
+            folder = trainer._get_output_dir(getattr(trainer, "_trial", None))
+        if self._run is None or self._run_dir != folder:
+            self._run_dir = folder
+            self._run = Run(Path(folder), self._extraction, out=self._out, keep=self._keep)
             self._run.base = self._given
+        _say(self._run.claim())
+        # The program may have changed its working folder; the adapters stay together, in the first one.
+        self._run.folder = Path(folder).absolute()
         return self._run
 
     def _find(self, model: nn.Module) -> None:
-        run = self._run
-        if run is not None:
-            run.base = find_base(model, run.folder, run.work)
-            remember(run.base, run.work)
+        if self._run is not None:
+            self._run.base = find_base(model, self._run.folder, self._run.work)
 
-    def _settle(self, model: nn.Module, *, resumed: bool) -> None:
+    def _settle(self, model: nn.Module, args: TrainingArguments, *, resumed: bool) -> None:
         run = self._run
         if run is None:
             return
@@ -255,11 +296,46 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             # What cannot be read is told now, not after the first save.
             open_checkpoint(self._given.source, revision=self._given.revision, role="base")
         elif resumed:
-            run.base = run.base or remembered(run.work)
-            if run.base is None:
-                raise PosthocError("this run was begun without the callback; give `base=`")
+            self._resume(run)
         elif run.base is None:
             self._find(model)
+        if run.base is not None:
+            best = bool(args.load_best_model_at_end)
+            self._guarded(
+                "the run's base and options were not written down",
+                lambda: remember(Memory(cast(Base, run.base), self._flags, best), run.work),
+            )
+
+    def _resume(self, run: Run) -> None:
+        """Take the base that the run began with."""
+        memory = remembered(run.work)
+        found = run.base
+        run.base = memory.base if memory is not None else found
+        # Found when this process began: the model may have been loaded from a checkpoint of this very run.
+        own = found is not None and Path(found.source).is_relative_to(run.work)
+        if memory is None and (found is None or own):
+            run.base = None
+            raise PosthocError("this run was begun without the callback; give `base=`")
+
+    def _finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module, taken: Path | None) -> None:
+        run = cast(Run, self._run)
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        step = int(Path(best).name.rpartition("-")[2]) if best else state.global_step
+        # Without a checkpoint, the model as it is: the best one, where that was to be loaded.
+        source = taken or run.checkpoints().get(step) or model
+        if taken is None and step in run.adapters():
+            self._tell([run.copy(step, name=FINAL)])
+        elif source is model and (is_partitioned(model) or is_sharded(model)):
+            self._log.warn(f"there is no adapter `{FINAL}`: the weights are spread over processes, and were not saved")
+        else:
+            self._tell(run.make(source, step, name=FINAL, background=self._background))
+            self._wait()
+
+    def _open_hub(self, args: TrainingArguments) -> None:
+        run, repo_id = cast(Run, self._run), cast(str, self._repo_id)
+        # Private by default: an adapter may tell what it was trained on.
+        private = args.hub_private_repo is not False
+        self._push = Push(repo_id, run.work / "pushed", private=private, token=args.hub_token)
 
     def _take(self, model: nn.Module, name: str, *, first: bool) -> Path | None:
         """Save the live model where its checkpoint holds no weights. Every process calls this; the first gets it."""
@@ -268,9 +344,20 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             gather(model, None)
             return None
         to = run.work / "pinned" / name
-        shutil.rmtree(to, ignore_errors=True)
         self._guarded(f"there is no adapter `{name}`", lambda: gather(model, to))
         return to if to.is_dir() else None
+
+    def _look(self) -> None:
+        if self._run is not None and len(self._run):
+            self._tell(self._run.poll())
+        if self._push is not None and len(self._push):
+            self._tell_sent(self._push.poll())
+
+    def _finish_steps(self) -> None:
+        if self._run is not None and self._run.base is not None:
+            if self._when == "save":
+                self._catch_up()
+            self._wait()
 
     def _catch_up(self) -> None:
         """Checkpoints that were saved without an event, or whose adapter failed, and what an interrupted run held."""
@@ -299,37 +386,52 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         """Log which uploads failed."""
         for name, failure in ended:
             if failure is not None and self._push is not None:
-                self._warn(f"`{name}` was not uploaded to `{self._push.repo_id}`: {failure}")
+                self._log.warn(f"`{name}` was not uploaded to `{self._push.repo_id}`: {failure}")
 
     def _tell(self, ended: Iterable[Done]) -> None:
         """Log what has come to its end."""
         for job, failure in ended:
-            if self._run is None:
-                return
             if failure is not None:
-                self._warn(f"there is no adapter `{job.name}`: {failure}")
-                continue
-            report = read_report(self._run.out / job.name)
-            if not self._told or job.name == FINAL:  # they hardly change from one checkpoint to the next
-                for warning in report["warnings"]:
-                    logger.warning("phlora: %s: %s", job.name, warning)
-            self._told = True
-            if job.name != FINAL and self._trainer is not None:
-                # Not the trainer's own `log`: TRL's would take the running averages of this step along.
-                Trainer.log(self._trainer, metrics(report, step=job.step))
-            self._send(job.name, job.step)
+                self._log.warn(f"there is no adapter `{job.name}`: {failure}")
+            else:
+                self._guarded(f"the numbers of `{job.name}` were not logged", functools.partial(self._tell_of, job))
+                self._send(job.name, job.step)
 
-    def _guarded(self, what: str, work: Callable[[], None]) -> None:
+    def _tell_of(self, job: Job) -> None:
+        run = cast(Run, self._run)
+        report = read_report(run.out / job.name)
+        if not self._told or job.name == FINAL:  # they hardly change from one checkpoint to the next
+            for warning in report["warnings"]:
+                logger.warning("phlora: %s: %s", job.name, warning)
+        self._told = True
+        if job.name != FINAL:
+            if self._state is not None:
+                self._log.numbers(self._state, metrics(report, step=job.step), by=self)
+            self._guarded("the page of the adapters was not written", run.write_page)
+
+    def _guarded(self, what: str, work: Callable[[], object]) -> None:
         """Do something that must not end the training."""
         try:
             work()
         except Exception as error:  # whatever it is, it is not worth the training; it is told, or raised by `strict`
-            self._warn(f"{what}: {one_line(error).removesuffix('.')}", error)
+            if self._strict and isinstance(error, PosthocError):
+                raise
+            self._log.warn(f"{what}: {one_line(error)}", error)
 
-    def _warn(self, message: str, cause: Exception | None = None) -> None:
-        if self._strict:
-            raise PosthocError(f"{message[0].upper()}{message[1:]}.") from cause
-        logger.warning("phlora: %s. Training goes on.", message)
+
+def _say(message: str | None) -> None:
+    if message is not None:
+        logger.warning("phlora: %s.", message)
+
+
+def _given(base: str | PathLike[str], revision: str | None) -> Base:
+    """The base that the user names, wherever the program goes on."""
+    return Base(str(Path(base).absolute()) if Path(base).exists() else str(base), revision, "it was given")
+
+
+def _trains_adapter(model: nn.Module) -> bool:
+    """Whether a model is PEFT's, or has an adapter of PEFT's in it. The same on every process."""
+    return hasattr(model, "peft_config") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _calling_trainer() -> Trainer | None:

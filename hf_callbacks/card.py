@@ -13,6 +13,7 @@ from hf_callbacks.metrics import read_report
 from peft_posthoc.peft_format import CONFIG, REPORT
 from peft_posthoc.report import size
 
+PAGE = "# Adapters of this run"
 _SERVE = """
 ```sh
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}
@@ -83,7 +84,7 @@ def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
         picture: The file, beside the page, that shows them all.
     """
     lines = [
-        "# Adapters of this run",
+        PAGE,
         "",
         "Energies are shares, of the weights that are carried and of the whole fine-tune; `|d|/|w|` is the size of the "
         "delta against the base.",

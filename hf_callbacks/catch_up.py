@@ -5,26 +5,48 @@ python -m hf_callbacks.catch_up RUN_DIR --base BASE
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-from hf_callbacks.base import Base, remembered
+from hf_callbacks.base import Base
 from hf_callbacks.extraction import Extraction
+from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.run import FINAL, Run
-from peft_posthoc.options import CHOICE, FORM, NAMES, VOCAB
+from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.options import CHOICE, DTYPE, FORM, NAMES, VOCAB, dtype_of
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
 
-@click.command()
+class _AsTheRun(click.Command):
+    """A command whose options are by default those that the callback of the run had."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        run_dir = given.get("run_dir")
+        memory = _remembered(Path(run_dir), needed="base" not in given) if isinstance(run_dir, str) else None
+        if memory is not None and memory.flags is not None:
+            run, _, _ = self.make_parser(ctx).parse_args([str(run_dir), *memory.flags])
+            # A rank that is asked for now takes the place of all that was said of ranks.
+            said = set(given) | (_OF_RANKS if _OF_RANKS & set(given) else set())
+            ctx.default_map = {name: value for name, value in run.items() if name not in said}
+        return super().parse_args(ctx, args)
+
+
+_OF_RANKS = {"rank", "energy", "error", "budget", "params", "weighting", "max_rank", "min_rank", "round_to"}
+
+
+@click.command(cls=_AsTheRun)
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--base", help="The model that the run started from.  [default: what the callback wrote down]")
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto.")
 @RANK
 @RANK_PATTERN
+@DTYPE
 @FORM
 @CHOICE
 @VOCAB
@@ -34,29 +56,84 @@ def main(
     base: str | None,
     base_revision: str | None,
     rank: Asked,
+    dtype: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Make the adapters that are missing: of every checkpoint in RUN_DIR, and `final`, the last one's."""
-    run = Run(run_dir, Extraction(rank.one() or 32, include, exclude, **options))
-    run.base = Base(base, base_revision, "it was given") if base else remembered(run.work)
+    """Make the adapters that are missing: of every checkpoint in RUN_DIR, and `final`, the last or best one's.
+
+    Options that are not given are those of the run's callback, where there was one.
+    """
+    memory = _remembered(run_dir, needed=base is None)
+    try:
+        extraction = Extraction(rank.one() or 32, include, exclude, dtype=dtype_of(dtype), **options)
+    except (PosthocError, ValueError) as error:
+        raise click.UsageError(one_line(error)) from error
+    run = Run(run_dir, extraction)
+    run.base = Base(base, base_revision, "it was given") if base else memory.base if memory else None
     if run.base is None:
         raise click.ClickException(f"It is not known which model `{run_dir}` started from. Give --base.")
-    missing = run.missing()
-    if not missing and not run.adapters():
-        raise click.ClickException(f"There are no checkpoints in `{run_dir}`.")
-    failed = []
-    for step, folder in tqdm(missing.items(), desc="Adapters"):
-        failed += [done for done in run.make(folder, step) if done.failure]
-    for job, failure in failed:
-        click.echo(f"There is no adapter `{job.name}`: {failure}", err=True)
-    if run.adapters() and not (run.out / FINAL).exists():
-        run.copy(max(run.adapters()), name=FINAL)
-    run.draw()
+    if run.claim() is not None:
+        raise click.ClickException(f"A training run is at work in `{run_dir}`. It makes its adapters itself.")
+    try:
+        failed = _make(run, best=memory.best if memory else None)
+    finally:
+        run.stop()
     click.echo(f"{len(run.adapters())} adapters are in {run.out}")
     if failed:
         raise click.exceptions.Exit(1)
+
+
+def _make(run: Run, *, best: bool | None) -> bool:
+    """Make what is missing.
+
+    Args:
+        run: The run.
+        best: Whether `final` is its best checkpoint's; None: as the trainer's state says.
+
+    Returns:
+        Whether something failed.
+    """
+    missing = run.missing()
+    if not missing and not run.adapters():
+        raise click.ClickException(f"There are no checkpoints in `{run.folder}`.")
+    done = [done for step, folder in tqdm(missing.items(), desc="Adapters") for done in run.make(folder, step)]
+    if run.adapters() and not (run.out / FINAL).exists():
+        done.append(run.copy(_final_step(run, best=best), name=FINAL))
+    failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure in done if failure is not None]
+    try:
+        run.draw()
+    except (PosthocError, OSError) as error:
+        failures.append(f"There is no page of the adapters: {one_line(error)}")
+    for failure in failures:
+        click.echo(failure, err=True)
+    return bool(failures)
+
+
+def _final_step(run: Run, *, best: bool | None) -> int:
+    """The step whose adapter is `final`."""
+    adapters = run.adapters()
+    states = sorted((step, folder / "trainer_state.json") for step, folder in run.checkpoints().items())
+    if best is not False and states:
+        try:
+            step = json.loads(states[-1][1].read_text(encoding="utf-8")).get("best_global_step")
+        except (OSError, ValueError, AttributeError, RecursionError):  # saved without one, or damaged
+            step = None
+        if step in adapters:
+            return int(step)
+        if step:
+            click.echo(f"The best checkpoint, of step {step}, has no adapter: `final` is the last one's.", err=True)
+    return max(adapters)
+
+
+def _remembered(run_dir: Path, *, needed: bool) -> Memory | None:
+    try:
+        return remembered(run_dir / "_phlora")
+    except PosthocError as error:
+        if not needed:
+            return None
+        raise click.ClickException(f"{one_line(error)}. Give --base.") from error
 
 
 if __name__ == "__main__":

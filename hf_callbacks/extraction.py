@@ -74,6 +74,13 @@ class Extraction:
             flags += ["--dtype", str(self.dtype).removeprefix("torch.")]
         return [*flags, "--device", self.device, "--form", self.form, "--vocab", self.vocab]
 
+    def known_flags(self) -> list[str] | None:
+        """The same; None where the rank rule is a function."""
+        try:
+            return self.flags()
+        except ValueError:
+            return None
+
     def run(
         self,
         base: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from peft_posthoc.checkpoint import once
+from peft_posthoc.staged import staged
 
 _WHOLE = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
@@ -42,7 +42,7 @@ def gather(model: nn.Module, to: Path | None) -> None:
         to: On the process that saves it the new folder; None on the others.
 
     Raises:
-        OSError: It cannot be written.
+        AdapterError: It cannot be written.
         RuntimeError: There is not enough memory to hold it.
     """
     from deepspeed import zero
@@ -65,13 +65,10 @@ def gather(model: nn.Module, to: Path | None) -> None:
     if to is None:
         return
     held = {name: copies[id(tensor)] for name, tensor in state.items()}
-    half = to.with_name(f"{to.name}.part")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
     save: Any = getattr(model, "save_pretrained", None)
-    if callable(save):
-        save(half, state_dict=held)
-    else:
-        save_file(once(held), half / "model.safetensors")
-    shutil.rmtree(to, ignore_errors=True)
-    half.rename(to)
+    with staged(to, what="The live model's weights") as half:
+        half.mkdir()
+        if callable(save):
+            save(half, state_dict=held)
+        else:
+            save_file(once(held), half / "model.safetensors")

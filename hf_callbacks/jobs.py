@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from peft_posthoc.errors import one_line
+
 # A launcher's own words to its processes: with them, an extraction would take itself for one of several.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -42,9 +44,15 @@ class Done(NamedTuple):
 
 
 class Jobs:
-    """A queue with at most one process."""
+    """A queue with at most one process.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Where the processes' messages are kept while they run; the system's temporary folder by default,
+            which batch systems have been seen to empty.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
         self._waiting: deque[Job] = deque()
         self._running: tuple[Job, subprocess.Popen[bytes], IO[bytes]] | None = None
 
@@ -71,9 +79,12 @@ class Jobs:
             text = errors.read().decode(errors="replace").strip()
             self._let_go()
             ended.append(Done(job, _failure(process.returncode, text)))
-        if self._waiting:
+        while self._waiting and self._running is None:
             job = self._waiting.popleft()
-            self._running = (job, *_start(job.arguments))
+            try:
+                self._running = (job, *_start(job.arguments, self._folder))
+            except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
+                ended.append(Done(job, f"its process could not be started: {one_line(error)}"))
         return ended
 
     def wait(self) -> Iterator[Done]:
@@ -103,23 +114,27 @@ class Jobs:
             self._running = None
 
 
-def _start(arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+def _start(arguments: Sequence[str], folder: Path | None) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     environment = {
         key: value
         for key, value in os.environ.items()
         if key not in _LAUNCHER and not key.startswith(_LAUNCHER_PREFIXES)
     }
-    errors = tempfile.TemporaryFile()  # noqa: SIM115  (it is read, and closed, when the process has ended)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hf_callbacks.child", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-        env=environment,
-        # Out of reach of a Ctrl-C in the terminal, which is the trainer's; not in a session of its own, because Linux
-        # shares the processor out among sessions first, and by priority only within one.
-        process_group=0,
-    )
+    errors = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (it is read, and closed, when the process has ended)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hf_callbacks.child", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+            # Out of reach of a Ctrl-C in the terminal, which is the trainer's; not in a session of its own, because
+            # Linux shares the processor out among sessions first, and by priority only within one.
+            process_group=0,
+        )
+    except BaseException:
+        errors.close()
+        raise
     return process, errors
 
 

@@ -8,13 +8,25 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from peft_posthoc.errors import AdapterError
 from peft_posthoc.peft_format import REPORT
 
 
 def read_report(adapter: Path) -> dict[str, Any]:
-    """The report in an adapter's folder."""
-    report: dict[str, Any] = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
-    return report
+    """The report in an adapter's folder.
+
+    Raises:
+        AdapterError: There is none, or it is damaged: cut short, or of another version.
+    """
+    path = adapter / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        # Whatever is read of it later is there.
+        metrics(report, step=0)
+        _ = report["warnings"], report["provenance"]["options"], report["totals"]["relative_delta"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"The report `{path}` is damaged: {type(error).__name__}: {error}.") from error
+    return dict(report)
 
 
 def metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
@@ -44,6 +56,6 @@ def metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
         sum((row["delta_norm"] or 0.0) ** 2 for row in report["rows"] if "float" in row["dtype"])
     )
     for kind in whole:
-        found[f"phlora/energy/{kind}"] = kept[kind] / whole[kind]
+        found[f"phlora/energy/{kind}"] = kept[kind] / whole[kind] if whole[kind] else 1.0
         found[f"phlora/delta_norm/{kind}"] = math.sqrt(whole[kind])
     return found

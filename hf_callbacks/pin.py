@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.folder import is_index, shards_of, weight_files
+from peft_posthoc.staged import staged
 
 
 def pin(checkpoint: Path, to: Path) -> Path:
@@ -29,20 +30,23 @@ def hold(folder: Path, names: Iterable[str], to: Path) -> Path:
         folder: Where the files are.
         names: Theirs, relative to the folder; what is not there is left out.
         to: The new folder. If there is one, it is replaced.
+
+    Raises:
+        AdapterError: It cannot be written.
     """
-    half = to.with_name(f"{to.name}.part")
-    shutil.rmtree(half, ignore_errors=True)
-    for name in names:
-        source, target = folder / name, half / name
-        if not source.is_file():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(source, target)
-    shutil.rmtree(to, ignore_errors=True)
-    half.rename(to)
+    with staged(to, what=f"What is held of `{folder}`") as half:
+        half.mkdir()
+        for name in names:
+            source, target = folder / name, half / name
+            if not source.is_file():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Where the files are links, as in the hub's cache, what they lead to is held.
+            source = source.resolve()
+            try:
+                os.link(source, target)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(source, target)
     return to
 
 

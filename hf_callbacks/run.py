@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from hf_callbacks.base import Base
-from hf_callbacks.card import card, summary
+from hf_callbacks.card import PAGE, card, summary
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.jobs import KILLED, Done, Job, Jobs
+from hf_callbacks.metrics import read_report
 from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
-from peft_posthoc.errors import CheckpointError, MissingExtraError, one_line
+from peft_posthoc.errors import AdapterError, CheckpointError, MissingExtraError, PosthocError, one_line
 from peft_posthoc.peft_format import REPORT
+from peft_posthoc.staged import staged
+from peft_posthoc.whole_file import write_whole
 
 FINAL = "final"
 PICTURE = "energy.png"
+README = "README.md"
 
 
 class Run:
@@ -36,31 +41,101 @@ class Run:
     def __init__(
         self, folder: Path, extraction: Extraction, *, out: Path | None = None, keep: int | None = None
     ) -> None:
-        self.folder = folder
-        self.out = out or folder / "phlora"
+        # The adapters' place stays where it is when the program changes its working folder.
+        self.folder = folder.absolute()
+        self.out = (out or folder / "phlora").absolute()
         # What begins with an underscore is not uploaded: here are links to whole models, and unfinished adapters.
-        self.work = folder / "_phlora"
+        self.work = self.folder / "_phlora"
         self.base: Base | None = None
         self._extraction = extraction
         self._keep = keep
-        self._jobs = Jobs()
-        self._stale: set[int] = set()
+        self._jobs = Jobs(self.work)
+        self._lock: FileLock | None = None
+        self._others: dict[int, int] = {}  # checkpoints that are not of this run: step, and when it was written
+
+    def claim(self) -> str | None:
+        """See that no other process works in the same folders; if one does, take others.
+
+        Returns:
+            What is to be told; None if no other process is at work.
+        """
+        if self._lock is not None:
+            return None
+        told = None
+        place, out = self.work, self.out
+        for number in range(2, 100):
+            # One for all of this process: a run that was interrupted in a notebook is no other run.
+            self._lock = FileLock(self.work / "lock", blocking=False, is_singleton=True)
+            try:
+                self.work.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire()
+            except Timeout:
+                self.work, self.out = place.with_name(f"{place.name}-{number}"), out.with_name(f"{out.name}-{number}")
+                self._jobs = Jobs(self.work)
+                told = (
+                    f"another run is at work in `{self.folder}`, and each overwrites the other's checkpoints. "
+                    f"This run's adapters go to `{self.out}`"
+                )
+                continue
+            except (OSError, NotImplementedError):  # a file system without locks
+                self._lock = None
+            break
+        return told
+
+    def begin(self, step: int) -> str | None:
+        """Keep apart what an earlier run in the same folder has left, or this one after the step it goes on from.
+
+        Its adapters are moved into a folder `earlier-N` beside this run's. Its checkpoints get no adapters.
+
+        Args:
+            step: Where this run begins: 0, or the step of the checkpoint that it is resumed from.
+
+        Returns:
+            What is to be told; None if there was nothing.
+        """
+        self._others = {at: _written(path) for at, path in self.checkpoints().items() if at > step}
+        for unfinished in self.work.glob(".*"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if step == 0:
+            for folder in ("pinned", "made", "pushed"):
+                shutil.rmtree(self.work / folder, ignore_errors=True)
+        for at, path in self._pinned().items():
+            if at > step:
+                shutil.rmtree(path, ignore_errors=True)
+        earlier = [path for at, path in self._made().items() if at > step]
+        if step == 0 and (self.out / FINAL / REPORT).is_file():
+            earlier.append(self.out / FINAL)
+        if not earlier:
+            return None
+        place = _free(self.out / "earlier")
+        place.mkdir()
+        pages = [self.out / PICTURE] if step == 0 else []
+        pages += [self.out / README] if step == 0 and _is_ours(self.out / README) else []
+        for path in [*earlier, *pages]:
+            if path.exists():
+                path.rename(place / path.name)
+        names = ", ".join(f"`{path.name}`" for path in sorted(earlier))
+        return f"adapters of an earlier run ({names}) were moved to `{place}`"
 
     def checkpoints(self) -> dict[int, Path]:
-        """The checkpoints that are there, by step."""
-        return _by_step("checkpoint", self.folder.glob("checkpoint-*"))
+        """The checkpoints of this run that are there, by step."""
+        found = _by_step("checkpoint", self.folder.glob("checkpoint-*"))
+        return {step: path for step, path in found.items() if self._others.get(step) != _written(path)}
 
     def adapters(self) -> dict[int, Path]:
-        """The adapters of this run that are there, by step."""
-        found = _by_step("step", (path.parent for path in self.out.glob(f"step-*/{REPORT}")))
-        return {step: path for step, path in found.items() if step not in self._stale}
+        """The adapters that are there, by step."""
+        return {step: path for step, path in self._made().items() if _is_readable(path)}
+
+    def _made(self) -> dict[int, Path]:
+        return _by_step("step", (path.parent for path in self.out.glob(f"step-*/{REPORT}")))
 
     def missing(self) -> dict[int, Path]:
         """What has no adapter yet and none on its way: checkpoints, and what an interrupted run held on to."""
         # What is held can be read; a checkpoint of the same step may hold DeepSpeed's partitions.
-        held = self.checkpoints() | _by_step("step", self.work.glob("pinned/step-*"))
+        held = self.checkpoints() | self._pinned()
         done = self.adapters()
-        oldest = min(done) if self._keep and len(done) >= self._keep else 0
+        newest = sorted(done)[-self._keep :] if self._keep else []
+        oldest = newest[0] if self._keep and len(newest) == self._keep else 0
         wanted = (step for step in sorted(held) if step >= oldest and step not in done)
         return {step: held[step] for step in wanted if _name(step) not in self._jobs}
 
@@ -100,9 +175,14 @@ class Run:
     def copy(self, step: int, *, name: str) -> Done:
         """Put a copy of a step's adapter under another name."""
         made = self.work / "made" / name
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.copytree(self.adapters()[step], made)
-        return self._ended(Done(Job(name, step, (), made, None), None))
+        job = Job(name, step, (), made, None)
+        try:
+            shutil.rmtree(made, ignore_errors=True)
+            shutil.copytree(self.adapters()[step], made)
+        except OSError as error:
+            shutil.rmtree(made, ignore_errors=True)
+            return Done(job, one_line(error))
+        return self._ended(Done(job, None))
 
     def poll(self) -> list[Done]:
         """What has come to its end since it was last asked: adapters are in their places."""
@@ -116,51 +196,73 @@ class Run:
         """How many adapters are in the queue."""
         return len(self._jobs)
 
+    def write_page(self) -> None:
+        """Write the page of the adapters, a table.
+
+        Raises:
+            AdapterError: A file of that name is not ours.
+            OSError: It cannot be written.
+        """
+        adapters = self.adapters()
+        if adapters:
+            self._write_page(adapters, picture=None)
+
     def draw(self) -> None:
-        """Put a picture of the adapters onto their page, where matplotlib is installed."""
+        """Write the page of the adapters with a picture, where matplotlib is installed.
+
+        Raises:
+            AdapterError: A file of that name is not ours.
+            OSError: It cannot be written.
+        """
         adapters = self.adapters()
         if not adapters:
             return
-        with contextlib.suppress(MissingExtraError):
-            plot(adapters).savefig(self.out / PICTURE, dpi=150)
-            (self.out / "README.md").write_text(summary(adapters, picture=PICTURE), encoding="utf-8")
+        picture = self.out / PICTURE
+        with contextlib.suppress(MissingExtraError), staged(picture, what="The picture of the adapters") as new:
+            plot(adapters).savefig(new, dpi=150, format="png")
+        self._write_page(adapters, picture=PICTURE if picture.is_file() else None)
 
     def stop(self) -> None:
         """End what runs in the background. What it worked on is still held, for when the run is resumed."""
         self._jobs.stop()
+        if self._lock is not None:
+            self._lock.release(force=True)
+            self._lock = None
 
-    def start_over(self) -> None:
-        """Let go of what an earlier run in the same folder held on to; its adapters are not this run's."""
-        self._stale = set(self.adapters())
-        for folder in ("pinned", "made", "pushed"):
-            shutil.rmtree(self.work / folder, ignore_errors=True)
+    def _pinned(self) -> dict[int, Path]:
+        return _by_step("step", self.work.glob("pinned/step-*"))
 
     def _ended(self, done: Done) -> Done:
         job, failure = done
         if failure is None:
             try:
                 self._place(job)
-            except OSError as error:
-                failure = one_line(error)
+            except Exception as error:  # as in `make`
+                failure = one_line(error).removesuffix(".")
         # One that was killed can be made again.
         if job.pinned is not None and not (failure or "").startswith(KILLED):
             shutil.rmtree(job.pinned, ignore_errors=True)
+        if failure is not None:
+            shutil.rmtree(job.made, ignore_errors=True)
         return Done(job, failure)
 
     def _place(self, job: Job) -> None:
         """Move a finished adapter into its place, with its card; then let go of those that are too old."""
-        (job.made / "README.md").write_text(card(job.made, step=job.step), encoding="utf-8")
-        self.out.mkdir(parents=True, exist_ok=True)
-        beside, target = self.out / f".{job.name}", self.out / job.name
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.move(job.made, beside)  # perhaps to another file system; what follows is a rename
-        shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
-        if job.name != FINAL:
-            self._stale.discard(job.step)
-        for old in sorted(self.adapters())[: -self._keep] if self._keep else ():
-            shutil.rmtree(self.out / _name(old))
-        (self.out / "README.md").write_text(summary(self.adapters()), encoding="utf-8")
+        write_whole(job.made / README, card(job.made, step=job.step).encode())
+        target = self.out / job.name
+        if target.exists() and not (target / REPORT).is_file():
+            raise AdapterError(f"There is something else than an adapter at `{target}`. Move it away")
+        with staged(target, what="The adapter") as new:
+            shutil.move(job.made, new)
+        adapters = self.adapters()
+        for old in sorted(adapters)[: -self._keep] if self._keep else ():
+            shutil.rmtree(self.out / _name(old), ignore_errors=True)
+
+    def _write_page(self, adapters: Mapping[int, Path], *, picture: str | None) -> None:
+        page = self.out / README
+        if page.exists() and not _is_ours(page):
+            raise AdapterError(f"`{page}` was not written by this program, and is left as it is")
+        write_whole(page, summary(adapters, picture=picture).encode())
 
 
 def _name(step: int) -> str:
@@ -170,3 +272,26 @@ def _name(step: int) -> str:
 def _by_step(word: str, folders: Iterable[Path]) -> dict[int, Path]:
     matches = ((re.fullmatch(rf"{word}-(\d+)", path.name), path) for path in folders if path.is_dir())
     return {int(match[1]): path for match, path in matches if match}
+
+
+def _written(folder: Path) -> int:
+    """When the last of a folder's files was written, in nanoseconds."""
+    return max((path.stat().st_mtime_ns for path in folder.iterdir()), default=0)
+
+
+def _is_readable(adapter: Path) -> bool:
+    try:
+        read_report(adapter)
+    except PosthocError:
+        return False
+    return True
+
+
+def _is_ours(page: Path) -> bool:
+    return page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(PAGE)
+
+
+def _free(path: Path) -> Path:
+    """The first of `path-1`, `path-2`, ... that is not there."""
+    numbers = (path.with_name(f"{path.name}-{number}") for number in range(1, 10**6))
+    return next(each for each in numbers if not each.exists())

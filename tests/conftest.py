@@ -49,3 +49,15 @@ def tied_pair(tmp_path_factory):
     """The same with `lm_head` tied to the embeddings."""
     torch.manual_seed(0)
     return models.save_pair(models.llama(tie_word_embeddings=True), tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture
+def log():
+    """What the Trainer's callback logs."""
+    import logging
+
+    from tests.runs import Where
+
+    handler = Where()
+    yield handler
+    logging.getLogger("hf_callbacks").removeHandler(handler)

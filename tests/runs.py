@@ -1,9 +1,16 @@
 """Tiny training runs with the real Trainer."""
 
+import logging
+from pathlib import Path
+
 import torch
 import transformers
+from safetensors.torch import load_file
+
+from hf_callbacks import PosthocLoraCallback
 
 STEPS = 6
+WEIGHTS = "adapter_model.safetensors"
 
 
 def examples(count=32):
@@ -40,3 +47,38 @@ def trainer(model, folder, *callbacks, **changes):
         eval_dataset=examples(8),
         callbacks=list(callbacks),
     )
+
+
+def here(**options):
+    """A callback that works in this process, and whose failures fail the test."""
+    return PosthocLoraCallback(**{"rank": 8, "background": False, "strict": True, **options})
+
+
+def adapters(folder):
+    return sorted(path.parent.name for path in Path(folder).glob(f"*/{WEIGHTS}"))
+
+
+def same_factors(one, two):
+    ours, theirs = (load_file(Path(folder) / WEIGHTS) for folder in (one, two))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
+
+
+class Where(logging.Handler):
+    """Remembers what the callback logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+        logger = logging.getLogger("hf_callbacks")
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def of(self, *words):
+        return [line for line in self.lines if all(word in line for word in words)]

@@ -87,7 +87,7 @@ def test_the_trainers_own_pushes_take_the_adapters_along_and_nothing_that_is_bei
 
 def test_what_was_not_uploaded_is_when_the_run_is_resumed(llama_pair, tmp_path, caplog):
     """The tests' own process is offline, and its client refuses by itself."""
-    caplog.set_level(logging.WARNING, logger="hf_callbacks.callback")
+    caplog.set_level(logging.WARNING, logger="hf_callbacks")
     callback = PosthocLoraCallback(8, background=False, push_to_hub=ADAPTERS)
     trainer(llama_pair[0], tmp_path, callback, max_steps=4).train()
     held = Path(tmp_path / "_phlora/pushed")

@@ -109,6 +109,15 @@ def test_trls_own_logs_are_what_they_are_without_the_callback(runs):
     assert [entry["phlora/checkpoint_step"] for entry in ours if "phlora/energy" in entry] == [2, 4, 6]
 
 
+def test_the_weights_are_bit_for_bit_what_they_are_without_the_callback(runs):
+    _, folder, ours, without = runs
+    for step in (2, 4, 6):
+        path = f"checkpoint-{step}/model.safetensors"
+        assert (folder / path).read_bytes() == (folder.with_name("without") / path).read_bytes()
+    assert "train_runtime" in ours[-1]
+    assert "train_runtime" in without[-1]
+
+
 def timeless(entry):
     return {key: value for key, value in entry.items() if "time" not in key and "per_second" not in key}
 

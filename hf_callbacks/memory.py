@@ -1,0 +1,60 @@
+"""What a run writes down about itself, for when it is resumed or caught up with: its base and its options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from hf_callbacks.base import Base
+from peft_posthoc.errors import CheckpointError
+from peft_posthoc.whole_file import write_whole
+
+_FILE = "base.json"
+
+
+class Memory(NamedTuple):
+    """What is written down."""
+
+    base: Base
+    flags: list[str] | None = None
+    """The options of `phlora extract`; None if they cannot be said so, or are not known."""
+    best: bool | None = None
+    """Whether the run ends with its best checkpoint, not with its last one; None if that is not known."""
+
+
+def remember(memory: Memory, work: Path) -> None:
+    """Write it down.
+
+    Args:
+        memory: What.
+        work: The run's `_phlora` folder.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    content = {**memory.base._asdict(), "flags": memory.flags, "best": memory.best}
+    write_whole(work / _FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def remembered(work: Path) -> Memory | None:
+    """What an earlier part of the run wrote down; None if it did not.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path = work / _FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        source, revision, how = (content[key] for key in Base._fields)
+        flags, best = content.get("flags"), content.get("best")
+        good = isinstance(source, str) and isinstance(revision, str | None) and isinstance(how, str)
+        good &= flags is None or (isinstance(flags, list) and all(isinstance(flag, str) for flag in flags))
+        if not good or not isinstance(best, bool | None):
+            raise TypeError("a value has another type")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"`{path}` is damaged, and which model this run started from is not known") from error
+    return Memory(Base(source, revision, how), flags, best)
