@@ -59,11 +59,11 @@ def blocked(callback: PosthocLoraCallback) -> list[float]:
 def run(base: Path, steps: int, saves: int, callback: PosthocLoraCallback | None) -> tuple[Watch, float]:
     """Train the base on random tokens; return the times of all steps and the seconds until the last one's end."""
     watch = Watch()
-    vocabulary = AutoModelForCausalLM.from_pretrained(base).config.vocab_size
+    vocabulary = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False).config.vocab_size
     rows = torch.randint(0, vocabulary, (16 * steps, 128), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model=AutoModelForCausalLM.from_pretrained(base),
+            model=AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False),
             args=TrainingArguments(
                 output_dir=folder,
                 max_steps=steps,

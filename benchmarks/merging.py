@@ -27,7 +27,7 @@ LOAD = """
 import sys, warnings
 import transformers
 from peft import PeftModel
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 PeftModel.from_pretrained(model, sys.argv[2])

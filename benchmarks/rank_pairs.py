@@ -58,7 +58,7 @@ def make_pairs(work: Path) -> Iterator[Pair]:
     demo = kept(work / "demo" / "base", FULL, lambda folder: train_base(folder, FULL))
     version = (demo / "model.safetensors").stat().st_mtime_ns
     tuned = kept(work / "demo" / "tuned", [*FULL, version], lambda folder: fine_tune(demo, folder, reports, FULL))
-    tokenizer = AutoTokenizer.from_pretrained(demo)
+    tokenizer = AutoTokenizer.from_pretrained(demo, trust_remote_code=False)
     batches = [collate(test[i : i + 25], tokenizer) for i in range(0, len(test), 25)]
     yield Pair("Llama", "reports to JSON", FULL.tune_lr, demo, tuned, batches)
     yield _pair(work, "Llama", demo, _PROSE, 5e-5)
@@ -84,11 +84,11 @@ def _base(work: Path, name: str, new: Callable[[PreTrainedTokenizerFast], PreTra
 
 
 def _pair(work: Path, title: str, base: Path, task: _Task, lr: float) -> Pair:
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     batches = task.batches(tokenizer)
 
     def make(folder: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
         train(model, batches[:TUNE_STEPS], steps=TUNE_STEPS, lr=lr, title=f"{title}, {task.name}")
         model.save_pretrained(folder)
 

@@ -124,7 +124,10 @@ def put(model: PreTrainedModel, adapter: Adapter, base: Mapping[str, Tensor]) ->
 
 def measure(pair: Pair) -> dict[str, list[float]]:
     """By weighting: the share of the gain that is lost, in percent, for each size."""
-    before, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in pair[3:5])
+    before, model = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+        for path in pair[3:5]
+    )
     base = before.state_dict()
     worst, best = loss(before, pair.test), loss(model, pair.test)
     adapter = extract(str(pair.base), str(pair.tuned), 10**6, form="peft", dtype=torch.float32)
@@ -159,7 +162,10 @@ def table(pairs: Sequence[Pair], found: Sequence[Mapping[str, Sequence[float]]])
 
 def automatic(pair: Pair) -> Iterable[str]:
     """Rows of what `--rank auto` finds, in the type that the pair was trained in and in those of saved models."""
-    before, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in pair[3:5])
+    before, model = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+        for path in pair[3:5]
+    )
     worst, best = loss(before, pair.test), loss(model, pair.test)
     base, tuned = before.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

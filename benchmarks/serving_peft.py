@@ -26,7 +26,7 @@ PROMPT = 32
 
 def load_full(folder: Path, *, copy: bool = False) -> PreTrainedModel:
     """A full checkpoint: mapped, as transformers leaves it, or copied into the process' own memory."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     for parameter in model.parameters() if copy else ():
         parameter.data = parameter.data.clone()
     return model

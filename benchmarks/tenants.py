@@ -53,7 +53,7 @@ def make(folder: Path, shape: Shape, count: int) -> None:
         save(LlamaForCausalLM(config), base)
     for i in tqdm(missing, desc=f"Tenants of {folder.name}"):
         tuned = folder / "tuned" / str(i)
-        save(fine_tune(LlamaForCausalLM.from_pretrained(base), shape.rank, seed=i), tuned)
+        save(fine_tune(LlamaForCausalLM.from_pretrained(base, trust_remote_code=False), shape.rank, seed=i), tuned)
         # `out` is moved into place when it is whole.
         extract(base, tuned, shape.rank, out=folder / "adapters" / str(i)).save(folder / "adapters" / str(i))
 

@@ -108,11 +108,11 @@ def train_base(folder: Path, size: Size) -> None:
 
 def fine_tune(base: Path, folder: Path, reports: Sequence[Report], size: Size) -> None:
     """Every weight of the base is trained, norms, embeddings and head too; the callback leaves adapters on the way."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     run = base.parent / "run"
     shutil.rmtree(run, ignore_errors=True)
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(base),
+        model=AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False),
         args=tuning_arguments(run, size),
         train_dataset=list(reports),
         data_collator=lambda batch: collate(batch, tokenizer)._asdict(),
@@ -137,7 +137,7 @@ def weights_size(folder: Path) -> int:
 
 def load_adapter(base: Path, adapter: Path) -> Loaded:
     """The base with the adapter, by stock PEFT, and the seconds that the adapter took."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
     start = time.perf_counter()
     return PeftModel.from_pretrained(model, adapter).eval(), time.perf_counter() - start
 
@@ -145,13 +145,13 @@ def load_adapter(base: Path, adapter: Path) -> Loaded:
 def load_full(folder: Path) -> Loaded:
     """A full checkpoint, and the seconds that it took."""
     start = time.perf_counter()
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), time.perf_counter() - start
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval(), time.perf_counter() - start
 
 
 def measure(title: str, folder: Path, load: Callable[[], Loaded], reports: Sequence[Report]) -> Row:
     """Load and score a model."""
     models, seconds = zip(*(load() for _ in range(LOADS)), strict=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "base", trust_remote_code=False)
     answers = write_answers(models[0], tokenizer, reports, f"Answers of {folder.name}")
     return Row(title, folder.name, score(answers, reports), weights_size(folder), statistics.median(seconds))
 

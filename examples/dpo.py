@@ -205,7 +205,7 @@ class Exam:
 
 def load(folder: Path) -> nn.Module:
     """A full checkpoint."""
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
 
 
 def share(truths: Any) -> float:
@@ -276,7 +276,7 @@ def main(work: Path, quick: bool) -> None:
     dpo = Run("DPO", sft.tuned, work / "dpo")
     run_dpo(dpo, write_pairs(training[size.reports :]), plan)
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     pairs = write_pairs(test, seed=1)
     rows = [row for run in (sft, dpo) for row in Exam(run, pairs, tokenizer).rows(size.ranks)]
     text = f"{table(rows)}\n\n{table_along((sft, dpo))}\n"

@@ -59,8 +59,8 @@ class Server:
 
     def __init__(self, folder: Path, names: Sequence[str]):
         self.folder = folder
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-        base, first = AutoModelForCausalLM.from_pretrained(folder / "base"), names[0]
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "base", trust_remote_code=False)
+        base, first = AutoModelForCausalLM.from_pretrained(folder / "base", trust_remote_code=False), names[0]
         self.model = PeftModel.from_pretrained(base, folder / "adapters" / first, adapter_name=first).eval()
         for name in names[1:]:
             self.load(name)
@@ -122,7 +122,7 @@ def serve(folder: Path, tenants: dict[str, Rooms], server: Server) -> list[Row]:
     mixed, rows = server.mixed(names), []
     for name in tqdm(names, desc="Ask", unit="tenant"):
         own = folder / "base" if name == NO_ADAPTER else folder / "tuned" / name
-        tuned = ask(AutoModelForCausalLM.from_pretrained(own).eval(), server.tokenizer)[0]
+        tuned = ask(AutoModelForCausalLM.from_pretrained(own, trust_remote_code=False).eval(), server.tokenizer)[0]
         right = (said.right(tenants.get(name, HOME)) for said in (tuned, mixed[name]))
         rows.append(Row(name, *right, gap=mixed[name].gap(server.alone(name))))
     return rows

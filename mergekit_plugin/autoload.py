@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from peft_posthoc.errors import PosthocError
+from peft_posthoc.errors import OutputError
+from peft_posthoc.whole_file import write_whole
 
 MODULE = "phlora_mergekit_hook"
 
@@ -28,14 +29,12 @@ def enable() -> None:
     new = [path for path in _files().values() if not path.exists()]
     try:
         for suffix, path in _files().items():
-            path.write_text(contents()[suffix], encoding="utf-8")
-    except OSError as error:
+            write_whole(path, contents()[suffix])
+    except OutputError as error:
         for path in new:
             with contextlib.suppress(OSError):
                 path.unlink()
-        raise PosthocError(
-            f"`{_folder()}` cannot be written ({error.strerror}). `mergekit-phlora` needs nothing there."
-        ) from error
+        raise OutputError(f"{error} `mergekit-phlora` needs nothing there.") from error
     click.echo(f"mergekit's commands take `merge_method: phlora` (by {MODULE}.pth in {_folder()}).")
 
 

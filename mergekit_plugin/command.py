@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -19,15 +20,17 @@ from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
 from mergekit_plugin.models import described
+from mergekit_plugin.no_code import no_code, refuse_trust
 from peft_posthoc.cli import one_line_errors, show
 from peft_posthoc.device import pick_device
-from peft_posthoc.errors import PosthocError
+from peft_posthoc.errors import PosthocError, noting
 from peft_posthoc.extract import extract
 from peft_posthoc.folder import Folder
 from peft_posthoc.options import CHOICE, DTYPE, FORM, SERVE_AS, VOCABS, dtype_of
 from peft_posthoc.peft_format import check_target
 from peft_posthoc.prepare import prepare
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
+from peft_posthoc.remote_code import no_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +74,17 @@ def main(
     """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads there from the base.
 
     `merge_method: phlora` has its ranks among the `parameters` in CONFIG; with any other method the options here say
-    what the adapter carries. A budget goes with either. All other options are mergekit-yaml's.
+    what the adapter carries. A budget goes with either. All other options are mergekit-yaml's;
+    --trust-remote-code is refused.
     """
     debug = merge_options.verbosity > 1
-    with one_line_errors("mergekit-phlora", debug=debug, option="-vv", nothing="There is no adapter."):
+    with (
+        one_line_errors("mergekit-phlora", debug=debug, option="-vv", nothing="There is no adapter."),
+        no_prompts(),
+        no_code(),
+        contextlib.ExitStack() as done,
+    ):
+        refuse_trust(merge_options)
         target = Path(adapter_out or (out_path if no_model else Path(out_path) / NAME))
         if not no_model and target.resolve() == Path(out_path).resolve():
             raise PosthocError(
@@ -116,20 +126,25 @@ def main(
             **choice,
         }
         progress = not merge_options.quiet
+        model = noting(f"The merged model is in `{out_path}`, without an adapter.")
         if merge.by_phlora or no_model:
             adapter = extract(merge.base, merge.result, rule, progress=progress, **options)
         if merge.by_phlora and not no_model:
             factors = {name: layer.factors for name, layer in adapter.layers.items()}
             with PHLORA.knowing(factors, but=merge.leave_out):
                 _run(read, source, out_path, merge_options)
+            done.enter_context(model)
         elif not no_model:
             result = merge.result
             prepare(merge.base, described(result.headers, result.label, result.config), rule, **options)
             _run(read, source, out_path, merge_options)
+            done.enter_context(model)
             stored = Folder(Path(out_path), label=out_path)
             adapter = extract(merge.base, stored, rule, progress=progress, **options)
         adapter.save(target, force=force)
-        show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
+        done.close()
+        with noting(f"The adapter is at `{target}`."):
+            show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
 
 
 def _parse(source: str, file: str) -> dict[str, Any]:

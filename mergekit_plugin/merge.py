@@ -67,7 +67,7 @@ class Merge:
         if not stored:
             config.dtype, config.out_dtype = (None if self.narrow else config.dtype), None
         arch = get_architecture_info(config, options)
-        out = _model_out_config(config, arch, trust_remote_code=options.trust_remote_code)
+        out = _model_out_config(config, arch, trust_remote_code=False)
         # mergekit 0.1.5's own plan without a folder fails on its types; nothing is written before the tasks are run.
         planned = MergePlanner(config, arch, options=options, out_model_config=out).plan_to_disk("")
         self._planned = {task.tensor_name: task for task in planned if isinstance(task, SaveTensor)}
@@ -237,9 +237,7 @@ class Merge:
 
     def _same_layers(self, arch: ModelArchitecture) -> None:
         for name, module in self._config.modules.items():
-            layers = arch.modules[name].architecture.num_layers(
-                self._base.config(trust_remote_code=self._options.trust_remote_code)
-            )
+            layers = arch.modules[name].architecture.num_layers(self._base.config(trust_remote_code=False))
             at = 0
             for piece in module.slices:
                 for source in piece.sources:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.checkpoint import Checkpoint
-from peft_posthoc.errors import AdapterError, NothingToCarryError
+from peft_posthoc.errors import AdapterError, NothingToCarryError, noting
 from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
 from peft_posthoc.peft_format import Contents, write_folder
 from peft_posthoc.plan import Plan
@@ -218,7 +218,8 @@ class Adapter:
             raise AdapterError("An adapter that was extracted with `keep_factors=False` has nothing to save.")
         contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
         written = write_folder(folder, contents, force=force)
-        clear(folder)
+        with noting(f"The adapter is at `{folder}`."):
+            clear(folder)
         return written
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from peft_posthoc.cli import check_file, show
-from peft_posthoc.errors import PosthocError
+from peft_posthoc.errors import PosthocError, noting
 from peft_posthoc.options import DTYPES, OUTPUT, dtype_of
 
 # As in `engines.ENGINES`, which a test holds against this: importing it for `phlora --help` would take a second.
@@ -56,10 +56,9 @@ def check(
         from peft_posthoc.fix import fix
 
         fixed = fix(adapter, out, base=base, engines=names, dtype=dtype_of(dtype), force=force, progress=not quiet)
-        show(fixed, json_to, quiet=quiet)
+        with noting(f"The adapter is at `{out}`."):
+            show(fixed, json_to, quiet=quiet, more=[f"Adapter written to {out}"])
         found = fixed.check
-        if not quiet and json_to != "-":
-            click.echo(f"Adapter written to {out}")
     if found.wrong:
         still = "" if out is None else " still"
         raise PosthocError(f"`{found.adapter}` would{still} be refused or silently wrong in {', '.join(found.wrong)}.")

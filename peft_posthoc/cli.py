@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 
 import click
 
-from peft_posthoc.errors import PosthocError, ShareDone, one_line
+from peft_posthoc.errors import OutputError, PosthocError, ShareDone, noting, one_line
 from peft_posthoc.options import CHOICE, DTYPE, FORM, HTML, MODELS, NAMES, OUTPUT, VOCAB, dtype_of
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
+from peft_posthoc.remote_code import no_prompts
+from peft_posthoc.whole_file import write_whole
 
 # Packages beside this one add commands to `phlora` by entry points of this group.
 COMMANDS = "peft_posthoc.commands"
@@ -39,7 +41,7 @@ class _Command(click.Group):
         if "--quiet" in ctx.args:
             # Read by the hub's client when it is first imported.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        with one_line_errors("phlora", debug="--debug" in ctx.args):
+        with one_line_errors("phlora", debug="--debug" in ctx.args), no_prompts():
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -78,14 +80,13 @@ def one_line_errors(
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except KeyboardInterrupt as interrupt:
-        kept = getattr(interrupt, "__notes__", [])
-        again = "The same command goes on from there." if kept else nothing
-        fail(" ".join(["Interrupted.", *kept, again]), 130)
-    except MemoryError:
-        fail("Out of memory.", 1)
+        fail(" ".join(["Interrupted.", *(getattr(interrupt, "__notes__", None) or [nothing])]), 130)
+    except MemoryError as error:
+        fail(" ".join(["Out of memory.", *getattr(error, "__notes__", [])]), 1)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            raise  # Whoever reads our output has seen enough; click exits quietly.
+        cause = error.__cause__ if isinstance(error, OutputError) else error
+        if isinstance(cause, OSError) and cause.errno == errno.EPIPE and not hasattr(error, "__notes__"):
+            raise cause from None  # Whoever reads our output has seen enough; click exits quietly.
         known = isinstance(error, PosthocError | ValueError | OSError)
         what = "" if known else f"Unexpected {type(error).__name__} (see it with {option}): "
         fail(f"{what}{one_line(error)}", 1)
@@ -166,14 +167,15 @@ def extract(
         return
     found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
     found.save(out, force=force)
-    if html is not None:
-        from peft_posthoc.inspection import Inspection
+    several_of_them = isinstance(found, Series)
+    with noting(f"The {'adapters are' if several_of_them else 'adapter is'} at `{out}`."):
+        if html is not None:
+            from peft_posthoc.inspection import Inspection
 
-        made = found.adapters if isinstance(found, Series) else {"as written": adapter}
-        Inspection.of(adapter, made).html(html)
-    show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet)
-    if not quiet and json_to != "-":
-        click.echo(f"{'Adapters' if isinstance(found, Series) else 'Adapter'} written to {out}")
+            made = found.adapters if isinstance(found, Series) else {"as written": adapter}
+            Inspection.of(adapter, made).html(html)
+        done = f"{'Adapters' if several_of_them else 'Adapter'} written to {out}"
+        show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet, more=[done])
 
 
 @main.command()
@@ -212,11 +214,14 @@ def inspect(
     from peft_posthoc.inspection import inspect as run
 
     inspection = run(base, tuned, max_rank, progress=not quiet, **options)
-    if plot is not None:
-        inspection.plot(plot)
-    if html is not None:
-        inspection.html(html)
-    show(inspection, json_to, quiet=quiet)
+    with contextlib.ExitStack() as written:
+        if plot is not None:
+            inspection.plot(plot)
+            written.enter_context(noting(f"`{plot}` is written."))
+        if html is not None:
+            inspection.html(html)
+            written.enter_context(noting(f"`{html}` is written."))
+        show(inspection, json_to, quiet=quiet)
 
 
 @main.command()
@@ -302,12 +307,28 @@ def _token_ids(text: str) -> list[int]:
 
 
 def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:
-    """Print a result as a table or as JSON, or write it."""
+    """Print a result as a table, and what more there is to say; or as JSON, or write that.
+
+    Raises:
+        OutputError: It cannot be printed or written.
+    """
     if json_to is not None:
         text = json.dumps(result.to_dict(), indent=2, sort_keys=True)
         if json_to == "-":
-            click.echo(text)
+            if sys.stdout is None:
+                raise OutputError("Standard output is closed.")
+            _print(text)
             return
-        Path(json_to).write_text(text + os.linesep, encoding="utf-8")
+        write_whole(json_to, text + "\n")
     if not quiet:
-        click.echo("\n".join([result.table(), *more]))
+        _print("\n".join([result.table(), *more]))
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        # The interpreter would try once more to write the rest, and fail, when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"Standard output could not be written: {error.strerror or error}.") from error

@@ -270,6 +270,7 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     from peft_posthoc.checkpoint import InMemory
     from peft_posthoc.hub import fetch_config
     from peft_posthoc.model_class import build
+    from peft_posthoc.remote_code import not_run
 
     config: Mapping[str, Any] | None
     config = config_of(Path(base)) if Path(base).is_dir() else fetch_config(str(base), revision=revision)
@@ -279,7 +280,7 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     if model is None:
         raise CheckpointError(
             f"The base `{base}` is a {architecture(config) or 'model without `architectures`'}, which transformers "
-            "has no class for."
+            f"has no class for{not_run(config)}."
         )
     made = InMemory(dict(model.named_parameters()), label=str(base), module=model)
     made.config = config

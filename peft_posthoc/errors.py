@@ -5,6 +5,7 @@
     ├── MismatchError               base and tuned are not two states of one model
     ├── NothingToCarryError         nothing changed, or nothing of what changed has a LoRA form
     ├── AdapterError                an adapter folder cannot be read, written or fitted to a model
+    ├── OutputError                 a file beside the adapter, or standard output, cannot be written
     ├── MissingExtraError           an optional dependency is not installed
     └── ShareDone                   no fault: this process of several is done, and another one has the result
 
@@ -12,6 +13,9 @@ Arguments that make no sense by themselves (a rank of 0, an unknown device) are 
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PosthocError(Exception):
@@ -34,6 +38,10 @@ class AdapterError(PosthocError):
     """An adapter folder cannot be read, written or fitted to a model."""
 
 
+class OutputError(PosthocError):
+    """A report, a picture or a page cannot be written."""
+
+
 class MissingExtraError(PosthocError):
     """An optional dependency is not installed."""
 
@@ -45,4 +53,16 @@ class ShareDone(PosthocError):
 def one_line(error: BaseException) -> str:
     """An error and the notes that its callers added, as a single line."""
     parts = [str(error) or type(error).__name__, *getattr(error, "__notes__", [])]
-    return " ".join(" ".join(part.split()) for part in parts)
+    lines = [" ".join(part.split()) for part in parts]
+    ended = [line if line.endswith((".", "!", "?", ":")) else f"{line}." for line in lines[:-1]]
+    return " ".join([*ended, lines[-1]])
+
+
+@contextmanager
+def noting(sentence: str) -> Iterator[None]:
+    """Add a sentence to whatever fails in the `with` block, or interrupts it: "The adapter is at `out`."."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(sentence)
+        raise

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from peft_posthoc.cli import check_file, show
+from peft_posthoc.errors import noting
 from peft_posthoc.options import DTYPES, OUTPUT, dtype_of
 
 TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
@@ -50,6 +51,5 @@ def export(
     # Bad arguments are told before the work, not after it.
     check_file(json_to, "--json")
     exported = run(adapter, out, dtype=dtype_of(dtype), progress=not quiet, **options)
-    show(exported, json_to, quiet=quiet)
-    if not quiet and json_to != "-":
-        click.echo(f"Written to {out}")
+    with noting(f"The export is at `{out}`."):
+        show(exported, json_to, quiet=quiet, more=[f"Written to {out}"])

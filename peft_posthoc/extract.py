@@ -165,7 +165,10 @@ def extract(
         return prepared.settle(adapter if keep_factors else replace(adapter, hollow=True))
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
-            interrupt.add_note(f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`.")
+            interrupt.add_note(
+                f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`. "
+                "The same command goes on from there."
+            )
         raise
     except (PosthocError, ValueError) as error:
         if spool is not None and not isinstance(error, ShareDone):

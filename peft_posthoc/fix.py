@@ -15,7 +15,7 @@ from tqdm import tqdm
 from peft_posthoc import faults
 from peft_posthoc.adapter_config import adapter_config
 from peft_posthoc.check import Check, check, chosen
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, noting
 from peft_posthoc.factor import frobenius
 from peft_posthoc.layout import target_modules
 from peft_posthoc.peft_format import PREFIX, Contents, check_target, write_folder
@@ -142,7 +142,9 @@ def fix(
         "versions": {name: metadata.version(name) for name in ("peft-posthoc", "safetensors", "torch")},
     }
     write_folder(out, Contents(tensors, config, account, provenance), force=force)
-    return Fixed(subject.label, str(out), rewritten, left_out, rounding, check(out, engines=names, base=base))
+    with noting(f"The adapter is at `{out}`."):
+        found = check(out, engines=names, base=base)
+    return Fixed(subject.label, str(out), rewritten, left_out, rounding, found)
 
 
 def _refuse(subject: Subject) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from peft_posthoc.budget import tuned_bytes
 from peft_posthoc.candidates import Candidate, candidates, of
 from peft_posthoc.curves import Curves
+from peft_posthoc.errors import noting
 from peft_posthoc.extract import extract
 from peft_posthoc.grid import Cell, cells
 from peft_posthoc.rank import fixed
@@ -148,21 +149,27 @@ class Inspection:
 
         Raises:
             MissingExtraError: matplotlib is not installed.
+            OutputError: The file cannot be written.
             ValueError: matplotlib knows no such format.
         """
         from peft_posthoc.plots import picture
 
-        write_whole(path, picture(self, Path(path).suffix))
+        with noting(f"`{path}` was not written."):
+            drawn = picture(self, Path(path).suffix)
+        write_whole(path, drawn)
 
     def html(self, path: str | PathLike[str]) -> None:
         """Write one page that needs nothing else: the same pictures, and tables that can be sorted.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
+            OutputError: The file cannot be written.
         """
         from peft_posthoc.page import page
 
-        write_whole(path, page(self).encode())
+        with noting(f"`{path}` was not written."):
+            made = page(self)
+        write_whole(path, made)
 
     def _layers(self) -> Iterable[str]:
         ranks, telling, auto = self.ranks(), self.telling(), self.measured()

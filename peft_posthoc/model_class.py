@@ -14,6 +14,16 @@ from torch import Tensor, nn
 from peft_posthoc.kinds import EMBEDDING, EXPERT, EXPERT_IN_OUT, kind_of
 from peft_posthoc.layout import Layout, Stack, architecture, task_type
 from peft_posthoc.peft_experts import names_of_experts
+from peft_posthoc.remote_code import without_code
+
+
+def class_of(name: str) -> Any:
+    """The class of models that transformers has by this name; None if it has none."""
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    is_model = isinstance(cls, type) and issubclass(cls, nn.Module)
+    return cls if is_model and getattr(cls, "config_class", None) is not None else None
 
 
 def build(config: Mapping[str, Any]) -> nn.Module | None:
@@ -21,13 +31,11 @@ def build(config: Mapping[str, Any]) -> nn.Module | None:
     name = architecture(config)
     if not name:
         return _component(config)
-    import transformers
-
-    cls = getattr(transformers, name, None)
-    if cls is None or getattr(cls, "config_class", None) is None:
+    cls = class_of(name)
+    if cls is None:
         return None
     with torch.device("meta"):
-        model: nn.Module = cls(cls.config_class.from_dict(dict(config)))
+        model: nn.Module = cls(cls.config_class.from_dict(without_code(config)))
     return model
 
 
@@ -41,7 +49,7 @@ def _component(config: Mapping[str, Any]) -> nn.Module | None:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         return None
     with torch.device("meta"):
-        model: nn.Module = cls.from_config(dict(config))  # type: ignore[attr-defined]
+        model: nn.Module = cls.from_config(without_code(config))  # type: ignore[attr-defined]
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.factor import frobenius
+from peft_posthoc.model_class import class_of
+from peft_posthoc.remote_code import comes_with_code, not_run, without_code
 
 # Said to the models when the user gives nothing to say.
 PROMPTS = (
@@ -58,17 +61,17 @@ def compare_outputs(
         return None, None, "only checkpoints in folders or on the hub are loaded as models"
     if names[0][0] is None or names[0][0] != names[1][0]:
         return None, None, f"the configurations name no common model class ({names[0][0]} and {names[1][0]})"
+    cls = class_of(str(names[0][0]))
+    if cls is None:
+        return None, None, f"transformers has no class {names[0][0]}{not_run(tuned.config or base.config or {})}"
     import peft
-    import transformers
 
-    if not hasattr(transformers, names[0][0]):
-        return None, None, f"transformers knows no class {names[0][0]}"
     inputs, note = _inputs(base, tuned, prompts, token_ids)
     with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
-        model = _load(tuned.folder, names[0][0], device)
+        model = _load(tuned.folder, cls, device)
         rows, wanted = _rows(model), _say(model, inputs)
         bar.update()
-        model = _load(base.folder, names[0][0], device)
+        model = _load(base.folder, cls, device)
         if _rows(model) != rows and extended:
             model.resize_token_embeddings(rows, mean_resizing=False)
         if _rows(model) != rows:
@@ -90,10 +93,13 @@ def _rows(model: Any) -> int | None:
         return None
 
 
-def _load(folder: Path, class_name: str, device: torch.device) -> Any:
-    import transformers
-
-    model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+def _load(folder: Path, cls: Any, device: torch.device) -> Any:
+    config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Models within the model are made from its configuration, and ask about the code that it names.
+    config = cls.config_class.from_dict(without_code(config.to_dict()))
+    model = cls.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     return model.to(device).eval()
 
 
@@ -107,14 +113,18 @@ def _inputs(
     if tokenizer is not None:
         encoded = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
         return [ids for ids in encoded if ids.numel()], f"on {len(texts)} {'given' if prompts else 'built-in'} prompts"
-    if prompts:
+    coded = [checkpoint.label for checkpoint in (tuned, base) if _names_code(checkpoint)]
+    why = f": the tokenizer of `{coded[0]}` is code that comes with it, which is not run" if coded else ""
+    if prompts and not coded:
         raise CheckpointError(f"No tokenizer beside `{tuned.label}` or `{base.label}` for the prompts. Give token ids.")
+    if prompts:
+        raise CheckpointError(f"There is no tokenizer for the prompts{why}. Give token ids.")
     config = base.config or {}
     vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0)
     if not vocabulary:
         raise CheckpointError(f"The configuration of `{base.label}` gives no vocabulary size. Give token ids.")
     random = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (8, 32), generator=random)], "on 8 sequences of 32 random tokens"
+    return [torch.randint(vocabulary, (8, 32), generator=random)], f"on 8 sequences of 32 random tokens{why}"
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
@@ -123,11 +133,30 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
     if checkpoint.folder is None:
         return None
-    if any((checkpoint.folder / file).is_file() for file in files):
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    if checkpoint.revision is not None:
-        return AutoTokenizer.from_pretrained(checkpoint.label, revision=checkpoint.revision)
+    try:
+        if any((checkpoint.folder / file).is_file() for file in files):
+            return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        if checkpoint.revision is not None:
+            return AutoTokenizer.from_pretrained(
+                checkpoint.label, revision=checkpoint.revision, trust_remote_code=False
+            )
+    except Exception:  # Without its code, a tokenizer's files fail in ways of their own.
+        if not _names_code(checkpoint):
+            raise
     return None
+
+
+def _names_code(checkpoint: Checkpoint) -> bool:
+    """Whether the tokenizer is, or may be, code in the folder."""
+    folder, config = checkpoint.folder, checkpoint.config or {}
+    try:
+        own = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        own = {}
+    of_model = config.get("auto_map")
+    return (isinstance(own, dict) and comes_with_code(own)) or (
+        isinstance(of_model, dict) and "AutoTokenizer" in of_model
+    )
 
 
 def _has_logits(model: Any) -> bool:

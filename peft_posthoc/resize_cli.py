@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_posthoc.cli import check_file, show
+from peft_posthoc.errors import noting
 from peft_posthoc.options import DTYPES, OUTPUT, dtype_of, together
 from peft_posthoc.rank_options import RANK, Asked
 
@@ -86,9 +87,8 @@ def _write(
     check_target(out, force=force)
     resized = run(form=form, dtype=dtype_of(dtype), progress=not quiet)
     resized.save(out, force=force)
-    show(resized.report, json_to, quiet=quiet)
-    if not quiet and json_to != "-":
-        click.echo(f"Adapter written to {out}")
+    with noting(f"The adapter is at `{out}`."):
+        show(resized.report, json_to, quiet=quiet, more=[f"Adapter written to {out}"])
 
 
 def _numbers(text: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_posthoc.adapter import Adapter
+from peft_posthoc.errors import noting
 from peft_posthoc.peft_format import check_target
 from peft_posthoc.rank import several
 from peft_posthoc.report import size
@@ -38,9 +40,11 @@ class Series:
             AdapterError: One of the folders holds something, or cannot be written.
         """
         check_targets(folder, self.adapters, force=force)
-        for name, adapter in self.adapters.items():
-            adapter.save(Path(folder) / name, force=force)
-        clear(folder)
+        with contextlib.ExitStack() as written:
+            for name, adapter in self.adapters.items():
+                adapter.save(Path(folder) / name, force=force)
+                written.enter_context(noting(f"`{Path(folder) / name}` is written."))
+            clear(folder)
         return Path(folder)
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.folder import config_of
 from peft_posthoc.layout import Layout, architecture
+from peft_posthoc.remote_code import not_run
 
 
 def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, dict[str, tuple[int, ...]]]:
@@ -30,9 +31,8 @@ def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, di
         config = _for_class(serve_as, [checkpoint.config or {} for checkpoint in checkpoints])
     model = build(config)
     if model is None:
-        raise ValueError(
-            f"`--serve-as {serve_as}`: transformers has no class {architecture(config) or 'without a configuration'}."
-        )
+        name = architecture(config) or "without a configuration"
+        raise ValueError(f"`--serve-as {serve_as}`: transformers has no class {name}{not_run(config)}.")
     names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return layout_of_module(model, type(model).__name__, names), shapes

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from peft_posthoc import cli, extract
 from peft_posthoc.candidates import of
-from peft_posthoc.errors import AdapterError, MissingExtraError
+from peft_posthoc.errors import AdapterError, MissingExtraError, OutputError
 from peft_posthoc.grid import Cell, cells
 from peft_posthoc.inspection import Inspection, inspect
 from peft_posthoc.whole_file import write_whole
@@ -206,7 +206,7 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutputError, match=r"page\.html` could not be written: No space left on device\."):
         write_whole(target, b"second")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert target.read_bytes() == b"first"

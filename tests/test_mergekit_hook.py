@@ -1,5 +1,6 @@
 """`phlora mergekit enable` in environments of their own: with everything, without us, without mergekit."""
 
+import os
 import subprocess
 import sysconfig
 import venv
@@ -122,7 +123,9 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_line(monkeypatch, tmp_path
     monkeypatch.setattr(autoload, "_folder", lambda: tmp_path / "nowhere")
     result = CliRunner().invoke(cli.main, ["mergekit", "enable"])
     assert result.exit_code == 1
-    assert "cannot be written" in result.output
+    assert result.stderr.startswith("phlora: error: `" + str(tmp_path / "nowhere"))
+    assert "could not be written: No such file" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_what_cannot_be_written_again_stays_as_it_is(monkeypatch, tmp_path):
@@ -133,14 +136,14 @@ def test_what_cannot_be_written_again_stays_as_it_is(monkeypatch, tmp_path):
 
     monkeypatch.setattr(autoload, "_folder", lambda: tmp_path)
     assert CliRunner().invoke(cli.main, ["mergekit", "enable"]).exit_code == 0
-    write, before = Path.write_text, {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    move, before = os.replace, {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def refuse(path, *content, **how):
-        if path.suffix == ".pth":
+    def refuse(made, target):
+        if Path(target).suffix == ".pth":
             raise PermissionError(13, "Permission denied")
-        return write(path, *content, **how)
+        move(made, target)
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert CliRunner().invoke(cli.main, ["mergekit", "enable"]).exit_code == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
