@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import cli, extract, factor, folder, peft_format
 from tests import models
+from tests.limits import HANG
 
 NAMES = ["layers.0.proj.weight", "layers.1.proj.weight", "layers.1.norm.weight"]
 
@@ -736,7 +737,7 @@ def test_a_limit_on_file_sizes_stands_for_a_full_disk(work):
     limit = "import resource; sys.dont_write_bytecode = True; resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))"
     before = contents(work)
     process = spawn("extract", "base", "tuned", "out", before=limit, text=True)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=HANG)
     refused((process.returncode, stdout, stderr), "could not be written to `out`", "too large", "Nothing was left")
     assert contents(work) == before
 
@@ -754,7 +755,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing(work):
         assert piece, seen
         seen += piece
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=HANG)
     assert b"100%" not in stderr
     ran = (process.returncode, stdout.decode(), (seen + stderr).decode())
     refused(ran, "Interrupted", status=130)
@@ -792,7 +793,7 @@ def test_a_real_process_says_the_same_as_the_command_in_this_one(work):
     (work / "base" / "model.safetensors").write_bytes(b"garbage")
     here = run("extract", "base", "tuned", "out")
     process = spawn("extract", "base", "tuned", "out", text=True)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=HANG)
     assert (process.returncode, stdout, stderr) == here
     refused(here, "base/model.safetensors")
 
@@ -801,7 +802,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(work):
     process = spawn("inspect", "base", "tuned", "--quiet", "--json", text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=HANG) == 1
     process.stderr.close()
 
 

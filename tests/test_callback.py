@@ -25,6 +25,7 @@ from hf_callbacks.run import Run
 from peft_posthoc import PosthocError, extract, peft_format
 from peft_posthoc.rank import keep_energy
 from tests import models
+from tests.limits import HANG
 from tests.runs import STEPS, adapters, examples, files, here, same_factors, trainer
 
 
@@ -461,7 +462,7 @@ time.sleep(600)
         time.sleep(4)
         assert alive(child)
         parent.kill()
-    until = time.monotonic() + 30
+    until = time.monotonic() + HANG
     while alive(child) and time.monotonic() < until:
         time.sleep(0.1)
     assert not alive(child)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.limits import HANG
+
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 
 
@@ -18,7 +20,7 @@ def run_demo(work: Path) -> str:
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from peft_posthoc import CheckpointError, extract, open_checkpoint, verify
 from peft_posthoc.checkpoint import Checkpoint, open_pair
 from tests import models
+from tests.limits import HANG
 from tests.test_bad_input import NAMES, Payload, contents, forbid_svd, moved, refused, run, tensors
 from tests.test_checkpoint import same
 
@@ -128,7 +129,7 @@ def from_two_processes(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=HANG,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from peft_posthoc import extract
 from tests import models
+from tests.limits import HANG
 
 # The classes of the model and of its weights, and what accelerate says that it does.
 SETUPS = {
@@ -35,7 +36,7 @@ def torchrun(*arguments):
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=HANG,
         check=False,
     )
 

@@ -12,6 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.limits import HANG
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "dpo.py"
 RANKS = (4, 16, 32)  # the last one is full: the model is 32 wide
 LINEAR, WHOLE = "linear layers", "+ embeddings, head"
@@ -27,7 +29,7 @@ def work(tmp_path_factory):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     assert (folder / "table.md").read_text() in done.stdout

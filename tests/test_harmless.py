@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests import traces
+from tests.limits import HANG
 
 WITHOUT_STEPS = ("silent", "at the end")
 
@@ -22,7 +23,7 @@ def processes(request, llama_pair, tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=HANG,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from peft_posthoc import extract, preflight, verify
 from tests import models
 from tests.fake_hub import FakeHub, environment
+from tests.limits import HANG
 
 # One interpreter for the module: the client reads its address and its cache when it is imported, which takes seconds.
 SESSION = """
@@ -62,7 +63,7 @@ def phlora(served, tmp_path_factory):
 
     yield run
     process.stdin.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=HANG) == 0
     process.stdout.close()
 
 

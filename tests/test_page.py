@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 from peft_posthoc import extract
 from peft_posthoc.inspection import Inspection, inspect
 from tests import inspections
+from tests.limits import HANG
 from tests.test_report import diagonal, pair_with
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -29,7 +30,7 @@ def browse(page, tmp_path, *arguments):
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=HANG,
     ).stdout
 
 

@@ -13,6 +13,7 @@ import pytest
 from hf_callbacks import PosthocLoraCallback
 from peft_posthoc import PosthocError
 from tests.fake_hub import FakeHub, environment
+from tests.limits import HANG
 from tests.push_run import ADAPTERS, WHOLE
 from tests.runs import STEPS, trainer
 
@@ -34,13 +35,13 @@ def pushed(llama_pair, tmp_path_factory):
             stderr=subprocess.PIPE,
             text=True,
         )
-        until = time.monotonic() + 100
+        until = time.monotonic() + HANG
         while not (folder / "run/phlora/final").exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
         assert (folder / "run/phlora/final").exists(), "training was held up by the hub"
         assert ADAPTERS not in hub.repositories
         gate.set()
-        stdout, stderr = process.communicate(timeout=100)
+        stdout, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 0, stderr[-3000:]
     return hub, folder / "run", stdout
 
@@ -101,7 +102,7 @@ def test_what_was_not_uploaded_is_when_the_run_is_resumed(llama_pair, tmp_path, 
             env=environment(address, tmp_path / "home"),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANG,
             check=False,
         )
     assert ran.returncode == 0, ran.stderr[-3000:]

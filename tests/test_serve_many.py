@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from peft_posthoc import cli
+from tests.limits import HANG
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAGE = (EXAMPLES / "serve_many.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ def run(folder, *options):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANG,
     )
 
 
@@ -165,7 +166,7 @@ def vllm(here):
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + HANG
         while subprocess.run(["curl", "-sf", f"localhost:{port}/health"], capture_output=True).returncode:
             assert server.poll() is None, (here / "log").read_text()[-3000:]
             assert time.monotonic() < end, (here / "log").read_text()[-3000:]

@@ -18,6 +18,7 @@ from peft_posthoc import CheckpointError, MissingExtraError, extract, open_check
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.zero import find_partitions
 from tests import models
+from tests.limits import HANG
 from tests.test_bad_input import moved, refused, run, tensors
 from tests.test_checkpoint import same
 
@@ -106,7 +107,7 @@ def written(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=HANG,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -16,6 +16,7 @@ from peft_posthoc import spool as spool_module
 from peft_posthoc.processes import Processes
 from peft_posthoc.spool import Spool
 from tests import architectures, models
+from tests.limits import HANG
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -135,7 +136,7 @@ def torchrun(*arguments, before=""):
     run = f"{before}\nfrom peft_posthoc.cli import main\nmain(prog_name='phlora')"
     script = ["--no-python", sys.executable, "-c", run] if before else ["-m", "peft_posthoc"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    return subprocess.run([*launcher, *script, *arguments], capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run([*launcher, *script, *arguments], capture_output=True, text=True, timeout=HANG, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +192,12 @@ main(prog_name="phlora")
 """
     arguments = ["extract", *wide_pair, str(tmp_path / "out"), "--rank", "8", "--quiet"]
     process = subprocess.Popen([sys.executable, "-c", slow, *arguments])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG
     while not any(len(list(folder.iterdir())) > 2 for folder in spools(tmp_path)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=HANG) != 0
     assert not (tmp_path / "out").exists()
     (kept,) = spools(tmp_path)
     assert spool_module.Spool is Spool
