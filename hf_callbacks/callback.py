@@ -404,10 +404,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             for warning in report["warnings"]:
                 logger.warning("phlora: %s: %s", job.name, warning)
         self._told = True
-        if job.name != FINAL:
-            if self._state is not None:
-                self._log.numbers(self._state, metrics(report, step=job.step), by=self)
-            self._guarded("the page of the adapters was not written", run.write_page)
+        if job.name != FINAL and self._state is not None:
+            self._log.numbers(self._state, metrics(report, step=job.step), by=self)
+        self._guarded("the page of the adapters was not written", run.write_page)
 
     def _guarded(self, what: str, work: Callable[[], object]) -> None:
         """Do something that must not end the training."""

@@ -203,9 +203,7 @@ class Run:
             AdapterError: A file of that name is not ours.
             OSError: It cannot be written.
         """
-        adapters = self.adapters()
-        if adapters:
-            self._write_page(adapters, picture=None)
+        self._write_page(self.adapters(), picture=None)
 
     def draw(self) -> None:
         """Write the page of the adapters with a picture, where matplotlib is installed.

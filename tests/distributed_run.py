@@ -106,7 +106,8 @@ def main(name, folder, base):
     training = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[callback])
     training.train()
     weight = training.model.model.layers[0].self_attn.q_proj.weight.data
-    print(type(training.model).__name__, training.accelerator.distributed_type, type(weight).__name__)
+    # In one piece: the other process prints at the same moment.
+    print(f"{type(training.model).__name__} {training.accelerator.distributed_type} {type(weight).__name__}\n", end="")
     if torch.distributed.is_initialized():
         # A process that leaves without it may be aborted by a thread of gloo's.
         torch.distributed.barrier()
