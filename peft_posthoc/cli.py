@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from peft_posthoc.errors import PosthocError, ShareDone, one_line
+from peft_posthoc.errors import PosthocError, ShareDone, brief, one_line, printable
 from peft_posthoc.options import CHOICE, DTYPE, FORM, HTML, MODELS, NAMES, OUTPUT, VOCAB, dtype_of
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
@@ -75,7 +75,10 @@ def one_line_errors(
 
     try:
         yield
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
+    except click.ClickException as error:
+        error.message = brief(error.message)
+        raise
+    except (click.exceptions.Exit, click.Abort):
         raise
     except KeyboardInterrupt as interrupt:
         kept = getattr(interrupt, "__notes__", [])
@@ -173,7 +176,7 @@ def extract(
         Inspection.of(adapter, made).html(html)
     show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":
-        click.echo(f"{'Adapters' if isinstance(found, Series) else 'Adapter'} written to {out}")
+        echo(f"{'Adapters' if isinstance(found, Series) else 'Adapter'} written to {out}")
 
 
 @main.command()
@@ -310,4 +313,9 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
             return
         Path(json_to).write_text(text + os.linesep, encoding="utf-8")
     if not quiet:
-        click.echo("\n".join([result.table(), *more]))
+        echo("\n".join([result.table(), *more]))
+
+
+def echo(text: str) -> None:
+    """Print lines in which there may be names from files."""
+    click.echo(printable(text))

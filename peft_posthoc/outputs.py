@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_posthoc.adapter_config import read_config, try_patterns
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.factor import frobenius
@@ -75,6 +76,8 @@ def compare_outputs(
             return None, None, f"the vocabularies differ ({_rows(model)} and {rows} rows)"
         alone = _distance(_say(model, inputs), wanted, has_logits=_has_logits(model))
         bar.update()
+        # PEFT would be held up by them without end.
+        try_patterns(read_config(Path(adapter)), [name for name, _ in model.named_modules()], adapter)
         adapted = _distance(
             _say(peft.PeftModel.from_pretrained(model, str(adapter)), inputs), wanted, has_logits=_has_logits(model)
         )
