@@ -137,7 +137,7 @@ def read_config(where: Path) -> dict[str, Any]:
     try:
         config = read_json(where / CONFIG, unique=True)
     except ValueError as error:
-        raise _unreadable(where, f"{CONFIG}: {error}") from error
+        raise _unreadable(where, f"its {CONFIG} is not a readable configuration: {error}") from error
     if not isinstance(config, dict):
         raise _unreadable(where, f"its {CONFIG} is no JSON object")
     kind = config.get("peft_type") or "LORA"

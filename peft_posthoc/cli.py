@@ -76,7 +76,7 @@ def one_line_errors(
     try:
         yield
     except click.ClickException as error:
-        error.message = brief(error.message)
+        error.message = brief(error.message)  # type: ignore[misc]  # it is set by `__init__` alone, says click
         raise
     except (click.exceptions.Exit, click.Abort):
         raise

@@ -13,6 +13,8 @@ Arguments that make no sense by themselves (a rank of 0, an unknown device) are 
 
 from __future__ import annotations
 
+import re
+
 
 class PosthocError(Exception):
     """Base class of all errors that say something about the user's models or folders."""
@@ -45,6 +47,8 @@ class ShareDone(PosthocError):
 # Characters of an error's line, and of one word in it: a name, a value. More tells nobody anything.
 _LINE = 2000
 _WORD = 200
+# The same where nothing went wrong: a path in a command is to be copied.
+_LONGEST = 500
 
 
 def one_line(error: BaseException) -> str:
@@ -55,12 +59,16 @@ def one_line(error: BaseException) -> str:
 
 def brief(text: str) -> str:
     """A message as a single line: long names and values without their middle, and nothing that a terminal obeys."""
-    words = [_cut(word, _WORD) for word in text[: 100 * _LINE].split()]
+    words = [_cut(word, _WORD) for word in text.split()]
     return _cut(printable(" ".join(words)), _LINE)
 
 
 def printable(text: str) -> str:
-    """A text with what a terminal would obey, such as an escape in the name of a tensor, spelled out; lines stay."""
+    """A text with what a terminal would obey, such as an escape in the name of a tensor, spelled out; lines stay.
+
+    A name that nobody reads to its end loses its middle.
+    """
+    text = re.sub(rf"\S{{{_LONGEST},}}", lambda long: _cut(long[0], _LONGEST), text)
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)

@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written: bounded, and whatever is wrong with it is a `ValueError` that says so."""
+"""JSON that anybody may have written: bounded, and whatever is wrong with it is a `ValueError` that says so."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def parse_json(text: str, *, hook: Hook | None = None, unique: bool = False) -> 
             raise ValueError(f"it holds the key `{twice}` twice")
         return hook(found) if hook is not None else found
 
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark, which JSON has not")
     try:
         return json.loads(text, object_pairs_hook=made if unique or hook is not None else None)
     except RecursionError as error:

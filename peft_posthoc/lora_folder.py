@@ -209,7 +209,7 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], w
             experts = a_shape[0] // rank
         if (
             len(a_shape) < 2
-            or not experts
+            or 0 in (experts, *a_shape, *b_shape)
             or a_shape[0] != rank * experts
             or b_shape[1:] != (a_shape[0], *(1 for _ in a_shape[2:]))
         ):

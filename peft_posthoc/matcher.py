@@ -4,16 +4,20 @@ It reads one request as JSON from its standard input. Before each pattern it wri
 at the end the answer. The standard library only, so that it starts in a few hundredths of a second.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 # Of the memory that it may have, where the system knows such a limit; and of the characters of new names.
 MEMORY = 2 << 30
 CHARACTERS = 10**8
 
 
-def limit_memory():
+def limit_memory() -> None:
     """Let a pattern that eats memory fail here, not in the whole machine."""
     try:
         import resource
@@ -23,7 +27,7 @@ def limit_memory():
         pass
 
 
-def answer(how, patterns, names, replacement, first):
+def answer(how: str, patterns: Sequence[str], names: Sequence[str], replacement: str, first: bool) -> dict[str, Any]:
     """What each pattern matches, as numbers of names; or, in the place of each name, what it becomes.
 
     Args:
@@ -33,8 +37,8 @@ def answer(how, patterns, names, replacement, first):
         replacement: For `sub`.
         first: Whether a name that one pattern matches is not held against those after it.
     """
-    found = []
-    left = range(len(names))
+    found: list[Any] = []
+    left = list(range(len(names)))
     for number, pattern in enumerate(patterns):
         print(number, flush=True)
         try:
@@ -56,9 +60,10 @@ def answer(how, patterns, names, replacement, first):
     return {"found": found}
 
 
-def substituted(act, replacement, names):
+def substituted(act: Callable[[str, str], str], replacement: str, names: Sequence[str]) -> list[str]:
     """The names with what matches replaced."""
-    found, count = [], 0
+    found: list[str] = []
+    count = 0
     for name in names:
         found.append(act(replacement, name))
         count += len(found[-1])

@@ -243,6 +243,8 @@ def _decide(
         return [], "not a floating-point tensor"
     if name.endswith(".bias") or name == "bias":
         return [], "bias (LoRA has no portable form for it)"
+    if 0 in header.shape:
+        return [], "holds no values"
     if len(header.shape) < 2:
         return [], "norm or other vector (LoRA has no form for it)"
     places = layout.places(name)
@@ -264,6 +266,6 @@ def slots_of(headers: Mapping[str, Header], layout: Layout) -> dict[str, Slot]:
     for name, header in headers.items():
         for place in layout.places(name):
             size = place.kind.size(header.shape)
-            if size is not None:
+            if size is not None and 0 not in size:
                 slots[place.module] = Slot(place.kind, *size)
     return slots
