@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from peft_posthoc.cli import check_file, echo, show
+from peft_posthoc.cli import check_file, show
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.options import DTYPES, OUTPUT, dtype_of
 
@@ -59,7 +59,7 @@ def check(
         show(fixed, json_to, quiet=quiet)
         found = fixed.check
         if not quiet and json_to != "-":
-            echo(f"Adapter written to {out}")
+            click.echo(f"Adapter written to {out}")
     if found.wrong:
         still = "" if out is None else " still"
         raise PosthocError(f"`{found.adapter}` would{still} be refused or silently wrong in {', '.join(found.wrong)}.")

@@ -176,7 +176,7 @@ def extract(
         Inspection.of(adapter, made).html(html)
     show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":
-        echo(f"{'Adapters' if isinstance(found, Series) else 'Adapter'} written to {out}")
+        click.echo(f"{'Adapters' if isinstance(found, Series) else 'Adapter'} written to {out}")
 
 
 @main.command()
@@ -313,9 +313,4 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
             return
         Path(json_to).write_text(text + os.linesep, encoding="utf-8")
     if not quiet:
-        echo("\n".join([result.table(), *more]))
-
-
-def echo(text: str) -> None:
-    """Print lines in which there may be names from files."""
-    click.echo(printable(text))
+        click.echo(printable("\n".join([result.table(), *more])))

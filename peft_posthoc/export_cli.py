@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from peft_posthoc.cli import check_file, echo, show
+from peft_posthoc.cli import check_file, show
 from peft_posthoc.options import DTYPES, OUTPUT, dtype_of
 
 TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
@@ -52,4 +52,4 @@ def export(
     exported = run(adapter, out, dtype=dtype_of(dtype), progress=not quiet, **options)
     show(exported, json_to, quiet=quiet)
     if not quiet and json_to != "-":
-        echo(f"Written to {out}")
+        click.echo(f"Written to {out}")

@@ -310,4 +310,9 @@ def config_of(folder: Path) -> Mapping[str, Any] | None:
     architectures, model_type = config.get("architectures") or [], config.get("model_type") or ""
     if not (isinstance(architectures, list) and all(isinstance(name, str) for name in [*architectures, model_type])):
         raise CheckpointError(f"`{path}` is not a configuration: `architectures` or `model_type` is no name.")
+    for key in ("text_config", "quantization_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"`{path}` is not a configuration: `{key}` is no object.")
+    if not all(isinstance(part.get("vocab_size") or 0, int) for part in (config, config.get("text_config") or {})):
+        raise CheckpointError(f"`{path}` is not a configuration: `vocab_size` is no whole number.")
     return config

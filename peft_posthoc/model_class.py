@@ -27,7 +27,7 @@ def build(config: Mapping[str, Any]) -> nn.Module | None:
     Raises:
         CheckpointError: The class cannot be built with what the configuration says.
     """
-    _check_counts(config)
+    check_counts(config)
     try:
         return _built(config)
     except PosthocError:
@@ -40,7 +40,7 @@ def build(config: Mapping[str, Any]) -> nn.Module | None:
         ) from error
 
 
-def _check_counts(config: Mapping[str, Any]) -> None:
+def check_counts(config: Mapping[str, Any]) -> None:
     """Refuse more layers or experts than anybody can wait for.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peft_posthoc.cli import check_file, echo, show
+from peft_posthoc.cli import check_file, show
 from peft_posthoc.options import DTYPES, OUTPUT, dtype_of, together
 from peft_posthoc.rank_options import RANK, Asked
 
@@ -88,7 +88,7 @@ def _write(
     resized.save(out, force=force)
     show(resized.report, json_to, quiet=quiet)
     if not quiet and json_to != "-":
-        echo(f"Adapter written to {out}")
+        click.echo(f"Adapter written to {out}")
 
 
 def _numbers(text: str) -> list[float]:
