@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -19,6 +18,7 @@ from mergekit_plugin import register
 from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
 from mergekit_plugin.models import described
+from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
 from peft_posthoc.cli import one_line_errors, show
 from peft_posthoc.device import pick_device
 from peft_posthoc.errors import PosthocError
@@ -91,11 +91,12 @@ def main(
         pick_device(merge_options.device or "cpu")
         merge_options.apply_global_options()
         register()
-        source = Path(config_file).read_text(encoding="utf-8")
-        read = _parse(source, config_file)
-        merge = Merge(
-            MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model, vocab=vocab
-        )
+        recipe = Path(config_file)
+        source, read = read_recipe(recipe)
+        config = validated(read, recipe)
+        with mergekit_refuses(recipe):
+            merge = Merge(config, merge_options, base=base, stored=not no_model, vocab=vocab)
+            out_dtype = dtype_from_name(read.get("out_dtype"))
         if merge.by_phlora:
             beyond = {name: choice.pop(name) for name in ("conv", "experts")}
             if not rank.shares_out():
@@ -111,7 +112,7 @@ def main(
         options = {
             "leave_out": merge.leave_out,
             "form": form,
-            "dtype": dtype_of(dtype) or dtype_from_name(read.get("out_dtype")) or merge.dtype,
+            "dtype": dtype_of(dtype) or out_dtype or merge.dtype,
             "device": merge_options.device or "cpu",
             **choice,
         }
@@ -130,26 +131,6 @@ def main(
             adapter = extract(merge.base, stored, rule, progress=progress, **options)
         adapter.save(target, force=force)
         show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
-
-
-def _parse(source: str, file: str) -> dict[str, Any]:
-    """The configuration in a file.
-
-    Raises:
-        PosthocError: It is none.
-    """
-    try:
-        documents = list(yaml.safe_load_all(source))
-    except yaml.YAMLError as error:
-        raise PosthocError(f"`{file}` is no YAML: {error}.") from error
-    if len(documents) > 1:
-        raise PosthocError(
-            f"`{file}` holds {len(documents)} configurations, which is for `mergekit-multi`. It takes "
-            f"`merge_method: {NAME}` after `phlora mergekit enable`."
-        )
-    if not documents or not isinstance(documents[0], dict):
-        raise PosthocError(f"`{file}` holds no configuration.")
-    return documents[0]
 
 
 def _only_parameters(asked: Mapping[str, Any], form: str) -> None:

@@ -18,7 +18,7 @@ from peft_posthoc.peft_experts import names_of_experts
 
 # How configurations call the number of their layers, blocks or experts, and the most that are built.
 _COUNT = re.compile(r"(?!.*size).*(layers?|blocks|experts|depth)")
-_MOST = 10_000
+MOST = 10_000
 
 
 def build(config: Mapping[str, Any]) -> nn.Module | None:
@@ -48,8 +48,8 @@ def check_counts(config: Mapping[str, Any]) -> None:
     """
     for part in (config, *(own for own in config.values() if isinstance(own, dict))):
         for key, value in part.items():
-            if isinstance(value, int) and value > _MOST and _COUNT.fullmatch(key):
-                raise CheckpointError(f"The configuration says `{key}` is {value}; more than {_MOST} are not built.")
+            if isinstance(value, int) and value > MOST and _COUNT.fullmatch(key):
+                raise CheckpointError(f"The configuration says `{key}` is {value}; more than {MOST} are not built.")
 
 
 def _built(config: Mapping[str, Any]) -> nn.Module | None:
