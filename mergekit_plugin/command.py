@@ -32,7 +32,23 @@ from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 logger = logging.getLogger(__name__)
 
 
-@click.command("mergekit-phlora", cls=PrettyPrintHelp, context_settings={"help_option_names": ["-h", "--help"]})
+class _Command(PrettyPrintHelp):  # type: ignore[misc]
+    """Tells in one line what is wrong with an option, of mergekit's ones too, which `main` never sees."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with one_line_errors("mergekit-phlora", debug=False):
+            try:
+                made: click.Context = super().make_context(*args, **extra)
+            except (ValueError, LookupError) as error:
+                raise click.UsageError(f"One of the options has no value that mergekit takes: {error}.") from error
+            return made
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors("mergekit-phlora", debug=False, option="-vv"):
+            return super().invoke(ctx)
+
+
+@click.command("mergekit-phlora", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config_file", metavar="CONFIG", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out_path", metavar="OUT", type=click.Path())
 @click.option("--adapter-out", metavar="DIR", help="Of the adapter.  [default: OUT/phlora; with --no-model, OUT]")
@@ -89,7 +105,10 @@ def main(
         # Bad arguments are told before the work, not after it.
         check_target(target, force=force)
         pick_device(merge_options.device or "cpu")
-        merge_options.apply_global_options()
+        try:
+            merge_options.apply_global_options()
+        except RuntimeError as error:
+            raise ValueError(f"An option of mergekit's has no value that PyTorch takes: {error}.") from error
         register()
         recipe = Path(config_file)
         source, read = read_recipe(recipe)

@@ -19,7 +19,7 @@ from peft_posthoc.model_class import MOST
 logger = logging.getLogger(__name__)
 
 # The longest recipe that anybody writes by hand has a hundredth of these.
-_BYTES = 500_000
+_BYTES = 200_000
 _VALUES = 100_000
 
 

@@ -113,6 +113,9 @@ class LoraFolder:
             if why is not None:
                 raise AdapterError(f"`{where}` is no plain LoRA delta: {why}.")
             self.modules = {module.name: module for module in _modules(shapes, self.config, where)}
+            for key in (key for module in self.modules.values() for key in module.tensor_names()):
+                if not (code := self._file.get_slice(key).get_dtype()).startswith(("F", "BF")):
+                    raise AdapterError(f"The adapter holds `{key}` as {code}, which are no real numbers.")
         except AdapterError as error:
             self.close()
             raise AdapterError(str(error).replace("The adapter ", f"`{where}` ", 1)) from error

@@ -117,6 +117,8 @@ class Subject:
             a, b = self.headers[sides["A"]].shape, self.headers[sides["B"]].shape
             if len(a) < 2 or len(b) != len(a) or a[0] != b[1] or 0 in (*a, *b):
                 raise AdapterError(f"The factors of `{module}` in `{self.label}` do not fit: {list(b)} and {list(a)}.")
+            if not all(self.headers[name].dtype.is_floating_point for name in sides.values()):
+                raise AdapterError(f"The factors of `{module}` in `{self.label}` are no real numbers.")
             modules[module] = Factored(kind, sides["A"], sides["B"], a[0], b[0], a[1])
         return modules
 
