@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -21,6 +20,7 @@ from mergekit_plugin.merge import Merge
 from mergekit_plugin.method import NAME, PHLORA
 from mergekit_plugin.models import described
 from mergekit_plugin.no_code import no_code, refuse_trust
+from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
 from peft_posthoc.cli import one_line_errors, show
 from peft_posthoc.device import pick_device
 from peft_posthoc.errors import PosthocError, noting
@@ -35,7 +35,23 @@ from peft_posthoc.remote_code import no_prompts
 logger = logging.getLogger(__name__)
 
 
-@click.command("mergekit-phlora", cls=PrettyPrintHelp, context_settings={"help_option_names": ["-h", "--help"]})
+class _Command(PrettyPrintHelp):  # type: ignore[misc]
+    """Tells in one line what is wrong with an option, of mergekit's ones too, which `main` never sees."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with one_line_errors("mergekit-phlora", debug=False):
+            try:
+                made: click.Context = super().make_context(*args, **extra)
+            except (ValueError, LookupError) as error:
+                raise click.UsageError(f"One of the options has no value that mergekit takes: {error}.") from error
+            return made
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors("mergekit-phlora", debug=False, option="-vv"):
+            return super().invoke(ctx)
+
+
+@click.command("mergekit-phlora", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config_file", metavar="CONFIG", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out_path", metavar="OUT", type=click.Path())
 @click.option("--adapter-out", metavar="DIR", help="Of the adapter.  [default: OUT/phlora; with --no-model, OUT]")
@@ -99,13 +115,17 @@ def main(
         # Bad arguments are told before the work, not after it.
         check_target(target, force=force)
         pick_device(merge_options.device or "cpu")
-        merge_options.apply_global_options()
+        try:
+            merge_options.apply_global_options()
+        except RuntimeError as error:
+            raise ValueError(f"An option of mergekit's has no value that PyTorch takes: {error}.") from error
         register()
-        source = Path(config_file).read_text(encoding="utf-8")
-        read = _parse(source, config_file)
-        merge = Merge(
-            MergeConfiguration.model_validate(read), merge_options, base=base, stored=not no_model, vocab=vocab
-        )
+        recipe = Path(config_file)
+        source, read = read_recipe(recipe)
+        config = validated(read, recipe)
+        with mergekit_refuses(recipe):
+            merge = Merge(config, merge_options, base=base, stored=not no_model, vocab=vocab)
+            out_dtype = dtype_from_name(read.get("out_dtype"))
         if merge.by_phlora:
             beyond = {name: choice.pop(name) for name in ("conv", "experts")}
             if not rank.shares_out():
@@ -121,7 +141,7 @@ def main(
         options = {
             "leave_out": merge.leave_out,
             "form": form,
-            "dtype": dtype_of(dtype) or dtype_from_name(read.get("out_dtype")) or merge.dtype,
+            "dtype": dtype_of(dtype) or out_dtype or merge.dtype,
             "device": merge_options.device or "cpu",
             **choice,
         }
@@ -145,26 +165,6 @@ def main(
         done.close()
         with noting(f"The adapter is at `{target}`."):
             show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
-
-
-def _parse(source: str, file: str) -> dict[str, Any]:
-    """The configuration in a file.
-
-    Raises:
-        PosthocError: It is none.
-    """
-    try:
-        documents = list(yaml.safe_load_all(source))
-    except yaml.YAMLError as error:
-        raise PosthocError(f"`{file}` is no YAML: {error}.") from error
-    if len(documents) > 1:
-        raise PosthocError(
-            f"`{file}` holds {len(documents)} configurations, which is for `mergekit-multi`. It takes "
-            f"`merge_method: {NAME}` after `phlora mergekit enable`."
-        )
-    if not documents or not isinstance(documents[0], dict):
-        raise PosthocError(f"`{file}` holds no configuration.")
-    return documents[0]
 
 
 def _only_parameters(asked: Mapping[str, Any], form: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from mergekit import merge_methods
@@ -20,12 +19,17 @@ from mergekit.plan import MergePlanner
 
 from mergekit_plugin.method import NAME
 from mergekit_plugin.models import Stored, folder_of
+from mergekit_plugin.recipe import slices_of
 from mergekit_plugin.settings import Settings
 from mergekit_plugin.stream import Stream, Taken, aligned
+from peft_posthoc.adapter_config import try_patterns
 from peft_posthoc.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.folder import Folder
+from peft_posthoc.hub import is_repo_id
 from peft_posthoc.layout import Place
+from peft_posthoc.lora_folder import LoraFolder
+from peft_posthoc.model_class import check_counts
 from peft_posthoc.plan import by_flags, everything, make_plan
 from peft_posthoc.rank import RankRule
 
@@ -255,7 +259,7 @@ class Merge:
 
 def _base_of(config: MergeConfiguration, given: str | None) -> ModelReference:
     """What the adapter is for, as the configuration calls it."""
-    named = [config.base_model, *(piece.base_model for piece in _slices(config))]
+    named = [config.base_model, *(piece.base_model for piece in slices_of(config))]
     bases = list(dict.fromkeys(base for base in named if base is not None))
     if given is None and not bases:
         raise PosthocError("The configuration names no `base_model`. Say with `--base` which model the adapter is for.")
@@ -268,22 +272,27 @@ def _base_of(config: MergeConfiguration, given: str | None) -> ModelReference:
     return next(same, base)
 
 
-def _slices(config: MergeConfiguration) -> Iterable[Any]:
-    modules = (config.modules or {}).values()
-    return [*(config.slices or ()), *(piece for module in modules for piece in module.slices or ())]
-
-
 def _path(model: ModelReference) -> tuple[Path | str, str | None]:
     path = Path(model.model.path)
     return (path.resolve() if path.exists() else model.model.path, model.model.revision)
 
 
 def _open(model: ModelReference) -> Folder:
-    folder = Path(folder_of(model) or "")
     local = Path(model.model.path).exists()
+    if local and not Path(model.model.path).is_dir():
+        raise CheckpointError(f"`{model.model.path}` is no folder of a model, which mergekit merges.")
+    if not local and not is_repo_id(model.model.path):
+        raise CheckpointError(f"`{model.model.path}` does not exist. Give a model's folder, or a hub id.")
+    if model.lora is not None and Path(model.lora.path).is_dir():
+        # mergekit gives it to PEFT, which tells less of what is wrong with it, or never ends.
+        with LoraFolder(model.lora.path) as adapter:
+            try_patterns(adapter.config, list(adapter.modules), model.lora.path)
+    folder = Path(folder_of(model) or "")
     label = str(model) if model.lora is not None else model.model.path
     # A model of the hub lies in a folder that is named by its commit.
-    return Folder(folder, label=label, revision=None if local else folder.name)
+    found = Folder(folder, label=label, revision=None if local else folder.name)
+    check_counts(found.config or {})
+    return found
 
 
 def _narrower(dtype: torch.dtype | None, model: Checkpoint) -> bool:

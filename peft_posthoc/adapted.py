@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_posthoc.adapter_config import read_config
 from peft_posthoc.checkpoint import Checkpoint, Header, open_checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.factor import merged
@@ -65,7 +65,7 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Ada
         AdapterError: It does not say, or it is no LoRA adapter or more than base + b @ a.
         CheckpointError: The model is not there or cannot be read.
     """
-    config = _config(folder)
+    config = read_config(folder)
     name, commit = (config.get(key) or None for key in ("base_model_name_or_path", "revision"))
     advice = f"Say on which model it belongs: BASE+{label}."
     if not isinstance(name, str):
@@ -171,16 +171,6 @@ class Adapted:
         if tensor is None:
             raise KeyError(name)
         return tensor
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"`{folder / CONFIG}` cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"`{folder / CONFIG}` is not a configuration: expected a JSON object.")
-    return config
 
 
 def _changes(base: Checkpoint, stored: Stored, label: str) -> dict[str, _Change]:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.peft_format import CONFIG
+from peft_posthoc.json_file import read_json
+from peft_posthoc.patterns import PatternError, check_patterns, first_matches, matched, replaced
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "alpha_pattern": (dict, type(None)),
-    "bias": (str,),
-    "exclude_modules": (list, str, type(None)),
-    "lora_alpha": (int, float),
-    "modules_to_save": (list, type(None)),
-    "r": (int,),
-    "rank_pattern": (dict, type(None)),
-    "target_modules": (list, str, type(None)),
-    "target_parameters": (list, type(None)),
-}
+CONFIG = "adapter_config.json"
+# No weight has as many rows.
+_LARGEST_RANK = 2**31 - 1
 
 
 def adapter_config(
@@ -75,41 +67,186 @@ def adapter_config(
     return config
 
 
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_RANK
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _are_names_or_pattern(value: Any) -> bool:
+    return isinstance(value, str) or _are_names(value)
+
+
+def _are_layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(one, int) and not isinstance(one, bool) for one in numbers)
+
+
+def _by_pattern(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(check, value.values())))
+
+
+# By key, what is a value for it. Keys that are not here are told by `plain`, or mean nothing for what is computed.
+_VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "alpha_pattern": _by_pattern(_is_number),
+    "bias": lambda value: isinstance(value, str),
+    "exclude_modules": _are_names_or_pattern,
+    "fan_in_fan_out": _is_flag,
+    "init_lora_weights": lambda value: _is_name(value) or isinstance(value, bool),
+    "layers_pattern": _are_names_or_pattern,
+    "layers_to_transform": _are_layers,
+    "lora_alpha": _is_number,
+    "lora_bias": _is_flag,
+    "modules_to_save": _are_names,
+    "peft_type": _is_name,
+    "r": _is_rank,
+    "rank_pattern": _by_pattern(_is_rank),
+    "revision": _is_name,
+    "target_modules": _are_names_or_pattern,
+    "target_parameters": _are_names,
+    "task_type": _is_name,
+    "use_rslora": _is_flag,
+}
+
+
 def read_config(where: Path) -> dict[str, Any]:
-    """What the configuration in an adapter folder says.
+    """What the configuration in an adapter folder says: the one reader of it, whoever wrote it.
 
     Raises:
         AdapterError: It is not readable, not a LoRA adapter's, or sets a key to what is no value for it.
     """
-    path = where / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterError(f"`{path}` is not a readable configuration of an adapter: {reason}.") from error
+        config = read_json(where / CONFIG, unique=True)
+    except ValueError as error:
+        raise _unreadable(where, f"its {CONFIG} is not a readable configuration: {error}") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"`{path}` is not a configuration: expected a JSON object.")
+        raise _unreadable(where, f"its {CONFIG} is no JSON object")
     kind = config.get("peft_type") or "LORA"
     if str(kind).upper() != "LORA":
-        raise AdapterError(f"`{where}` is a {kind} adapter; only LoRA adapters are known here.")
-    for key, types in _TYPES.items():
-        value = config.get(key, types[0]())
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise AdapterError(f"`{path}` sets `{key}` to {value!r}, which is no value for it.")
-    if config.get("r", 8) < 1:
-        raise AdapterError(f"`{path}` sets `r` to {config['r']}; a rank is at least 1.")
-    for key in ("target_modules", "exclude_modules"):
-        _compiled(config.get(key) or "", key, path)
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (config.get(key) or {}).items():
-            _compiled(pattern, key, path)
-            if not isinstance(value, int | float) or isinstance(value, bool) or (key == "rank_pattern" and value < 1):
-                raise AdapterError(f"`{key}` of `{path}` gives `{pattern}` the value {value!r}.")
+        raise _unreadable(where, f"its configuration says `peft_type` {kind!r}; only LoRA adapters are known here")
+    for key, fits in _VALUES.items():
+        if key in config and not fits(config[key]):
+            raise _unreadable(where, f"its configuration {_no_value(key, config[key], fits)}")
+    for key, patterns in patterns_of(config).items():
+        try:
+            check_patterns(patterns)
+        except PatternError as error:
+            raise AdapterError(_wrong_pattern(key, where, error)) from error
     return config
 
 
-def _compiled(pattern: Any, key: str, path: Path) -> None:
+def _unreadable(where: Path, why: str) -> AdapterError:
+    return AdapterError(f"`{where}` is not a readable LoRA adapter: {why}.")
+
+
+def _no_value(key: str, value: Any, fits: Callable[[Any], bool]) -> str:
+    if key == "r" and isinstance(value, int) and not isinstance(value, bool):
+        return f"sets `r` to {value}; a rank is at least 1, and at most {_LARGEST_RANK}"
+    if isinstance(value, dict) and key.endswith("_pattern"):
+        pattern, own = next((pattern, own) for pattern, own in value.items() if not fits({pattern: own}))
+        return f"gives `{pattern}` in `{key}` the value {own!r}"
+    return f"sets `{key}` to {value!r}, which is no value for it"
+
+
+def patterns_of(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By key, what PEFT reads as regular expressions."""
+    found = {key: list(config.get(key) or ()) for key in ("rank_pattern", "alpha_pattern", "modules_to_save")}
+    found |= {key: [config[key]] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)}
+    layers = config.get("layers_pattern") or []
+    return found | {"layers_pattern": [layers] if isinstance(layers, str) else layers}
+
+
+def by_pattern(config: Mapping[str, Any], key: str, names: Iterable[str], where: object) -> dict[str, Any]:
+    """By name, what `rank_pattern` or `alpha_pattern` gives it; not of those that have what all others have.
+
+    Raises:
+        AdapterError: A pattern takes too long.
+    """
+    own = config.get(key) or {}
     try:
-        re.compile(pattern if isinstance(pattern, str) else "")
-    except re.error as error:
-        raise AdapterError(f"`{key}` of `{path}` holds `{pattern}`, no regular expression: {error}.") from error
+        return {name: own[pattern] for name, pattern in first_matches(own, names).items()}
+    except PatternError as error:
+        raise AdapterError(_wrong_pattern(key, where, error)) from error
+
+
+def meant(config: Mapping[str, Any], key: str, names: Collection[str], where: object) -> set[str]:
+    """The names that `target_modules` or `exclude_modules` means: a list of ends, or a regular expression.
+
+    Raises:
+        AdapterError: The pattern takes too long.
+    """
+    target = config.get(key)
+    if not isinstance(target, str):
+        ends = tuple(f".{name}" for name in target or ())
+        return {name for name in names if f".{name}".endswith(ends)}
+    try:
+        return matched(target, names, "fullmatch")
+    except PatternError as error:
+        raise AdapterError(_wrong_pattern(key, where, error)) from error
+
+
+def in_layers_named(config: Mapping[str, Any], names: Collection[str], where: object) -> set[str]:
+    """The names of modules in a layer that `layers_to_transform` names; all, where it names none.
+
+    Raises:
+        AdapterError: A pattern takes too long.
+    """
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    if layers is None or layers == []:
+        return set(names)
+    inside = "|".join([patterns] if isinstance(patterns, str) else patterns) or "[^.]*"
+    listed, wanted = list(names), {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
+    try:
+        # The first number that there is, as PEFT 0.21 has it.
+        made = replaced(rf"(?s)\A.*?\.(?:{inside})\.(?P<layer>\d+)\..*\Z", r"=\g<layer>", listed)
+    except PatternError as error:
+        told = PatternError(inside, error.problem)
+        raise AdapterError(_wrong_pattern("layers_pattern", where, told)) from error
+    return {name for name, own in zip(listed, made, strict=True) if own[:1] == "=" and _number(own[1:]) in wanted}
+
+
+def _number(digits: str) -> str:
+    return digits.lstrip("0") or "0"
+
+
+def try_patterns(config: Mapping[str, Any], names: Collection[str], where: object) -> None:
+    """See before PEFT does whether its patterns take too long for the names of a model's modules: PEFT would wait.
+
+    Raises:
+        AdapterError: One does.
+    """
+    for key in ("rank_pattern", "alpha_pattern"):
+        by_pattern(config, key, names, where)
+    for key in ("target_modules", "exclude_modules"):
+        meant(config, key, names, where)
+    in_layers_named(config, names, where)
+    for name in config.get("modules_to_save") or ():
+        try:
+            matched(rf"(^|.*\.){name}($|\..*)", names, "match")
+        except PatternError as error:
+            told = PatternError(name, error.problem)
+            raise AdapterError(_wrong_pattern("modules_to_save", where, told)) from error
+
+
+def _wrong_pattern(key: str, where: object, error: PatternError) -> str:
+    problem = error.problem.replace("is not a regular expression", "is no regular expression")
+    return f"`{key}` of `{where}` holds `{error.pattern}`, which {problem}."

@@ -6,6 +6,7 @@ configuration and the report lie beside it and are not counted.
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
@@ -147,7 +148,7 @@ class budget:
             if isinstance(self.params, bool) or not isinstance(self.params, int) or self.params < 1:
                 raise ValueError(f"A number of parameters must be whole and at least 1. Got {self.params!r}.")
             return self.params
-        found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *([kKMG]i?B|B|%)?", str(self.size))
+        found = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30}) *([kKMG]i?B|B|%)?", str(self.size))
         if isinstance(self.size, bool) or found is None or not float(found[1]):
             raise ValueError(
                 f"A budget is a size such as 64MB, 1.5GiB or 2% of the tuned checkpoint. Got {self.size!r}."
@@ -170,7 +171,8 @@ class budget:
         if smallest > limit:
             raise self._too_small(limit, smallest)
         if padded:
-            rank = max(self._safe(limit // sum(costs.values())), default=least)
+            top = safe_rank(max(min(shape) for shape in shapes.values()))
+            rank = max(self._safe(min(limit // sum(costs.values()), top)), default=least)
         else:
             rank = uniform(shapes, costs, limit, multiple=self.multiple)
         deep = rank if self.weighting is None or padded else _DEEP * rank
@@ -283,11 +285,9 @@ class budget:
 
     def _safe(self, most: int) -> list[int]:
         """The ranks that the portable form may have, up to `most`."""
-        return [
-            rank
-            for rank in (8, *range(16, most + 1, 16))
-            if rank <= most and rank <= (self.most or rank) and rank % self.multiple == 0 and rank >= self.least
-        ]
+        most, step = min(most, self.most or most), math.lcm(16, self.multiple)
+        eight = [8] if most >= 8 and 8 % self.multiple == 0 and self.least <= 8 else []
+        return [*eight, *range(-(-self.least // step) * step, most + 1, step)]
 
     def _counted(self, adapter: Adapter) -> int:
         """What grows with the ranks, and what stands beside it."""

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from peft_posthoc.errors import OutputError, PosthocError, ShareDone, noting, one_line
+from peft_posthoc.errors import OutputError, PosthocError, ShareDone, brief, noting, one_line, printable
 from peft_posthoc.options import CHOICE, DTYPE, FORM, HTML, MODELS, NAMES, OUTPUT, VOCAB, dtype_of
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 from peft_posthoc.remote_code import no_prompts
@@ -77,7 +77,10 @@ def one_line_errors(
 
     try:
         yield
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
+    except click.ClickException as error:
+        error.message = brief(error.message)  # type: ignore[misc]  # it is set by `__init__` alone, says click
+        raise
+    except (click.exceptions.Exit, click.Abort):
         raise
     except KeyboardInterrupt as interrupt:
         fail(" ".join(["Interrupted.", *(getattr(interrupt, "__notes__", None) or [nothing])]), 130)
@@ -321,7 +324,7 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
             return
         write_whole(json_to, text + "\n")
     if not quiet:
-        _print("\n".join([result.table(), *more]))
+        _print(printable("\n".join([result.table(), *more])))
 
 
 def _print(text: str) -> None:

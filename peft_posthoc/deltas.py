@@ -247,10 +247,10 @@ def open_deltas(
     try:
         if base is None:
             base = folder.config.get("base_model_name_or_path")
-            if not base:
+            if not (base and isinstance(base, str)):
                 raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `--base`.")
             revision = revision or folder.config.get("revision")
-            if Path(str(base)).is_dir():
+            if Path(base).is_dir():
                 revision = None
         opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
         return Deltas(folder, opened, layout_of(opened))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.json_file import read_json
 from peft_posthoc.peft_format import REPORT
 from peft_posthoc.report import size
 
@@ -127,8 +128,8 @@ def check_place(out: str | os.PathLike[str], *, force: bool, is_file: bool = Fal
 def _files_of(folder: Path) -> Collection[str]:
     """The files of an earlier export, as its report lists them."""
     try:
-        return {*json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"], REPORT}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {*read_json(folder / REPORT)["files"], REPORT}
+    except (ValueError, KeyError, TypeError):
         return ()
 
 

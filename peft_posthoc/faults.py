@@ -6,11 +6,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from itertools import islice
 
 import torch
 
 from peft_posthoc import export_mlx
+from peft_posthoc.adapter_config import in_layers_named, meant
 from peft_posthoc.deltas import Deltas
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.lora_folder import LoraFolder
@@ -32,6 +33,8 @@ _DENSE = re.compile(r".+\.(mlp|shared_experts?|feed_forward)\.(gate_proj|up_proj
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # `...N.parent.leaf`, `...N.parent.part.leaf` or `...N.parent.experts.N.leaf`.
 _LAYERED = re.compile(r"(.*\.)?\d+\.\w+\.\w+(\.\w+|\.\d+\.\w+)?")
+# Layers that are told as missing.
+_MOST = 10_000
 _OTHER_MODALITIES = ("vision", "visual", "audio", "speech")
 # How SGLang 0.5.23 calls what it fuses (`srt/lora/utils.py`, `get_normalized_target_modules`).
 _SGLANG_NAMES = {
@@ -103,12 +106,14 @@ def missing_layers(subject: Subject) -> tuple[str, ...]:
             numbers[pattern].add(int(number[0]))
             stack = module[: number.start()]
             last[stack] = max(last[stack], int(number[0]))
-    return tuple(
+    missing = (
         pattern.replace("*", str(index), 1)
         for pattern, held in numbers.items()
         for index in range(last[pattern[: pattern.index("*")]] + 1)
         if index not in held
     )
+    # A name may say any number.
+    return tuple(islice(missing, _MOST))
 
 
 def unknown_keys(subject: Subject) -> tuple[str, ...]:
@@ -154,30 +159,16 @@ def untargeted(subject: Subject) -> tuple[str, ...]:
 
 def untargeted_in_peft(subject: Subject) -> tuple[str, ...]:
     """Modules that PEFT does not take `target_modules` to mean."""
-    target, excluded = subject.config.get("target_modules"), subject.config.get("exclude_modules")
+    target = subject.config.get("target_modules")
     if target is None:
         return () if subject.fused_experts else ("target_modules=None",)
+    ranked = [module for module, _ in _ranked(subject)]
     # To PEFT, "all-linear" is all but the head.
     spared = {*subject.heads, *subject.embeddings} if target == "all-linear" else set()
-    return tuple(
-        module
-        for module, _ in _ranked(subject)
-        if not _means(target, module)
-        or _means(excluded, module)
-        or module in spared
-        or _of_other_layer(subject, module)
-    )
-
-
-def _of_other_layer(subject: Subject, module: str) -> bool:
-    """Whether `layers_to_transform` leaves its layer out."""
-    layers, names = subject.config.get("layers_to_transform"), subject.config.get("layers_pattern")
-    if layers is None or (isinstance(layers, list) and not layers):
-        return False
-    names = [names] if isinstance(names, str) else names
-    inside = f"(?:{'|'.join(names)})" if names else "[^.]*"
-    found = re.match(rf".*\.{inside}\.(\d+)\.", module)
-    return found is None or int(found[1]) not in (layers if isinstance(layers, list) else [layers])
+    taken = set(ranked) if target == "all-linear" else meant(subject.config, "target_modules", ranked, subject.label)
+    taken &= in_layers_named(subject.config, ranked, subject.label)
+    taken -= {*spared, *meant(subject.config, "exclude_modules", ranked, subject.label)}
+    return tuple(module for module in ranked if module not in taken)
 
 
 def misscaled(subject: Subject, scale: Callable[[Factored], float]) -> tuple[str, ...]:
@@ -367,13 +358,6 @@ def new_tokens(subject: Subject) -> tuple[str, ...]:
     """Tokens of `added_tokens.json` that the base's vocabulary does not have, or all, where it is not known."""
     size = subject.base.vocabulary if subject.base is not None else None
     return tuple(token for token, number in subject.added_tokens.items() if size is None or number >= size)
-
-
-def _means(target: Any, module: str) -> bool:
-    """Whether PEFT takes a list of names, or a regular expression, to mean the module."""
-    if isinstance(target, str):
-        return target == "all-linear" or re.fullmatch(target, module) is not None
-    return any(f".{module}".endswith(f".{name}") for name in target or ())
 
 
 def _pattern(module: str) -> str:

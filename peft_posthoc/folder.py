@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.checkpoint import Header, once
 from peft_posthoc.errors import CheckpointError
+from peft_posthoc.json_file import read_json
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
@@ -90,10 +90,13 @@ def shards_of(index: Path) -> dict[str, str]:
         CheckpointError: The index is no valid one, or names a file outside of its folder.
     """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(tensor): str(file) for tensor, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise CheckpointError(f"`{index}` is not a valid index of shards: {error!r}.") from error
+        read = read_json(index, unique=True)
+    except ValueError as error:
+        raise CheckpointError(f"`{index}` is not a valid index of shards: {error}.") from error
+    weight_map = read.get("weight_map") if isinstance(read, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"`{index}` is not a valid index of shards: it has no object `weight_map`.")
+    pairs = {tensor: str(file) for tensor, file in weight_map.items()}
     for tensor, file in pairs.items():
         outside = PurePosixPath(file).name != file or PureWindowsPath(file).name != file or file in ("", ".", "..")
         if outside:
@@ -299,12 +302,17 @@ def config_of(folder: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
-    except (ValueError, RecursionError, OSError) as error:
+        config = read_json(path, hook=_special_float)
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"`{path}` is not a configuration: expected a JSON object.")
     architectures, model_type = config.get("architectures") or [], config.get("model_type") or ""
     if not (isinstance(architectures, list) and all(isinstance(name, str) for name in [*architectures, model_type])):
         raise CheckpointError(f"`{path}` is not a configuration: `architectures` or `model_type` is no name.")
+    for key in ("text_config", "quantization_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"`{path}` is not a configuration: `{key}` is no object.")
+    if not all(isinstance(part.get("vocab_size") or 0, int) for part in (config, config.get("text_config") or {})):
+        raise CheckpointError(f"`{path}` is not a configuration: `vocab_size` is no whole number.")
     return config

@@ -61,10 +61,11 @@ def unpacked(stored: Stored, layout: Layout) -> Stored:
         raise AdapterError(f"The adapter holds factors of `{strangers[0]}`, which the base has no stacked experts for.")
     named = {stack.name: stack for stack in stacks}
     factors = dict(stored.factors)
+    alphas = stored.scale.alphas(by_module[module] for module in stored.stacked)
     for module, packed in stored.stacked.items():
         stack = named[by_module[module]]
         for unit, (a, b) in unpack(stack, *packed).items():
-            factors[unit] = Factors(a, b * stored.scale.of(stack.name, len(a)))
+            factors[unit] = Factors(a, b * stored.scale.of(alphas[stack.name], len(a)))
     return stored._replace(factors=factors, stacked={})
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from peft_posthoc.adapter_config import by_pattern, read_config
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.peft_format import CONFIG, PREFIX, WEIGHTS
+from peft_posthoc.peft_format import PREFIX, WEIGHTS
 from peft_posthoc.plain import not_plain
 
 _KEYS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
@@ -103,23 +103,23 @@ class LoraFolder:
             )
         self._open = ExitStack()
         try:
-            self.config: Mapping[str, Any] = json.loads((where / CONFIG).read_text(encoding="utf-8"))
+            self.config: Mapping[str, Any] = read_config(where)
             self._file = self._open.enter_context(safe_open(where / WEIGHTS, framework="pt"))
             self._names = list(self._file.keys())
             shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
-            for key in ("modules_to_save", "target_parameters"):
-                if not isinstance(self.config.get(key) or [], list):
-                    raise ValueError(f"its configuration's `{key}` is no list")
             why = not_plain(self.config)
             if why is None and self.config.get("bias", "none") != "none":
                 why = f"its configuration sets `bias` to {self.config['bias']!r}: it replaces biases of the base"
             if why is not None:
                 raise AdapterError(f"`{where}` is no plain LoRA delta: {why}.")
-            self.modules = {module.name: module for module in _modules(shapes, self.config)}
+            self.modules = {module.name: module for module in _modules(shapes, self.config, where)}
+            for key in (key for module in self.modules.values() for key in module.tensor_names()):
+                if not (code := self._file.get_slice(key).get_dtype()).startswith(("F", "BF")):
+                    raise AdapterError(f"The adapter holds `{key}` as {code}, which are no real numbers.")
         except AdapterError as error:
             self.close()
             raise AdapterError(str(error).replace("The adapter ", f"`{where}` ", 1)) from error
-        except (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, re.error) as error:
+        except (OSError, ValueError, SafetensorError, KeyError) as error:
             self.close()
             raise AdapterError(f"`{where}` is not a readable LoRA adapter: {_told(error)}.") from error
         taken = {key for module in self.modules.values() for key in module.tensor_names()}
@@ -189,18 +189,18 @@ class LoraFolder:
         return any(".".join(parts[:depth]).endswith(ends) for depth in range(1, len(parts)))
 
 
-def _modules(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Iterator[Module]:
-    for name, a_shape in shapes.items():
-        key = next((key for key in _KEYS if name.endswith(f".{key}")), None)
-        if key is None or not name.startswith(PREFIX):
-            continue
-        stem = name.removesuffix(key)
-        module = stem.removeprefix(PREFIX).removesuffix(".")
+def _modules(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: Path) -> Iterator[Module]:
+    keys = {name: key for name in shapes for key in _KEYS if name.endswith(f".{key}") and name.startswith(PREFIX)}
+    modules = {name: name.removesuffix(key).removeprefix(PREFIX).removesuffix(".") for name, key in keys.items()}
+    parameters_of = {module: _parameters(module, config) for module in modules.values()}
+    scaled = _scaled([one for module, own in parameters_of.items() for one in own or [module]], config, where)
+    for name, key in keys.items():
+        a_shape, module, stem = shapes[name], modules[name], name.removesuffix(key)
         if f"{stem}{_KEYS[key]}" not in shapes:
             raise AdapterError(f"The adapter holds `{name}` without `{stem}{_KEYS[key]}`.")
         b_shape = shapes[f"{stem}{_KEYS[key]}"]
-        parameters = _parameters(module, config)
-        wanted = {_scaled(one, config) for one in parameters or [module]}
+        parameters = parameters_of[module]
+        wanted = {scaled[one] for one in parameters or [module]}
         if len(wanted) > 1:
             raise AdapterError(
                 f"The adapter gives the parameters of `{module}` different ranks or scales by a pattern; which of its "
@@ -210,7 +210,12 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
         kind, experts = _kind(key, a_shape, parameters), 1
         if kind == "experts":
             experts = a_shape[0] // rank
-        if len(a_shape) < 2 or a_shape[0] != rank * experts or b_shape[1:] != (a_shape[0], *(1 for _ in a_shape[2:])):
+        if (
+            len(a_shape) < 2
+            or 0 in (experts, *a_shape, *b_shape)
+            or a_shape[0] != rank * experts
+            or b_shape[1:] != (a_shape[0], *(1 for _ in a_shape[2:]))
+        ):
             grouped = len(a_shape) > 2 and len(b_shape) == len(a_shape) and b_shape[1] < a_shape[0]
             raise AdapterError(
                 f"The adapter holds factors of shapes {list(a_shape)} and {list(b_shape)} for `{module}`, "
@@ -234,17 +239,14 @@ def _parameters(module: str, config: Mapping[str, Any]) -> list[str]:
     return [f"{owner}.{leaf}" for parent, _, leaf in found if owner == parent or owner.endswith(f".{parent}")]
 
 
-def _scaled(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """The rank of a module or parameter, and what PEFT multiplies its factors with."""
-
-    def own(patterns: str, default: str) -> Any:
-        keys = config.get(patterns) or {}
-        return next((keys[key] for key in keys if re.match(rf"(.*\.)?({key})$", name)), config[default])
-
-    rank, alpha = int(own("rank_pattern", "r")), float(own("alpha_pattern", "lora_alpha"))
-    if rank < 1:
-        raise ValueError(f"its configuration gives `{name}` rank {rank}")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _scaled(names: Sequence[str], config: Mapping[str, Any], where: Path) -> dict[str, tuple[int, float]]:
+    """By module or parameter, its rank, and what PEFT multiplies its factors with."""
+    ranks, alphas = (by_pattern(config, key, names, where) for key in ("rank_pattern", "alpha_pattern"))
+    found = {}
+    for name in names:
+        rank, alpha = ranks.get(name, config["r"]), float(alphas.get(name, config["lora_alpha"]))
+        found[name] = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return found
 
 
 def _told(error: BaseException) -> str:

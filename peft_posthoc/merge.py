@@ -12,6 +12,7 @@ from peft_posthoc.checkpoint import Header
 from peft_posthoc.deltas import Deltas, matrices
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.factor import merged
+from peft_posthoc.json_file import read_json
 from peft_posthoc.kinds import LINEAR
 from peft_posthoc.layout import Stack
 from peft_posthoc.peft_format import Factors
@@ -186,7 +187,7 @@ def _raw_config(deltas: Deltas) -> dict[str, Any]:
     """The base's configuration as it stands in its file, special numbers and all."""
     folder = deltas.base.folder
     if folder is not None and (folder / "config.json").is_file():
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(folder / "config.json")
         return found
     module = deltas.base.module
     to_json = getattr(getattr(module, "config", None), "to_json_string", None)

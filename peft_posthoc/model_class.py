@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.kinds import EMBEDDING, EXPERT, EXPERT_IN_OUT, kind_of
 from peft_posthoc.layout import Layout, Stack, architecture, task_type
 from peft_posthoc.peft_experts import names_of_experts
@@ -26,8 +27,43 @@ def class_of(name: str) -> Any:
     return cls if is_model and getattr(cls, "config_class", None) is not None else None
 
 
+# How configurations call the number of their layers, blocks or experts, and the most that are built.
+_COUNT = re.compile(r"(?!.*size).*(layers?|blocks|experts|depth)")
+MOST = 10_000
+
+
 def build(config: Mapping[str, Any]) -> nn.Module | None:
-    """The model of a configuration, without values, if transformers has its class, or diffusers."""
+    """The model of a configuration, without values, if transformers has its class, or diffusers.
+
+    Raises:
+        CheckpointError: The class cannot be built with what the configuration says.
+    """
+    check_counts(config)
+    try:
+        return _built(config)
+    except PosthocError:
+        raise
+    except Exception as error:
+        # Every class of the two libraries fails in its own way on numbers and names that it does not expect.
+        what = architecture(config) or config.get("_class_name")
+        raise CheckpointError(
+            f"A {what} cannot be built as its configuration says: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse more layers or experts than anybody can wait for.
+
+    Raises:
+        CheckpointError: There are more.
+    """
+    for part in (config, *(own for own in config.values() if isinstance(own, dict))):
+        for key, value in part.items():
+            if isinstance(value, int) and value > MOST and _COUNT.fullmatch(key):
+                raise CheckpointError(f"The configuration says `{key}` is {value}; more than {MOST} are not built.")
+
+
+def _built(config: Mapping[str, Any]) -> nn.Module | None:
     name = architecture(config)
     if not name:
         return _component(config)

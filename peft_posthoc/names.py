@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.layout import Layout
+from peft_posthoc.patterns import PatternError, replaced
 from peft_posthoc.view import View, same
 
 # Parts of a name that a wrapper may have put before the rest.
@@ -58,9 +58,11 @@ def by_rules(checkpoint: Checkpoint, rules: Iterable[str]) -> Renamed:
         if not arrow:
             raise ValueError(f"`--map {rule}` is no rule: give `regex=>replacement`.")
         try:
-            after = {old: re.sub(pattern, replacement, name) for old, name in names.items()}
-        except re.error as error:
-            raise ValueError(f"`--map {rule}` is not a regular expression and its replacement: {error}.") from error
+            after = dict(zip(names, replaced(pattern, replacement, list(names.values())), strict=True))
+        except PatternError as error:
+            wrong = "is not a regular expression"
+            problem = error.problem.replace(wrong, f"{wrong} and its replacement")
+            raise ValueError(f"`--map {rule}` {problem}.") from error
         count = sum(after[old] != name for old, name in names.items())
         if count:
             told.append(f"--map {rule}: {count} names of `{checkpoint.label}`")

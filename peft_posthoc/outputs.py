@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_posthoc.adapter_config import read_config, try_patterns
 from peft_posthoc.checkpoint import Checkpoint
-from peft_posthoc.errors import CheckpointError
+from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.factor import frobenius
-from peft_posthoc.model_class import class_of
+from peft_posthoc.model_class import check_counts, class_of
 from peft_posthoc.remote_code import comes_with_code, not_run, without_code
 
 # Said to the models when the user gives nothing to say.
@@ -64,23 +65,20 @@ def compare_outputs(
     cls = class_of(str(names[0][0]))
     if cls is None:
         return None, None, f"transformers has no class {names[0][0]}{not_run(tuned.config or base.config or {})}"
-    import peft
 
     inputs, note = _inputs(base, tuned, prompts, token_ids)
     with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
-        model = _load(tuned.folder, cls, device)
+        model = _loaded(tuned.folder, cls, device, tuned)
         rows, wanted = _rows(model), _say(model, inputs)
         bar.update()
-        model = _load(base.folder, cls, device)
+        model = _loaded(base.folder, cls, device, base)
         if _rows(model) != rows and extended:
             model.resize_token_embeddings(rows, mean_resizing=False)
         if _rows(model) != rows:
             return None, None, f"the vocabularies differ ({_rows(model)} and {rows} rows)"
         alone = _distance(_say(model, inputs), wanted, has_logits=_has_logits(model))
         bar.update()
-        adapted = _distance(
-            _say(peft.PeftModel.from_pretrained(model, str(adapter)), inputs), wanted, has_logits=_has_logits(model)
-        )
+        adapted = _distance(_say(_with_adapter(model, adapter), inputs), wanted, has_logits=_has_logits(model))
         bar.update()
     return adapted, alone, note
 
@@ -91,6 +89,40 @@ def _rows(model: Any) -> int | None:
         return len(model.get_input_embeddings().weight)
     except (AttributeError, NotImplementedError):  # It reads no tokens.
         return None
+
+
+def _loaded(folder: Path, cls: Any, device: torch.device, checkpoint: Checkpoint) -> Any:
+    """The model of a checkpoint in a folder.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    check_counts(checkpoint.config or {})
+    try:
+        return _load(folder, cls, device)
+    except PosthocError:
+        raise
+    except Exception as error:
+        # Each class fails in its own way on a configuration that it does not expect.
+        raise CheckpointError(
+            f"transformers cannot load `{checkpoint.label}`: {type(error).__name__}: {error} With `--weights-only` "
+            "only weights are compared."
+        ) from error
+
+
+def _with_adapter(model: Any, adapter: str | PathLike[str]) -> Any:
+    """The model with an adapter on it, as PEFT loads it.
+
+    Raises:
+        AdapterError: PEFT cannot, or would be held up without end by a pattern.
+    """
+    import peft
+
+    try_patterns(read_config(Path(adapter)), [name for name, _ in model.named_modules()], adapter)
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:
+        raise AdapterError(f"PEFT cannot load `{adapter}`: {type(error).__name__}: {error}") from error
 
 
 def _load(folder: Path, cls: Any, device: torch.device) -> Any:

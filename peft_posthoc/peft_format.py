@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from peft_posthoc.adapter_config import CONFIG as CONFIG
+from peft_posthoc.adapter_config import by_pattern, read_config
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.kinds import FILED
+from peft_posthoc.kinds import FILED, LayerKind
 from peft_posthoc.plain import not_plain
 from peft_posthoc.staged import staged
 
 PREFIX = "base_model.model."
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "phlora_report.json"
 _BIAS = "lora_B.bias"
@@ -127,33 +127,39 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
     """
     where = Path(folder)
     try:
-        config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(where / WEIGHTS)
+        config = read_config(where)
         if why := not_plain(config):
             raise ValueError(why)
-        scale = Scale(config)
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError, re.error) as error:
+        scale = Scale(config, where)
+        tensors = load_file(where / WEIGHTS)
+    except KeyError as error:
+        raise AdapterError(f"`{where}` is not a readable LoRA adapter: its configuration has no {error}.") from error
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"`{where}` is not a readable LoRA adapter: {error}.") from error
     factors: dict[str, Factors] = {}
     biases: dict[str, Tensor] = {}
     stacked: dict[str, Factors] = {}
     parameters = tuple(config.get("target_parameters") or ())
-    stacks = tuple(parameter.rpartition(".")[0] for parameter in parameters)
-    for kind in FILED:
-        for name in [name for name in tensors if name.endswith(f".{kind.a_key}")]:
-            stem = name.removesuffix(kind.a_key)
-            if f"{stem}{kind.b_key}" not in tensors:
-                raise AdapterError(f"`{where}` holds `{name}` without `{stem}{kind.b_key}`.")
-            module = stem.removeprefix(PREFIX).removesuffix(".")
-            a, b = kind.factors(tensors.pop(name), tensors.pop(f"{stem}{kind.b_key}"))
-            if module.replace(".base_layer", "").endswith(stacks):
-                stacked[module] = Factors(a.float(), b.float())
-                continue
-            # In float64, as `LoraFolder` does it: `BASE+ADAPTER` is, bit for bit, what `export --to merged` writes.
-            factors[module] = Factors(a.float(), (b.double() * scale.of(module, len(a))).float())
-            bias = tensors.pop(f"{stem}{_BIAS}", None)
-            if bias is not None:
-                biases[module] = bias.float() * scale.of(module, len(a))
+    # Of a parameter without a dot: of the model itself, which holds no stacks.
+    stacks = tuple(f".{parameter.rpartition('.')[0]}" for parameter in parameters if "." in parameter)
+    pairs = {stem: kind for kind in FILED for stem in _stems(tensors, kind)}
+    modules = {stem: stem.removeprefix(PREFIX).removesuffix(".") for stem in pairs}
+    alphas = scale.alphas(modules.values())
+    for stem, kind in pairs.items():
+        module = modules[stem]
+        if f"{stem}{kind.b_key}" not in tensors:
+            raise AdapterError(f"`{where}` holds `{stem}{kind.a_key}` without `{stem}{kind.b_key}`.")
+        stored = tensors.pop(f"{stem}{kind.a_key}"), tensors.pop(f"{stem}{kind.b_key}")
+        _check_factors(where, module, *stored)
+        a, b = kind.factors(*stored)
+        if f".{module.replace('.base_layer', '')}".endswith(stacks):
+            stacked[module] = Factors(a.float(), b.float())
+            continue
+        # In float64, as `LoraFolder` does it: `BASE+ADAPTER` is, bit for bit, what `export --to merged` writes.
+        factors[module] = Factors(a.float(), (b.double() * scale.of(alphas[module], len(a))).float())
+        bias = tensors.pop(f"{stem}{_BIAS}", None)
+        if bias is not None:
+            biases[module] = bias.float() * scale.of(alphas[module], len(a))
     whole = {_own(name): tensor for name, tensor in tensors.items() if _is_whole(name, config)}
     strangers = sorted(name for name in tensors if _own(name) not in whole)
     if strangers or not (factors or stacked):
@@ -162,20 +168,51 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
     return Stored(factors, biases, whole, stacked, parameters, scale)
 
 
+def _stems(names: Iterable[str], kind: LayerKind) -> list[str]:
+    """What the names of factors of this kind begin with."""
+    return [name.removesuffix(kind.a_key) for name in names if name.endswith(f".{kind.a_key}")]
+
+
+def _check_factors(where: Path, module: str, a: Tensor, b: Tensor) -> None:
+    """See that the product of the two is a matrix.
+
+    Raises:
+        AdapterError: It is none.
+    """
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise AdapterError(f"The factors of `{module}` in `{where}` are {a.dtype} and {b.dtype}, no real numbers.")
+    if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or not (a.numel() and b.numel()):
+        raise AdapterError(f"The factors of `{module}` in `{where}` do not fit: {list(b.shape)} and {list(a.shape)}.")
+
+
 class Scale:
-    """What PEFT multiplies a module's factors with."""
+    """What PEFT multiplies a module's factors with.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    Args:
+        config: Of the adapter.
+        where: Its folder.
+
+    Raises:
+        KeyError: There is no `lora_alpha` in it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: Path) -> None:
+        self._config, self._where = config, where
         self._alpha = float(config["lora_alpha"])
-        self._alphas = {
-            re.compile(rf"(.*\.)?({key})$"): float(a) for key, a in (config.get("alpha_pattern") or {}).items()
-        }
-        self._stabilized = bool(config.get("use_rslora"))
 
-    def of(self, module: str, rank: int) -> float:
+    def alphas(self, modules: Iterable[str]) -> dict[str, float]:
+        """By module, its `lora_alpha`.
+
+        Raises:
+            AdapterError: A pattern takes too long.
+        """
+        names = list(modules)
+        own = by_pattern(self._config, "alpha_pattern", names, self._where)
+        return {name: float(own.get(name, self._alpha)) for name in names}
+
+    def of(self, alpha: float, rank: int) -> float:
         """What the product of factors of that rank is multiplied with."""
-        alpha = next((own for pattern, own in self._alphas.items() if pattern.match(module)), self._alpha)
-        return float(alpha / (rank**0.5 if self._stabilized else rank))
+        return float(alpha / (rank**0.5 if self._config.get("use_rslora") else rank))
 
 
 # The modules whose weights PEFT saves unasked, as it thinks that the vocabulary was changed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from peft_posthoc.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.kinds import LayerKind
 from peft_posthoc.layout import Layout, Place, Role, layout_of
+from peft_posthoc.patterns import asked_for
 from peft_posthoc.vocabulary import resized, way_out
 
 ONLY_IN_BASE = "only in base"
@@ -220,10 +220,7 @@ def _matches(patterns: Iterable[str], names: Sequence[str], option: str) -> set[
     """The names that any pattern is found in; None without patterns."""
     found: set[str] | None = None
     for pattern in patterns:
-        try:
-            hits = {name for name in names if re.search(pattern, name)}
-        except re.error as error:
-            raise ValueError(f"`--{option} {pattern}` is not a regular expression: {error}.") from error
+        hits = asked_for(pattern, names, option)
         if not hits:
             raise ValueError(
                 f"`--{option} {pattern}` matches no weight name. Names look like `{names[len(names) // 2]}`."
@@ -246,6 +243,8 @@ def _decide(
         return [], "not a floating-point tensor"
     if name.endswith(".bias") or name == "bias":
         return [], "bias (LoRA has no portable form for it)"
+    if 0 in header.shape:
+        return [], "holds no values"
     if len(header.shape) < 2:
         return [], "norm or other vector (LoRA has no form for it)"
     places = layout.places(name)
@@ -267,6 +266,6 @@ def slots_of(headers: Mapping[str, Header], layout: Layout) -> dict[str, Slot]:
     for name, header in headers.items():
         for place in layout.places(name):
             size = place.kind.size(header.shape)
-            if size is not None:
+            if size is not None and 0 not in size:
                 slots[place.module] = Slot(place.kind, *size)
     return slots

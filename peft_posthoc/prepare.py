@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -17,6 +16,7 @@ from peft_posthoc.experts import Experts
 from peft_posthoc.factor import Outcome
 from peft_posthoc.layout import GUESSED, Layout
 from peft_posthoc.match import match
+from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.plan import Choice, Plan, by_flags, everything, make_plan
 from peft_posthoc.portable import PORTABLE
 from peft_posthoc.rank import Allocation, Rank, RankRule, describe, each
@@ -240,14 +240,12 @@ def _may_be_kept(
         numbered = any(part.isdigit() for part in module.split("."))
         return layout.origin != GUESSED and module in layout.classes and not name.endswith(":]") and not numbered
 
-    return [
-        name
-        for name in tuned.headers
-        if fits(name)
-        and name not in but
-        and (not include or any(re.search(pattern, name) for pattern in include))
-        and not any(re.search(pattern, name) for pattern in exclude)
-    ]
+    names = [name for name in tuned.headers if fits(name) and name not in but]
+    wanted, unwanted = (
+        {name for pattern in patterns for name in asked_for(pattern, names, option)}
+        for patterns, option in ((include, "include"), (exclude, "exclude"))
+    )
+    return [name for name in names if (not include or name in wanted) and name not in unwanted]
 
 
 def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
@@ -262,13 +260,18 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
         if name not in plan.carried:
             raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
     own = {pattern: each(one) for pattern, one in rank_pattern.items()}
+    modules = {weight: places[0].module.partition("[")[0] for weight, places in plan.carried.items()}
+    try:
+        by_hand = first_matches(own, dict.fromkeys(modules.values()))
+    except PatternError as error:
+        raise ValueError(f"`rank_pattern`: {error}.") from error
 
     def of(weight: str, module: str) -> RankRule | None:
-        # As PEFT matches the keys of `rank_pattern`: the first that the end of the name is.
-        by_hand = next((r for pattern, r in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), None)
-        return by_hand or (rule if given is None else given.get(weight))
+        if module in by_hand:
+            return own[by_hand[module]]
+        return rule if given is None else given.get(weight)
 
-    found = {weight: of(weight, places[0].module.partition("[")[0]) for weight, places in plan.carried.items()}
+    found = {weight: of(weight, module) for weight, module in modules.items()}
     return {weight: one for weight, one in found.items() if one is not None}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+
+from peft_posthoc.json_file import parse_json, read_json
+from peft_posthoc.patterns import PatternError, check_patterns
 
 if TYPE_CHECKING:
     from peft_posthoc.rank import Allocation, RankRule
@@ -159,17 +160,16 @@ def pattern_of(value: str | None) -> dict[str, int]:
         return {}
     hint = "--rank-pattern"
     try:
-        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        read = json.loads(text)
-    except (OSError, ValueError) as error:
+        read = parse_json(value) if value.lstrip().startswith("{") else read_json(Path(value))
+    except ValueError as error:
         raise click.BadParameter(f"`{value}` is no JSON file: {error}.", param_hint=hint) from error
     if not isinstance(read, dict) or not read:
         raise click.BadParameter(f'`{value}` must hold an object such as {{"q_proj": 16}}.', param_hint=hint)
+    try:
+        check_patterns(read)
+    except PatternError as error:
+        raise click.BadParameter(f"{error}.", param_hint=hint) from error
     for pattern, rank in read.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise click.BadParameter(f"`{pattern}` is no regular expression: {error}.", param_hint=hint) from error
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise click.BadParameter(
                 f"The rank of `{pattern}` must be whole and at least 1. Got {rank!r}.", param_hint=hint

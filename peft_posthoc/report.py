@@ -337,7 +337,8 @@ def _percent(share: float | None) -> str:
 
 
 def shorten(name: str, width: int = 52) -> str:
-    """A name cut from the left, where long ones are alike."""
+    """A name cut from the left, where long ones are alike; a line break in it is spelled out."""
+    name = name.replace("\n", "\\n")
     return name if len(name) <= width else f"...{name[-(width - 3) :]}"
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_posthoc.adapter_config import read_config
+from peft_posthoc.adapter_config import by_pattern, read_config
 from peft_posthoc.checkpoint import Header
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.folder import File
+from peft_posthoc.json_file import read_json
 from peft_posthoc.kinds import EMBEDDING, LINEAR, LayerKind
 from peft_posthoc.peft_format import PREFIX, WEIGHTS
 from peft_posthoc.served import Served
@@ -115,8 +115,10 @@ class Subject:
             if len(sides) < 2:
                 raise AdapterError(f"`{self.label}` holds `{next(iter(sides.values()))}` without its counterpart.")
             a, b = self.headers[sides["A"]].shape, self.headers[sides["B"]].shape
-            if len(a) < 2 or len(b) != len(a) or a[0] != b[1]:
+            if len(a) < 2 or len(b) != len(a) or a[0] != b[1] or 0 in (*a, *b):
                 raise AdapterError(f"The factors of `{module}` in `{self.label}` do not fit: {list(b)} and {list(a)}.")
+            if not all(self.headers[name].dtype.is_floating_point for name in sides.values()):
+                raise AdapterError(f"The factors of `{module}` in `{self.label}` are no real numbers.")
             modules[module] = Factored(kind, sides["A"], sides["B"], a[0], b[0], a[1])
         return modules
 
@@ -246,28 +248,18 @@ class Subject:
 
     @cached_property
     def _settings(self) -> dict[str, tuple[int, float]]:
-        found = {}
-        for module in self.modules:
-            alpha = self._override("alpha_pattern", module)
-            rank = int(self._override("rank_pattern", module) or self.r)
-            root = math.sqrt(rank) if self.rslora else rank
-            found[module] = rank, (self.alpha if alpha is None else float(alpha)) / root
-        return found
-
-    @cached_property
-    def _patterns(self) -> dict[str, list[tuple[re.Pattern[str], Any]]]:
-        # PEFT finds them at the end of a name, after a dot.
-        return {
-            key: [(re.compile(rf"(.*\.)?({pattern})$"), own) for pattern, own in (self.config.get(key) or {}).items()]
-            for key in ("rank_pattern", "alpha_pattern")
-        }
-
-    def _override(self, key: str, module: str) -> Any:
         # Factors of fused experts are named after the module, and the patterns after its parameters.
-        if module in self.fused_experts:
+        named = {module: module for module in self.modules}
+        for module in self.fused_experts:
             parameter = "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
-            module = f"{module.removesuffix('.base_layer')}.{parameter}"
-        return next((own for pattern, own in self._patterns[key] if pattern.match(module)), None)
+            named[module] = f"{module.removesuffix('.base_layer')}.{parameter}"
+        keys = ("rank_pattern", "alpha_pattern")
+        ranks, alphas = (by_pattern(self.config, key, named.values(), self.label) for key in keys)
+        found = {}
+        for module, name in named.items():
+            rank, alpha = ranks.get(name, self.r), float(alphas.get(name, self.alpha))
+            found[module] = rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+        return found
 
 
 def leaf_of(module: str) -> str:
@@ -284,7 +276,7 @@ def _added_tokens(where: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     try:
-        added = json.loads(path.read_text(encoding="utf-8"))
+        added = read_json(path)
         return {str(token): int(number) for token, number in added.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise AdapterError(f"`{path}` is not a list of added tokens: {error}.") from error
