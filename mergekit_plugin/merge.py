@@ -28,6 +28,7 @@ from peft_posthoc.folder import Folder
 from peft_posthoc.layout import Place
 from peft_posthoc.plan import by_flags, everything, make_plan
 from peft_posthoc.rank import RankRule
+from peft_posthoc.regular import check_folder
 
 
 class Merge:
@@ -282,6 +283,7 @@ def _path(model: ModelReference) -> tuple[Path | str, str | None]:
 
 def _open(model: ModelReference) -> Folder:
     folder = Path(folder_of(model) or "")
+    check_folder(folder)  # mergekit reads more of it than we do.
     local = Path(model.model.path).exists()
     label = str(model) if model.lora is not None else model.model.path
     # A model of the hub lies in a folder that is named by its commit.

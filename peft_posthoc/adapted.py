@@ -18,6 +18,7 @@ from peft_posthoc.hub import find, is_repo_id
 from peft_posthoc.kinds import LayerKind
 from peft_posthoc.layout import Layout, layout_of
 from peft_posthoc.peft_format import CONFIG, WEIGHTS, Factors, Stored, read_folder
+from peft_posthoc.regular import regular
 
 
 def is_adapter(folder: Path) -> bool:
@@ -175,7 +176,7 @@ class Adapted:
 
 def _config(folder: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(regular(folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"`{folder / CONFIG}` cannot be read: {error}.") from error
     if not isinstance(config, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.peft_format import CONFIG
+from peft_posthoc.regular import regular
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "alpha_pattern": (dict, type(None)),
@@ -83,7 +84,7 @@ def read_config(where: Path) -> dict[str, Any]:
     """
     path = where / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AdapterError(f"`{path}` is not a readable configuration of an adapter: {reason}.") from error

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.factor import frobenius
+from peft_posthoc.regular import check_folder
 
 # Said to the models when the user gives nothing to say.
 PROMPTS = (
@@ -58,6 +59,8 @@ def compare_outputs(
         return None, None, "only checkpoints in folders or on the hub are loaded as models"
     if names[0][0] is None or names[0][0] != names[1][0]:
         return None, None, f"the configurations name no common model class ({names[0][0]} and {names[1][0]})"
+    for folder in (base.folder, tuned.folder, adapter):
+        check_folder(folder)
     import peft
     import transformers
 
