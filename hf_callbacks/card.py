@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_callbacks.metrics import read_report
-from peft_posthoc.peft_format import CONFIG, REPORT
+from peft_posthoc.peft_format import CARD_MARK, CONFIG, REPORT
 from peft_posthoc.report import size
 
 _SERVE = """
@@ -72,7 +72,9 @@ from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{base}`
 ```
-{serve}"""
+{serve}
+{CARD_MARK}
+"""
 
 
 def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
