@@ -23,7 +23,7 @@ from peft_posthoc.plan import Plan
 from peft_posthoc.portable import PORTABLE
 from peft_posthoc.rank import Allocation, Rank, Spectrum, as_rule, describe
 from peft_posthoc.report import Report
-from peft_posthoc.spool import clear
+from peft_posthoc.spool import finished_layers
 
 
 class Form(Protocol):
@@ -209,17 +209,18 @@ class Adapter:
 
         Args:
             folder: A folder that does not exist yet, or is empty.
-            force: Replace an adapter that is there.
+            force: Replace an adapter that is there. What else lies in its folder stays.
 
         Raises:
             AdapterError: The folder holds something, or cannot be written; or there are no factors.
         """
         if self.hollow:
             raise AdapterError("An adapter that was extracted with `keep_factors=False` has nothing to save.")
-        contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
-        written = write_folder(folder, contents, force=force)
-        clear(folder)
-        return written
+        place = Path(folder).absolute()
+        with finished_layers(place, {place: self.provenance}):
+            contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
+            write_folder(place, contents, force=force, called=folder)
+        return Path(folder)
 
 
 def _nothing(others: Iterable[Skipped | Kept], base: str, tuned: str) -> str:

@@ -12,7 +12,7 @@ from peft_posthoc.adapter import Adapter
 from peft_posthoc.peft_format import check_target
 from peft_posthoc.rank import several
 from peft_posthoc.report import size
-from peft_posthoc.spool import clear
+from peft_posthoc.spool import finished_layers
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Series:
         Raises:
             AdapterError: One of the folders holds something, or cannot be written.
         """
-        check_targets(folder, self.adapters, force=force)
-        for name, adapter in self.adapters.items():
-            adapter.save(Path(folder) / name, force=force)
-        clear(folder)
+        place = Path(folder).absolute()
+        with finished_layers(place, {place / name: one.provenance for name, one in self.adapters.items()}):
+            check_targets(folder, self.adapters, force=force)
+            for name, adapter in self.adapters.items():
+                adapter.save(place / name, force=force)
         return Path(folder)
 
     def to_dict(self) -> dict[str, Any]:
