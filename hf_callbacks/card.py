@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_callbacks.metrics import read_report
-from peft_posthoc.peft_format import CONFIG, REPORT
+from peft_posthoc.adapter_config import read_config
+from peft_posthoc.peft_format import CARD_MARK, REPORT
 from peft_posthoc.report import size
 
 PAGE = "# Adapters of this run"
@@ -30,7 +30,7 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
         repo_id: The repository on the hub that the card is for, if it is for one.
         subfolder: Where in that repository the adapter lies; at its root if None.
     """
-    report, config = read_report(adapter), json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    report, config = read_report(adapter), read_config(adapter)
     provenance, totals = report["provenance"], report["totals"]
     base, revision = provenance["base"], provenance["base_revision"]
     header = ModelCardData(
@@ -73,7 +73,9 @@ from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{base}`
 ```
-{serve}"""
+{serve}
+{CARD_MARK}
+"""
 
 
 def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:

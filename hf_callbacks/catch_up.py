@@ -5,7 +5,6 @@ python -m hf_callbacks.catch_up RUN_DIR --base BASE
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_callbacks.extraction import Extraction
 from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.run import FINAL, Run
 from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.json_file import read_json
 from peft_posthoc.options import CHOICE, DTYPE, FORM, NAMES, VOCAB, dtype_of
 from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
@@ -117,8 +117,8 @@ def _final_step(run: Run, *, best: bool | None) -> int:
     states = sorted((step, folder / "trainer_state.json") for step, folder in run.checkpoints().items())
     if best is not False and states:
         try:
-            step = json.loads(states[-1][1].read_text(encoding="utf-8")).get("best_global_step")
-        except (OSError, ValueError, AttributeError, RecursionError):  # saved without one, or damaged
+            step = read_json(states[-1][1]).get("best_global_step")
+        except (ValueError, AttributeError):  # saved without one, or damaged
             step = None
         if step in adapters:
             return int(step)

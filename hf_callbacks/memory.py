@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from hf_callbacks.base import Base
 from peft_posthoc.errors import CheckpointError
+from peft_posthoc.json_file import read_json
 from peft_posthoc.whole_file import write_whole
 
 _FILE = "base.json"
@@ -48,13 +49,13 @@ def remembered(work: Path) -> Memory | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         source, revision, how = (content[key] for key in Base._fields)
         flags, best = content.get("flags"), content.get("best")
         good = isinstance(source, str) and isinstance(revision, str | None) and isinstance(how, str)
         good &= flags is None or (isinstance(flags, list) and all(isinstance(flag, str) for flag in flags))
         if not good or not isinstance(best, bool | None):
             raise TypeError("a value has another type")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"`{path}` is damaged, and which model this run started from is not known") from error
     return Memory(Base(source, revision, how), flags, best)

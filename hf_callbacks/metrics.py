@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.json_file import read_json
 from peft_posthoc.peft_format import REPORT
 
 
@@ -20,11 +20,11 @@ def read_report(adapter: Path) -> dict[str, Any]:
     """
     path = adapter / REPORT
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         # Whatever is read of it later is there.
         metrics(report, step=0)
         _ = report["warnings"], report["provenance"]["options"], report["totals"]["relative_delta"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise AdapterError(f"The report `{path}` is damaged: {type(error).__name__}: {error}.") from error
     return dict(report)
 

@@ -57,7 +57,7 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
 @click.option("--adapter-out", metavar="DIR", help="Of the adapter.  [default: OUT/phlora; with --no-model, OUT]")
 @click.option("--no-model", is_flag=True, help="Write the adapter alone: the merge is computed, but never stored.")
 @click.option("--base", help="The model that the adapter is for.  [default: base_model of CONFIG]")
-@click.option("--force", is_flag=True, help="Replace an adapter that is there.")
+@click.option("--force", is_flag=True, help="Replace an adapter that is there; what else lies there stays.")
 @RANK
 @RANK_PATTERN
 @DTYPE

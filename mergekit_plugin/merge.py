@@ -32,6 +32,7 @@ from peft_posthoc.lora_folder import LoraFolder
 from peft_posthoc.model_class import check_counts
 from peft_posthoc.plan import by_flags, everything, make_plan
 from peft_posthoc.rank import RankRule
+from peft_posthoc.regular import check_folder
 
 
 class Merge:
@@ -288,6 +289,7 @@ def _open(model: ModelReference) -> Folder:
         with LoraFolder(model.lora.path) as adapter:
             try_patterns(adapter.config, list(adapter.modules), model.lora.path)
     folder = Path(folder_of(model) or "")
+    check_folder(folder)  # mergekit reads more of it than we do.
     label = str(model) if model.lora is not None else model.model.path
     # A model of the hub lies in a folder that is named by its commit.
     found = Folder(folder, label=label, revision=None if local else folder.name)

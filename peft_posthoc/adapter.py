@@ -16,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.checkpoint import Checkpoint
-from peft_posthoc.errors import AdapterError, NothingToCarryError, noting
+from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
 from peft_posthoc.peft_format import Contents, write_folder
 from peft_posthoc.plan import Plan
 from peft_posthoc.portable import PORTABLE
 from peft_posthoc.rank import Allocation, Rank, Spectrum, as_rule, describe
 from peft_posthoc.report import Report
-from peft_posthoc.spool import clear
+from peft_posthoc.spool import finished_layers
 
 
 class Form(Protocol):
@@ -209,18 +209,18 @@ class Adapter:
 
         Args:
             folder: A folder that does not exist yet, or is empty.
-            force: Replace an adapter that is there.
+            force: Replace an adapter that is there. What else lies in its folder stays.
 
         Raises:
             AdapterError: The folder holds something, or cannot be written; or there are no factors.
         """
         if self.hollow:
             raise AdapterError("An adapter that was extracted with `keep_factors=False` has nothing to save.")
-        contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
-        written = write_folder(folder, contents, force=force)
-        with noting(f"The adapter is at `{folder}`."):
-            clear(folder)
-        return written
+        place = Path(folder).absolute()
+        with finished_layers(place, {place: self.provenance}):
+            contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
+            write_folder(place, contents, force=force, called=folder)
+        return Path(folder)
 
 
 def _nothing(others: Iterable[Skipped | Kept], base: str, tuned: str) -> str:

@@ -24,7 +24,7 @@ NAMES = ("peft", "vllm", "sglang", "lorax", "tgi", "trtllm", "nim", "llamacpp", 
     type=click.Choice(DTYPES),
     help="Of the factors in OUT.  [default: ADAPTER's]",
 )
-@click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
+@click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @OUTPUT
 def check(
     adapter: Path,

@@ -269,7 +269,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             checkpoint = adapted.adapted(*sides, role=role)
         else:
             kinds = ", ".join(folder.SUFFIXES)
-            what = f"is a file of another kind than {kinds}" if path.is_file() else "does not exist"
+            what = "is no regular file" if path.exists() else "does not exist"
+            what = f"is a file of another kind than {kinds}" if path.is_file() else what
             raise CheckpointError(
                 f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as "
                 "`org/name`; with an adapter on it, BASE+ADAPTER."

@@ -113,7 +113,7 @@ def main() -> None:
 @RANK_PATTERN
 @DTYPE
 @click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
-@click.option("--force", is_flag=True, help="Replace an adapter that is at OUT.")
+@click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
 @HTML
 @FORM

@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_posthoc.adapter import Adapter
+from peft_posthoc.cast import cast
 from peft_posthoc.checkpoint import Checkpoint, Source, open_pair
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extract import extract
@@ -265,9 +266,11 @@ def _fill_experts(name: str, wrapper: ParamWrapper, adapter_name: str, delta: De
     into_a, into_b = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
     if into_a.is_meta:
         raise AdapterError(f"`low_cpu_mem_usage` leaves the factors of `{parameter}` without values. Leave it out.")
-    a, b = pack(stack, delta.adapter.factors, wrapper.r[adapter_name], torch.float32)
+    scale = wrapper.scaling[adapter_name]
+    factors = {unit: (a, b / scale) for unit, (a, b) in delta.adapter.factors.items() if unit in stack.units}
+    a, b = pack(stack, factors, wrapper.r[adapter_name], into_a.dtype)
     _copy(into_a, a, parameter)
-    _copy(into_b, b / wrapper.scaling[adapter_name], parameter)
+    _copy(into_b, b, parameter)
     return set(stack.units)
 
 
@@ -287,9 +290,10 @@ def _fill_layer(
         scale = layer.scaling[adapter_name]
         if into_a.shape[0] < len(a):
             raise AdapterError(f"The model gives `{name}` rank {into_a.shape[0]}, but {len(a)} were extracted.")
+        a, b = cast(a, b / scale, into_a.dtype, name)
         # A convolution's have its kernel behind the two sides of the matrix.
         _copy(into_a[: len(a)], a.reshape(len(a), -1, *into_a.shape[2:]), name)
-        _copy(into_b[:, : len(a)], (b / scale).reshape(*b.shape, *into_b.shape[2:]), name)
+        _copy(into_b[:, : len(a)], b.reshape(*b.shape, *into_b.shape[2:]), name)
     if bias is not None and not embedding:
         _copy(layer.lora_B[adapter_name].bias, bias / layer.scaling[adapter_name], f"{name}.bias")
     if layer.use_dora.get(adapter_name):

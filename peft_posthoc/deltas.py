@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_posthoc.cast import cast
 from peft_posthoc.checkpoint import Checkpoint, Source, open_checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.folder import config_of
@@ -105,9 +106,9 @@ class Deltas:
         """The same, padded with zeros to a rank, in a dtype.
 
         Raises:
-            AdapterError: A factor overflows the dtype.
+            AdapterError: The dtype does not hold a factor.
         """
-        return padded(self.factors(name), rank, dtype, name)
+        return Factors(*cast(*self.factors(name), dtype, name, rank=rank))
 
     def bias(self, module: str) -> Tensor:
         """What is added to a module's bias, in float64."""
@@ -212,20 +213,6 @@ class Deltas:
 def matrices(stack: Stack) -> tuple[str, ...]:
     """The matrices that a stack is made of, as `Deltas` names them, by expert and from top to bottom."""
     return tuple(_module(part) for parts in stack.parts for part in parts) if stack.parts else stack.units
-
-
-def padded(factors: Factors, rank: int, dtype: torch.dtype, name: str) -> Factors:
-    """Factors padded with zeros to a rank, in a dtype.
-
-    Raises:
-        AdapterError: A factor overflows the dtype.
-    """
-    a, b = torch.zeros(rank, factors.a.shape[1], dtype=dtype), torch.zeros(len(factors.b), rank, dtype=dtype)
-    a[: len(factors.a)] = factors.a
-    b[:, : len(factors.a)] = factors.b
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"The factors of `{name}` overflow {dtype}. Choose another `--dtype`.")
-    return Factors(a, b)
 
 
 def open_deltas(

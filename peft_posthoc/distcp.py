@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peft_posthoc.checkpoint import Header
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.folder import config_of, is_plain, state_of, weight_files
+from peft_posthoc.regular import regular
 
 METADATA = ".metadata"
 
@@ -126,7 +127,7 @@ class Distcp:
         """
         self.label = label
         self.config = config_of(folder) or (config_of(folder.absolute().parent) if folder == shards else None)
-        self._shards = shards
+        self._shards, self._place = shards, shards.absolute()
         content = _read_metadata(shards / METADATA)
         try:
             stored = _stored(content)
@@ -179,8 +180,8 @@ class Distcp:
     def _load(self, piece: _Piece, dtype: torch.dtype) -> Tensor:
         path = self._shards / piece.file
         try:
-            with path.open("rb") as file:
-                if state_of(path) != self._states[piece.file]:
+            with (self._place / piece.file).open("rb") as file:
+                if state_of(self._place / piece.file) != self._states[piece.file]:
                     raise CheckpointError(f"`{path}` changed while it was read. Start again when nothing writes to it.")
                 file.seek(piece.start)
                 content = io.BytesIO(file.read(piece.length))
@@ -202,7 +203,7 @@ class Distcp:
 
 def _read_metadata(path: Path) -> Any:
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(
             f"`{path}` is missing, and the shards beside it mean nothing without it: saving did not end, or another "

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peft_posthoc.adapter_config import adapter_config
+from peft_posthoc.cast import cast, cast_biases
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.fused import target_parameters
 from peft_posthoc.keep import as_peft_means, keeping
 from peft_posthoc.kinds import EMBEDDING
-from peft_posthoc.layout import target_modules
+from peft_posthoc.layout import ends, target_modules
 from peft_posthoc.peft_format import PREFIX
 from peft_posthoc.plan import Plan
 from peft_posthoc.portable import stacked_tensors, stacks_of, targeted
@@ -51,17 +52,17 @@ class Exact:
         """The file's tensors: factors in the saved dtype, whole ones in their own.
 
         Raises:
-            AdapterError: A factor overflows the dtype.
+            AdapterError: The dtype does not hold a factor.
         """
-        biases = self._biases(adapter)
+        biases = cast_biases(self._biases(adapter), adapter.dtype)
         tensors: dict[str, Tensor] = {}
         for module, rank in self._ranks(adapter).items():
             kind, m, n = adapter.plan.slots[module]
             a, b = adapter.factors.get(module, (torch.zeros(rank, n), torch.zeros(m, rank)))
-            tensors |= kind.tensors(f"{PREFIX}{module}", *(_cast(x, adapter.dtype, module) for x in (a, b)))
+            tensors |= kind.tensors(f"{PREFIX}{module}", *cast(a, b, adapter.dtype, module))
             if biases:
-                bias = biases.get(module, torch.zeros(m))
-                tensors[f"{PREFIX}{module}.lora_B.bias"] = _cast(bias, adapter.dtype, module)
+                bias = biases.get(module, torch.zeros(m, dtype=adapter.dtype))
+                tensors[f"{PREFIX}{module}.lora_B.bias"] = bias
         for weight, names in self._names(adapter).items():
             tensors |= {f"{PREFIX}{name}": adapter.kept[weight].value.clone() for name in names}
         return tensors | stacked_tensors(adapter, self.rank(adapter))
@@ -114,7 +115,7 @@ class Exact:
             fan_in_fan_out=layout.fan_in_fan_out,
             whole=self._whole(adapter),
             stacked=target_parameters(stacks_of(adapter)),
-            ranks={_pattern(module, ranks): own for module, own in ranks.items() if own != rank},
+            ranks=patterns({module: own for module, own in ranks.items() if own != rank}, ranks),
             lora_bias=bool(self._biases(adapter)),
         )
 
@@ -180,19 +181,11 @@ class Exact:
         return {weight: [name for name in how.names if name.startswith(inside)] for weight, how in kept.items()}
 
 
-def _pattern(module: str, others: Iterable[str]) -> str:
-    """The regular expression that PEFT finds at the end of this module's name, and of no other's."""
+def patterns(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]:
+    """The ranks by regular expressions that PEFT finds at the end of a module's name, and of no other's in the file."""
+    ambiguous = {end for module in modules for end in ends(module)[1:]}
     # Older versions of PEFT find none that begins with `^`.
-    start = "^" if any(other.endswith(f".{module}") for other in others) else ""
-    return f"{start}{re.escape(module)}"
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
-    # A copy: tied weights share their factors, and safetensors refuses tensors that share memory.
-    cast = tensor.to(dtype, copy=True).contiguous()
-    if not torch.isfinite(cast).all():
-        raise AdapterError(f"The factors of `{module}` overflow {dtype}. Choose another `--dtype`.")
-    return cast
+    return {f"{'^' if module in ambiguous else ''}{re.escape(module)}": rank for module, rank in ranks.items()}
 
 
 EXACT = Exact()

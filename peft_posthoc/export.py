@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
 from peft_posthoc.checkpoint import Source
 from peft_posthoc.deltas import Deltas, open_deltas
-from peft_posthoc.exported import Exported, check_place
+from peft_posthoc.exported import Exported, Out, check_place
 from peft_posthoc.peft_format import check_target
 
 To = Literal["gguf", "mlx", "vllm-moe", "peft-moe", "merged"]
@@ -81,6 +82,7 @@ def export(
         raise ValueError(f"`export(to=...)` must be one of {', '.join(TARGETS)}. Got {to!r}.")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"`export(dtype=...)` must be float32, bfloat16 or float16. Got {dtype}.")
+    place = Out(str(out), Path(out).absolute())
     if target.shape == "adapter":
         check_target(out, force=force)
     else:
@@ -88,4 +90,4 @@ def export(
     write: Write = getattr(importlib.import_module(target.module), target.function)
     deltas: Deltas = open_deltas(adapter, base, values=target.values, revision=base_revision)
     with deltas.folder:
-        return write(deltas, out, dtype=dtype, force=force, progress=progress)
+        return write(deltas, place, dtype=dtype, force=force, progress=progress)

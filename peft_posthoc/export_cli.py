@@ -25,7 +25,7 @@ TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
     type=click.Choice(DTYPES),
     help="Of what is written.  [default: the adapter's; merged: the base's]",
 )
-@click.option("--force", is_flag=True, help="Replace an earlier export that is at OUT.")
+@click.option("--force", is_flag=True, help="Replace an earlier export that is at OUT; what else lies there stays.")
 @OUTPUT
 def export(
     adapter: Path,

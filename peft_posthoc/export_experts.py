@@ -6,7 +6,6 @@ matrix: `[b_gate 0; 0 b_up] @ [a_gate; a_up]`, of the sum of their ranks, or `[b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -16,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_posthoc.adapter_config import adapter_config
+from peft_posthoc.cast import cast
 from peft_posthoc.deltas import Deltas, matrices
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.exported import Exported
+from peft_posthoc.exported import Exported, Out
 from peft_posthoc.fused import pack, places_in_file, target_parameters
 from peft_posthoc.kinds import LINEAR
 from peft_posthoc.layout import Stack, is_of_an_expert, target_modules
@@ -26,9 +26,7 @@ from peft_posthoc.lora_folder import Factors
 from peft_posthoc.peft_format import CONFIG, PREFIX, WEIGHTS, Contents, write_folder
 
 
-def write_per_expert(
-    deltas: Deltas, out: str | os.PathLike[str], *, dtype: torch.dtype | None, force: bool, progress: bool
-) -> Exported:
+def write_per_expert(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write experts one by one, all of a layer and of all layers, as vLLM and SGLang read them: zeros where nothing is.
 
     Raises:
@@ -52,9 +50,7 @@ def write_per_expert(
     return _write("vllm-moe", deltas, out, tensors, names, (), rank, dtype, notes, force=force)
 
 
-def write_stacked(
-    deltas: Deltas, out: str | os.PathLike[str], *, dtype: torch.dtype | None, force: bool, progress: bool
-) -> Exported:
+def write_stacked(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write experts stacked, as PEFT 0.19 and newer computes with them, padded to one rank; zeros where nothing is.
 
     Raises:
@@ -119,16 +115,18 @@ def _by_unit(stack: Stack) -> Iterable[tuple[str, ...]]:
 
 def _joined(deltas: Deltas, names: Sequence[str], dtype: torch.dtype) -> Factors:
     """The factors of one matrix that has these one above the other."""
-    parts = [Factors(*(x.to(dtype) for x in deltas.factors(name))) for name in names]
+    parts = [deltas.factors(name) for name in names]
     if all(torch.equal(parts[0].a, part.a) for part in parts[1:]):
-        return Factors(parts[0].a, torch.cat([part.b for part in parts]))
-    return Factors(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)))
+        a, b = parts[0].a, torch.cat([part.b for part in parts])
+    else:
+        a, b = torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts))
+    return Factors(*cast(a, b, dtype, names[0]))
 
 
 def _write(
     to: str,
     deltas: Deltas,
-    out: str | os.PathLike[str],
+    out: Out,
     tensors: dict[str, Tensor],
     modules: Iterable[str],
     stacks: Sequence[Stack],
@@ -159,5 +157,6 @@ def _write(
         "to": to,
         "versions": {"peft-posthoc": metadata.version("peft-posthoc")},
     }
-    write_folder(out, Contents(tensors, config, exported.to_dict(), provenance), force=force)
+    contents = Contents(tensors, config, exported.to_dict(), provenance)
+    write_folder(out.place, contents, force=force, called=out.called)
     return exported

@@ -6,7 +6,6 @@ does to the rows of some weights is done here too, and checked against its outpu
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from peft_posthoc.deltas import Deltas, matrices
 from peft_posthoc.errors import AdapterError, MissingExtraError
-from peft_posthoc.exported import Exported
+from peft_posthoc.exported import Exported, Out
 from peft_posthoc.kinds import EMBEDDING
 from peft_posthoc.layout import architecture
 from peft_posthoc.staged import staged
@@ -52,9 +51,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 _EXPERT = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
-def write(
-    deltas: Deltas, out: str | os.PathLike[str], *, dtype: torch.dtype | None, force: bool, progress: bool
-) -> Exported:
+def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write the file.
 
     llama.cpp multiplies `b @ a` with `adapter.lora.alpha` over the tensor's own rank, and with one where alpha is zero
@@ -64,7 +61,6 @@ def write(
         AdapterError: llama.cpp does not read something in it, or it cannot be written.
         MissingExtraError: `gguf` is not installed.
     """
-    del force  # Seen to by the caller.
     try:
         import gguf
     except ImportError as error:
@@ -83,7 +79,7 @@ def write(
     dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
     heads = _heads(text) if known.interleaved else {}
     size = 0
-    with staged(out, what="The GGUF file") as made:
+    with staged(out.place, what="The GGUF file", called=out.called, force=force) as made:
         writer = gguf.GGUFWriter(made, gguf.MODEL_ARCH_NAMES[arch])
         try:
             writer.add_type(gguf.GGUFType.ADAPTER)
@@ -102,7 +98,7 @@ def write(
             writer.write_tensors_to_file()
         finally:
             writer.close()
-    return Exported.of("gguf", deltas, out, dtype, rank, (os.path.basename(out),), size, deltas.notes())
+    return Exported.of("gguf", deltas, out, dtype, rank, (out.place.name,), size, deltas.notes())
 
 
 def interleave(b: Tensor, heads: int) -> Tensor:

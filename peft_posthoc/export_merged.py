@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
@@ -18,7 +17,7 @@ from peft_posthoc import hub
 from peft_posthoc.checkpoint import Header
 from peft_posthoc.deltas import Deltas
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.exported import Exported, write_report
+from peft_posthoc.exported import Exported, Out, files_of, write_report
 from peft_posthoc.folder import SAFETENSORS, SAFETENSORS_INDEX, Folder
 from peft_posthoc.merge import Merge
 from peft_posthoc.peft_format import REPORT
@@ -39,9 +38,7 @@ _BESIDE = (
 )
 
 
-def write(
-    deltas: Deltas, out: str | os.PathLike[str], *, dtype: torch.dtype | None, force: bool, progress: bool
-) -> Exported:
+def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write the checkpoint: the base's own shards and dtypes, its configuration and tokenizer.
 
     Tied weights that the adapter changes alike stay tied; where it changes them differently, both are written and the
@@ -51,13 +48,13 @@ def write(
         AdapterError: The adapter changes what a checkpoint of this base has no place for, or it cannot be written.
         CheckpointError: The base cannot be read, or is quantized.
     """
-    del force  # Seen to by the caller.
     merge = Merge(deltas, dtype)
     total = sum(header.bytes for header in merge.headers.values())
     # Before the base's weights are fetched, if it is on the hub.
     _room_for(total, out)
     shards, config = _shards(deltas, merge.headers), merge.config()
-    with staged(out, what="The merged model") as made:
+    ours = files_of(out.place)
+    with staged(out.place, what="The merged model", called=out.called, force=force, ours=ours) as made:
         made.mkdir()
         bar = tqdm(total=len(merge.headers), desc="Tensors", disable=not progress)
         with bar:
@@ -81,7 +78,7 @@ def write(
             to="merged",
             adapter=deltas.folder.label,
             base=deltas.base.label,
-            out=str(out),
+            out=out.called,
             dtype=", ".join(sorted({str(h.dtype).removeprefix("torch.") for h in merge.headers.values()})),
             matrices=len(deltas.names),
             rank_before=deltas.rank,
@@ -122,21 +119,21 @@ def _shards(deltas: Deltas, headers: Mapping[str, Header]) -> dict[str, list[str
     return dict(plan.filename_to_tensors)
 
 
-def _room_for(total: int, out: str | os.PathLike[str]) -> None:
+def _room_for(total: int, out: Out) -> None:
     """See before the work whether the disk holds it.
 
     Raises:
         AdapterError: It does not.
     """
-    above = next(path for path in Path(out).absolute().parents if path.exists())
+    above = next(path for path in out.place.parents if path.exists())
     free = shutil.disk_usage(above).free
     if total > free:
-        raise AdapterError(f"`{out}` needs {size(total)}; the disk has {size(free)} free.")
+        raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} free.")
 
 
 def _copy_beside(deltas: Deltas, merge: Merge, made: Path) -> list[str]:
     """Copy what belongs to the model beside its weights; the tokenizer that is beside the adapter, if one is."""
-    base, adapter = deltas.base, Path(deltas.folder.label)
+    base, adapter = deltas.base, deltas.folder.place
     if base.folder is None:
         merge.notes.append(f"`{base.label}` is no folder: no tokenizer was copied.")
         return []
@@ -146,7 +143,7 @@ def _copy_beside(deltas: Deltas, merge: Merge, made: Path) -> list[str]:
     if (adapter / "tokenizer_config.json").is_file():
         kept = {name: path for name, path in copied.items() if not any(fnmatch(name, one) for one in _TOKENIZER)}
         copied = kept | dict(_found(adapter, _TOKENIZER))
-        merge.notes.append(f"The tokenizer is the one in `{adapter}`.")
+        merge.notes.append(f"The tokenizer is the one in `{deltas.folder.label}`.")
     for name, path in copied.items():
         (made / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, made / name)

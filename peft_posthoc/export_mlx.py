@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from peft_posthoc.deltas import Deltas, matrices
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.exported import Exported, write_report
+from peft_posthoc.exported import Exported, Out, files_of, write_report
 from peft_posthoc.staged import staged
 
 # Whose modules MLX-LM 0.32 names as transformers does, but for stacked experts.
@@ -26,9 +25,7 @@ _MODEL_TYPES = (
 _EXPERT_LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def write(
-    deltas: Deltas, out: str | os.PathLike[str], *, dtype: torch.dtype | None, force: bool, progress: bool
-) -> Exported:
+def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write the folder.
 
     A linear layer has `lora_a` (n x r) and `lora_b` (r x m), an embedding the same with n its rows, stacked experts
@@ -37,7 +34,6 @@ def write(
     Raises:
         AdapterError: MLX-LM has no place for something in it, or it cannot be written.
     """
-    del force  # Seen to by the caller.
     check(deltas)
     dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
     tensors: dict[str, Tensor] = {}
@@ -54,7 +50,8 @@ def write(
     files = ("adapters.safetensors", "adapter_config.json")
     count = sum(tensor.nbytes for tensor in tensors.values())
     exported = Exported.of("mlx", deltas, out, dtype, rank, files, count, deltas.notes())
-    with staged(out, what="The MLX adapter") as made:
+    ours = files_of(out.place)
+    with staged(out.place, what="The MLX adapter", called=out.called, force=force, ours=ours) as made:
         made.mkdir()
         save_file(tensors, made / files[0], metadata={"format": "mlx"})
         (made / files[1]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

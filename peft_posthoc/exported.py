@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.json_file import read_json
-from peft_posthoc.peft_format import REPORT
+from peft_posthoc.peft_format import CONFIG, REPORT
 from peft_posthoc.report import size
+from peft_posthoc.staged import check_apart, check_free, files_in
 
 if TYPE_CHECKING:
     import torch
 
     from peft_posthoc.deltas import Deltas
+
+# What the header of an adapter in GGUF says: the key, the type of its value (a string), and the value.
+_ADAPTER = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
+
+
+class Out(NamedTuple):
+    """Where an export is to be written."""
+
+    called: str
+    """By whoever asked for it."""
+    place: Path
+    """From the root, however often the current directory changes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Exported:
         cls,
         to: str,
         deltas: Deltas,
-        out: str | os.PathLike[str],
+        out: Out,
         dtype: torch.dtype,
         rank: int,
         files: tuple[str, ...],
@@ -59,7 +73,7 @@ class Exported:
             to=to,
             adapter=deltas.folder.label,
             base=deltas.base.label,
-            out=str(out),
+            out=out.called,
             dtype=str(dtype).removeprefix("torch."),
             matrices=len(deltas.names),
             rank_before=deltas.rank,
@@ -89,7 +103,7 @@ class Exported:
 def check_place(out: str | os.PathLike[str], *, force: bool, is_file: bool = False) -> None:
     """See before the work whether an export may be written there.
 
-    With `force` it takes the place of an earlier export, and of nothing else.
+    With `force` it takes the place of an earlier export, and of nothing else: what else lies in its folder stays.
 
     Args:
         out: Where it is to be written.
@@ -100,37 +114,30 @@ def check_place(out: str | os.PathLike[str], *, force: bool, is_file: bool = Fal
         AdapterError: Something is there that must not be replaced.
     """
     place = Path(out)
-    above = next((path for path in place.parents if path.exists()), place.parent)
-    if not above.is_dir():
-        raise AdapterError(f"`{place}` cannot be made: `{above}` is not a folder.")
-    if not place.exists() and not place.is_symlink():
-        return
-    if place.is_dir() == is_file:
-        raise AdapterError(f"`{place}` exists and is {'' if is_file else 'not '}a folder.")
-    if not is_file and not any(place.iterdir()):
+    if not check_free(place, is_file=is_file):
         return
     if not force:
         what = "" if is_file else " and is not empty"
         raise AdapterError(f"`{place}` exists{what}. Choose another name, or replace it with `--force`.")
     if is_file:
         with place.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise AdapterError(f"`{place}` is no GGUF file; `--force` replaces nothing else.")
+            if not (file.read(4) == b"GGUF" and _ADAPTER in file.read(1 << 16)):
+                raise AdapterError(f"`{place}` is no adapter in GGUF; `--force` replaces nothing else.")
         return
-    known = _files_of(place)
-    others = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file() or path.is_symlink())
-    if strangers := [name for name in others if name not in known]:
-        raise AdapterError(
-            f"`{place}` holds more than an export ({', '.join(strangers[:5])}); `--force` would delete it."
-        )
+    ours = files_of(place)
+    if not ours:
+        raise AdapterError(f"`{place}` is no earlier export; `--force` replaces nothing else.")
+    check_apart(place, (REPORT,), ours, (".safetensors", CONFIG))
 
 
-def _files_of(folder: Path) -> Collection[str]:
-    """The files of an earlier export, as its report lists them."""
+def files_of(folder: Path) -> set[str]:
+    """The files of an earlier export, as its report lists them; none where there is none."""
     try:
-        return {*read_json(folder / REPORT)["files"], REPORT}
+        listed = read_json(folder / REPORT)["files"]
+        inside = [str(name) for name in listed if not {"..", ""} & {*str(name).split("/")}]
     except (ValueError, KeyError, TypeError):
-        return ()
+        return set()
+    return files_in(folder, [*inside, REPORT])
 
 
 def write_report(folder: Path, exported: Exported) -> None:

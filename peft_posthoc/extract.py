@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass, replace
 from os import PathLike
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from peft_posthoc.adapted import sides
 from peft_posthoc.adapter import Adapter
 from peft_posthoc.checkpoint import Checkpoint, Source
-from peft_posthoc.errors import PosthocError, ShareDone
+from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
 from peft_posthoc.factor import Layer, Outcome, Pair, factor_pairs
 from peft_posthoc.plan import Choice, Plan
 from peft_posthoc.preflight import check
@@ -109,6 +111,9 @@ def extract(
     """
     if out is not None and not keep_factors:
         raise ValueError("`extract(keep_factors=False)` makes nothing to save: it takes no `out`.")
+    place = None if out is None else Path(out).absolute()
+    if place is not None:
+        _check_not_read(place, base, tuned)
     prepared = prepare(
         base,
         tuned,
@@ -142,10 +147,10 @@ def extract(
     check(prepared, out)
     spool = None
     # A rule that is any function has no name that tells it from others.
-    if out is not None and before.identity and after.identity and all(is_dataclass(rule) for rule in rules.values()):
+    if place is not None and before.identity and after.identity and all(is_dataclass(rule) for rule in rules.values()):
         carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
         patience = {"patience": 0.0} if processes.size > 1 else {}
-        spool = Spool(out, [before.identity, after.identity, options, carried], **patience)
+        spool = Spool(place, [before.identity, after.identity, options, carried], **patience)
     elif processes.size > 1:
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
@@ -174,6 +179,18 @@ def extract(
         if spool is not None and not isinstance(error, ShareDone):
             spool.remove()
         raise
+
+
+def _check_not_read(out: Path, *sources: Source) -> None:
+    """See that the adapter does not take the place of what it is made from.
+
+    Raises:
+        AdapterError: It would.
+    """
+    for source in (str(one) for one in sources if isinstance(one, str | PathLike)):
+        for part in (source, *(sides(source) or ())):
+            if out.exists() and Path(part).exists() and out.samefile(part):
+                raise AdapterError(f"`{part}` is what the adapter is made from. Choose another folder for the adapter.")
 
 
 def _outcomes(
@@ -226,6 +243,8 @@ def _outcomes(
     if processes.rank > 0:
         raise ShareDone("This process has done its share; the first one has the adapter.")
     while spool is not None and len(outcomes) < len(plan.headers):
+        if spool.was_overtaken():
+            raise AdapterError("Another run has written its adapter to the same folder. Give each run one of its own.")
         # Should another process die, the launcher ends this one too.
         time.sleep(0.05)
         outcomes = spool.outcomes(plan.headers) if len(spool) >= len(plan.headers) else outcomes
@@ -254,8 +273,7 @@ def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Ite
     """
 
     def read(name: str) -> Pair:
-        sides = (side.read(name) if name in side.headers else None for side in (base, tuned))
-        return Pair(name, *sides)
+        return Pair(name, *(side.read(name) if name in side.headers else None for side in (base, tuned)))
 
     def ahead(reader: ThreadPoolExecutor) -> Iterator[Pair]:
         earlier: Future[Pair] | None = None

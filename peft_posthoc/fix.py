@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from tqdm import tqdm
 
 from peft_posthoc import faults
 from peft_posthoc.adapter_config import adapter_config
+from peft_posthoc.cast import cast
 from peft_posthoc.check import Check, check, chosen
 from peft_posthoc.errors import AdapterError, noting
 from peft_posthoc.factor import frobenius
-from peft_posthoc.layout import target_modules
+from peft_posthoc.layout import ends, target_modules
 from peft_posthoc.peft_format import PREFIX, Contents, check_target, write_folder
 from peft_posthoc.plan import Plan, Slot
 from peft_posthoc.portable import complete, safe_rank, targeted
@@ -111,7 +113,7 @@ def fix(
         CheckpointError: The base cannot be read.
         ValueError: There is no such engine.
     """
-    names = chosen(engines)
+    names, place = chosen(engines), Path(out).absolute()
     check_target(out, force=force)
     subject = Subject.read(adapter, base)
     _refuse(subject)
@@ -141,7 +143,7 @@ def fix(
         "base": config["base_model_name_or_path"],
         "versions": {name: metadata.version(name) for name in ("peft-posthoc", "safetensors", "torch")},
     }
-    write_folder(out, Contents(tensors, config, account, provenance), force=force)
+    write_folder(place, Contents(tensors, config, account, provenance), force=force, called=out)
     with noting(f"The adapter is at `{out}`."):
         found = check(out, engines=names, base=base)
     return Fixed(subject.label, str(out), rewritten, left_out, rounding, found)
@@ -186,20 +188,19 @@ def _rewritten(
     """The factors at that rank and scale one, and how much of them rounding changed."""
     # In float64 a product of a factor and a scale rounds by less than any saved dtype can tell.
     wanted = (subject.weights.read(own.a).double(), subject.weights.read(own.b).double() * subject.scale(module))
-    shapes, error = ((rank, own.n), (own.m, rank)), 0.0
-    made = []
-    for exact, shape in zip(wanted, shapes, strict=True):
-        cast = exact.to(dtype)
-        if not torch.isfinite(exact).all():
-            raise AdapterError(f"The factors of `{module}` in `{subject.label}` hold NaN or infinity.")
-        if not torch.isfinite(cast).all():
-            raise AdapterError(f"The factors of `{module}` overflow {dtype}. Choose another `--dtype`.")
-        norm = frobenius(exact)
-        error = max(error, frobenius(cast.double() - exact) / norm if norm else 0.0)
-        padded = torch.zeros(shape, dtype=dtype)
-        padded[: cast.shape[0], : cast.shape[1]] = cast
-        made.append(padded)
-    return (made[0], made[1]), error
+    if not all(bool(torch.isfinite(exact).all()) for exact in wanted):
+        raise AdapterError(f"The factors of `{module}` in `{subject.label}` hold NaN or infinity.")
+    saved = cast(*wanted, dtype, module, rank=rank)
+    a, b = saved[0][: own.rank], saved[1][:, : own.rank]
+    return saved, max(_rounding(wanted[0], a.double()), _rounding(wanted[1].mT, b.double().mT))
+
+
+def _rounding(exact: Tensor, saved: Tensor) -> float:
+    """How much of a factor casting changed, but for the power of two that a row of it may have been moved by."""
+    rows = torch.linalg.vector_norm(saved, dim=1) / torch.linalg.vector_norm(exact, dim=1)
+    powers = rows.log2().round().nan_to_num(posinf=0, neginf=0)
+    norm = frobenius(exact)
+    return frobenius(torch.ldexp(saved, -powers[:, None]) - exact) / norm if norm else 0.0
 
 
 def _absent(subject: Subject) -> dict[str, Slot]:
@@ -228,8 +229,8 @@ def _targets(subject: Subject, modules: list[str]) -> list[str]:
     """The adapter's own list where it covers all that is in the file and no more is said; else full names."""
     old, filters = subject.config.get("target_modules"), ("exclude_modules", "layers_to_transform", "layers_pattern")
     if isinstance(old, list) and not any(subject.config.get(key) is not None for key in filters):
-        names = [str(name) for name in old]
-        if all(any(f".{module}".endswith(f".{name}") for name in names) for module in modules):
+        names = {str(name) for name in old}
+        if not any(names.isdisjoint(ends(module)) for module in modules):
             return sorted(names)
     return sorted(modules)
 

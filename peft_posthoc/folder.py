@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import mmap
+import os
 import pickle
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from peft_posthoc.checkpoint import Header, once
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.json_file import read_json
+from peft_posthoc.regular import regular
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
@@ -115,7 +119,7 @@ class Folder:
     sequential = False
 
     def __init__(self, folder: Path, *, label: str, revision: str | None = None) -> None:
-        self.folder: Path = folder
+        self.folder: Path = folder.absolute()
         self.label = label
         self.revision = revision
         self.config = config_of(folder)
@@ -138,7 +142,7 @@ class Folder:
         self.files: dict[str, str] = {}
         """By tensor, the name of its file."""
         for file in chosen:
-            self._add(file)
+            self._add(file, _opened(folder / file))
         # A commit on the hub is its own: wherever, and whenever, its files are.
         own = [_identity(folder / file) for file in chosen]
         self.identity: Any = own if revision is None else [label, revision]
@@ -146,8 +150,7 @@ class Folder:
         if absent:
             raise CheckpointError(f"The index of `{label}` lists tensors that no shard holds: {', '.join(absent[:5])}.")
 
-    def _add(self, name: str) -> None:
-        file = _opened(self.folder / name)
+    def _add(self, name: str, file: _Safetensors | _Pickle) -> None:
         for tensor, header in file.headers.items():
             if tensor in self.headers:
                 raise CheckpointError(f"Two files of `{self.label}` hold `{tensor}`; one of them is `{name}`.")
@@ -202,37 +205,59 @@ def _identity(path: Path) -> list[Any]:
 
 
 class _Safetensors:
+    """A file whose header is parsed once; each tensor is mapped by itself, and its pages leave memory with it."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._opened() as handle:
-            self._state = state_of(path)
-            self.headers = {name: self._header(handle.get_slice(name), name) for name in handle.keys()}  # noqa: SIM118
+        self._place = path.absolute()
+        with self._readable():
+            self._state = state_of(regular(path))
+            with safe_open(path, framework="pt") as handle:  # It sees that the header fits the file.
+                names = list(handle.keys())
+            with self._opened() as file:
+                length = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(length))
+        self._places = {name: tuple(8 + length + at for at in entries[name]["data_offsets"]) for name in names}
+        self.headers = {name: self._header(entries[name], name) for name in names}
 
-    def _header(self, entry: Any, name: str) -> Header:
-        return Header(tuple(entry.get_shape()), dtype_of(entry.get_dtype(), f"`{self._path}`", name))
+    def _header(self, entry: Mapping[str, Any], name: str) -> Header:
+        return Header(tuple(entry["shape"]), dtype_of(entry["dtype"], f"`{self._path}`", name))
 
     def read(self, name: str) -> Tensor:
-        # Opened for every tensor: its pages then leave memory with it, not with the last tensor of the file.
-        with self._opened() as handle:
-            if state_of(self._path) != self._state:
+        shape, dtype = self.headers[name]
+        start, end = self._places[name]
+        before = start % mmap.ALLOCATIONGRANULARITY
+        with self._readable(), self._opened() as file:
+            if start == end:
+                return torch.empty(shape, dtype=dtype)
+            # A private mapping: what is written to the tensor would stay in memory, and PyTorch takes no other.
+            size = before + end - start
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=start - before)
+        return torch.frombuffer(mapped, dtype=torch.uint8, offset=before).view(dtype).view(shape)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        with self._place.open("rb") as file:
+            if _state(os.fstat(file.fileno())) != self._state:
                 raise CheckpointError(
                     f"`{self._path}` changed while it was read. Start again when nothing writes to it."
                 )
-            tensor: Tensor = handle.get_tensor(name)
-            return tensor
+            yield file
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _readable(self) -> Iterator[None]:
         try:
-            with safe_open(self._path, framework="pt") as handle:
-                yield handle
-        except (SafetensorError, OSError) as error:
+            yield
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"`{self._path}` is not a readable safetensors file: {error}.") from error
 
 
 def state_of(path: Path) -> tuple[int, int, int]:
     """What is no longer the same once a file was replaced or written to."""
-    found = path.stat()
+    return _state(path.stat())
+
+
+def _state(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -257,7 +282,7 @@ class _Pickle:
     @staticmethod
     def _load(path: Path) -> Any:
         try:
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 # Only the zip format, PyTorch's own since 1.6, can be mapped.
                 zipped = file.read(4) == b"PK\x03\x04"
             with warnings.catch_warnings():
@@ -299,7 +324,7 @@ def config_of(folder: Path) -> Mapping[str, Any] | None:
         CheckpointError: It cannot be read.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         return None
     try:
         config = read_json(path, hook=_special_float)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from peft_posthoc.cast import cast
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.layout import Layout, Stack
 from peft_posthoc.peft_format import Factors, Stored
@@ -73,18 +74,14 @@ def pack(stack: Stack, factors: Mapping[str, Pair], rank: int, dtype: torch.dtyp
     """The factors of all its matrices as PEFT stores them, padded with zeros to one rank.
 
     Raises:
-        AdapterError: A factor overflows the dtype.
+        AdapterError: The dtype does not hold a factor.
     """
     units = stack.units
     m, n = stack.kind.size(stack.shape[-2:]) or (0, 0)
     a, b = torch.zeros(len(units), rank, n, dtype=dtype), torch.zeros(m, rank, len(units), dtype=dtype)
     for index, unit in enumerate(units):
         if unit in factors:
-            own_a, own_b = factors[unit]
-            a[index, : len(own_a)] = own_a
-            b[:, : len(own_a), index] = own_b
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"The factors of `{stack.name}` overflow {dtype}. Choose another `--dtype`.")
+            a[index], b[:, :, index] = cast(*factors[unit], dtype, unit, rank=rank)
     return a.flatten(0, 1), b.flatten(1)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft_posthoc.regular import regular
+
 LARGEST = 100_000_000
 """Bytes of a file; the largest index of shards on the hub has a twentieth."""
 
@@ -25,9 +27,7 @@ def read_json(path: Path, *, hook: Hook | None = None, unique: bool = False) -> 
         ValueError: The file cannot be read, or holds no JSON; the message is the reason alone.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         if size > LARGEST:
             raise ValueError(f"it has {size} bytes, and at most {LARGEST} are read")
         text = path.read_text(encoding="utf-8")

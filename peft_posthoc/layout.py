@@ -276,9 +276,10 @@ def target_modules(chosen: Iterable[str], layout: Layout) -> list[str]:
 def matched(targets: Iterable[str], layout: Layout) -> set[str]:
     """The modules that PEFT takes `target_modules` to mean: a full name also means what ends in it."""
     names = set(targets)
+    return {module for module in {*layout.classes, *layout.kinds} if not names.isdisjoint(ends(module))}
 
-    def means(module: str) -> bool:
-        parts = module.split(".")
-        return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
-    return {module for module in {*layout.classes, *layout.kinds} if means(module)}
+def ends(module: str) -> list[str]:
+    """The name of a module and what follows each of its dots: by any of these PEFT finds it."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

@@ -20,6 +20,7 @@ from peft_posthoc.adapter_config import by_pattern, read_config
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.peft_format import PREFIX, WEIGHTS
 from peft_posthoc.plain import not_plain
+from peft_posthoc.regular import regular
 
 _KEYS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 _BIAS = "lora_B.bias"
@@ -95,8 +96,9 @@ class LoraFolder:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.label = str(folder)
+        self.place = Path(folder).absolute()
         where = Path(folder)
-        if not (where / WEIGHTS).is_file() and (where / "adapter_model.bin").is_file():
+        if not (where / WEIGHTS).exists() and (where / "adapter_model.bin").is_file():
             raise AdapterError(
                 f"`{where}` holds a pickle, `adapter_model.bin`, which is not executed here. Load it with PEFT where "
                 "you trust it, and save it again: that writes safetensors."
@@ -104,7 +106,7 @@ class LoraFolder:
         self._open = ExitStack()
         try:
             self.config: Mapping[str, Any] = read_config(where)
-            self._file = self._open.enter_context(safe_open(where / WEIGHTS, framework="pt"))
+            self._file = self._open.enter_context(safe_open(regular(where / WEIGHTS), framework="pt"))
             self._names = list(self._file.keys())
             shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
             why = not_plain(self.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,7 +16,9 @@ from peft_posthoc.adapter_config import read_config, try_patterns
 from peft_posthoc.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.factor import frobenius
+from peft_posthoc.json_file import read_json
 from peft_posthoc.model_class import check_counts, class_of
+from peft_posthoc.regular import check_folder
 from peft_posthoc.remote_code import comes_with_code, not_run, without_code
 
 # Said to the models when the user gives nothing to say.
@@ -65,6 +66,8 @@ def compare_outputs(
     cls = class_of(str(names[0][0]))
     if cls is None:
         return None, None, f"transformers has no class {names[0][0]}{not_run(tuned.config or base.config or {})}"
+    for folder in (base.folder, tuned.folder, adapter):
+        check_folder(folder)
 
     inputs, note = _inputs(base, tuned, prompts, token_ids)
     with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
@@ -182,8 +185,8 @@ def _names_code(checkpoint: Checkpoint) -> bool:
     """Whether the tokenizer is, or may be, code in the folder."""
     folder, config = checkpoint.folder, checkpoint.config or {}
     try:
-        own = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")) if folder else {}
-    except (OSError, ValueError):
+        own = read_json(folder / "tokenizer_config.json") if folder else {}
+    except ValueError:
         own = {}
     of_model = config.get("auto_map")
     return (isinstance(own, dict) and comes_with_code(own)) or (

@@ -16,15 +16,22 @@ from torch import Tensor
 from peft_posthoc.adapter_config import CONFIG as CONFIG
 from peft_posthoc.adapter_config import by_pattern, read_config
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.folder import weight_files
 from peft_posthoc.kinds import FILED, LayerKind
 from peft_posthoc.plain import not_plain
-from peft_posthoc.staged import staged
+from peft_posthoc.regular import regular
+from peft_posthoc.staged import check_apart, check_free, files_in, staged
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "phlora_report.json"
 _BIAS = "lora_B.bias"
-_OURS = (CONFIG, WEIGHTS, REPORT, "adapter_model.bin", "README.md")
+_WRITTEN = (CONFIG, WEIGHTS, REPORT)
+_CARD = "README.md"
+CARD_MARK = "<!-- Made with the adapter by phlora, and replaced with it. -->"
+"""In every model card of ours: a card without it is somebody else's."""
+# What engines load with the adapter if it lies beside it.
+_SPOIL = (".safetensors", "added_tokens.json")
 
 
 class Contents(NamedTuple):
@@ -63,42 +70,55 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
     """See before the work whether an adapter may be written there.
 
     Raises:
-        AdapterError: Something is there that must not be replaced.
+        AdapterError: Something is there that must not be replaced, or that would spoil the adapter.
     """
     target = Path(folder)
-    ancestor = next((path for path in target.parents if path.exists()), target.parent)
-    if not ancestor.is_dir():
-        raise AdapterError(f"`{target}` cannot be made: `{ancestor}` is not a folder.")
-    if not target.exists() and not target.is_symlink():
-        return
-    if not target.is_dir():
-        raise AdapterError(f"`{target}` exists and is not a folder.")
-    if not any(target.iterdir()):
+    if not check_free(target):
         return
     if not force:
         raise AdapterError(f"`{target}` exists and is not empty. Choose another folder, or replace it with `--force`.")
     if not (target / CONFIG).is_file():
         raise AdapterError(f"`{target}` is not an adapter folder; `--force` replaces nothing else.")
-    others = sorted(path.name for path in target.iterdir() if path.name not in _OURS)
-    if others:
+    check_apart(target, _WRITTEN, _old_files(target), _SPOIL)
+    if model := weight_files({path.name for path in target.iterdir()}):
         raise AdapterError(
-            f"`{target}` holds more than an adapter ({', '.join(others[:5])}); `--force` would delete it."
+            f"`{target}` holds the weights of a model (`{model[0]}`), which would be loaded with the adapter on it. "
+            "Choose another folder."
         )
 
 
-def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: bool = False) -> Path:
+def _old_files(folder: Path) -> set[str]:
+    """The files of an adapter that is there: what we or PEFT write, by name."""
+    found = files_in(folder, (*_WRITTEN, "adapter_model.bin"))
+    try:
+        ours = CARD_MARK in regular(folder / _CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return found
+    return found | {_CARD} if ours else found
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    contents: Contents,
+    *,
+    force: bool = False,
+    called: str | os.PathLike[str] | None = None,
+) -> None:
     """Write an adapter folder: all of it, or nothing.
 
     Args:
         folder: A folder that does not exist yet, or is empty.
         contents: What goes into it.
-        force: Replace an adapter that is there.
+        force: Replace an adapter that is there. What else lies in its folder stays.
+        called: What messages call the folder, where that is not its path.
 
     Raises:
         AdapterError: The folder holds something, or cannot be written.
     """
-    check_target(Path(folder).absolute(), force=force)
-    with staged(folder, what="The adapter") as made:
+    place = Path(folder).absolute()
+    check_target(place, force=force)
+    ours = _old_files(place) if place.is_dir() else ()
+    with staged(place, what="The adapter", called=called or folder, force=force, ours=ours) as made:
         made.mkdir()
         save_file(dict(contents.tensors), made / WEIGHTS, metadata=_metadata(contents.provenance))
         _sort_metadata(made / WEIGHTS)
@@ -106,7 +126,6 @@ def write_folder(folder: str | os.PathLike[str], contents: Contents, *, force: b
         _write_json(made / REPORT, contents.report)
         # safetensors makes files that only their owner can read; servers often run as somebody else.
         (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
-    return Path(folder)
 
 
 def header_bytes(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> int:
@@ -131,7 +150,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
         if why := not_plain(config):
             raise ValueError(why)
         scale = Scale(config, where)
-        tensors = load_file(where / WEIGHTS)
+        tensors = load_file(regular(where / WEIGHTS))
     except KeyError as error:
         raise AdapterError(f"`{where}` is not a readable LoRA adapter: its configuration has no {error}.") from error
     except (OSError, ValueError, SafetensorError) as error:

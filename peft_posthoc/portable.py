@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.adapter_config import adapter_config
+from peft_posthoc.cast import cast
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.fused import pack, places_in_file, target_parameters, targeted_stacks
 from peft_posthoc.kinds import LINEAR
@@ -53,19 +54,16 @@ class Portable:
         """The file's tensors, padded to one rank, in the saved dtype, on the CPU.
 
         Raises:
-            AdapterError: A factor overflows the dtype.
+            AdapterError: The dtype does not hold a factor.
         """
         rank, dtype = self.rank(adapter), adapter.dtype
         tensors: dict[str, Tensor] = {}
         for module in self.modules(adapter):
             kind, m, n = adapter.plan.slots[module]
-            a, b = torch.zeros(rank, n, dtype=dtype), torch.zeros(m, rank, dtype=dtype)
             if module in adapter.factors:
-                own_a, own_b = adapter.factors[module]
-                a[: len(own_a)] = own_a
-                b[:, : len(own_a)] = own_b
-                if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                    raise AdapterError(f"The factors of `{module}` overflow {dtype}. Choose another `--dtype`.")
+                a, b = cast(*adapter.factors[module], dtype, module, rank=rank)
+            else:
+                a, b = torch.zeros(rank, n, dtype=dtype), torch.zeros(m, rank, dtype=dtype)
             tensors |= kind.tensors(f"{PREFIX}{module}", a, b)
         return tensors | stacked_tensors(adapter, rank)
 
@@ -131,7 +129,7 @@ def stacked_tensors(adapter: Adapter, rank: int) -> dict[str, Tensor]:
     """The file's tensors of the stacked experts, all padded to this rank.
 
     Raises:
-        AdapterError: A factor overflows the dtype.
+        AdapterError: The dtype does not hold a factor.
     """
     stacks = stacks_of(adapter)
     places = places_in_file(stacks)

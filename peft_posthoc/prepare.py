@@ -133,6 +133,8 @@ def prepare(
         whole=whole,
     )
     dtype = dtype or after.headers[next(iter(plan.carried))].dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"Factors are saved in a floating type. Got `dtype={dtype}`.")
     allocation = rank if isinstance(rank, Allocation) else None
     if isinstance(rank, Allocation):
         rank = rank.bounds(plan, dtype=dtype, form=kind)

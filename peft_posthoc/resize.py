@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from peft_posthoc.budget import budget
+from peft_posthoc.cast import cast
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.lora_folder import LoraFolder
 from peft_posthoc.lora_sum import LoraSum
 from peft_posthoc.product import Product, factor_product
 from peft_posthoc.rank import Rank, RankRule, Spectrum, as_rule, describe, each
 from peft_posthoc.resized import Cut, Resized
-from peft_posthoc.svd import LowRank
 
 T = TypeVar("T")
 Folder = str | os.PathLike[str]
@@ -201,24 +201,18 @@ def _cut(total: LoraSum, name: str, rule: Callable[[str], RankRule], dtype: torc
     names = deltas(name, len(products))
     # The experts of a stack have one rank in the file: that of the one that needs most.
     rank = max(rule(one)(product.spectrum) for one, product in zip(names, products, strict=True))
-    parts = [_saved(product.cut(rank), dtype, name) for product in products]
-    bias = total.bias(name)
+    kept = [product.cut(rank) for product in products]
+    saved = [cast(part.a, part.b, dtype, one) for one, part in zip(names, kept, strict=True)]
+    parts = [part._replace(a=a, b=b) for part, (a, b) in zip(kept, saved, strict=True)]
     return Cut(
         module=total.modules[name],
         parts=parts,
-        bias=None if bias is None else bias.to(dtype),
+        bias=total.bias(name),
         rank_before=total.rank(name),
         true_rank=max(len(product.s) for product in products),
         bytes_before=total.bytes(name),
         seconds=time.perf_counter() - start,
     )
-
-
-def _saved(factors: LowRank, dtype: torch.dtype, name: str) -> LowRank:
-    a, b = factors.a.to(dtype), factors.b.to(dtype)
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"The factors of `{name}` overflow {dtype}. Choose another `--dtype`.")
-    return factors._replace(a=a, b=b)
 
 
 def _products(total: LoraSum, name: str) -> list[Product]:

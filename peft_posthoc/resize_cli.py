@@ -28,7 +28,7 @@ _SHARED = together(
         help="portable: one rank, what every engine loads. peft: every module at its own rank; biases and whole "
         "tensors too.  [default: portable, unless there are such]",
     ),
-    click.option("--force", is_flag=True, help="Replace an adapter that is at OUT."),
+    click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays."),
     OUTPUT,
 )
 

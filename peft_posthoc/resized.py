@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.adapter_config import adapter_config
+from peft_posthoc.cast import cast_biases, pad
+from peft_posthoc.exact import patterns
 from peft_posthoc.layout import is_of_an_expert
 from peft_posthoc.lora_folder import Factors, Kind, Module
 from peft_posthoc.peft_format import PREFIX, Contents, write_folder
@@ -31,6 +32,7 @@ class Cut(NamedTuple):
     parts: list[LowRank]
     """Of each of its deltas, the factors in the saved dtype."""
     bias: Tensor | None
+    """What is added to the module's bias, in float64."""
     rank_before: int
     """Pairs in the input, padding included."""
     true_rank: int
@@ -172,19 +174,22 @@ class Resized:
     def tensors(self) -> dict[str, Tensor]:
         """The file's tensors."""
         tensors: dict[str, Tensor] = {}
+        biases = {cut.module.name: cut.bias for cut in self.cuts if cut.bias is not None}
+        saved = cast_biases(biases, self.dtype)
         for cut in self.cuts:
             rank = self._file_rank(cut)
-            tensors |= cut.module.join([_padded(part, rank) for part in cut.parts])
+            tensors |= cut.module.join([Factors(*pad(part.a, part.b, rank)) for part in cut.parts])
             if self._lora_bias:
-                bias = cut.bias if cut.bias is not None else torch.zeros(cut.module.size[0], dtype=self.dtype)
-                tensors[f"{PREFIX}{cut.module.name}.lora_B.bias"] = bias
+                zeros = torch.zeros(cut.module.size[0], dtype=self.dtype)
+                tensors[f"{PREFIX}{cut.module.name}.lora_B.bias"] = saved.get(cut.module.name, zeros)
         return {**tensors, **self.whole}
 
     def config(self) -> dict[str, Any]:
         """The file's configuration."""
         first = self.configs[0]
         of_peft = self.form == "peft"
-        ranks = {self._pattern(c.module.name): r for c in self.cuts if (r := self._file_rank(c)) != self.rank}
+        ranks = {cut.module.name: self._file_rank(cut) for cut in self.cuts}
+        others = {module: rank for module, rank in ranks.items() if rank != self.rank}
         config = adapter_config(
             self.rank,
             self._target_modules(),
@@ -194,7 +199,7 @@ class Resized:
             fan_in_fan_out=any(one.get("fan_in_fan_out") for one in self.configs),
             whole=self._union("modules_to_save"),
             stacked=self._union("target_parameters"),
-            ranks=ranks if of_peft else None,
+            ranks=patterns(others, ranks) if of_peft else None,
             lora_bias=self._lora_bias if of_peft else None,
         )
         return {**config, "auto_mapping": first["auto_mapping"]} if first.get("auto_mapping") else config
@@ -229,10 +234,12 @@ class Resized:
         Raises:
             AdapterError: The folder holds something, or cannot be written.
         """
+        place = Path(folder).absolute()
         contents = Contents(self.tensors(), self.config(), self.report.to_dict(), self.provenance)
-        return write_folder(folder, contents, force=force)
+        write_folder(place, contents, force=force, called=folder)
+        return Path(folder)
 
-    @property
+    @cached_property
     def _lora_bias(self) -> bool:
         return any(cut.bias is not None for cut in self.cuts)
 
@@ -287,20 +294,9 @@ class Resized:
             else sorted(c.module.name for c in self.cuts if c.module.kind != "experts")
         )
 
-    def _pattern(self, module: str) -> str:
-        """The regular expression that PEFT finds at the end of this module's name, and of no other's."""
-        start = "^" if any(cut.module.name.endswith(f".{module}") for cut in self.cuts) else ""
-        return f"{start}{re.escape(module)}"
-
 
 def _of_experts(module: Module) -> bool:
     return module.kind == "experts" or is_of_an_expert(module.name)
-
-
-def _padded(factors: LowRank, rank: int) -> Factors:
-    a, b = factors.a, factors.b
-    more = rank - len(a)
-    return Factors(torch.cat([a, a.new_zeros(more, a.shape[1])]), torch.cat([b, b.new_zeros(len(b), more)], dim=1))
 
 
 def _percent(share: float | None) -> str:

@@ -14,7 +14,7 @@ from peft_posthoc.errors import noting
 from peft_posthoc.peft_format import check_target
 from peft_posthoc.rank import several
 from peft_posthoc.report import size
-from peft_posthoc.spool import clear
+from peft_posthoc.spool import finished_layers
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ class Series:
         Raises:
             AdapterError: One of the folders holds something, or cannot be written.
         """
-        check_targets(folder, self.adapters, force=force)
-        with contextlib.ExitStack() as written:
+        place = Path(folder).absolute()
+        with (
+            finished_layers(place, {place / name: one.provenance for name, one in self.adapters.items()}),
+            contextlib.ExitStack() as written,
+        ):
+            check_targets(folder, self.adapters, force=force)
             for name, adapter in self.adapters.items():
-                adapter.save(Path(folder) / name, force=force)
+                adapter.save(place / name, force=force)
                 written.enter_context(noting(f"`{Path(folder) / name}` is written."))
-            clear(folder)
         return Path(folder)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from safetensors.torch import save_file
 
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.factor import Kept, Layer, Outcome, Skipped
+from peft_posthoc.json_file import read_json
 from peft_posthoc.noise import Noise
+from peft_posthoc.peft_format import REPORT
 from peft_posthoc.svd import LowRank
 
 
@@ -37,6 +40,8 @@ class Spool:
         key = hashlib.sha256(json.dumps([identity, torch.__version__], sort_keys=True).encode()).hexdigest()
         target = Path(out).absolute()
         self.folder = target.parent / f"{_prefix(target)}{key[:16]}"
+        self._target, self._taken = target, is_taken(target)
+        self._above = [path for path in self.folder.parents if not path.exists()]
 
     def __len__(self) -> int:
         """How many results are kept."""
@@ -76,22 +81,39 @@ class Spool:
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
+            if self.was_overtaken():
+                return  # The other run has just removed the folder, or this file.
             raise AdapterError(f"Cannot keep finished layers in `{self.folder}`: {error}.") from error
 
     def outcomes(self, weights: Iterable[str]) -> list[Outcome]:
         """The kept results of these weights."""
-        paths = {weight: self._path(weight) for weight in weights} if self.folder.is_dir() else {}
-        return [_read(path) for path in paths.values() if path.is_file()]
+        paths = [self._path(weight) for weight in weights] if self.folder.is_dir() else []
+        return [outcome for path in paths if path.is_file() and (outcome := _read(path)) is not None]
 
     def remove(self) -> None:
-        """Remove the folder with all results."""
+        """Remove the folder with all results, and those above it that were made for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self._above:
+            with contextlib.suppress(OSError):  # Others use it, or it is not there.
+                path.rmdir()
+
+    def was_overtaken(self) -> bool:
+        """Whether another run has written its adapter to the same place in the meantime."""
+        return not self._taken and is_taken(self._target)
 
     def _path(self, weight: str) -> Path:
         return self.folder / f"{hashlib.sha256(weight.encode()).hexdigest()[:32]}.safetensors"
 
 
-def _read(path: Path) -> Outcome:
+def _read(path: Path) -> Outcome | None:
+    """A result; None if it is damaged, or was removed by another run: it is then worked out again."""
+    try:
+        return _outcome(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _outcome(path: Path) -> Outcome:
     with safe_open(path, framework="pt") as file:
         numbers = json.loads(file.metadata()["outcome"])
         if "value" in numbers:
@@ -105,12 +127,50 @@ def _read(path: Path) -> Outcome:
     return Layer(factors=LowRank(a, b, s, energy, norm, shortfall, residual), **numbers)
 
 
-def clear(out: str | os.PathLike[str]) -> None:
-    """Remove whatever runs, with these or other inputs, have kept beside an adapter that is now there."""
-    target = Path(out).absolute()
-    for folder in target.parent.iterdir():
-        if folder.name.startswith(_prefix(target)):
-            shutil.rmtree(folder, ignore_errors=True)
+@contextlib.contextmanager
+def finished_layers(out: Path, made: Mapping[Path, Mapping[str, Any]]) -> Iterator[None]:
+    """Remove what runs, with these or other inputs, have kept beside an adapter, once it is written.
+
+    So it is where another run has written the very same: nothing is left to be done. Any other error that ends the
+    writing tells what is kept.
+
+    Args:
+        out: What the runs were to write.
+        made: By the folder of each adapter that is written, its provenance.
+    """
+    try:
+        yield
+    except (AdapterError, KeyboardInterrupt) as error:
+        if all(_provenance(folder) == json.loads(json.dumps(own)) for folder, own in made.items()):
+            _clear(out)
+        elif kept := _kept(out):
+            error.add_note(f"Finished layers are kept in `{kept[0]}`. The same command goes on from there.")
+        raise
+    _clear(out)
+
+
+def _provenance(folder: Path) -> Any:
+    """What an adapter that is there was made of; None if there is none."""
+    try:
+        return read_json(folder / REPORT)["provenance"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _clear(out: Path) -> None:
+    for folder in _kept(out):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_taken(out: Path) -> bool:
+    """Whether something is where an adapter is to be."""
+    return out.is_dir() and any(out.iterdir())
+
+
+def _kept(out: Path) -> list[Path]:
+    if not out.parent.is_dir():
+        return []
+    return [folder for folder in out.parent.iterdir() if folder.name.startswith(_prefix(out))]
 
 
 def _prefix(target: Path) -> str:

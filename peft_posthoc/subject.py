@@ -76,7 +76,7 @@ class Subject:
         if not where.is_dir():
             raise AdapterError(f"`{where}` is no folder. Give the folder of a PEFT adapter.")
         config = read_config(where)
-        name = next((name for name in (WEIGHTS, PICKLE) if (where / name).is_file()), None)
+        name = next((name for name in (WEIGHTS, PICKLE) if (where / name).exists()), None)
         if name is None:
             held = ", ".join(sorted(path.name for path in where.iterdir())[:5])
             raise AdapterError(f"`{where}` holds no {WEIGHTS} (it holds {held}).")
@@ -232,9 +232,12 @@ class Subject:
 
     def is_kept_whole(self, name: str) -> bool:
         """Whether PEFT takes the tensor to belong to one of `modules_to_save`."""
-        ends = self.kept_whole()
         parts = name.removeprefix(PREFIX).split(".")
-        return any(".".join(parts[:depth]).endswith(end) for end in ends for depth in range(1, len(parts)))
+        return any(".".join(parts[:depth]).endswith(self._whole_ends) for depth in range(1, len(parts)))
+
+    @cached_property
+    def _whole_ends(self) -> tuple[str, ...]:
+        return self.kept_whole()
 
     # Rank and scale.
 

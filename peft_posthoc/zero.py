@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from peft_posthoc.checkpoint import Header
 from peft_posthoc.errors import CheckpointError, MissingExtraError
 from peft_posthoc.folder import config_of, is_plain, weight_files
+from peft_posthoc.regular import check_folder
 
 LATEST = "latest"
 _OPTIMIZER = "*_optim_states.pt"
@@ -131,6 +132,7 @@ class Zero:
 
 def _converted(partitions: Path, label: str) -> Mapping[str, Any]:
     """All tensors by name, as DeepSpeed's converter gives them; of stage 3 each is put together by `contiguous()`."""
+    check_folder(partitions)
     convert, classes = _deepspeed(label)
     parent = partitions.absolute().parent
     advice = (

@@ -633,7 +633,8 @@ def test_force_does_not_replace_the_base(no_svd, work):
 
 def test_force_replaces_an_adapter_by_the_new_one_and_nothing_of_the_old(work):
     an_adapter_at(work / "out")
-    (work / "out" / "README.md").write_text("old")
+    (work / "out" / "adapter_model.bin").write_bytes(b"old")
+    (work / "out" / "README.md").write_text(f"old\n{peft_format.CARD_MARK}\n")
     assert run("extract", "base", "tuned", "new", "--rank", "4")[0] == 0
     assert run("extract", "base", "tuned", "out", "--rank", "4", "--force")[0] == 0
     assert {path.name for path in (work / "out").iterdir()} == {path.name for path in (work / "new").iterdir()}
@@ -645,9 +646,15 @@ def test_force_replaces_an_adapter_by_the_new_one_and_nothing_of_the_old(work):
 def test_force_deletes_nothing_that_is_no_part_of_an_adapter(work):
     an_adapter_at(work / "out")
     (work / "out" / "checkpoint-7").mkdir()
-    before = contents(work)
-    refused(run("extract", "base", "tuned", "out", "--force"), "more than an adapter (checkpoint-7)", "--force")
-    assert contents(work) == before
+    (work / "out" / "checkpoint-7" / "log.txt").write_text("mine")
+    (work / "out" / "README.md").write_text("mine")
+    before = contents(work / "out")
+    assert run("extract", "base", "tuned", "out", "--rank", "4", "--force")[0] == 0
+    after = contents(work / "out")
+    changed = {name for name in before if before[name] != after[name]}
+    assert after.keys() == before.keys()
+    assert changed == {"adapter_model.safetensors", "adapter_config.json", "phlora_report.json"}
+    assert {path.name for path in work.iterdir()} == {"base", "tuned", "out"}
 
 
 def test_out_below_a_file_cannot_be_written(work):

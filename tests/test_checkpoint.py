@@ -189,26 +189,10 @@ def test_a_folder_beside_a_pickled_model_may_hold_pickles_that_are_not_the_model
 @pytest.mark.parametrize("write", [one_safetensors, sharded_safetensors])
 def test_headers_are_known_before_a_tensor_is_read(write, weights, tmp_path, monkeypatch):
     read = []
-    open_file = folder.safe_open
-
-    class Watched:
-        def __init__(self, *args, **kwargs):
-            self.handle = open_file(*args, **kwargs)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def get_tensor(self, name):
-            read.append(name)
-            return self.handle.get_tensor(name)
-
-        def __getattr__(self, name):
-            return getattr(self.handle, name)
-
-    monkeypatch.setattr(folder, "safe_open", Watched)
+    mapped = folder.mmap.mmap
+    monkeypatch.setattr(
+        folder.mmap, "mmap", lambda file, size, **how: read.append((size, how["offset"])) or mapped(file, size, **how)
+    )
     write(weights, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     assert {name: header.shape for name, header in checkpoint.headers.items()} == {
@@ -216,7 +200,45 @@ def test_headers_are_known_before_a_tensor_is_read(write, weights, tmp_path, mon
     }
     assert read == []
     checkpoint.read("wide.weight")
-    assert read == ["wide.weight"]
+    ((size, offset),) = read
+    # The header before it, as far as it is on the same page, and the tensor: nothing of the others behind it.
+    assert offset == 0
+    assert size < (tmp_path / checkpoint.files["wide.weight"]).stat().st_size
+
+
+def test_a_header_is_parsed_once_however_many_tensors_are_read(tmp_path, monkeypatch):
+    parsed = []
+    open_file = folder.safe_open
+    monkeypatch.setattr(folder, "safe_open", lambda path, **how: parsed.append(path) or open_file(path, **how))
+    tensors = {f"layers.{i}.proj.weight": torch.randn(4, 4) for i in range(50)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+    assert parsed == [tmp_path / "model.safetensors"]
+
+
+def test_tensors_at_odd_places_are_read(tmp_path):
+    # A header that nobody filled up with spaces: no number begins where the processor would like it to.
+    values = {"flags": torch.tensor([True, False, True]), "wide.weight": torch.randn(3, 5, dtype=torch.float64)}
+    entries, at = {}, 0
+    for name, code, tensor in (("flags", "BOOL", values["flags"]), ("wide.weight", "F64", values["wide.weight"])):
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    header = json.dumps(entries).encode()
+    data = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in values.values())
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in values.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+        assert torch.equal(checkpoint.read(name) + 1, tensor + 1)
+
+
+def test_what_is_read_can_be_written_to_without_the_file(weights, tmp_path):
+    save_file(weights, tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    open_checkpoint(tmp_path).read("wide.weight").zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_headers_of_a_file_with_no_data_behind_them_are_not_believed(weights, tmp_path):

@@ -84,12 +84,47 @@ def test_what_is_there_is_only_replaced_by_force_and_if_it_is_an_export(to, work
         assert everything(work) == before
 
 
-def test_an_export_to_which_something_was_added_is_not_replaced(work):
+@pytest.mark.parametrize("to", ["mlx", "merged"])
+def test_what_was_added_to_an_export_stays_when_that_is_replaced(to, work):
+    run("adapter", "out", "--to", to)
+    made = everything(work / "out")
+    (work / "out" / "logs").mkdir()
+    (work / "out" / "logs" / "notes.txt").write_text("mine")
+    (work / "out" / "README.md").write_text("mine")
+    before = everything(work / "out")
+    assert run("adapter", "out", "--to", to, "--force", "--dtype", "bfloat16").exit_code == 0
+    after = everything(work / "out")
+    assert after.keys() == before.keys()
+    assert {name: after[name] for name in before if name not in made} == {
+        "logs/notes.txt": b"mine",
+        "README.md": b"mine",
+    }
+    assert after["phlora_report.json"] != before["phlora_report.json"]
+    assert not list(work.glob(".*"))
+
+
+def test_what_would_be_loaded_with_an_export_is_not_kept_beside_it(work):
     run("adapter", "out", "--to", "merged")
-    (work / "out" / "notes.txt").write_text("mine")
+    save_file({"mine": torch.zeros(1)}, "out/more.safetensors")
+    before = everything(work)
     result = run("adapter", "out", "--to", "merged", "--force")
     assert result.exit_code == 1
-    assert "holds more than an export (notes.txt)" in result.stderr
+    assert "also holds `more.safetensors`" in result.stderr
+    assert everything(work) == before
+
+
+def test_a_model_in_gguf_is_not_replaced_by_an_adapter(work):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter("model.gguf", "llama")
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    before = everything(work)
+    result = run("adapter", "model.gguf", "--to", "gguf", "--force")
+    assert result.exit_code == 1
+    assert "`model.gguf` is no adapter in GGUF; `--force` replaces nothing else." in result.stderr
+    assert everything(work) == before
 
 
 BAD = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_posthoc import extract
+from peft_posthoc import AdapterError, CheckpointError, extract, peft_format
 from peft_posthoc import factor as factor_module
 from peft_posthoc import spool as spool_module
 from peft_posthoc.processes import Processes
@@ -118,9 +118,85 @@ def test_a_run_that_fails_keeps_nothing(tmp_path, impatient):
     for name, tensors in (("base", base), ("tuned", tuned)):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    with pytest.raises(Exception, match="NaN"):
-        extract(tmp_path / "base", tmp_path / "tuned", 2, out=tmp_path / "out")
-    assert spools(tmp_path) == []
+    for out in (tmp_path / "out", tmp_path / "new" / "deep" / "out"):
+        with pytest.raises(CheckpointError, match="NaN"):
+            extract(tmp_path / "base", tmp_path / "tuned", 2, out=out)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned"}
+
+
+def a_faster_run_saves_meanwhile(adapter, out, monkeypatch):
+    put = Spool.put
+
+    def put_and_save(self, outcome):
+        put(self, outcome)
+        if not out.exists():
+            adapter.save(out)
+
+    monkeypatch.setattr(Spool, "put", put_and_save)
+
+
+def test_the_slower_of_two_identical_runs_leaves_nothing_beside_the_adapter(
+    llama_pair, tmp_path, monkeypatch, impatient
+):
+    out = tmp_path / "out"
+    a_faster_run_saves_meanwhile(extract(*llama_pair, 4), out, monkeypatch)
+    adapter = extract(*llama_pair, 4, out=out)
+    assert len(spools(tmp_path)) == 1
+    with pytest.raises(AdapterError, match="exists and is not empty"):
+        adapter.save(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_slower_of_two_other_runs_is_told_what_it_keeps(llama_pair, tmp_path, monkeypatch, impatient):
+    out = tmp_path / "out"
+    a_faster_run_saves_meanwhile(extract(*llama_pair, 5), out, monkeypatch)
+    with pytest.raises(AdapterError, match="exists and is not empty") as refused:
+        extract(*llama_pair, 4, out=out).save(out)
+    (kept,) = spools(tmp_path)
+    assert f"kept in `{kept}`. The same command goes on from there." in refused.value.__notes__[0]
+
+
+def test_a_run_of_several_processes_does_not_wait_for_what_another_run_removed(
+    llama_pair, tmp_path, monkeypatch, impatient
+):
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        assert len(naps) < 100, "It waits for ever."
+
+    a_faster_run_saves_meanwhile(extract(*llama_pair, 4), tmp_path / "out", monkeypatch)
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(AdapterError, match="Another run has written its adapter"):
+        extract(*llama_pair, 4, out=tmp_path / "out", processes=Processes(0, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_finished_layer(llama_pair, tmp_path, monkeypatch, impatient):
+    out = tmp_path / "out"
+    adapter = extract(*llama_pair, 4, out=out)
+
+    def save_file(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_format, "save_file", save_file)
+        with pytest.raises(AdapterError, match="No space left") as full:
+            adapter.save(out)
+    (kept,) = spools(tmp_path)
+    assert f"Finished layers are kept in `{kept}`" in full.value.__notes__[0]
+    extract(*llama_pair, 4, out=out).save(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_result_is_worked_out_again(llama_pair, tmp_path, impatient):
+    extract(*llama_pair, 4, out=tmp_path / "out")
+    (folder,) = spools(tmp_path)
+    for path in list(folder.iterdir())[:5]:
+        path.write_bytes(path.read_bytes()[:20])
+    extract(*llama_pair, 4, out=tmp_path / "out").save(tmp_path / "out")
+    extract(*llama_pair, 4).save(tmp_path / "whole")
+    assert same(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

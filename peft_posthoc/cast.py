@@ -1,0 +1,130 @@
+"""Factors to the type that they are saved in: the one place that rounds them, and that sees what rounding loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from peft_posthoc.errors import AdapterError
+
+# Powers of two that a pair is moved by, out of balance, in search of a type's own range: float16 has 40.
+_MOVES = range(-40, 41)
+
+
+def cast(
+    a: Float[Tensor, "r n"], b: Float[Tensor, "m r"], dtype: torch.dtype, name: str, *, rank: int | None = None
+) -> tuple[Float[Tensor, "p n"], Float[Tensor, "m p"]]:
+    """The factors of one matrix in a type, with the same product but for rounding.
+
+    Where they are smaller than the type's normal numbers, each row of `a` and its column of `b` are moved against each
+    other by a power of two: that is exact.
+
+    Args:
+        a: Its rows are the first ones of what comes back.
+        b: Its columns are.
+        dtype: To cast to.
+        name: What messages call the matrix.
+        rank: To pad with zeros to; their own if None.
+
+    Returns:
+        New tensors, which share memory with nothing.
+
+    Raises:
+        AdapterError: The type does not hold a factor, or so little of the product that the adapter would be another.
+    """
+    saved = a.to(dtype), b.to(dtype)
+    if _overflow(a, saved[0]) or _overflow(b, saved[1]):
+        raise AdapterError(f"The factors of `{name}` overflow {dtype}. Choose another `--dtype`.")
+    if (a.dtype, b.dtype) != (dtype, dtype) and not _held(a, b, *saved):
+        wide = _balanced(a.double(), b.double(), dtype)
+        saved = wide[0].to(dtype), wide[1].to(dtype)
+        if not _held(*wide, *saved):
+            raise AdapterError(
+                f"The factors of `{name}` are too small for {dtype}: they would be another delta, or none. Choose "
+                "another `--dtype`."
+            )
+    return pad(*saved, len(a) if rank is None else rank)
+
+
+def pad(
+    a: Float[Tensor, "r n"], b: Float[Tensor, "m r"], rank: int
+) -> tuple[Float[Tensor, "p n"], Float[Tensor, "m p"]]:
+    """New factors with rows and columns of zeros behind their own."""
+    more_a, more_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(len(b), rank)
+    more_a[: len(a)] = a
+    more_b[:, : len(a)] = b
+    return more_a, more_b
+
+
+def cast_biases(biases: Mapping[str, Float[Tensor, " m"]], dtype: torch.dtype) -> dict[str, Float[Tensor, " m"]]:
+    """What is added to the biases of modules, in a type.
+
+    One that is nothing beside the others may be nothing in the type: of a key's bias, softmax sees nothing, and so
+    training moves it by rounding alone.
+
+    Raises:
+        AdapterError: The type does not hold one of them, or none.
+    """
+    saved = {name: bias.to(dtype, copy=True) for name, bias in biases.items()}
+    for name, bias in biases.items():
+        if _overflow(bias, saved[name]):
+            raise AdapterError(f"The bias of `{name}` overflows {dtype}. Choose another `--dtype`.")
+    size, lost = (
+        math.hypot(*(float(torch.linalg.vector_norm(value.double())) for value in values))
+        for values in (biases.values(), [saved[name].double() - bias.double() for name, bias in biases.items()])
+    )
+    if lost > 2 * torch.finfo(dtype).eps * size:
+        raise AdapterError(f"The biases are too small for {dtype}: they would be none. Choose another `--dtype`.")
+    return saved
+
+
+def _overflow(x: Tensor, saved: Tensor) -> bool:
+    # PyTorch does not compute with float8, and casts to some of its types by cutting at the largest number.
+    wide, limit = saved.float() if saved.dtype.itemsize < 4 else saved, torch.finfo(saved.dtype)
+    beyond = x.numel() and float(x.abs().max()) > limit.max * (1 + limit.eps)
+    return bool(beyond) or not bool(torch.isfinite(wide).all())
+
+
+def _held(a: Tensor, b: Tensor, saved_a: Tensor, saved_b: Tensor) -> bool:
+    """Whether a type holds the product up to its rounding."""
+    if not len(a):
+        return True
+    size, lost = _sizes(a, b, saved_a, saved_b)
+    # Rounding alone changes each factor by at most half of `eps`.
+    return float(torch.linalg.vector_norm(lost)) <= 2 * torch.finfo(saved_a.dtype).eps * float(
+        torch.linalg.vector_norm(size)
+    )
+
+
+def _sizes(a: Tensor, b: Tensor, saved_a: Tensor, saved_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row of `a` with its column of `b`: the norm of their product, and a bound on what casting changed."""
+    sizes, losses = [], []
+    for start in range(0, len(a), 64):  # Copies in float64 of all at once would be as large as the delta.
+        part = slice(start, start + 64)
+        norms = [
+            (torch.linalg.vector_norm(wide, dim=dim), torch.linalg.vector_norm(saved.double() - wide, dim=dim))
+            for wide, saved, dim in (
+                (a[part].double(), saved_a[part], 1),
+                (b[:, part].double(), saved_b[:, part], 0),
+            )
+        ]
+        (of_a, off_a), (of_b, off_b) = norms
+        sizes.append(of_a * of_b)
+        losses.append(off_a * of_b + of_a * off_b + off_a * off_b)
+    return torch.cat(sizes), torch.cat(losses)
+
+
+def _balanced(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row of `a` and its column of `b`, moved by the power of two with which the type loses least."""
+    best = torch.full((len(a),), float("inf"), dtype=torch.float64)
+    powers = torch.zeros(len(a), dtype=torch.int64)
+    for power in sorted(_MOVES, key=abs):
+        moved = a * 2.0**power, b * 2.0**-power
+        _, lost = _sizes(*moved, *(x.to(dtype) for x in moved))
+        better = lost < best  # Never where something overflows: infinity, or no number.
+        best, powers = torch.where(better, lost, best), torch.where(better, power, powers)
+    return torch.ldexp(a, powers[:, None]), torch.ldexp(b, -powers)
