@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_posthoc import Adapter, Spectrum, extract
-from peft_posthoc.budget import budget
-from peft_posthoc.factor import merged
-from peft_posthoc.weighting import Weighting, balanced, depth, early, energy, relative
+from peft_posthoc.adapters.factors import merged
+from peft_posthoc.ranks.budget import budget
+from peft_posthoc.ranks.weighting import Weighting, balanced, depth, early, energy, relative
 
 RANKS = (4, 8, 16, 32)
 FILE = "model.safetensors"

@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.utils import logging
 
 from hf_callbacks import PosthocLoraCallback
-from peft_posthoc.cli import main as phlora
+from peft_posthoc.cli.main import main as phlora
 
 RECOVERED = 0.01  # a rank recovers the fine-tune if both scores are this near to the tuned model's
 LOADS = 5  # the load time is the median of so many

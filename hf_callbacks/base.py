@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_callbacks.pin import pin
-from peft_posthoc.checkpoint import Checkpoint, once, open_checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, once
 from peft_posthoc.errors import CheckpointError, PosthocError, one_line
-from peft_posthoc.staged import staged
+from peft_posthoc.files import staged
+from peft_posthoc.sources import open_checkpoint
 
 # Values of each tensor, and tensors, that are compared to see whether a folder holds the model that will be trained.
 _VALUES, _TENSORS = 4096, 16

@@ -25,10 +25,10 @@ from hf_callbacks.metrics import metrics, read_report
 from hf_callbacks.push import Push, Sent
 from hf_callbacks.run import FINAL, Run
 from hf_callbacks.turns import others_wait
-from peft_posthoc.checkpoint import open_checkpoint
+from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.errors import PosthocError, one_line
-from peft_posthoc.hub import is_repo_id
-from peft_posthoc.rank import Rank
+from peft_posthoc.ranks.rules import Rank
+from peft_posthoc.sources import open_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_callbacks.metrics import read_report
-from peft_posthoc.adapter_config import read_config
-from peft_posthoc.peft_format import CARD_MARK, REPORT
-from peft_posthoc.report import size
+from peft_posthoc.adapters.config import read_config
+from peft_posthoc.adapters.peft_format import CARD_MARK, REPORT
+from peft_posthoc.text import size
 
 PAGE = "# Adapters of this run"
 _SERVE = """

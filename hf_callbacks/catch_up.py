@@ -15,10 +15,10 @@ from hf_callbacks.base import Base
 from hf_callbacks.extraction import Extraction
 from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.run import FINAL, Run
+from peft_posthoc.cli.options import CHOICE, DTYPE, FORM, NAMES, VOCAB, dtype_of
+from peft_posthoc.cli.ranks import RANK, RANK_PATTERN, Asked
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.json_file import read_json
-from peft_posthoc.options import CHOICE, DTYPE, FORM, NAMES, VOCAB, dtype_of
-from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
 
 
 class _AsTheRun(click.Command):

@@ -27,6 +27,6 @@ if __name__ == "__main__":
         os.nice(19)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
-    from peft_posthoc.cli import main
+    from peft_posthoc.cli.main import main
 
     main(prog_name="phlora")

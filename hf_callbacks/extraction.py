@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peft_posthoc.extract import extract
-from peft_posthoc.prepare import experts_of, form_of, vocab_of
-from peft_posthoc.rank import Rank, Told, as_rule, several
+from peft_posthoc.extraction.extract import extract
+from peft_posthoc.extraction.prepare import experts_of, form_of, vocab_of
+from peft_posthoc.ranks.rules import Rank, Told, as_rule, several
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from peft_posthoc.checkpoint import once
-from peft_posthoc.staged import staged
+from peft_posthoc.checkpoints.checkpoint import once
+from peft_posthoc.files import staged
 
 _WHOLE = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from hf_callbacks.base import Base
 from peft_posthoc.errors import CheckpointError
+from peft_posthoc.files import write_whole
 from peft_posthoc.json_file import read_json
-from peft_posthoc.whole_file import write_whole
 
 _FILE = "base.json"
 

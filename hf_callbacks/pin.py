@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from peft_posthoc.checkpoints.files import is_index, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.folder import is_index, shards_of, weight_files
-from peft_posthoc.staged import staged
+from peft_posthoc.files import staged
 
 
 def pin(checkpoint: Path, to: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from peft_posthoc.errors import OutputError
-from peft_posthoc.whole_file import write_whole
+from peft_posthoc.files import write_whole
 
 MODULE = "phlora_mergekit_hook"
 

@@ -21,16 +21,16 @@ from mergekit_plugin.method import NAME, PHLORA
 from mergekit_plugin.models import described
 from mergekit_plugin.no_code import no_code, refuse_trust
 from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
-from peft_posthoc.cli import one_line_errors, show
-from peft_posthoc.device import pick_device
+from peft_posthoc.adapters.peft_format import check_target
+from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.cli.main import one_line_errors, show
+from peft_posthoc.cli.options import CHOICE, DTYPE, FORM, SERVE_AS, VOCABS, dtype_of
+from peft_posthoc.cli.ranks import RANK, RANK_PATTERN, Asked
+from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import PosthocError, noting
-from peft_posthoc.extract import extract
-from peft_posthoc.folder import Folder
-from peft_posthoc.options import CHOICE, DTYPE, FORM, SERVE_AS, VOCABS, dtype_of
-from peft_posthoc.peft_format import check_target
-from peft_posthoc.prepare import prepare
-from peft_posthoc.rank_options import RANK, RANK_PATTERN, Asked
-from peft_posthoc.remote_code import no_prompts
+from peft_posthoc.extraction.extract import extract
+from peft_posthoc.extraction.prepare import prepare
+from peft_posthoc.models.remote_code import no_prompts
 
 logger = logging.getLogger(__name__)
 

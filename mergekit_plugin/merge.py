@@ -22,17 +22,17 @@ from mergekit_plugin.models import Stored, folder_of
 from mergekit_plugin.recipe import slices_of
 from mergekit_plugin.settings import Settings
 from mergekit_plugin.stream import Stream, Taken, aligned
-from peft_posthoc.adapter_config import try_patterns
-from peft_posthoc.checkpoint import Checkpoint, Header
+from peft_posthoc.adapters.config import try_patterns
+from peft_posthoc.adapters.lora_folder import LoraFolder
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
-from peft_posthoc.folder import Folder
-from peft_posthoc.hub import is_repo_id
-from peft_posthoc.layout import Place
-from peft_posthoc.lora_folder import LoraFolder
-from peft_posthoc.model_class import check_counts
-from peft_posthoc.plan import by_flags, everything, make_plan
-from peft_posthoc.rank import RankRule
-from peft_posthoc.regular import check_folder
+from peft_posthoc.extraction.plan import by_flags, everything, make_plan
+from peft_posthoc.files import check_folder
+from peft_posthoc.linalg.spectrum import RankRule
+from peft_posthoc.models.by_class import check_counts
+from peft_posthoc.models.layout import Place
 
 
 class Merge:

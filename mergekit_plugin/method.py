@@ -22,12 +22,16 @@ from torch import Tensor
 from mergekit_plugin.models import folder_of, plan_of
 from mergekit_plugin.parameters import refuse_unknown
 from mergekit_plugin.settings import PARAMETERS, Settings
-from peft_posthoc.checkpoint import Header, InMemory
+from peft_posthoc.adapters.factors import merged
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.memory import InMemory
 from peft_posthoc.errors import NothingToCarryError
-from peft_posthoc.factor import Layer, Pair, factor_pairs, merged
-from peft_posthoc.layout import Layout, Place
-from peft_posthoc.plan import Plan, by_flags, everything, make_plan
-from peft_posthoc.svd import LowRank
+from peft_posthoc.extraction.delta import Pair
+from peft_posthoc.extraction.outcomes import Layer
+from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
+from peft_posthoc.extraction.work import factor_pairs
+from peft_posthoc.linalg.lowrank import LowRank
+from peft_posthoc.models.layout import Layout, Place
 
 NAME = "phlora"
 logger = logging.getLogger(__name__)

@@ -14,8 +14,10 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
-from peft_posthoc.checkpoint import Checkpoint, Header, InMemory, open_checkpoint
-from peft_posthoc.plan import Plan, everything, make_plan
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.memory import InMemory
+from peft_posthoc.extraction.plan import Plan, everything, make_plan
+from peft_posthoc.sources import open_checkpoint
 
 
 def folder_of(model: Hashable) -> str | None:

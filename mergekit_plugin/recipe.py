@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from mergekit_plugin.method import NAME
 from peft_posthoc.errors import PosthocError, brief
-from peft_posthoc.model_class import MOST
+from peft_posthoc.models.by_class import MOST
 
 logger = logging.getLogger(__name__)
 

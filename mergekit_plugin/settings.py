@@ -9,7 +9,8 @@ from mergekit.merge_methods import ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import Field
 
-from peft_posthoc.rank import RankRule, above_noise, fixed, keep_energy, keep_error, limited
+from peft_posthoc.linalg.spectrum import RankRule
+from peft_posthoc.ranks.rules import above_noise, fixed, keep_energy, keep_error, limited
 
 # Of the non-base input: mergekit then looks for a value at the model too, then at the slice, the module and the top.
 PARAMETERS = tuple(

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 from transformers import set_seed
 
-from peft_posthoc.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import CheckpointError
 
 
@@ -41,7 +41,7 @@ class Taken(Task[Tensor | None], frozen=True):  # type: ignore[misc, call-arg]
 
 
 class Stream:
-    """A checkpoint (`peft_posthoc.checkpoint.Checkpoint`) that mergekit makes, in its own order, as it is read.
+    """A checkpoint (`peft_posthoc.Checkpoint`) that mergekit makes, in its own order, as it is read.
 
     Args:
         targets: One for each tensor.

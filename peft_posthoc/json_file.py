@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft_posthoc.regular import regular
+from peft_posthoc.files import regular
 
 LARGEST = 100_000_000
 """Bytes of a file; the largest index of shards on the hub has a twentieth."""

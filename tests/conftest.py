@@ -11,16 +11,13 @@ install_import_hook(
     [
         f"peft_posthoc.{name}"
         for name in (
-            "svd",
-            "dense",
-            "krylov",
-            "noise",
-            "rank",
-            "layout",
-            "peft_format",
-            "curves",
-            "product",
-            "lora_folder",
+            "linalg",
+            "ranks.rules",
+            "models.layout",
+            "adapters.peft_format",
+            "adapters.factors",
+            "adapters.lora_folder",
+            "inspection.curves",
         )
     ],
     "beartype.beartype",

@@ -3,14 +3,15 @@
 import torch
 import transformers
 
-from peft_posthoc.adapter import Adapter
-from peft_posthoc.checkpoint import open_pair
-from peft_posthoc.factor import Layer, Skipped
-from peft_posthoc.inspection import Inspection
-from peft_posthoc.noise import Noise, white
-from peft_posthoc.plan import by_flags, make_plan
-from peft_posthoc.rank import Spectrum, signal_rank
-from peft_posthoc.svd import LowRank
+from peft_posthoc.extraction.adapter import Adapter
+from peft_posthoc.extraction.outcomes import Layer, Skipped
+from peft_posthoc.extraction.plan import by_flags, make_plan
+from peft_posthoc.inspection.inspection import Inspection
+from peft_posthoc.linalg.lowrank import LowRank
+from peft_posthoc.linalg.noise import Noise, white
+from peft_posthoc.linalg.spectrum import Spectrum
+from peft_posthoc.ranks.rules import signal_rank
+from peft_posthoc.sources import open_pair
 
 
 def llama(layers=32, width=4096, inner=11008, *, rank=512, dtype=torch.bfloat16, measured=True):

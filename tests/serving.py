@@ -1,4 +1,4 @@
-"""For each rule of `peft_posthoc.serving_rules` an adapter that it is about; and the page that has them all.
+"""For each rule of `peft_posthoc.serving.rules` an adapter that it is about; and the page that has them all.
 
 python -m tests.serving > docs/serving.md
 """
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc.engines import ENGINES
-from peft_posthoc.serving_rules import RULES
+from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.rules import RULES
 from tests import architectures, models
 
 LAYER = "base_model.model.model.layers.0"

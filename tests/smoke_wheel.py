@@ -23,7 +23,7 @@ from peft_posthoc import LoraConfig, extract
 report = json.load(open(sys.argv[1] + "/adapter/phlora_report.json"))
 assert report["totals"]["extracted"] == 2 and report["totals"]["energy"] > 0.999999, report["totals"]
 assert LoraConfig(r=4).r == 4
-assert all((resources.files("peft_posthoc") / name).is_file() for name in ("page.html.jinja", "page.js"))
+assert all((resources.files("peft_posthoc.inspection") / name).is_file() for name in ("page.html.jinja", "page.js"))
 """
 
 

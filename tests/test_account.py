@@ -11,7 +11,8 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from peft_posthoc import AdapterError, extract, report
+from peft_posthoc import AdapterError, extract
+from peft_posthoc.extraction import report
 
 LEAVES = ["q_proj", "embed_tokens", "lm_head", "norm", "c_attn", "conv", "0", "experts.1.up_proj", "to_out.0"]
 PARTS = ["weight", "weight", "weight", "bias", "scale"]

@@ -7,8 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_posthoc import AdapterError, NothingToCarryError, extract
-from peft_posthoc.peft_format import read_folder
-from peft_posthoc.portable import safe_rank
+from peft_posthoc.adapters.peft_format import read_folder
+from peft_posthoc.ranks.safe import safe_rank
 from tests import models
 
 # What PEFT 0.6.0's LoraConfig and its parents take; older loaders raise TypeError at anything else.

@@ -18,7 +18,11 @@ from click.testing import CliRunner
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import cli, extract, factor, folder, peft_format
+from peft_posthoc import extract
+from peft_posthoc.adapters import peft_format
+from peft_posthoc.checkpoints import folder
+from peft_posthoc.cli import main as cli
+from peft_posthoc.extraction import work as factor
 from tests import models
 from tests.limits import HANG
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_posthoc import Spectrum, budget, extract
-from peft_posthoc.budget import allocate, uniform
-from peft_posthoc.weighting import balanced, depth, early, energy, relative
+from peft_posthoc.ranks.allocate import allocate, uniform
+from peft_posthoc.ranks.weighting import balanced, depth, early, energy, relative
 from tests import models
 from tests.spectra import with_spectrum
 
@@ -274,7 +274,7 @@ def test_the_floor_is_a_share_of_the_uniform_rank():
 
 def test_a_budget_settles_an_adapter_that_is_there_without_factoring(pair, monkeypatch):
     whole = extract(*pair, 32, form="peft")
-    monkeypatch.setattr("peft_posthoc.factor.truncated_svd", None)
+    monkeypatch.setattr("peft_posthoc.extraction.work.truncated_svd", None)
     cut = whole.at(budget(params=20_000, weighting=relative()))
     assert sum(len(one.factors.s) for one in cut.layers.values()) < sum(
         len(one.factors.s) for one in whole.layers.values()

@@ -22,8 +22,9 @@ from hf_callbacks import run as run_module
 from hf_callbacks.jobs import Job, Jobs
 from hf_callbacks.plot import plot
 from hf_callbacks.run import Run
-from peft_posthoc import PosthocError, extract, peft_format
-from peft_posthoc.rank import keep_energy
+from peft_posthoc import PosthocError, extract
+from peft_posthoc.adapters import peft_format
+from peft_posthoc.ranks.rules import keep_energy
 from tests import models
 from tests.limits import HANG
 from tests.runs import STEPS, adapters, examples, files, here, same_factors, trainer

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, combine, export, extract, resize
-from peft_posthoc.cast import cast, cast_biases
-from peft_posthoc.fix import fix
+from peft_posthoc.adapters.cast import cast, cast_biases
+from peft_posthoc.serving.fix import fix
 from tests import models
 from tests.spectra import with_spectrum
 

@@ -8,11 +8,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from peft_posthoc import AdapterError, CheckpointError, check, cli, extract
-from peft_posthoc.check_cli import NAMES
-from peft_posthoc.engines import ENGINES
-from peft_posthoc.serving_rules import RULES
-from peft_posthoc.subject import Subject
+from peft_posthoc import AdapterError, CheckpointError, check, extract
+from peft_posthoc.cli import main as cli
+from peft_posthoc.cli.check import NAMES
+from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.rules import RULES
+from peft_posthoc.serving.subject import Subject
 from tests import models, serving
 from tests.test_bad_input import contents, misused, refused, run
 
@@ -74,7 +75,7 @@ def test_a_rule_does_not_see_what_is_close_to_it_and_right(name, good, bases, tm
 
 
 def test_the_page_has_the_rules_of_today():
-    page = serving.Path(cli.__file__).parents[1] / "docs/serving.md"
+    page = serving.Path(__file__).parents[1] / "docs/serving.md"
     assert page.read_text(encoding="utf-8") == serving.page(), "python -m tests.serving > docs/serving.md"
 
 

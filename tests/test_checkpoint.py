@@ -10,8 +10,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_posthoc import CheckpointError, extract, folder, open_checkpoint, verify
-from peft_posthoc.checkpoint import Checkpoint, Header, InMemory
+from peft_posthoc import CheckpointError, extract, open_checkpoint, verify
+from peft_posthoc.checkpoints import files, folder
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.memory import InMemory
 from tests import models
 
 
@@ -116,7 +118,7 @@ def same(checkpoint, tensors):
     return True
 
 
-@pytest.mark.parametrize("suffix", folder.SUFFIXES)
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
 def test_a_single_file_is_a_checkpoint_without_a_configuration(suffix, weights, tmp_path):
     path = tmp_path / f"any-name{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(weights, path)

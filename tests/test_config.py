@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_posthoc import AdapterError, LoraConfig, get_peft_model
-from peft_posthoc.portable import safe_rank
+from peft_posthoc.ranks.safe import safe_rank
 from tests import models
 
 IDS = torch.arange(40)[None]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import peft_posthoc
 from hf_callbacks import PosthocLoraCallback
-from peft_posthoc import cli
+from peft_posthoc.cli import main as cli
 from tests import architectures, merges, models, runs
 
 EPS = torch.finfo(torch.float32).eps

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from peft_posthoc import CheckpointError, extract, open_checkpoint, verify
-from peft_posthoc.checkpoint import Checkpoint, open_pair
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.sources import open_pair
 from tests import models
 from tests.limits import HANG
 from tests.test_bad_input import NAMES, Payload, contents, forbid_svd, moved, refused, run, tensors

@@ -4,7 +4,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from peft_posthoc import cli
+from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import PosthocError, brief, one_line, printable
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import NothingToCarryError, extract
-from peft_posthoc.rank import keep_energy
+from peft_posthoc.ranks.rules import keep_energy
 from tests import architectures, models
 
 EPS = torch.finfo(torch.float32).eps

@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 
 import peft_posthoc
 from peft_posthoc import MismatchError, extract, open_checkpoint, verify
-from peft_posthoc.fused import pack, unpack
-from peft_posthoc.kinds import EXPERT
-from peft_posthoc.layout import Stack
-from peft_posthoc.match import match
+from peft_posthoc.adapters.experts import pack, unpack
+from peft_posthoc.models.kinds import EXPERT
+from peft_posthoc.models.layout import Stack
+from peft_posthoc.pairing.pair import match
 from tests import architectures, models
 from tests.architectures import ARCHITECTURES
 

@@ -11,9 +11,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import AdapterError, CheckpointError, cli, export, extract
-from peft_posthoc.export import TARGETS
-from peft_posthoc.export_cli import TO
+from peft_posthoc import AdapterError, CheckpointError, export, extract
+from peft_posthoc.cli import main as cli
+from peft_posthoc.cli.export import TO
+from peft_posthoc.formats.export import TARGETS
 from tests import lora, models
 
 PAGE = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")

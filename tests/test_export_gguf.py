@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from peft_posthoc import AdapterError, export, extract
-from peft_posthoc.deltas import open_deltas
-from peft_posthoc.export_gguf import ARCHITECTURES, interleave
+from peft_posthoc.formats.gguf import ARCHITECTURES, interleave
+from peft_posthoc.formats.open import open_deltas
 from tests import architectures, lora, models
 
 # By model, the architecture's name, and how many pairs of tensors a layer has beside embeddings and head.

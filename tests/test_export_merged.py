@@ -67,7 +67,7 @@ def test_a_divided_base_gives_a_divided_model(suffix, tmp_path, monkeypatch):
         for path in Path(base).glob("model*"):
             path.unlink()
         torch.save(model.state_dict(), Path(base) / "pytorch_model.bin")
-        monkeypatch.setattr("peft_posthoc.export_merged._SHARD", "20KB")
+        monkeypatch.setattr("peft_posthoc.formats.merged._SHARD", "20KB")
     export(out, tmp_path / "out", "merged", base=base)
     made = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert made == files if suffix == "safetensors" else len(made) > 2
@@ -88,7 +88,7 @@ def test_one_shard_at_a_time_is_in_memory(tmp_path, monkeypatch):
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, path, **options)
 
-    monkeypatch.setattr("peft_posthoc.export_merged.save_file", save)
+    monkeypatch.setattr("peft_posthoc.formats.merged.save_file", save)
     export(full(base, tuned, tmp_path / "a"), tmp_path / "out", "merged", base=base)
     assert len(sizes) > 3
     assert max(sizes) < 24_000 < sum(sizes)
@@ -221,7 +221,7 @@ def test_a_full_disk_is_seen_before_the_work_and_survived_during_it(llama_pair, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_posthoc.export_merged.save_file", full_disk)
+        patch.setattr("peft_posthoc.formats.merged.save_file", full_disk)
         with pytest.raises(AdapterError, match=r"No space left on device\. Nothing was left"):
             export(adapter, tmp_path / "deep" / "out", "merged", base=base)
     assert {path.name for path in tmp_path.iterdir()} == {"a"}

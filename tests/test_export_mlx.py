@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_posthoc import AdapterError, export, extract
-from peft_posthoc.deltas import open_deltas
+from peft_posthoc.formats.open import open_deltas
 from tests import architectures, lora, models
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from peft_posthoc import CheckpointError, NothingToCarryError, extract
-from peft_posthoc.checkpoint import InMemory, open_pair
-from peft_posthoc.extract import read_pairs
+from peft_posthoc.checkpoints.memory import InMemory
+from peft_posthoc.extraction.extract import read_pairs
+from peft_posthoc.sources import open_pair
 
 
 def threads():

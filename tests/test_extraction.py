@@ -5,7 +5,8 @@ import torch
 
 from hf_callbacks import PosthocLoraCallback
 from hf_callbacks.extraction import Extraction
-from peft_posthoc import cli, extract
+from peft_posthoc import extract
+from peft_posthoc.cli import main as cli
 
 ASKED = Extraction(
     rank=4,

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, check, extract, fix
-from peft_posthoc.serving_rules import FIX, FIX_BASE, RULES
+from peft_posthoc.serving.rules import FIX, FIX_BASE, RULES
 from tests import models, serving
 from tests.test_bad_input import contents, refused, run, without_progress
 from tests.test_check import by_peft

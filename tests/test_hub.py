@@ -17,7 +17,7 @@ from tests.limits import HANG
 SESSION = """
 import json, sys
 from click.testing import CliRunner
-from peft_posthoc.cli import main
+from peft_posthoc.cli.main import main
 for line in sys.stdin:
     result = CliRunner().invoke(main, json.loads(line))
     crashed = result.exception is not None and not isinstance(result.exception, SystemExit)

@@ -12,7 +12,7 @@ def loaded_by(code):
 
 
 @pytest.mark.parametrize(
-    "code", ["import peft_posthoc", "import peft_posthoc.cli", "import mergekit_plugin, hf_callbacks"]
+    "code", ["import peft_posthoc", "import peft_posthoc.cli.main", "import mergekit_plugin, hf_callbacks"]
 )
 def test_importing_the_library_loads_no_host(code):
     assert loaded_by(code) == []
@@ -23,9 +23,9 @@ def test_the_probe_can_see_an_import():
 
 
 def test_functions_are_not_shadowed_by_the_modules_they_live_in():
-    import peft_posthoc.cli
-    import peft_posthoc.extract
-    import peft_posthoc.verify
+    import peft_posthoc.cli.main
+    import peft_posthoc.extraction.extract
+    import peft_posthoc.verification.verify
 
     assert callable(peft_posthoc.extract)
     assert callable(peft_posthoc.verify)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from peft_posthoc import cli, extract
-from peft_posthoc.candidates import of
+from peft_posthoc import extract
+from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import AdapterError, MissingExtraError, OutputError
-from peft_posthoc.grid import Cell, cells
-from peft_posthoc.inspection import Inspection, inspect
-from peft_posthoc.whole_file import write_whole
+from peft_posthoc.files import write_whole
+from peft_posthoc.inspection.answers import of
+from peft_posthoc.inspection.grid import Cell, cells
+from peft_posthoc.inspection.inspection import Inspection, inspect
 from tests import inspections, models
 from tests.test_report import diagonal, pair_with
 
@@ -39,7 +40,9 @@ def rounded_pair(tmp_path_factory):
 
 @pytest.mark.parametrize("form", ["portable", "peft"])
 def test_what_a_rule_would_choose_is_what_extract_writes(form, rounded_pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_posthoc.candidates.BUDGETS", ("40%",))  # A tiny model's adapters are as large as itself.
+    monkeypatch.setattr(
+        "peft_posthoc.inspection.answers.BUDGETS", ("40%",)
+    )  # A tiny model's adapters are as large as itself.
     inspection = inspect(*rounded_pair, form=form)
     for flags in ("--rank 8", "--energy 0.9", "--rank auto", "--budget 40%"):
         told = by_flags(inspection)[flags]
@@ -97,15 +100,16 @@ def test_noise_is_measured_where_the_type_tells_it(rounded_pair):
 
 def test_a_rank_known_in_advance_stays_so_where_noise_is_measured(monkeypatch):
     # The rule must reach the factorization as a rule whose rank is known: its first block is then wide enough.
-    from peft_posthoc import factor
+    from peft_posthoc.extraction import work as factor
+    from peft_posthoc.linalg import spectrum, svd
 
     seen = []
-    real = factor.truncated_svd
+    real = svd.truncated_svd
     monkeypatch.setattr(
         factor, "truncated_svd", lambda delta, rule, **how: seen.append(rule) or real(delta, rule, **how)
     )
     inspect(*pair_with({"a.weight": diagonal(4.0)}), 7)
-    assert [factor.in_advance(rule) for rule in seen] == [7]
+    assert [spectrum.in_advance(rule) for rule in seen] == [7]
 
 
 def test_json_has_spectra_curves_ranks_and_sizes(rounded_pair):

@@ -3,8 +3,10 @@ import torch
 import transformers
 
 from peft_posthoc import open_checkpoint
-from peft_posthoc.kinds import CONV1D, EMBEDDING, LINEAR
-from peft_posthoc.layout import PLAIN_DECODERS, layout_of, matched, target_modules
+from peft_posthoc.adapters.names import matched, target_modules
+from peft_posthoc.models.decoders import PLAIN_DECODERS
+from peft_posthoc.models.find import layout_of
+from peft_posthoc.models.kinds import CONV1D, EMBEDDING, LINEAR
 from tests import architectures, models
 
 

@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_line(monkeypatch, tmp_path
     from click.testing import CliRunner
 
     from mergekit_plugin import autoload
-    from peft_posthoc import cli
+    from peft_posthoc.cli import main as cli
 
     monkeypatch.setattr(autoload, "_folder", lambda: tmp_path / "nowhere")
     result = CliRunner().invoke(cli.main, ["mergekit", "enable"])
@@ -132,7 +132,7 @@ def test_what_cannot_be_written_again_stays_as_it_is(monkeypatch, tmp_path):
     from click.testing import CliRunner
 
     from mergekit_plugin import autoload
-    from peft_posthoc import cli
+    from peft_posthoc.cli import main as cli
 
     monkeypatch.setattr(autoload, "_folder", lambda: tmp_path)
     assert CliRunner().invoke(cli.main, ["mergekit", "enable"]).exit_code == 0

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from mergekit_plugin.command import main
 from mergekit_plugin.recipe import read_recipe
-from peft_posthoc import cli, patterns
+from peft_posthoc import patterns
+from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import PosthocError
 from tests import models
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_posthoc import MismatchError, extract, open_checkpoint, verify
-from peft_posthoc.match import match
-from peft_posthoc.names import as_named
+from peft_posthoc.pairing.names import as_named
+from peft_posthoc.pairing.pair import match
 from tests import models
 
 

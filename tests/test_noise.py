@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from peft_posthoc import Spectrum, above_noise, extract
-from peft_posthoc.noise import Noise, edge, rounding, white
-from peft_posthoc.rank import signal_rank
+from peft_posthoc.linalg.noise import Noise, edge, rounding, white
+from peft_posthoc.ranks.rules import signal_rank
 
 SHAPES = {"tall": (420, 300), "wide": (300, 420), "square": (360, 360)}
 NAME = "layers.0.proj.weight"
@@ -168,7 +168,7 @@ def test_equal_singular_values_stand_out_together():
 
 
 def test_noise_survives_an_interruption(tmp_path):
-    from peft_posthoc.spool import Spool
+    from peft_posthoc.extraction.spool import Spool
 
     spool = Spool(tmp_path / "out", "any", patience=0)
     layers = [

@@ -9,13 +9,14 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import cli, patterns
-from peft_posthoc.adapter_config import read_config, try_patterns
+from peft_posthoc import patterns
+from peft_posthoc.adapters.config import read_config, try_patterns
+from peft_posthoc.checkpoints.files import config_of, shards_of
+from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import AdapterError, CheckpointError
-from peft_posthoc.folder import config_of, shards_of
 from peft_posthoc.json_file import parse_json, read_json
-from peft_posthoc.model_class import build
-from peft_posthoc.verify import verify
+from peft_posthoc.models.by_class import build
+from peft_posthoc.verification.verify import verify
 from tests import models
 
 ENDLESS = "(.|.)*!"

@@ -6,8 +6,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from peft_posthoc import budget, cli, extract, patterns
-from peft_posthoc.rank import fixed
+from peft_posthoc import budget, extract, patterns
+from peft_posthoc.cli import main as cli
+from peft_posthoc.ranks.rules import fixed
 
 ODD = {
     "huge": "9" * 22,

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from peft_posthoc import extract
-from peft_posthoc.inspection import Inspection, inspect
+from peft_posthoc.inspection.inspection import Inspection, inspect
 from tests import inspections
 from tests.limits import HANG
 from tests.test_report import diagonal, pair_with

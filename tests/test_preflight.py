@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from peft_posthoc import AdapterError, CheckpointError, MismatchError, extract, open_checkpoint, preflight
-from peft_posthoc.cli import main
+from peft_posthoc.cli.main import main
 from tests import architectures
 
 

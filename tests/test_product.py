@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_posthoc.product import factor_product
-from peft_posthoc.rank import fixed, keep_energy
+from peft_posthoc.linalg.product import factor_product
+from peft_posthoc.ranks.rules import fixed, keep_energy
 from tests.spectra import SPECTRA, with_spectrum
 
 EPS = torch.finfo(torch.float64).eps

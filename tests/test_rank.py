@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_posthoc.rank import Spectrum, as_rule, describe, fixed, keep_energy
+from peft_posthoc.linalg.spectrum import Spectrum
+from peft_posthoc.ranks.rules import as_rule, describe, fixed, keep_energy
 
 
 def whole(s, shape=None):

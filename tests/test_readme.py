@@ -11,7 +11,7 @@ import pytest
 import transformers
 from click.testing import CliRunner
 
-from peft_posthoc import cli
+from peft_posthoc.cli import main as cli
 from tests import models, runs
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def test_the_make_lines_name_targets():
     assert targets == ["demo", "test"]
     for target in targets:
         run = subprocess.run(
-            ["make", "-n", target], capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parents[1]
+            ["make", "-n", target], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
         )
         assert run.returncode == 0, run.stderr
 

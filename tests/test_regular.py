@@ -12,7 +12,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from peft_posthoc import CheckpointError, extract, verify
-from peft_posthoc.regular import check_folder, regular
+from peft_posthoc.files import check_folder, regular
 from tests.test_bad_input import moved, refused, run, tensors, write
 
 

@@ -9,8 +9,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from peft_posthoc import LoraConfig, PosthocError, cli, extract, get_peft_model, verify
-from peft_posthoc.remote_code import no_prompts, without_code
+from peft_posthoc import LoraConfig, PosthocError, extract, get_peft_model, verify
+from peft_posthoc.cli import main as cli
+from peft_posthoc.models.remote_code import no_prompts, without_code
 from tests import merges, models
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from peft_posthoc import extract
-from peft_posthoc.curves import Curves
-from peft_posthoc.rank import keep_energy
+from peft_posthoc.inspection.curves import Curves
+from peft_posthoc.ranks.rules import keep_energy
 from tests import models
 
 
@@ -150,7 +150,7 @@ def test_a_cut_curve_is_measured_against_the_true_energy():
 
 def test_the_norms_are_summed_in_float64():
     # In float32 the sum of 2^24 ones and one more stays at 2^24.
-    from peft_posthoc.factor import frobenius
+    from peft_posthoc.linalg.norms import frobenius
 
     assert frobenius(torch.ones(2**24 + 9)) == pytest.approx(math.sqrt(2**24 + 9), rel=1e-12)
 

@@ -24,7 +24,7 @@ from peft_posthoc import (
     spectra,
     verify,
 )
-from peft_posthoc.lora_folder import LoraFolder
+from peft_posthoc.adapters.lora_folder import LoraFolder
 from tests import models
 
 LEAVES = ["q_proj", "k_proj", "v_proj", "down_proj"]
@@ -517,7 +517,7 @@ def test_the_same_input_gives_the_same_bits_with_any_number_of_threads(patterned
 
 def test_tensors_are_read_one_module_at_a_time(patterned, monkeypatch):
     held, most = [], []
-    read, cut = LoraFolder.factors, peft_posthoc.product.Product.cut
+    read, cut = LoraFolder.factors, peft_posthoc.linalg.product.Product.cut
 
     def factors(folder, name):
         held.append(name)
@@ -529,7 +529,7 @@ def test_tensors_are_read_one_module_at_a_time(patterned, monkeypatch):
         return cut(product, rank)
 
     monkeypatch.setattr(LoraFolder, "factors", factors)
-    monkeypatch.setattr(peft_posthoc.product.Product, "cut", done)
+    monkeypatch.setattr(peft_posthoc.linalg.product.Product, "cut", done)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

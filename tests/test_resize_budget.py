@@ -3,7 +3,7 @@ import torch
 from click.testing import CliRunner
 
 from peft_posthoc import budget, extract, resize
-from peft_posthoc.cli import main
+from peft_posthoc.cli.main import main
 from tests import architectures
 
 

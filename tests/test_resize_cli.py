@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import cli
+from peft_posthoc.cli import main as cli
 
 
 def write(folder, *, seed=0, rank=8, **config):

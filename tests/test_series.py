@@ -20,12 +20,12 @@ from peft_posthoc import (
     keep_error,
     limited,
     several,
-    svd,
 )
-from peft_posthoc.cli import main
-from peft_posthoc.rank import in_advance
-from peft_posthoc.rank_options import RANK, pattern_of, rule_of
-from peft_posthoc.weighting import energy, relative
+from peft_posthoc.cli.main import main
+from peft_posthoc.cli.ranks import RANK, pattern_of, rule_of
+from peft_posthoc.linalg import svd
+from peft_posthoc.linalg.spectrum import in_advance
+from peft_posthoc.ranks.weighting import energy, relative
 
 
 def run(*arguments):
@@ -49,7 +49,7 @@ def test_several_ranks_come_from_one_factorization_at_the_cost_of_the_largest(ll
         asked.append(in_advance(rank))
         return real(delta, rank, **options)
 
-    monkeypatch.setattr("peft_posthoc.factor.truncated_svd", counted)
+    monkeypatch.setattr("peft_posthoc.extraction.work.truncated_svd", counted)
     result = run("extract", *llama_pair, tmp_path / "out", "--rank", "4,16,8", "--json", tmp_path / "all.json")
     assert result.exit_code == 0, result.output
     assert asked == [16] * 14

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from peft_posthoc import cli
+from peft_posthoc.cli import main as cli
 from tests.limits import HANG
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

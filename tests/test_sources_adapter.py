@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, CheckpointError, extract, open_checkpoint, verify
-from peft_posthoc.adapted import Adapted, sides
-from peft_posthoc.checkpoint import Checkpoint
+from peft_posthoc.adapters.applied import Adapted
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.sources import sides
 from tests import architectures, models
 
 LEAVES = ["q_proj", "v_proj", "down_proj"]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from peft_posthoc import CheckpointError, extract, open_checkpoint
-from peft_posthoc.layout import GUESSED
+from peft_posthoc.models.layout import GUESSED
 from tests import diffusion
 from tests.test_checkpoint import same
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import CheckpointError, MissingExtraError, extract, open_checkpoint
-from peft_posthoc.checkpoint import Checkpoint
-from peft_posthoc.zero import find_partitions
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.zero import find_partitions
 from tests import models
 from tests.limits import HANG
 from tests.test_bad_input import moved, refused, run, tensors

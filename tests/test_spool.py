@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_posthoc import AdapterError, CheckpointError, extract, peft_format
-from peft_posthoc import factor as factor_module
-from peft_posthoc import spool as spool_module
-from peft_posthoc.processes import Processes
-from peft_posthoc.spool import Spool
+from peft_posthoc import AdapterError, CheckpointError, extract
+from peft_posthoc.adapters import peft_format
+from peft_posthoc.extraction import spool as spool_module
+from peft_posthoc.extraction import work as factor_module
+from peft_posthoc.extraction.processes import Processes
+from peft_posthoc.extraction.spool import Spool
+from peft_posthoc.linalg import svd as svd_module
 from tests import architectures, models
 from tests.limits import HANG
 
@@ -65,7 +67,7 @@ def test_what_is_whole_comes_back_bit_for_bit(tmp_path):
 
 def interrupted_after(count, monkeypatch):
     done = []
-    real = factor_module.truncated_svd
+    real = svd_module.truncated_svd
 
     def svd(*args, **kwargs):
         if len(done) == count:
@@ -209,7 +211,7 @@ def test_processes_share_every_weight_once_and_evenly(size):
 
 
 def torchrun(*arguments, before=""):
-    run = f"{before}\nfrom peft_posthoc.cli import main\nmain(prog_name='phlora')"
+    run = f"{before}\nfrom peft_posthoc.cli.main import main\nmain(prog_name='phlora')"
     script = ["--no-python", sys.executable, "-c", run] if before else ["-m", "peft_posthoc"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     return subprocess.run([*launcher, *script, *arguments], capture_output=True, text=True, timeout=HANG, check=False)
@@ -235,7 +237,7 @@ def test_two_processes_write_the_same_bits_as_one(wide_pair, tmp_path):
 def test_a_process_that_is_killed_is_started_again_and_goes_on(wide_pair, tmp_path):
     kill = f"""
 import os, signal
-from peft_posthoc import factor
+from peft_posthoc.extraction import work as factor
 real, calls = factor.truncated_svd, []
 def svd(*args, **kwargs):
     calls.append(None)
@@ -256,14 +258,15 @@ factor.truncated_svd = svd
 def test_a_terminated_run_leaves_no_adapter_and_can_go_on(wide_pair, tmp_path):
     slow = """
 import time
-from peft_posthoc import factor, spool
+from peft_posthoc.extraction import work as factor
+from peft_posthoc.extraction import spool
 spool.Spool.__init__.__kwdefaults__["patience"] = 0.0
 real = factor.truncated_svd
 def svd(*args, **kwargs):
     time.sleep(0.5)
     return real(*args, **kwargs)
 factor.truncated_svd = svd
-from peft_posthoc.cli import main
+from peft_posthoc.cli.main import main
 main(prog_name="phlora")
 """
     arguments = ["extract", *wide_pair, str(tmp_path / "out"), "--rank", "8", "--quiet"]

@@ -9,9 +9,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from peft_posthoc import extract, open_checkpoint, peft_format, resize
-from peft_posthoc.peft_format import CARD_MARK, CONFIG, REPORT, WEIGHTS
-from peft_posthoc.portable import Portable
+from peft_posthoc import extract, open_checkpoint, resize
+from peft_posthoc.adapters import peft_format
+from peft_posthoc.adapters.config import CONFIG
+from peft_posthoc.adapters.peft_format import CARD_MARK, REPORT, WEIGHTS
+from peft_posthoc.extraction.forms.portable import Portable
 from tests.test_bad_input import contents, moved, refused, run, tensors, write
 
 OURS = {CONFIG, WEIGHTS, REPORT}

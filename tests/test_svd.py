@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_posthoc import krylov, svd
-from peft_posthoc.dense import Problem
-from peft_posthoc.krylov import block_krylov
-from peft_posthoc.rank import fixed, keep_energy
-from peft_posthoc.svd import cost, full_precision, truncated_svd
+from peft_posthoc.compute.precision import full_precision
+from peft_posthoc.linalg import krylov, norms
+from peft_posthoc.linalg.dense import Problem
+from peft_posthoc.linalg.krylov import block_krylov
+from peft_posthoc.linalg.svd import cost, truncated_svd
+from peft_posthoc.ranks.rules import fixed, keep_energy
 from tests.spectra import SPECTRA, SQUARE, TALL, WIDE, cluster, low_rank, noise, power, step, with_spectrum
 
 SHAPES = {"tall": TALL, "wide": WIDE, "square": SQUARE}
@@ -100,7 +101,7 @@ def test_too_few_steps_fail_the_same_assertion(name):
     """The assertions above can fail: two steps of the same iteration do, and it knows."""
     spectrum = SPECTRA[name](600)
     delta = with_spectrum(*SQUARE, spectrum, dtype=torch.float32)
-    problem = Problem(delta, svd._frobenius_norm(delta), fixed(32), SQUARE)
+    problem = Problem(delta, norms.frobenius_norm(delta), fixed(32), SQUARE)
     u, s, v, shortfall, _ = block_krylov(problem, 32, 1e-4, 0, max_steps=2)
     root = (s * problem.norm).sqrt()
     weak = truncated_svd(delta, 32)._replace(a=(v * root).mT, b=u * root, s=root.double() ** 2, shortfall=shortfall)
@@ -113,7 +114,7 @@ def test_too_few_steps_fail_the_same_assertion(name):
 def test_the_certificate_holds_at_every_step(name):
     spectrum = SPECTRA[name](600)
     delta = with_spectrum(*SQUARE, spectrum, dtype=torch.float32)
-    problem = Problem(delta, svd._frobenius_norm(delta), fixed(16), SQUARE)
+    problem = Problem(delta, norms.frobenius_norm(delta), fixed(16), SQUARE)
     optimum = float(spectrum[:16].square().sum() / spectrum.square().sum())
     for steps in range(1, 10):
         found = block_krylov(problem, 16, 0.0, 0, max_steps=steps)

@@ -6,8 +6,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import AdapterError, CheckpointError, cli, extract, verify
-from peft_posthoc.rank import keep_energy
+from peft_posthoc import AdapterError, CheckpointError, extract, verify
+from peft_posthoc.cli import main as cli
+from peft_posthoc.ranks.rules import keep_energy
 from tests import architectures, models
 
 

@@ -6,7 +6,7 @@ import transformers
 from click.testing import CliRunner
 
 from peft_posthoc import MismatchError, extract, verify
-from peft_posthoc.cli import main
+from peft_posthoc.cli.main import main
 from tests import models
 
 EPS = torch.finfo(torch.float32).eps

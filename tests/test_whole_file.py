@@ -13,9 +13,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from peft_posthoc import Inspection, cli, extract
+from peft_posthoc import Inspection, extract
+from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import OutputError
-from peft_posthoc.whole_file import write_whole
+from peft_posthoc.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 FULL = "/dev/full"
@@ -101,7 +102,7 @@ def test_a_page_that_cannot_be_drawn_says_so_and_where_the_adapter_is(llama_pair
     def crash(_):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("peft_posthoc.page.page", crash)
+    monkeypatch.setattr("peft_posthoc.inspection.page.page", crash)
     result = run("extract", *llama_pair, tmp_path / "out", "--html", tmp_path / "page.html", "--quiet")
     assert result.stderr == (
         "phlora: error: Unexpected RuntimeError (see it with --debug): no font. "
@@ -201,8 +202,8 @@ def test_no_other_file_of_the_source_writes_files():
     found = {
         path.name: calls
         for folder in ("peft_posthoc", "mergekit_plugin")
-        for path in (ROOT / folder).glob("*.py")
-        if path.name not in {*STAGED, "whole_file.py"} and (calls := written_in(path.read_text(encoding="utf-8")))
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name not in {*STAGED, "files.py"} and (calls := written_in(path.read_text(encoding="utf-8")))
     }
     assert found == {}
 

@@ -87,7 +87,7 @@ class Engine:
     title: str
     driver: str
     rules: str | None = None
-    """The engine of `peft_posthoc.engines` whose rules are about it."""
+    """The engine of `peft_posthoc.serving.engines` whose rules are about it."""
     environment: str | None = None
     """The folder under `HOME`; this interpreter if there is none."""
     adapters: Callable[[Mapping[str, Path], Path, Path], Mapping[str, Made]] = _as_they_are

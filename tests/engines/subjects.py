@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract
-from peft_posthoc.peft_format import PREFIX
-from peft_posthoc.subject import Subject
+from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.serving.subject import Subject
 from tests import models, serving
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -5,7 +5,7 @@ The numbers are those of `outcomes.json`; the adapters are made anew, for `check
 
 import pytest
 
-from peft_posthoc import engines
+from peft_posthoc.serving import engines
 from tests.engines import subjects
 from tests.engines.page import PAGE, page
 from tests.engines.record import Right, Spoiled, bases_of, kept, rounding, said_of

@@ -1,0 +1,1 @@
+"""PEFT's LoRA folder: read, understood, held on a model, written."""

@@ -1,0 +1,194 @@
+"""What each tensor of base + adapter is, one at a time; and the configuration of a model that has them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.adapters.factors import Factors, merged
+from peft_posthoc.adapters.on_model import Deltas, matrices
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.json_file import read_json
+from peft_posthoc.models.kinds import LINEAR
+from peft_posthoc.models.layout import Stack
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Merge:
+    """What each tensor of the merged checkpoint is made of.
+
+    Raises:
+        AdapterError: The adapter changes something that has no place in it.
+        CheckpointError: The base is quantized.
+    """
+
+    def __init__(self, deltas: Deltas, dtype: torch.dtype | None) -> None:
+        self._deltas = deltas
+        self._layout = deltas.layout
+        self._stacks = {stack.name: stack for stack in deltas.stacks}
+        self.notes: list[str] = []
+        base, names = deltas.base, deltas.base.headers
+        if base.sequential:
+            raise CheckpointError(f"`{base.label}` can be read once only. Write it to a folder first.")
+        if (base.config or {}).get("quantization_config"):
+            raise CheckpointError(
+                f"The base `{base.label}` is quantized; what is added to rounded weights is lost in rounding. Give the "
+                "model that it was made from."
+            )
+        untied = self._untied()
+        stored = {self._layout.name_of(name): name for name in names}
+        ties = self._layout.ties.items()
+        users = {f"{user}.weight" for owner, users in ties if f"{owner}.weight" in stored for user in users}
+        # A loader that ties them does not read what else is stored under a tied name.
+        self._sources = {name: name for name in names if self._layout.name_of(name) not in users}
+        self._own = {name: self._layout.name_of(name) for name in self._sources}
+        for user, owner in untied.items():
+            name = stored.get(user, user)
+            self._sources[name], self._own[name] = stored[owner], user
+        self.headers: dict[str, Header] = {}
+        for name, source in self._sources.items():
+            header = names[source]
+            wide = dtype is not None and header.dtype in _FLOATS
+            self.headers[name] = Header(header.shape, dtype) if wide and dtype is not None else header
+        self._check()
+        self._dtype, self._is_untied = dtype, bool(untied)
+
+    def config(self) -> dict[str, Any] | None:
+        """The configuration, as it is to be; None if the base has none."""
+        if self._deltas.base.config is None:
+            return None
+        config = _raw_config(self._deltas)
+        parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
+        if self._is_untied:
+            config["tie_word_embeddings"] = False
+            for part in parts[1:]:
+                if "tie_word_embeddings" in part:
+                    part["tie_word_embeddings"] = False
+        if self._dtype is not None:
+            for part in parts:
+                for key in {"dtype", "torch_dtype"} & part.keys():
+                    part[key] = str(self._dtype).removeprefix("torch.")
+        return config
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the merged checkpoint."""
+        deltas, own, header = self._deltas, self._own[name], self.headers[name]
+        if own in deltas.whole:
+            return deltas.folder.tensor(deltas.whole[own]).to(header.dtype).contiguous()
+        module, _, leaf = own.rpartition(".")
+        before = deltas.base.read(self._sources[name])
+        if own in deltas.base_layers:
+            before = deltas.folder.tensor(deltas.base_layers[own])
+        after = before
+        if own in self._stacks:
+            after = self._stacked(before, self._stacks[own], header.dtype)
+        elif leaf == "weight" and deltas.rank_of(module):
+            after = merged(before, self._factors(module, before), deltas.slots[module].kind)
+        elif leaf == "bias" and module in deltas.biases:
+            after = before.double() + deltas.bias(module)
+        after = after.to(header.dtype).contiguous()
+        if after is not before and not torch.isfinite(after).all() and torch.isfinite(before).all():
+            raise AdapterError(f"`{name}` overflows {header.dtype} with the adapter. Choose another `--dtype`.")
+        return after
+
+    def _stacked(self, before: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
+        names = matrices(stack)
+        if not any(map(self._deltas.rank_of, names)):
+            return before
+        each = len(names) // len(stack.units)
+        # Some models are stored the other way round than they compute (Qwen3-VL-MoE).
+        turned = tuple(before.shape) != stack.shape
+        after = (before.mT if turned else before).to(torch.promote_types(before.dtype, dtype), copy=True)
+        for index, matrix in enumerate(after if after.ndim == 3 else [after]):
+            rows = stack.kind.matrix(matrix)
+            for part, block in zip(names[index * each : (index + 1) * each], rows.chunk(each), strict=True):
+                block.copy_(merged(block, self._factors(part, before), LINEAR))
+        return after.mT if turned else after
+
+    def _factors(self, name: str, before: Tensor) -> Factors:
+        wide = torch.promote_types(torch.float32, before.dtype)
+        a, b = self._deltas.factors(name)
+        return Factors(a.to(wide), b.to(wide))
+
+    def _untied(self) -> dict[str, str]:
+        """By the name of each tied weight that the adapter changes otherwise than its owner's, the owner's.
+
+        Raises:
+            AdapterError: It is not the head's, or the model computes otherwise when its head is not tied.
+        """
+        deltas, found = self._deltas, {}
+        stored = {self._layout.name_of(name) for name in deltas.base.headers}
+        config = deltas.base.config or {}
+        for owner, users in self._layout.ties.items():
+            for user in users:
+                if deltas.alike(owner, user):
+                    continue
+                # T5 scales what goes into a head that is tied.
+                possible = user == self._layout.head and not config.get("is_encoder_decoder")
+                if not possible or f"{owner}.weight" not in stored:
+                    raise AdapterError(
+                        f"`{deltas.folder.label}` changes `{owner}` and `{user}` differently, which are one weight in "
+                        f"`{deltas.base.label}`: no checkpoint of it holds that. Serve the adapter unmerged."
+                    )
+                found[f"{user}.weight"] = f"{owner}.weight"
+                self.notes.append(
+                    f"`{owner}` and `{user}` are no longer tied: the adapter changes them differently. Both are "
+                    "written, and the configuration says `tie_word_embeddings: false`."
+                )
+        return found
+
+    def _check(self) -> None:
+        """See that all that the adapter changes is in the checkpoint, as a tensor that can be added to."""
+        deltas, label = self._deltas, self._deltas.folder.label
+        own = {name: stored for stored, name in self._own.items()}
+        tied = {user for users in self._layout.ties.values() for user in users}
+        stacks = {part: stack.name for stack in deltas.stacks for part in matrices(stack)}
+        for name in deltas.names:
+            stored = own.get(f"{name}.weight") or own.get(stacks.get(name, ""))
+            if stored is None and name in tied:
+                continue
+            if stored is None:
+                raise AdapterError(f"`{label}` adapts `{name}`, which `{deltas.base.label}` holds no weight of.")
+            if deltas.base.headers[self._sources[stored]].dtype not in _FLOATS:
+                dtype = str(deltas.base.headers[self._sources[stored]].dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"`{stored}` of the base `{deltas.base.label}` is {dtype}; what is added to it is lost in "
+                    "rounding. Give the model that it was made from."
+                )
+        for module in deltas.biases:
+            if f"{module}.bias" not in own:
+                raise AdapterError(
+                    f"`{label}` adds to the bias of `{module}`, which has none in `{deltas.base.label}`: no checkpoint "
+                    "of it holds that. Serve the adapter unmerged."
+                )
+        for name, key in {**deltas.whole, **deltas.base_layers}.items():
+            if name not in own:
+                if name.removesuffix(".weight") in tied:
+                    continue
+                raise AdapterError(
+                    f"`{label}` holds `{name}` whole, which the base `{deltas.base.label}` does not have. Give the "
+                    "base with the class that the adapter was trained with."
+                )
+            found, wanted = tuple(deltas.folder.tensor(key).shape), self.headers[own[name]].shape
+            if found != wanted:
+                raise AdapterError(
+                    f"`{label}` holds `{name}` whole as {list(found)}; in the base `{deltas.base.label}` it is "
+                    f"{list(wanted)}. Resize the base's vocabulary first."
+                )
+
+
+def _raw_config(deltas: Deltas) -> dict[str, Any]:
+    """The base's configuration as it stands in its file, special numbers and all."""
+    folder = deltas.base.folder
+    if folder is not None and (folder / "config.json").is_file():
+        found: dict[str, Any] = read_json(folder / "config.json")
+        return found
+    module = deltas.base.module
+    to_json = getattr(getattr(module, "config", None), "to_json_string", None)
+    found = json.loads(to_json()) if to_json is not None else dict(deltas.base.config or {})
+    return found if found.get("architectures") or module is None else found | {"architectures": [type(module).__name__]}

@@ -1,0 +1,1 @@
+"""Named tensors: one protocol, its readers, and views made of pieces."""

@@ -1,0 +1,204 @@
+"""Checkpoints on the Hugging Face hub: only the files that are needed are fetched, when they are, at one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.files import config_of, is_index, no_weights, shards_of, weight_files
+from peft_posthoc.checkpoints.folder import Folder, dtype_of
+from peft_posthoc.errors import CheckpointError
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+# An adapter's files, as PEFT names them.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def is_repo_id(source: str) -> bool:
+    """Whether `source` could be a hub id, by its form alone."""
+    return _REPO_ID.fullmatch(source) is not None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one commit, with the files that are needed of it."""
+
+    repo_id: str
+    commit: str
+    folder: Path
+    """In the hub's own cache, with the small files."""
+    files: tuple[str, ...]
+    """Those with the weights."""
+    role: str
+
+    def get(self) -> Path:
+        """Fetch the weights.
+
+        Raises:
+            CheckpointError: They cannot be fetched.
+        """
+        from huggingface_hub import snapshot_download
+
+        with _told(self.repo_id, self.commit, self.role):
+            patterns = [escape(file) for file in self.files]
+            return Path(snapshot_download(self.repo_id, revision=self.commit, allow_patterns=patterns))
+
+    def headers(self) -> dict[str, Header] | None:
+        """Of every tensor, from the beginnings of the files; None where that needs the files, or they are there.
+
+        Raises:
+            CheckpointError: They cannot be fetched, or are no safetensors.
+        """
+        from huggingface_hub import HfApi, try_to_load_from_cache
+
+        missing = [
+            file
+            for file in self.files
+            if not isinstance(try_to_load_from_cache(self.repo_id, file, revision=self.commit), str)
+        ]
+        if not missing or not all(file.endswith(".safetensors") for file in self.files):
+            return None
+        found: dict[str, Header] = {}
+        with _told(self.repo_id, self.commit, self.role):
+            for file in self.files:
+                read = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
+                found |= {
+                    name: Header(tuple(info.shape), dtype_of(info.dtype, f"`{file}` of `{self.repo_id}`", name))
+                    for name, info in read.tensors.items()
+                }
+        return found
+
+
+class OnHub:
+    """A repository's weights: the headers at once, the files when the first tensor is read."""
+
+    module: nn.Module | None = None
+    sequential = False
+
+    def __init__(self, repository: Repository, headers: Mapping[str, Header]) -> None:
+        self.label = repository.repo_id
+        self.revision: str | None = repository.commit
+        self.identity: Any = [repository.repo_id, repository.commit]
+        self.config = config_of(repository.folder)
+        self.headers = headers
+        self._repository = repository
+
+    @cached_property
+    def _fetched(self) -> Folder:
+        return Folder(self._repository.get(), label=self.label, revision=self.revision)
+
+    @property
+    def folder(self) -> Path | None:
+        """In the hub's own cache, with the weights."""
+        return self._fetched.folder
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """By tensor, the name of its file."""
+        return self._fetched.files
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        return self._fetched.read(name)
+
+
+def find(repo_id: str, *, revision: str | None = None, role: str = "source", adapter: bool | None = None) -> Repository:
+    """See what of a hub repository is needed, and fetch its small files: the configuration, an index of shards.
+
+    Args:
+        repo_id: `org/name`.
+        revision: Branch, tag or commit; the default branch if None.
+        role: What messages call it.
+        adapter: Whether it is the LoRA adapter that is wanted; if None, where the repository has no whole weights.
+
+    Raises:
+        CheckpointError: No such repository or revision, no access, no connection, or no weights in it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _told(repo_id, revision, role):
+        info = HfApi().model_info(repo_id, revision=revision)
+        names = {entry.rfilename for entry in info.siblings or ()}
+        wanted = [] if adapter else weight_files(names)
+        if not wanted and (adapter or (adapter is None and _ADAPTER[0] in names)):
+            wanted = [file for file in _ADAPTER if file in names]
+        if not wanted:
+            raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
+        indexed = is_index(wanted[0])
+        small = [escape(file) for file in ("config.json", *(wanted if indexed else ()))]
+        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=small))
+        if indexed:
+            wanted = sorted(set(shards_of(folder / wanted[0]).values()))
+            missing = [shard for shard in wanted if shard not in names]
+            if missing:
+                raise CheckpointError(
+                    f"The index of `{repo_id}` names shards that are not there: {', '.join(missing)}."
+                )
+        return Repository(repo_id, str(info.sha), folder, tuple(wanted), role)
+
+
+def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base") -> Mapping[str, Any] | None:
+    """The configuration of a model on the hub, without its weights; None if it has none.
+
+    Raises:
+        CheckpointError: No such repository or revision, no access, or no connection.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not is_repo_id(repo_id):
+        raise CheckpointError(f"The {role} `{repo_id}` is neither a folder nor a hub id such as `org/name`.")
+    with _told(repo_id, revision, role):
+        return config_of(Path(snapshot_download(repo_id, revision=revision, allow_patterns=["config.json"])))
+
+
+def fetch_beside(repo_id: str, patterns: Iterable[str], *, revision: str | None) -> None:
+    """Download more files of a repository to where its weights are.
+
+    Raises:
+        CheckpointError: No access, or no connection.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _told(repo_id, revision, "base"):
+        snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
+
+
+@contextlib.contextmanager
+def _told(repo_id: str, revision: str | None, role: str) -> Iterator[None]:
+    """Say what is wrong in one line."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # The hub's client raises its own errors and those of whichever HTTP library it is built on.
+        where = f"{repo_id}{f'@{revision}' if revision else ''}"
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, RevisionNotFoundError):
+            why = f"`{repo_id}` on the hub has no revision `{revision or 'main'}`. Give a branch, tag or commit of it."
+        elif isinstance(error, GatedRepoError):
+            why = f"`{repo_id}` on the hub is gated. Ask for access on its page, and log in with `hf auth login`."
+        elif isinstance(error, RepositoryNotFoundError):
+            why = (
+                f"`{repo_id}` is neither a local folder nor a repository on the hub that you can see. Check the name; "
+                "for a private one, log in with `hf auth login`."
+            )
+        else:
+            why = (
+                f"`{where}` is no local folder, and could not be fetched from the hub: {first.rstrip('.')}. Without a "
+                "connection, give a local folder."
+            )
+        raise CheckpointError(f"The {role} {why}") from error

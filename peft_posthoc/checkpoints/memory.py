@@ -1,0 +1,61 @@
+"""Checkpoints that are state dicts or live modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_posthoc.checkpoints.checkpoint import Header, once
+from peft_posthoc.errors import CheckpointError
+
+
+class InMemory:
+    """Tensors that are already there: a state dict or a module's."""
+
+    revision: str | None = None
+    folder: Path | None = None
+    identity: Any = None
+    sequential = False
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, label: str, module: nn.Module | None = None) -> None:
+        self.label = label
+        self.module = module
+        self._tensors = once({name: tensor.detach() for name, tensor in tensors.items()})
+        self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        self.config: Mapping[str, Any] | None = to_dict() if callable(to_dict) else None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, not a copy.
+
+        Raises:
+            CheckpointError: It has no values: it lies on the meta device.
+        """
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"`{name}` of the {self.label} is on the meta device and has no values. Load the whole model into "
+                "memory, or give its folder."
+            )
+        return tensor
+
+
+def of_module(module: nn.Module) -> InMemory:
+    """A live module as a checkpoint.
+
+    Raises:
+        CheckpointError: It carries a PEFT adapter, or tensors without values.
+    """
+    if hasattr(module, "peft_config"):
+        raise CheckpointError(
+            f"The {type(module).__name__} already carries a PEFT adapter. Call `merge_and_unload()` or `unload()` "
+            "on it and give the plain model."
+        )
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    kept = module.state_dict(keep_vars=True)
+    tensors |= {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    name = getattr(getattr(module, "config", None), "_name_or_path", None)
+    return InMemory(tensors, label=name or type(module).__name__, module=module)

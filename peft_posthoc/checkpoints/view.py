@@ -1,0 +1,103 @@
+"""A checkpoint seen under other names or in other pieces, each made when it is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+
+
+class Piece(NamedTuple):
+    """A tensor that is made of others."""
+
+    sources: tuple[str, ...]
+    """In the checkpoint itself."""
+    header: Header
+    make: Callable[..., Tensor]
+    """From the sources, in their order."""
+
+
+class View:
+    """Another checkpoint, with other tensors made of its own."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pieces: Mapping[str, Piece],
+        *,
+        loadable: bool = False,
+        module: nn.Module | None = None,
+    ) -> None:
+        """Wrap a checkpoint.
+
+        Args:
+            checkpoint: What is read.
+            pieces: By the name it is seen under, every tensor.
+            loadable: Whether transformers can load the model from its folder all the same.
+            module: The live module that has these names, if there is one.
+        """
+        self._checkpoint = checkpoint
+        self._pieces = pieces
+        self._loadable = loadable
+        self.module = module
+        self.label = checkpoint.label
+        self.revision = checkpoint.revision
+        self.identity: Any = checkpoint.identity
+        self.config = checkpoint.config
+        self.sequential = checkpoint.sequential
+        self.headers = {name: piece.header for name, piece in pieces.items()}
+        self._held: dict[str, Tensor] = {}
+        self._to_come = Counter(source for piece in pieces.values() for source in piece.sources)
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's own, if its files still fit; to ask for it may fetch them."""
+        return self._checkpoint.folder if self._loadable else None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        piece = self._pieces[name]
+        return piece.make(*map(self._source, piece.sources))
+
+    def stored_names(self, name: str) -> set[str]:
+        """The checkpoint's own names of what the tensor is made of."""
+        return {own for source in self._pieces[name].sources for own in stored_names(self._checkpoint, source)}
+
+    def in_stored_order(self) -> list[str]:
+        """The names, in the order in which what they are made of is stored."""
+        at = {name: place for place, name in enumerate(in_stored_order(self._checkpoint))}
+        return sorted(self.headers, key=lambda name: max(at[source] for source in self._pieces[name].sources))
+
+    def _source(self, name: str) -> Tensor:
+        if not self.sequential:
+            return self._checkpoint.read(name)
+        # It can be read once: what other pieces are made of, too, is kept until the last of them is read.
+        tensor = self._held.pop(name) if name in self._held else self._checkpoint.read(name)
+        self._to_come[name] -= 1
+        if self._to_come[name] > 0:
+            self._held[name] = tensor
+        return tensor
+
+
+def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:
+    """What a tensor is made of, by the names that it has where it is stored."""
+    return checkpoint.stored_names(name) if isinstance(checkpoint, View) else {name}
+
+
+def in_stored_order(checkpoint: Checkpoint) -> list[str]:
+    """The names of a checkpoint's tensors, in the order in which what they are made of is stored."""
+    return checkpoint.in_stored_order() if isinstance(checkpoint, View) else list(checkpoint.headers)
+
+
+def same(checkpoint: Checkpoint, name: str) -> Piece:
+    """A tensor of the checkpoint as it is."""
+    return Piece((name,), checkpoint.headers[name], _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

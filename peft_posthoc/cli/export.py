@@ -1,0 +1,55 @@
+"""`phlora export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peft_posthoc.cli.main import check_file, show
+from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
+from peft_posthoc.errors import noting
+
+TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(TO), required=True, help="What to write.")
+@click.option("--base", metavar="BASE", help="The model it is for.  [default: what the adapter names]")
+@click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of what is written.  [default: the adapter's; merged: the base's]",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier export that is at OUT; what else lies there stays.")
+@OUTPUT
+def export(
+    adapter: Path,
+    out: Path,
+    dtype: str | None,
+    quiet: bool,
+    json_to: str | None,
+    debug: bool,
+    **options: Any,
+) -> None:
+    r"""Write ADAPTER, a PEFT LoRA folder, as what other programs read into OUT.
+
+    \b
+    gguf      a file for llama.cpp and Ollama
+    mlx       a folder for MLX-LM
+    vllm-moe  experts one by one, as vLLM and SGLang read them
+    peft-moe  experts stacked, as PEFT computes with them
+    merged    a full checkpoint of BASE + ADAPTER
+    """
+    del debug  # Read by the group.
+    from peft_posthoc.formats.export import export as run
+
+    # Bad arguments are told before the work, not after it.
+    check_file(json_to, "--json")
+    exported = run(adapter, out, dtype=dtype_of(dtype), progress=not quiet, **options)
+    with noting(f"The export is at `{out}`."):
+        show(exported, json_to, quiet=quiet, more=[f"Written to {out}"])

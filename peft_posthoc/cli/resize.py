@@ -1,0 +1,98 @@
+"""`phlora resize` and `phlora combine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peft_posthoc.cli.main import check_file, show
+from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of, together
+from peft_posthoc.cli.ranks import RANK, Asked
+from peft_posthoc.errors import noting
+
+if TYPE_CHECKING:
+    from peft_posthoc.resizing.resized import Resized
+
+_SHARED = together(
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="Of the new adapter.  [default: that of the old ones]",
+    ),
+    click.option(
+        "--form",
+        type=click.Choice(("portable", "peft")),
+        help="portable: one rank, what every engine loads. peft: every module at its own rank; biases and whole "
+        "tensors too.  [default: portable, unless there are such]",
+    ),
+    click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays."),
+    OUTPUT,
+)
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@RANK
+@_SHARED
+def resize(adapter: Path, out: Path, rank: Asked, **options: Any) -> None:
+    """Write the best approximation of ADAPTER at a lower rank into the folder OUT.
+
+    ADAPTER is a PEFT LoRA folder. The base model is not needed.
+    """
+    from peft_posthoc.resizing.resize import resize as run
+
+    rule = rank.one() or 32
+    _write(out, lambda **given: run(adapter, rule, **given), **options)
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--weights", metavar="W,W,...", help="What each adapter's delta is multiplied with.  [default: 1 each]")
+@RANK
+@_SHARED
+def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, rank: Asked, **options: Any) -> None:
+    """Write the weighted sum of ADAPTERS, of one base, as one adapter into the folder OUT.
+
+    Without a rank, an energy or an error, the sum is exact: there the default is all.
+    """
+    from peft_posthoc.resizing.resize import combine as run
+
+    if len(adapters) < 2:
+        raise click.UsageError("Give at least two adapters, and the folder to write: A B OUT.")
+    rule, shares = rank.one(), None if weights is None else _numbers(weights)
+    _write(out, lambda **given: run(adapters, shares, rule, **given), **options)
+
+
+def _write(
+    out: Path,
+    run: Callable[..., Resized],
+    *,
+    form: str | None,
+    dtype: str | None,
+    force: bool,
+    quiet: bool,
+    json_to: str | None,
+    debug: bool,
+) -> None:
+    del debug  # Read by the group.
+    from peft_posthoc.adapters.peft_format import check_target
+
+    # Bad arguments are told before the work, not after it.
+    check_file(json_to, "--json")
+    check_target(out, force=force)
+    resized = run(form=form, dtype=dtype_of(dtype), progress=not quiet)
+    resized.save(out, force=force)
+    with noting(f"The adapter is at `{out}`."):
+        show(resized.report, json_to, quiet=quiet, more=[f"Adapter written to {out}"])
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"`{text}` is not a list of numbers.", param_hint="--weights") from error

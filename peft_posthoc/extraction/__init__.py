@@ -1,0 +1,1 @@
+"""From two checkpoints to an adapter and an account of it."""

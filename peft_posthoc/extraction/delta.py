@@ -1,0 +1,63 @@
+"""The only subtraction in the project."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.errors import CheckpointError
+from peft_posthoc.linalg.norms import chunks, energy_of
+
+
+class Pair(NamedTuple):
+    """One weight before and after. Either is None where only the other checkpoint has it."""
+
+    name: str
+    base: Tensor | None
+    tuned: Tensor | None
+
+
+class Delta(NamedTuple):
+    """The difference of two weights, and the norms that were taken on the way."""
+
+    values: Tensor
+    norm: float
+    base_norm: float
+
+
+def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
+    """`tuned - base` in float32, or float64 where one of them is: the only subtraction in the project.
+
+    Args:
+        pair: Two tensors of one shape.
+        device: Where the result goes.
+
+    Raises:
+        CheckpointError: A value is NaN or infinite.
+    """
+    base, tuned = pair.base, pair.tuned
+    if base is None or tuned is None:
+        raise ValueError(f"`difference(pair=...)` needs both weights; `{pair.name}` is in one checkpoint only.")
+    dtype = torch.promote_types(torch.float32, torch.promote_types(base.dtype, tuned.dtype))
+    values = torch.empty(tuned.shape, dtype=dtype, device=device)
+    delta_energy, base_energy = 0.0, 0.0
+    for before, after, out in zip(chunks(base), chunks(tuned), chunks(values), strict=True):
+        wide = before.to(out)
+        torch.sub(after.to(out), wide, out=out)
+        delta_energy += energy_of(out)
+        base_energy += energy_of(wide)
+    if not (math.isfinite(delta_energy) and math.isfinite(base_energy)):
+        raise CheckpointError(not_finite(pair))
+    return Delta(values, math.sqrt(delta_energy), math.sqrt(base_energy))
+
+
+def not_finite(pair: Pair) -> str:
+    """Which values of a pair, or of its difference, are NaN or infinite."""
+    for role, tensor in (("base", pair.base), ("tuned", pair.tuned)):
+        if tensor is not None and not (good := torch.isfinite(tensor)).all():
+            count = f"{int((~good).sum())} of {good.numel()} values"
+            return f"The {role} checkpoint holds NaN or infinity in `{pair.name}` ({count})."
+    return f"The difference of base and tuned overflows in `{pair.name}`."

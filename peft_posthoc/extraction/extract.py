@@ -1,0 +1,292 @@
+"""From two checkpoints to an adapter: the one loop over all weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import is_dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.view import in_stored_order
+from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
+from peft_posthoc.extraction.adapter import Adapter
+from peft_posthoc.extraction.delta import Pair
+from peft_posthoc.extraction.outcomes import Layer, Outcome
+from peft_posthoc.extraction.plan import Choice, Plan
+from peft_posthoc.extraction.preflight import check
+from peft_posthoc.extraction.prepare import prepare
+from peft_posthoc.extraction.processes import ALONE, Processes
+from peft_posthoc.extraction.spool import Spool
+from peft_posthoc.extraction.work import factor_pairs
+from peft_posthoc.linalg.spectrum import RankRule, in_advance
+from peft_posthoc.linalg.svd import cost
+from peft_posthoc.ranks.rules import Rank
+from peft_posthoc.sources import Source, sides
+
+
+def extract(
+    base: Source,
+    tuned: Source,
+    rank: Rank | Mapping[str, Rank] = 32,
+    *,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    tuned_name: str | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    embeddings: bool = False,
+    head: bool = False,
+    conv: bool = False,
+    experts: str | None = None,
+    choose: Choice | None = None,
+    leave_out: Mapping[str, str] | None = None,
+    rename: str | Iterable[str] = (),
+    serve_as: str | None = None,
+    vocab: str = "error",
+    rank_pattern: Mapping[str, int] | None = None,
+    form: str = "portable",
+    exact: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    out: str | PathLike[str] | None = None,
+    processes: Processes = ALONE,
+    progress: bool = False,
+    keep_factors: bool = True,
+) -> Adapter:
+    """Extract a LoRA adapter from a base model and a full fine-tune of it (PHLoRA, arXiv 2509.10971).
+
+    Args:
+        base: The model before: a folder, a file, a hub id, a module or a state dict.
+        tuned: The same model after any kind of full fine-tuning.
+        rank: How many singular triplets of each weight's delta to keep: an int is a rank, a float in (0, 1] the share
+            of the delta's energy, `"auto"` what stands out of its noise, a `RankRule` anything else; or a `budget` of
+            all layers together. Or one of these, but for a budget, by the name of the weight: weights that have none
+            are not carried.
+        base_revision: Branch, tag or commit, where `base` is a hub id.
+        tuned_revision: The same for `tuned`.
+        tuned_name: What the adapter and its report call `tuned`, where that is not what it will be known by.
+        include: Regular expressions over weight names; only what one of them is found in is carried.
+        exclude: The same; what one of them is found in is not carried.
+        embeddings: Carry token embeddings too.
+        head: Carry the output head (`lm_head`) too.
+        conv: Carry convolutions too.
+        experts: Carry the matrices of a mixture of experts: `per-expert`, under the names of each expert's own modules,
+            as serving engines read them; `fused`, as PEFT computes with stacked experts; or `none`. By default `fused`
+            in the `peft` form, `none` otherwise.
+        choose: Which modules to adapt, in place of `embeddings`, `head`, `conv` and whether to carry `experts`.
+        leave_out: By the name that a tensor has where it is stored, those that are not carried, and the reason that
+            the report gives.
+        rename: `regex=>replacement` rules over the tensor names of both, each applied to what the one before left.
+            Names that differ as transformers 4's and 5's do, or in what they begin with, are brought together without.
+        serve_as: The class that the adapter is for, or the folder of a model of that class, where it is not the base's:
+            it decides what modules are called (`Gemma3ForCausalLM` for the language model in a `Gemma3` with images).
+        vocab: What to do where base and tuned have vocabularies of different sizes: `error`; `truncate`, compare what
+            both have; or `extend`, keep the tuned embeddings and head whole (in the `peft` form).
+        rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
+        form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it: each
+            layer at its own rank, embeddings and head as well, and biases, norms and other small tensors whole.
+        exact: Use LAPACK's full SVD for every weight.
+        device: Where to factor: `cpu`, `cuda`, `cuda:1`, ..., or `auto`.
+        dtype: Of the saved factors; by default the tuned checkpoint's.
+        out: Where the adapter will be saved. Finished layers are kept beside it until it is: an interrupted run with
+            the same inputs and options goes on from there.
+        processes: Those that share the work, as `Processes.from_environment()` finds them.
+        progress: Show a progress bar on stderr.
+        keep_factors: Without them the adapter can be looked at, not saved: of every layer only the spectrum is held.
+
+    Returns:
+        The adapter, with its report.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read, or holds NaN or infinity.
+        MismatchError: The two are not states of one model.
+        NothingToCarryError: Nothing changed that LoRA can carry.
+        ShareDone: This is not the first of several processes, and its share is done.
+        ValueError: An argument makes no sense.
+    """
+    if out is not None and not keep_factors:
+        raise ValueError("`extract(keep_factors=False)` makes nothing to save: it takes no `out`.")
+    place = None if out is None else Path(out).absolute()
+    if place is not None:
+        _check_not_read(place, base, tuned)
+    prepared = prepare(
+        base,
+        tuned,
+        rank,
+        base_revision=base_revision,
+        tuned_revision=tuned_revision,
+        include=include,
+        exclude=exclude,
+        embeddings=embeddings,
+        head=head,
+        conv=conv,
+        experts=experts,
+        choose=choose,
+        leave_out=leave_out,
+        rename=rename,
+        serve_as=serve_as,
+        vocab=vocab,
+        rank_pattern=rank_pattern,
+        form=form,
+        exact=exact,
+        device=device,
+        dtype=dtype,
+    )
+    before, after, plan, rules, options = (
+        prepared.base,
+        prepared.tuned,
+        prepared.plan,
+        prepared.rules,
+        prepared.options,
+    )
+    check(prepared, out)
+    spool = None
+    # A rule that is any function has no name that tells it from others.
+    if place is not None and before.identity and after.identity and all(is_dataclass(rule) for rule in rules.values()):
+        carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
+        patience = {"patience": 0.0} if processes.size > 1 else {}
+        spool = Spool(place, [before.identity, after.identity, options, carried], **patience)
+    elif processes.size > 1:
+        raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
+    try:
+        outcomes = _outcomes(
+            before,
+            after,
+            plan,
+            rules,
+            spool,
+            processes,
+            exact=exact,
+            device=prepared.device,
+            progress=progress,
+            keep_factors=keep_factors,
+        )
+        adapter = prepared.adapter(outcomes, tuned_name=tuned_name)
+        return prepared.settle(adapter if keep_factors else replace(adapter, hollow=True))
+    except KeyboardInterrupt as interrupt:
+        if spool is not None and len(spool):
+            interrupt.add_note(
+                f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`. "
+                "The same command goes on from there."
+            )
+        raise
+    except (PosthocError, ValueError) as error:
+        if spool is not None and not isinstance(error, ShareDone):
+            spool.remove()
+        raise
+
+
+def _check_not_read(out: Path, *sources: Source) -> None:
+    """See that the adapter does not take the place of what it is made from.
+
+    Raises:
+        AdapterError: It would.
+    """
+    for source in (str(one) for one in sources if isinstance(one, str | PathLike)):
+        for part in (source, *(sides(source) or ())):
+            if out.exists() and Path(part).exists() and out.samefile(part):
+                raise AdapterError(f"`{part}` is what the adapter is made from. Choose another folder for the adapter.")
+
+
+def _outcomes(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    plan: Plan,
+    rules: Mapping[str, RankRule],
+    spool: Spool | None,
+    processes: Processes,
+    *,
+    exact: bool,
+    device: torch.device,
+    progress: bool,
+    keep_factors: bool,
+) -> list[Outcome]:
+    """What is known of every weight: from an earlier run, from this process, and from the others.
+
+    Raises:
+        ShareDone: This is not the first of several processes.
+    """
+    sizes = {
+        name: sum(side.headers[name].bytes for side in (base, tuned) if name in side.headers) for name in plan.headers
+    }
+    share = processes.share({name: _cost(name, base, tuned, plan, rules, exact=exact) for name in plan.headers})
+    if tuned.sequential:
+        share = [*in_stored_order(tuned), *(name for name in plan.headers if name not in tuned.headers)]
+    outcomes = spool.outcomes(share) if spool else []
+    done = {outcome.weight for outcome in outcomes}
+    mine = [name for name in share if name not in done]
+    bar = tqdm(
+        total=sum(sizes[name] for name in share),
+        initial=sum(sizes[name] for name in done),
+        unit="B",
+        unit_scale=True,
+        desc="Extracting",
+        disable=not progress or processes.rank > 0,
+    )
+    with (
+        bar,
+        read_pairs(base, tuned, mine) as pairs,
+        factor_pairs(pairs, plan, rules, exact=exact, device=device) as found,
+    ):
+        for outcome in found:
+            if isinstance(outcome, Layer) and not keep_factors:
+                outcome = outcome._replace(factors=outcome.factors.hollow())
+            outcomes.append(outcome)
+            if spool is not None:
+                spool.put(outcome)
+            bar.update(sizes[outcome.weight])
+    if processes.rank > 0:
+        raise ShareDone("This process has done its share; the first one has the adapter.")
+    while spool is not None and len(outcomes) < len(plan.headers):
+        if spool.was_overtaken():
+            raise AdapterError("Another run has written its adapter to the same folder. Give each run one of its own.")
+        # Should another process die, the launcher ends this one too.
+        time.sleep(0.05)
+        outcomes = spool.outcomes(plan.headers) if len(spool) >= len(plan.headers) else outcomes
+    return outcomes
+
+
+def _cost(
+    name: str, base: Checkpoint, tuned: Checkpoint, plan: Plan, rules: Mapping[str, RankRule], *, exact: bool
+) -> float:
+    """About how much work a weight is, as `svd.cost` counts it."""
+    # Reading a value, subtracting and taking norms take as long as a thousand multiplications in a product.
+    values = max(math.prod(side.headers[name].shape) for side in (base, tuned) if name in side.headers)
+    if name not in plan.carried:
+        return 1e3 * values
+    slot, rule = plan.slots[plan.carried[name][0].module], rules[name]
+    return 1e3 * values + cost(slot.m, slot.n, in_advance(rule) or 32, exact=exact)
+
+
+@contextlib.contextmanager
+def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Iterator[Pair]]:
+    """The tensors of these names in both checkpoints, one pair at a time, the next one read ahead.
+
+    They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
+    and Ctrl-C only ever comes to the main thread. The thread ends with the `with` block, however that ends: left to a
+    generator's end, it would be joined by the garbage collector at a moment when Python's own locks may be held.
+    """
+
+    def read(name: str) -> Pair:
+        return Pair(name, *(side.read(name) if name in side.headers else None for side in (base, tuned)))
+
+    def ahead(reader: ThreadPoolExecutor) -> Iterator[Pair]:
+        earlier: Future[Pair] | None = None
+        for name in names:
+            later = reader.submit(read, name)
+            if earlier is not None:
+                yield earlier.result()
+            earlier = later
+        if earlier is not None:
+            yield earlier.result()
+
+    with ThreadPoolExecutor(1) as reader:
+        yield ahead(reader)

@@ -1,0 +1,1 @@
+"""How an extracted adapter is laid out in its file."""

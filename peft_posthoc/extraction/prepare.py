@@ -1,0 +1,285 @@
+"""What an extraction will do: every choice is made, and every mistake found, before a tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+import torch
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.view import stored_names
+from peft_posthoc.compute.device import pick_device
+from peft_posthoc.extraction.adapter import Adapter, Form
+from peft_posthoc.extraction.forms.peft import EXACT
+from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.extraction.outcomes import Outcome
+from peft_posthoc.extraction.plan import Choice, Plan, by_flags, everything, make_plan
+from peft_posthoc.linalg.spectrum import RankRule
+from peft_posthoc.models.layout import GUESSED, Layout
+from peft_posthoc.pairing.experts import Experts
+from peft_posthoc.pairing.pair import match
+from peft_posthoc.pairing.vocabulary import Vocab
+from peft_posthoc.patterns import PatternError, asked_for, first_matches
+from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
+from peft_posthoc.sources import Source, open_pair
+
+FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Two checkpoints, and what is to be done with each of their tensors."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    plan: Plan
+    rules: Mapping[str, RankRule]
+    """By carried weight."""
+    form: Form
+    device: torch.device
+    dtype: torch.dtype
+    """Of the saved factors."""
+    options: Mapping[str, Any]
+    """What was asked for, as plain JSON values."""
+    notes: tuple[str, ...]
+    """What was decided to compare the two: of their names, and the like."""
+    allocation: Allocation | None = None
+    """What shares ranks out among all layers, once they are factored as far as the rules say."""
+    by_hand: frozenset[str] = frozenset()
+    """Weights whose rank it does not change."""
+
+    def settle(self, adapter: Adapter) -> Adapter:
+        """The adapter, at the ranks that are to be kept of what was factored.
+
+        Raises:
+            ValueError: None are within what was asked for.
+        """
+        return adapter if self.allocation is None else self.allocation.settle(adapter, self.by_hand)
+
+    def adapter(self, outcomes: Iterable[Outcome], *, tuned_name: str | None = None) -> Adapter:
+        """The adapter, from what is known of every tensor.
+
+        Raises:
+            NothingToCarryError: No layer was factored.
+        """
+        return Adapter.of(
+            self.base,
+            self.tuned,
+            self.plan,
+            outcomes,
+            tuned_name=tuned_name,
+            dtype=self.dtype,
+            options=self.options,
+            form=self.form,
+            notes=self.notes,
+        )
+
+
+def prepare(
+    base: Source,
+    tuned: Source,
+    rank: Rank | Mapping[str, Rank],
+    *,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    embeddings: bool = False,
+    head: bool = False,
+    conv: bool = False,
+    experts: str | None = None,
+    choose: Choice | None = None,
+    leave_out: Mapping[str, str] | None = None,
+    rename: str | Iterable[str] = (),
+    serve_as: str | None = None,
+    vocab: str = "error",
+    rank_pattern: Mapping[str, int] | None = None,
+    form: str = "portable",
+    exact: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Prepared:
+    """Open both checkpoints and decide what becomes of every tensor; all arguments as in `extract`.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read.
+        MismatchError: The two are not states of one model.
+        NothingToCarryError: No weight can be carried.
+        ValueError: An argument makes no sense.
+    """
+    include, exclude, rename = (
+        [given] if isinstance(given, str) else list(given) for given in (include, exclude, rename)
+    )
+    kind = form_of(form)
+    where = pick_device(device)
+    mixture = experts_of(experts, form)
+    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    before, after, layout, whole, notes = match(
+        *opened, rules=rename, serve_as=serve_as, experts=mixture, vocab=vocab_of(vocab, form), of_tuned=form == "peft"
+    )
+    leave_out = _as_compared(leave_out or {}, before, after)
+    carry_experts = mixture != "none"
+    flags = by_flags(embeddings=embeddings, head=head, conv=conv, experts=carry_experts)
+    if form == "peft":
+        flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
+    plan = make_plan(
+        before,
+        after,
+        include=include,
+        exclude=exclude,
+        choose=choose or flags,
+        leave_out=leave_out,
+        layout=layout,
+        whole=whole,
+    )
+    dtype = dtype or after.headers[next(iter(plan.carried))].dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"Factors are saved in a floating type. Got `dtype={dtype}`.")
+    allocation = rank if isinstance(rank, Allocation) else None
+    if isinstance(rank, Allocation):
+        rank = rank.bounds(plan, dtype=dtype, form=kind)
+    rules = rules_of(plan, rank, rank_pattern or {})
+    by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
+    plan = plan.only(rules, "no rank is given for it")
+    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
+    options = {
+        "rule": _told(rules) if allocation is None else describe(allocation),
+        "rank_pattern": dict(rank_pattern or {}),
+        "include": include,
+        "exclude": exclude,
+        "embeddings": embeddings,
+        "head": head,
+        "conv": conv,
+        "experts": mixture,
+        "rename": rename,
+        "serve_as": serve_as,
+        "vocab": vocab,
+        "exact": exact,
+        "device": where.type,
+        "form": form,
+    }
+    return Prepared(
+        before,
+        after,
+        plan,
+        rules,
+        kind,
+        where,
+        dtype,
+        options,
+        notes,
+        allocation,
+        frozenset(by_hand),
+    )
+
+
+def _as_compared(leave_out: Mapping[str, str], *sides: Checkpoint) -> dict[str, str]:
+    """What is left out by a name of its own, by the name that it is compared under."""
+    return {
+        name: leave_out[own]
+        for side in sides
+        for name in side.headers
+        for own in stored_names(side, name)
+        if own in leave_out
+    }
+
+
+def form_of(name: str) -> Form:
+    """The form of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in FORMS:
+        raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {name!r}.")
+    return FORMS[name]
+
+
+def experts_of(given: str | None, form: str) -> Experts:
+    """How the experts are carried: as asked for, or as is usual in the form.
+
+    Raises:
+        ValueError: There is no such way, or not in this form.
+    """
+    if given not in (None, *get_args(Experts)):
+        raise ValueError(f"`experts` must be one of {', '.join(get_args(Experts))}. Got {given!r}.")
+    if form == "peft" and given == "per-expert":
+        raise ValueError(
+            "PEFT computes with stacked experts: `--form peft` takes `--experts fused` or `none`, not `per-expert`."
+        )
+    return cast(Experts, given or ("fused" if form == "peft" else "none"))
+
+
+def vocab_of(given: str, form: str) -> Vocab:
+    """What to do about vocabularies of different sizes.
+
+    Raises:
+        ValueError: There is no such way, or not in this form.
+    """
+    if given not in get_args(Vocab):
+        raise ValueError(f"`vocab` must be one of {', '.join(get_args(Vocab))}. Got {given!r}.")
+    if given == "extend" and form != "peft":
+        raise ValueError("`--vocab extend` keeps embeddings whole, which only `--form peft` can.")
+    return cast(Vocab, given)
+
+
+def _may_be_kept(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    layout: Layout,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    but: Collection[str],
+) -> list[str]:
+    """The tensors that a form may keep without factors: they are chosen, and the same in base, or new in tuned."""
+
+    def fits(name: str) -> bool:
+        if name in base.headers:
+            return base.headers[name].shape == tuned.headers[name].shape
+        # A new head, whose module the tuned model's class has. What is numbered is a layer that the base lacks.
+        module = layout.module_of(name)
+        numbered = any(part.isdigit() for part in module.split("."))
+        return layout.origin != GUESSED and module in layout.classes and not name.endswith(":]") and not numbered
+
+    names = [name for name in tuned.headers if fits(name) and name not in but]
+    wanted, unwanted = (
+        {name for pattern in patterns for name in asked_for(pattern, names, option)}
+        for patterns, option in ((include, "include"), (exclude, "exclude"))
+    )
+    return [name for name in names if (not include or name in wanted) and name not in unwanted]
+
+
+def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
+    """The rank rule of every carried weight: `rank`, but where a pattern gives its module a rank by hand.
+
+    Raises:
+        ValueError: A rank makes no sense, or is given for a weight that cannot be carried.
+    """
+    given = {name: each(one) for name, one in rank.items()} if isinstance(rank, Mapping) else None
+    rule = each(rank) if not isinstance(rank, Mapping) else None
+    for name in given or ():
+        if name not in plan.carried:
+            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
+    own = {pattern: each(one) for pattern, one in rank_pattern.items()}
+    modules = {weight: places[0].module.partition("[")[0] for weight, places in plan.carried.items()}
+    try:
+        by_hand = first_matches(own, dict.fromkeys(modules.values()))
+    except PatternError as error:
+        raise ValueError(f"`rank_pattern`: {error}.") from error
+
+    def of(weight: str, module: str) -> RankRule | None:
+        if module in by_hand:
+            return own[by_hand[module]]
+        return rule if given is None else given.get(weight)
+
+    found = {weight: of(weight, module) for weight, module in modules.items()}
+    return {weight: one for weight, one in found.items() if one is not None}
+
+
+def _told(rules: Mapping[str, RankRule]) -> str | dict[str, str]:
+    """The rules as the report tells them: one for all, or each by its weight."""
+    told = {weight: describe(rule) for weight, rule in rules.items()}
+    return told if len(set(told.values())) > 1 else next(iter(told.values()))

@@ -1,0 +1,337 @@
+"""Layers to an account: a row for every tensor of both checkpoints, as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft_posthoc.models.layout import GUESSED
+from peft_posthoc.text import shorten, size
+
+if TYPE_CHECKING:
+    from peft_posthoc.extraction.adapter import Adapter
+
+# Shares of the whole delta's energy from which leaving something out is worth a warning.
+MATERIAL = 0.01
+# ||delta|| / ||base|| over all matrices. Two unrelated models give 1.4; fine-tunes stay well below 0.3.
+IMPLAUSIBLE = 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor."""
+
+    weight: str
+    status: Literal["extracted", "whole", "unchanged", "left out"]
+    reason: str
+    """Why it is not carried; empty where it is."""
+    modules: tuple[str, ...]
+    """Where PEFT adapts it."""
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    """Singular triplets kept."""
+    energy: float | None
+    """E_r (PHLoRA, eq. 5): the share of the delta's energy that is kept."""
+    energy_at: Mapping[int, float]
+    """The same for the powers of two below the kept rank, if the adapter were cut to them."""
+    relative_error: float | None
+    """`||delta - b @ a|| / ||delta||`, before rounding to the saved dtype."""
+    delta_norm: float | None
+    base_norm: float | None
+    tuned_norm: float | None
+    """Only where there is no delta to take."""
+    relative_delta: float | None
+    """`||delta|| / ||base||`."""
+    bytes: int
+    """In the adapter file."""
+    seconds: float
+    shortfall: float | None
+    """The certificate of the factorization: energy missed against the best rank-r approximation, relative."""
+    residual: float | None
+    """Of the worst kept triplet, `||delta v - sigma u||` relative to the largest sigma."""
+    noise: float | None = None
+    """The share of the delta's energy that rounding to the saved type can account for, at most. None where it was not
+    measured (`--rank auto` does), or the type does not tell."""
+    signal_rank: int | None = None
+    """How many singular values stand out of the noise. None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all rows; shares are weighted by energy."""
+
+    energy: float
+    """Kept, as a share of the energy of the deltas that were factored: the paper's E_r for the whole model."""
+    energy_of_all: float
+    """Kept, as a share of the energy of every delta, left-out ones included."""
+    energy_at: Mapping[int, float]
+    """`energy` for the powers of two below `rank`, if the adapter were cut to them."""
+    relative_error: float
+    relative_delta: float | None
+    rank: int
+    """The largest that a layer keeps."""
+    file_rank: int
+    """`r` of the file: what all are padded to in the portable form, what most have in the `peft` form."""
+    bytes: int
+    padding: int
+    """Of these bytes, zeros that bring layers to the file's one rank, or stand for unchanged layers: none in the `peft`
+    form."""
+    seconds: float
+    extracted: int
+    whole: int
+    """Kept without factors: norms, biases and the like, in the `peft` form."""
+    unchanged: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """An honest account of what an adapter holds."""
+
+    rows: tuple[Row, ...]
+    totals: Totals
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What was decided to compare the two checkpoints: of their names, and the like."""
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Report:
+        """Account for an adapter."""
+        rows = tuple(_rows(adapter))
+        totals = _totals(rows, adapter.form.rank(adapter), adapter.padding)
+        warnings = (*adapter.form.warnings(adapter), *_warnings(rows, totals))
+        return cls(rows, totals, warnings, adapter.notes, adapter.provenance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "format": 1,
+            "totals": asdict(self.totals),
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+            "provenance": dict(self.provenance),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def table(self) -> str:
+        """The report for a terminal: the layers, what is left out by reason, the totals and the warnings."""
+        measured = any(row.signal_rank is not None for row in self.rows)
+        more = f" {'signal':>7} {'noise':>7}" if measured else ""
+        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}{more}"]
+        lines += [
+            f"{shorten(row.weight):<52} {row.rank:>5} {_percent(row.energy):>7} {_percent(row.relative_error):>7} "
+            f"{_percent(row.relative_delta):>8} {size(row.bytes):>9}"
+            + (f" {row.signal_rank:>7} {_percent(row.noise):>7}" if measured else "")
+            for row in self.rows
+            if row.status == "extracted"
+        ]
+        lines += ["", *_left_out_lines(self.rows), *self.summary()]
+        return "\n".join(lines)
+
+    def summary(self) -> list[str]:
+        """The totals and the warnings, a line each."""
+        totals = self.totals
+        padded = totals.file_rank > totals.rank
+        rank = f"{totals.rank} (padded to {totals.file_rank} in the file)" if padded else f"{totals.rank}"
+        if self.provenance["options"].get("form") == "peft" and len({row.rank for row in self.rows if row.rank}) > 1:
+            rank = f"up to {totals.rank}"
+        lines = [
+            f"{totals.extracted} weights at rank {rank} hold {_percent(totals.energy)} of their deltas' energy, "
+            f"{_percent(totals.energy_of_all)} of the whole fine-tune's; {size(totals.bytes)} on disk.",
+        ]
+        if totals.padding >= MATERIAL * totals.bytes:
+            lines.append(f"{size(totals.padding)} of that are zeros, for loaders that need one rank for all layers.")
+        if self.provenance["layout"] == GUESSED:
+            lines.append("No configuration or module was there to ask: linear layers were told by names and shapes.")
+        return [*lines, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
+
+
+def _rows(adapter: Adapter) -> Iterable[Row]:
+    plan = adapter.plan
+    in_file, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
+    for name, header in plan.headers.items():
+        layer = adapter.layers.get(name)
+        places = plan.carried.get(name) or plan.layout.places(name)
+        modules = tuple(place.module for place in places if place.module in in_file)
+        bytes_in_file = sum(in_file[module] for module in modules)
+        if layer is not None:
+            factors = layer.factors
+            yield Row(
+                weight=name,
+                status="extracted",
+                reason="",
+                modules=modules,
+                shape=header.shape,
+                dtype=str(header.dtype).removeprefix("torch."),
+                rank=len(factors.s),
+                energy=factors.energy,
+                energy_at={rank: factors.cut(rank).energy for rank in _powers_below(len(factors.s))},
+                relative_error=math.sqrt(max(0.0, 1 - factors.energy)),
+                delta_norm=factors.norm,
+                base_norm=layer.base_norm,
+                tuned_norm=None,
+                relative_delta=_ratio(factors.norm, layer.base_norm),
+                bytes=bytes_in_file,
+                seconds=layer.seconds,
+                shortfall=factors.shortfall,
+                residual=float(factors.residual.max()),
+                noise=None if layer.noise is None else min(layer.noise.energy / factors.norm**2, 1.0),
+                signal_rank=layer.signal,
+            )
+            continue
+        if name in adapter.kept:
+            yield _kept_row(adapter, name, whole.get(name, 0))
+            continue
+        skipped = adapter.skipped[name]
+        unchanged = skipped.delta_norm == 0
+        yield Row(
+            weight=name,
+            status="unchanged" if unchanged else "left out",
+            reason="" if unchanged else skipped.reason,
+            modules=modules,
+            shape=header.shape,
+            dtype=str(header.dtype).removeprefix("torch."),
+            rank=0,
+            energy=0.0 if skipped.delta_norm else None,
+            energy_at={},
+            relative_error=1.0 if skipped.delta_norm else None,
+            delta_norm=skipped.delta_norm,
+            base_norm=skipped.base_norm,
+            tuned_norm=skipped.tuned_norm,
+            relative_delta=_ratio(skipped.delta_norm, skipped.base_norm),
+            bytes=bytes_in_file,
+            seconds=skipped.seconds,
+            shortfall=None,
+            residual=None,
+        )
+
+
+def _kept_row(adapter: Adapter, name: str, bytes_in_file: int) -> Row:
+    kept, how, header = adapter.kept[name], adapter.plan.kept[name], adapter.plan.headers[name]
+    changed = kept.delta_norm > 0
+    return Row(
+        weight=name,
+        status="whole" if changed else "unchanged",
+        reason="",
+        modules=how.modules if changed else (),
+        shape=header.shape,
+        dtype=str(header.dtype).removeprefix("torch."),
+        rank=0,
+        energy=1.0 if changed else None,
+        energy_at={},
+        relative_error=0.0 if changed else None,
+        delta_norm=kept.delta_norm,
+        base_norm=kept.base_norm,
+        tuned_norm=None,
+        relative_delta=_ratio(kept.delta_norm, kept.base_norm),
+        bytes=bytes_in_file,
+        seconds=kept.seconds,
+        shortfall=None,
+        residual=None,
+    )
+
+
+def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
+    rows = list(rows)
+    extracted = [row for row in rows if row.status == "extracted"]
+    kept = sum((row.energy or 0.0) * _energy(row) for row in extracted)
+    carried = sum(map(_energy, extracted))
+    everything = sum(map(_energy, rows))
+    whole = sum(_energy(row) for row in rows if row.status == "whole")
+    # Beyond its own rank a layer holds what it holds.
+    at = {
+        rank: sum((row.energy_at.get(rank, row.energy) or 0.0) * _energy(row) for row in extracted)
+        for rank in _powers_below(max(row.rank for row in rows))
+    }
+    # Of matrices only: norms and biases are few and would hide a wrong base.
+    matrices = [row for row in rows if len(row.shape) > 1 and row.relative_delta is not None]
+    moved = math.sqrt(sum(map(_energy, matrices)))
+    return Totals(
+        energy=kept / carried if carried else 1.0,
+        energy_of_all=(kept + whole) / everything,
+        energy_at={rank: held / carried for rank, held in at.items() if carried},
+        relative_error=math.sqrt(max(0.0, 1 - kept / carried)) if carried else 0.0,
+        relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
+        rank=max((row.rank for row in rows), default=0),
+        file_rank=file_rank,
+        bytes=sum(row.bytes for row in rows),
+        padding=padding,
+        seconds=sum(row.seconds for row in rows),
+        extracted=len(extracted),
+        whole=sum(row.status == "whole" for row in rows),
+        unchanged=sum(row.status == "unchanged" for row in rows),
+        left_out=sum(row.status == "left out" for row in rows),
+    )
+
+
+def _energy(row: Row) -> float:
+    """Of its delta; none of a counter, such as the batches that a norm has seen: it is no weight."""
+    return (row.delta_norm or 0.0) ** 2 if "float" in row.dtype else 0.0
+
+
+def _powers_below(rank: int) -> list[int]:
+    return [2**i for i in range(max(rank - 1, 0).bit_length())]
+
+
+def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
+    everything = sum(map(_energy, rows))
+    for reason, group in _by_reason(rows).items():
+        share = sum(map(_energy, group)) / everything
+        if share >= MATERIAL:
+            yield f"{_percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
+    for side, other in (("base", "tuned"), ("tuned", "base")):
+        only = [row for row in rows if row.reason == f"only in {side}"]
+        if only:
+            norms = [f"{row.weight} (norm {row.base_norm or row.tuned_norm or 0:.3g})" for row in only[:3]]
+            names = ", ".join(norms) + (", ..." if len(only) > 3 else "")
+            yield f"{len(only)} tensors are only in {side}, not in {other}, and not carried: {names}."
+    apart = [row for row in rows if row.reason.startswith("shapes differ")]
+    if apart:
+        yield f"{len(apart)} tensors have other shapes in base and tuned and are not carried: {apart[0].weight}."
+    tied = [row for row in rows if row.status == "extracted" and len(row.modules) > 1]
+    if tied:
+        yield (
+            f"`{tied[0].weight}` is tied and carried in {', '.join(tied[0].modules)}. Serve it unmerged: PEFT's "
+            "`merge_and_unload` adds both to the one weight, and llama.cpp does not load it."
+        )
+    if totals.relative_delta is not None and totals.relative_delta > IMPLAUSIBLE:
+        yield (
+            f"The delta is {_percent(totals.relative_delta)} of the base's norm, more than fine-tuning makes it. Is "
+            "this the base that the fine-tune started from?"
+        )
+
+
+def _by_reason(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status == "left out":
+            groups.setdefault(row.reason, []).append(row)
+    return groups
+
+
+def _left_out_lines(rows: tuple[Row, ...]) -> list[str]:
+    everything = sum(map(_energy, rows))
+    lines = []
+    if whole := [row for row in rows if row.status == "whole"]:
+        share = sum(map(_energy, whole)) / everything
+        lines.append(
+            f"whole: {len(whole):>7} norms, biases and the like: {_percent(share)} of the fine-tune's energy, "
+            f"{size(sum(row.bytes for row in whole))}"
+        )
+    for reason, group in _by_reason(rows).items():
+        share = sum(map(_energy, group)) / everything
+        lines.append(f"left out: {len(group):>4} x {reason}: {_percent(share)} of the fine-tune's energy")
+    unchanged = sum(row.status == "unchanged" for row in rows)
+    return [*lines, *([f"unchanged: {unchanged:>3}"] if unchanged else [])]
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"

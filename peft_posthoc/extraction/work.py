@@ -1,0 +1,160 @@
+"""Pairs of weights to factored layers, one at a time; or what is lost by leaving a weight out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+import torch
+
+from peft_posthoc.compute.precision import full_precision
+from peft_posthoc.errors import CheckpointError, PosthocError
+from peft_posthoc.extraction.delta import Delta, Pair, difference, not_finite
+from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
+from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.linalg.noise import rounding
+from peft_posthoc.linalg.norms import frobenius
+from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
+from peft_posthoc.linalg.svd import truncated_svd
+from peft_posthoc.ranks.rules import signal_rank
+
+
+@contextlib.contextmanager
+def factor_pairs(
+    pairs: Iterable[Pair],
+    plan: Plan,
+    rules: Mapping[str, RankRule],
+    *,
+    exact: bool = False,
+    device: torch.device | None = None,
+) -> Iterator[Iterator[Outcome]]:
+    """Factor the weights that the plan carries, and measure the others, in whatever order they come.
+
+    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
+    bits of a result then do not depend on how many threads there are, and nobody waits for a thread that other programs
+    have put off the processor. The threads end with the `with` block.
+
+    Args:
+        pairs: Weights before and after.
+        plan: What is carried.
+        rules: For every carried weight: how many singular triplets to keep.
+        exact: Use LAPACK's full SVD for every weight.
+        device: Where to work.
+
+    Yields:
+        An iterator over the results, one for every pair, each as it is ready. It raises `CheckpointError` where a value
+        is NaN or infinite.
+    """
+
+    def work(pair: Pair) -> Outcome:
+        try:
+            if pair.name in plan.carried:
+                return _factor(pair, plan, rules[pair.name], exact=exact, device=device)
+            if pair.name in plan.kept:
+                return _keep(pair, plan)
+            return _leave_out(pair, plan.left_out[pair.name])
+        except PosthocError:
+            raise
+        except Exception as error:
+            error.add_note(f"While extracting `{pair.name}`.")
+            raise
+
+    on_gpu = device is not None and device.type != "cpu"
+    workers = 1 if on_gpu else torch.get_num_threads()
+    # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
+    # takes three times as much beside each, so that one must do.
+    room = (1 if exact else 2) * max((header.bytes for header in plan.headers.values()), default=0)
+    running: dict[Future[Outcome], int] = {}
+
+    def results(pool: ThreadPoolExecutor) -> Iterator[Outcome]:
+        for pair in pairs:
+            size = plan.headers[pair.name].bytes
+            while len(running) >= workers or (running and sum(running.values()) + size > room):
+                yield from _finished(running)
+            running[pool.submit(work, pair)] = size
+        while running:
+            yield from _finished(running)
+
+    with (
+        full_precision(),
+        _one_thread_each(),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        try:
+            yield results(pool)
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _finished(running: dict[Future[Outcome], int]) -> Iterator[Outcome]:
+    """Wait until something is finished, and take it out."""
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        del running[future]
+        yield future.result()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torch.device | None) -> Layer | Skipped:
+    start = time.perf_counter()
+    delta = difference(pair, device=device)
+    if delta.norm == 0:
+        return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
+    matrix = plan.carried[pair.name][0].kind.matrix(delta.values)
+    noisy = _Noisy(rule, pair, delta) if getattr(rule, "measures_noise", False) else None
+    # A rank that is known in advance makes the first block wide enough; noise is then told of what was found.
+    asks = noisy if noisy and in_advance(rule) is None else rule
+    # The seed depends on the name alone: same inputs, same factors, in whatever order weights come.
+    found = truncated_svd(matrix, asks, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
+    if noisy and asks is rule:
+        noisy(Spectrum(found.s, found.norm**2, (matrix.shape[0], matrix.shape[1])))
+    found = found._replace(a=found.a.cpu(), b=found.b.cpu())
+    noise, signal = (noisy.noise, noisy.signal) if noisy else (None, None)
+    return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start, noise, signal)
+
+
+class _Noisy:
+    """A rule that is told of the noise on its delta."""
+
+    def __init__(self, rule: RankRule, pair: Pair, delta: Delta) -> None:
+        both = pair.base is not None and pair.tuned is not None
+        self._rule = rule
+        self.noise = rounding(pair.base, pair.tuned, delta.values) if both else None  # type: ignore[arg-type]
+        self.signal = 0
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        told = spectrum._replace(noise=self.noise)
+        self.signal = signal_rank(told)
+        return self._rule(told)
+
+
+def _keep(pair: Pair, plan: Plan) -> Kept:
+    start = time.perf_counter()
+    if pair.base is None and pair.tuned is not None:  # A new head: all of it is the difference.
+        pair = pair._replace(base=torch.zeros_like(pair.tuned))
+    delta = difference(pair)
+    value = delta.values if plan.kept[pair.name].as_bias or pair.tuned is None else pair.tuned.clone()
+    return Kept(pair.name, value, delta.norm, delta.base_norm, time.perf_counter() - start)
+
+
+def _leave_out(pair: Pair, reason: str) -> Skipped:
+    start = time.perf_counter()
+    if pair.base is not None and pair.tuned is not None and pair.base.shape == pair.tuned.shape:
+        delta = difference(pair)
+        return Skipped(pair.name, reason, delta.norm, delta.base_norm, None, time.perf_counter() - start)
+    base_norm, tuned_norm = (None if tensor is None else frobenius(tensor) for tensor in (pair.base, pair.tuned))
+    if not all(math.isfinite(norm) for norm in (base_norm, tuned_norm) if norm is not None):
+        raise CheckpointError(not_finite(pair))
+    return Skipped(pair.name, reason, None, base_norm, tuned_norm, time.perf_counter() - start)

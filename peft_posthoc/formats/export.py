@@ -1,0 +1,94 @@
+"""Adapters in the forms of programs that do not read PEFT's: one file for each target, one line in a table.
+
+A new target is one function `write(deltas, out, **Writing)` and a line in `TARGETS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from peft_posthoc.adapters.on_model import Deltas
+from peft_posthoc.adapters.peft_format import check_target
+from peft_posthoc.formats.open import open_deltas
+from peft_posthoc.formats.result import Exported, Out, check_place
+from peft_posthoc.sources import Source
+
+To = Literal["gguf", "mlx", "vllm-moe", "peft-moe", "merged"]
+
+
+class Target(NamedTuple):
+    """A form that an adapter can be written in."""
+
+    module: str
+    """The file that writes it, loaded when it is asked for."""
+    function: str
+    shape: Literal["file", "folder", "adapter"]
+    """What is written: a single file, a folder, or an adapter folder in PEFT's own form."""
+    values: bool = False
+    """Whether it takes the base's weights, not only its configuration."""
+
+
+TARGETS: dict[str, Target] = {
+    "gguf": Target("peft_posthoc.formats.gguf", "write", "file"),
+    "mlx": Target("peft_posthoc.formats.mlx", "write", "folder"),
+    "vllm-moe": Target("peft_posthoc.formats.experts", "write_per_expert", "adapter"),
+    "peft-moe": Target("peft_posthoc.formats.experts", "write_stacked", "adapter"),
+    "merged": Target("peft_posthoc.formats.merged", "write", "folder", values=True),
+}
+
+Write = Callable[..., Exported]
+
+
+def export(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: To,
+    *,
+    base: Source | None = None,
+    base_revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Exported:
+    """Write an adapter in another form, exactly: what it adds to every matrix stays the same, but for rounding.
+
+    Args:
+        adapter: Any PEFT LoRA folder.
+        out: What to write: a file for `gguf`, a folder for the others.
+        to: `gguf` for llama.cpp and Ollama; `mlx` for MLX-LM; `vllm-moe` and `peft-moe` for the experts of a mixture
+            one by one, as serving engines read them, and stacked, as PEFT computes with them; `merged` for a full
+            checkpoint of base + adapter.
+        base: The model that the adapter is for: a folder, a hub id, or for `merged` anything that `extract` takes. By
+            default what the adapter's configuration names. Only `merged` reads its weights.
+        base_revision: Branch, tag or commit, where `base` is a hub id.
+        dtype: Of what is written; by default the adapter's, and for `merged` the base's, tensor by tensor.
+        force: Replace an earlier export that is at `out`.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        AdapterError: The adapter cannot be read, does not fit the base, or holds what the target has no place for;
+            `out` is taken or cannot be written.
+        CheckpointError: The base cannot be read.
+        MissingExtraError: `gguf` is asked for, and the package is not installed.
+        ValueError: An argument makes no sense.
+    """
+    target = TARGETS.get(to)
+    if target is None:
+        raise ValueError(f"`export(to=...)` must be one of {', '.join(TARGETS)}. Got {to!r}.")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"`export(dtype=...)` must be float32, bfloat16 or float16. Got {dtype}.")
+    place = Out(str(out), Path(out).absolute())
+    if target.shape == "adapter":
+        check_target(out, force=force)
+    else:
+        check_place(out, force=force, is_file=target.shape == "file")
+    write: Write = getattr(importlib.import_module(target.module), target.function)
+    deltas: Deltas = open_deltas(adapter, base, values=target.values, revision=base_revision)
+    with deltas.folder:
+        return write(deltas, place, dtype=dtype, force=force, progress=progress)

@@ -1,0 +1,158 @@
+"""A full checkpoint of base + adapter: read, added to and written one shard at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_posthoc.adapters.merge import Merge
+from peft_posthoc.adapters.on_model import Deltas
+from peft_posthoc.adapters.peft_format import REPORT
+from peft_posthoc.checkpoints import hub
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.files import SAFETENSORS, SAFETENSORS_INDEX
+from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.files import staged
+from peft_posthoc.formats.result import Exported, Out, files_of, write_report
+from peft_posthoc.text import size
+
+# Of a single file where the base's own division cannot be kept; transformers' own default.
+_SHARD = "50GB"
+_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja"),
+)
+# What lies beside weights and belongs to the model. Its README is about the base.
+_BESIDE = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("video_preprocessor_config.json", "image_processor*.json", "modules.json", "configuration_*.py"),
+    *("modeling_*.py", "tokenization_*.py", "processing_*.py", "LICENSE*", "NOTICE*", *_TOKENIZER),
+)
+
+
+def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
+    """Write the checkpoint: the base's own shards and dtypes, its configuration and tokenizer.
+
+    Tied weights that the adapter changes alike stay tied; where it changes them differently, both are written and the
+    configuration says that they are not tied.
+
+    Raises:
+        AdapterError: The adapter changes what a checkpoint of this base has no place for, or it cannot be written.
+        CheckpointError: The base cannot be read, or is quantized.
+    """
+    merge = Merge(deltas, dtype)
+    total = sum(header.bytes for header in merge.headers.values())
+    # Before the base's weights are fetched, if it is on the hub.
+    _room_for(total, out)
+    shards, config = _shards(deltas, merge.headers), merge.config()
+    ours = files_of(out.place)
+    with staged(out.place, what="The merged model", called=out.called, force=force, ours=ours) as made:
+        made.mkdir()
+        bar = tqdm(total=len(merge.headers), desc="Tensors", disable=not progress)
+        with bar:
+            for file, names in shards.items():
+                tensors: dict[str, Tensor] = {}
+                for name in names:
+                    tensors[name] = merge.read(name)
+                    bar.update()
+                save_file(tensors, made / file, metadata={"format": "pt"})
+        beside = _copy_beside(deltas, merge, made)
+        files = [*shards, *beside]
+        if config is not None:
+            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            files.append("config.json")
+        if len(shards) > 1:
+            where = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            (made / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            files.append(SAFETENSORS_INDEX)
+        exported = Exported(
+            to="merged",
+            adapter=deltas.folder.label,
+            base=deltas.base.label,
+            out=out.called,
+            dtype=", ".join(sorted({str(h.dtype).removeprefix("torch.") for h in merge.headers.values()})),
+            matrices=len(deltas.names),
+            rank_before=deltas.rank,
+            rank=None,
+            files=tuple(files),
+            bytes=total,
+            notes=tuple(merge.notes),
+        )
+        write_report(made, exported)
+        # safetensors makes files that only their owner can read; servers often run as somebody else.
+        for file in shards:
+            (made / file).chmod((made / REPORT).stat().st_mode)
+    return exported
+
+
+def _shards(deltas: Deltas, headers: Mapping[str, Header]) -> dict[str, list[str]]:
+    """By file, the tensors: as the base is divided, if it is so in the usual way."""
+    base = deltas.base
+    files = base.files if isinstance(base, Folder | hub.OnHub) else {}
+    usual = {*files.values()} == {SAFETENSORS} or (
+        base.folder is not None
+        and (base.folder / SAFETENSORS_INDEX).is_file()
+        and all(fnmatch(file, "model-*-of-*.safetensors") for file in files.values())
+    )
+    if files and usual:
+        shards: dict[str, list[str]] = {file: [] for file in sorted({*files.values()})}
+        # One that was not there before goes where most room is.
+        smallest = min(shards, key=lambda file: sum(base.headers[n].bytes for n, f in files.items() if f == file))
+        for name in headers:
+            shards[files.get(name, smallest)].append(name)
+        return {file: names for file, names in shards.items() if names}
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in headers.items()}
+    plan = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
+    )
+    return dict(plan.filename_to_tensors)
+
+
+def _room_for(total: int, out: Out) -> None:
+    """See before the work whether the disk holds it.
+
+    Raises:
+        AdapterError: It does not.
+    """
+    above = next(path for path in out.place.parents if path.exists())
+    free = shutil.disk_usage(above).free
+    if total > free:
+        raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} free.")
+
+
+def _copy_beside(deltas: Deltas, merge: Merge, made: Path) -> list[str]:
+    """Copy what belongs to the model beside its weights; the tokenizer that is beside the adapter, if one is."""
+    base, adapter = deltas.base, deltas.folder.place
+    if base.folder is None:
+        merge.notes.append(f"`{base.label}` is no folder: no tokenizer was copied.")
+        return []
+    if base.revision is not None:
+        hub.fetch_beside(base.label, _BESIDE, revision=base.revision)
+    copied = dict(_found(base.folder, [pattern for pattern in _BESIDE if pattern != "config.json"]))
+    if (adapter / "tokenizer_config.json").is_file():
+        kept = {name: path for name, path in copied.items() if not any(fnmatch(name, one) for one in _TOKENIZER)}
+        copied = kept | dict(_found(adapter, _TOKENIZER))
+        merge.notes.append(f"The tokenizer is the one in `{deltas.folder.label}`.")
+    for name, path in copied.items():
+        (made / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, made / name)
+    return sorted(copied)
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path

@@ -1,0 +1,76 @@
+"""An adapter, opened on the model that it belongs to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_posthoc.adapters.lora_folder import LoraFolder
+from peft_posthoc.adapters.on_model import Deltas
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.files import config_of
+from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.models.config import architecture
+from peft_posthoc.models.find import layout_of
+from peft_posthoc.sources import Source, open_checkpoint
+
+
+def open_deltas(
+    adapter: str | os.PathLike[str], base: Source | None, *, values: bool, revision: str | None = None
+) -> Deltas:
+    """Open an adapter and its base.
+
+    Args:
+        adapter: A PEFT LoRA folder.
+        base: The model that it is for; None for the one that its configuration names.
+        values: Whether the base's weights are needed; otherwise its configuration does.
+        revision: Branch, tag or commit, where the base is a hub id.
+
+    Raises:
+        AdapterError: The adapter cannot be read, or does not fit the base.
+        CheckpointError: The base cannot be read.
+    """
+    folder = LoraFolder(adapter)
+    try:
+        if base is None:
+            base = folder.config.get("base_model_name_or_path")
+            if not (base and isinstance(base, str)):
+                raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `--base`.")
+            revision = revision or folder.config.get("revision")
+            if Path(base).is_dir():
+                revision = None
+        opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
+        return Deltas(folder, opened, layout_of(opened))
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _without_values(base: Source, revision: str | None) -> Checkpoint:
+    """The base as its configuration tells of it, on the meta device; itself if it is no folder and no hub id.
+
+    Raises:
+        CheckpointError: There is no configuration, or transformers has no class for it.
+    """
+    if not isinstance(base, str | os.PathLike):
+        return open_checkpoint(base, role="base")
+    from peft_posthoc.checkpoints.hub import fetch_config
+    from peft_posthoc.checkpoints.memory import InMemory
+    from peft_posthoc.models.by_class import build
+    from peft_posthoc.models.remote_code import not_run
+
+    config: Mapping[str, Any] | None
+    config = config_of(Path(base)) if Path(base).is_dir() else fetch_config(str(base), revision=revision)
+    if config is None:
+        raise CheckpointError(f"The base `{base}` has no `config.json`.")
+    model = build(config)
+    if model is None:
+        raise CheckpointError(
+            f"The base `{base}` is a {architecture(config) or 'model without `architectures`'}, which transformers "
+            f"has no class for{not_run(config)}."
+        )
+    made = InMemory(dict(model.named_parameters()), label=str(base), module=model)
+    made.config = config
+    return made

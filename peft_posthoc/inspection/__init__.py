@@ -1,0 +1,1 @@
+"""What every rank and every rank rule would keep."""

@@ -1,0 +1,162 @@
+"""What every rank rule would make of the same deltas: its ranks, what they hold, and what they take in a file."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.extraction.forms.peft import EXACT
+from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.ranks.budget import budget
+from peft_posthoc.ranks.rules import fixed, keep_energy, keep_error
+
+if TYPE_CHECKING:
+    from peft_posthoc.extraction.adapter import Adapter, Form
+
+RANKS = (8, 16, 32, 64, 128)
+ENERGIES = (0.5, 0.9, 0.95, 0.99)
+ERRORS = (0.5, 0.2)
+BUDGETS = ("1%", "2%", "5%", "10%")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rule's answer."""
+
+    flags: str
+    """What asks `phlora extract` for it."""
+    ranks: Mapping[str, int]
+    """By weight name. None are there where the rule has no answer."""
+    beyond: frozenset[str]
+    """Weights of which the rule asks for more than was factored: their rank here is what was."""
+    energy: float
+    """E_r over all layers together, weighted by energy. At least this much where some ranks are higher."""
+    portable: int | None
+    """Bytes in the portable form, where all layers are padded to one rank; None where these layers have none."""
+    padding: int | None
+    """Of these, zeros."""
+    peft: int | None
+    """Bytes in the `peft` form, every layer at its own rank."""
+    reason: str = ""
+    """Why there is no answer."""
+
+    @property
+    def error(self) -> float:
+        """`||delta - b @ a|| / ||delta||` over all layers together."""
+        return math.sqrt(max(1 - self.energy, 0.0))
+
+    @property
+    def spread(self) -> tuple[int, float, int]:
+        """The lowest, the median and the highest rank."""
+        ranks = self.ranks.values()
+        return min(ranks), statistics.median(ranks), max(ranks)
+
+    def rank(self, weight: str) -> str:
+        """A layer's rank for people: `>512` where it is higher than what was factored."""
+        if not self.ranks:
+            return "-"
+        return f"{'>' if weight in self.beyond else ''}{self.ranks[weight]}"
+
+    def least(self, text: str) -> str:
+        """A sum over all layers, for people: it is more where ranks are higher than what was factored."""
+        return f">{text}" if self.beyond and text != "-" else text
+
+    def most(self, text: str) -> str:
+        """The same of what is less then."""
+        return f"<{text}" if self.beyond else text
+
+    def told(self) -> str:
+        """All ranks in short: the lowest and the highest."""
+        if not self.ranks:
+            return self.reason
+        low, _, high = self.spread
+        if len(self.beyond) == len(self.ranks):
+            return f">{high}"
+        lowest, highest = str(low), f"{'>' if any(self.ranks[name] == high for name in self.beyond) else ''}{high}"
+        return highest if low == high else f"{lowest} to {highest}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "flags": self.flags,
+            "ranks": dict(self.ranks),
+            "beyond": sorted(self.beyond),
+            "energy": self.energy if self.ranks else None,
+            "relative_error": self.error if self.ranks else None,
+            "bytes": {"portable": self.portable, "peft": self.peft},
+            "padding": self.padding,
+            "reason": self.reason,
+        }
+
+
+def candidates(adapter: Adapter) -> list[Candidate]:
+    """The answers of all rules to the spectra of one adapter.
+
+    Ranks above the adapter's are left out; so is `--rank auto` where the noise was not measured.
+    """
+    return [*_by_layer(adapter), *_by_budget(adapter)]
+
+
+def of(flags: str, adapter: Adapter, beyond: Iterable[str] = ()) -> Candidate:
+    """The answer that an adapter is."""
+    held = sum(layer.factors.energy * layer.factors.norm**2 for layer in adapter.layers.values())
+    total = sum(layer.factors.norm**2 for layer in adapter.layers.values())
+    portable, peft = (_in(form, adapter) for form in (PORTABLE, EXACT))
+    return Candidate(
+        flags=flags,
+        ranks={name: len(layer.factors.s) for name, layer in adapter.layers.items()},
+        beyond=frozenset(beyond),
+        energy=min(held / total, 1.0),
+        portable=None if portable is None else portable[0],
+        padding=None if portable is None else portable[1],
+        peft=None if peft is None else peft[0],
+    )
+
+
+def _in(form: Form, adapter: Adapter) -> tuple[int, int] | None:
+    """The bytes in a form, and the zeros among them; None if the form cannot hold these layers."""
+    # What one form keeps without factors the other does not.
+    other = adapter if adapter.form is form else replace(adapter, form=form, kept={})
+    try:
+        return sum(form.bytes(other).values()) + sum(form.whole(other).values()), other.padding
+    except AdapterError:
+        return None
+
+
+def _by_layer(adapter: Adapter) -> Iterator[Candidate]:
+    rules: list[fixed | keep_energy | keep_error] = [fixed(rank) for rank in RANKS if rank <= adapter.rank]
+    rules += [*map(keep_energy, ENERGIES), *map(keep_error, ERRORS)]
+    spectra = adapter.spectra
+    for rule in rules:
+        yield _cut(adapter, " ".join(rule.flags()), {name: rule(spectrum) for name, spectrum in spectra.items()})
+    signal = {name: layer.signal for name, layer in adapter.layers.items()}
+    if None not in signal.values():
+        yield _cut(adapter, "--rank auto", {name: max(rank or 0, 1) for name, rank in signal.items()})
+
+
+def _cut(adapter: Adapter, flags: str, asked: Mapping[str, int]) -> Candidate:
+    held = {name: len(layer.factors.s) for name, layer in adapter.layers.items()}
+    ranks = {name: min(rank, held[name]) for name, rank in asked.items()}
+    return of(flags, adapter.cut(ranks, flags), [name for name, rank in asked.items() if rank > held[name]])
+
+
+def _by_budget(adapter: Adapter) -> Iterator[Candidate]:
+    spectra = adapter.spectra
+    for size in BUDGETS:
+        flags, rule = f"--budget {size}", budget(size)
+        try:
+            bounds = rule.bounds(adapter.plan, dtype=adapter.dtype, form=adapter.form)
+            # No deeper than `extract` would factor: it would choose among as many.
+            deep = {name: bounds[name](spectrum) for name, spectrum in spectra.items()}
+            ranks = {name: min(deep[name], len(spectrum.s)) for name, spectrum in spectra.items()}
+            found = rule.settle(adapter.cut(ranks, flags))
+        except ValueError:
+            yield Candidate(flags, {}, frozenset(), 0.0, None, None, None, "less than the smallest adapter")
+            continue
+        yield of(
+            flags, found, [name for name in ranks if deep[name] > ranks[name] == len(found.layers[name].factors.s)]
+        )

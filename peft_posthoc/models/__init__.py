@@ -1,0 +1,1 @@
+"""What module and kind each weight of a model is."""

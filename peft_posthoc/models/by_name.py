@@ -1,0 +1,43 @@
+"""The layout of a model that has no known class: guessed from names and shapes."""
+
+from __future__ import annotations
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.models.kinds import EMBEDDING, LINEAR, LayerKind
+from peft_posthoc.models.layout import GUESSED, Layout, is_of_an_expert
+
+_EMBEDDING_LEAVES = (
+    *("embed_tokens", "word_embeddings", "wte", "wpe", "position_embeddings", "token_type_embeddings", "shared"),
+    *("embed_positions", "relative_attention_bias"),
+)
+_TOKEN_LEAVES = ("embed_tokens", "word_embeddings", "wte", "shared")
+# Routers beside experts, which are no plain layers.
+_ROUTER_LEAVES = ("gate", "router")
+_HEAD_LEAVES = ("lm_head", "embed_out")
+# GPT-2's names, whose weights are stored in x out in some models and out x in in others: a guess could be wrong.
+_UNKNOWABLE_LEAVES = ("c_attn", "c_proj", "c_fc")
+
+
+def of_names(checkpoint: Checkpoint) -> Layout:
+    """The layout that names and shapes suggest."""
+    kinds: dict[str, LayerKind] = {}
+    unknowable = (*_UNKNOWABLE_LEAVES, *(_ROUTER_LEAVES if any(map(is_of_an_expert, checkpoint.headers)) else ()))
+    for name, header in checkpoint.headers.items():
+        module, _, leaf = name.rpartition(".")
+        name = module.rpartition(".")[2]
+        if leaf == "weight" and len(header.shape) == 2 and name not in unknowable:
+            kinds[module] = EMBEDDING if name in _EMBEDDING_LEAVES else LINEAR
+    heads = [module for module in kinds if module.rpartition(".")[2] in _HEAD_LEAVES]
+    return Layout(
+        origin=GUESSED,
+        kinds=kinds,
+        classes=dict.fromkeys((module for name in checkpoint.headers for module in _around(name)), ""),
+        head=heads[0] if heads else None,
+        tokens=next((module for module in kinds if module.rpartition(".")[2] in _TOKEN_LEAVES), None),
+    )
+
+
+def _around(weight: str) -> list[str]:
+    """The module of a weight, and those that it lies in: PEFT takes a name to mean these too."""
+    parts = weight.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))] or [""]

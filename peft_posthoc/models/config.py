@@ -1,0 +1,19 @@
+"""What a configuration tells of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class that a configuration names, or nothing."""
+    names = config.get("architectures") or [""]
+    return str(names[0])
+
+
+def task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
+    """PEFT's task type, for the tasks whose PEFT class adds nothing to the model."""
+    if class_name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if class_name.endswith("ForConditionalGeneration") and encoder_decoder else None

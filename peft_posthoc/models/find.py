@@ -1,0 +1,47 @@
+"""The layout of a model, from the first source that knows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.models.by_name import of_names
+from peft_posthoc.models.config import architecture, task_type
+from peft_posthoc.models.decoders import PLAIN_DECODERS, of_plain_decoder
+from peft_posthoc.models.layout import Layout
+
+
+def layout_of(*checkpoints: Checkpoint, of_tuned: bool = False) -> Layout:
+    """Find out what kind each weight of a model is, from the first of its checkpoints that knows.
+
+    A live module is asked itself. A configuration that transformers knows is built into its class on the meta device,
+    but for the common decoders, of which all is known (the class takes seconds to import). Anything else goes by names
+    and shapes. The task is the last one's: a reward model made from a language model is none.
+
+    Args:
+        *checkpoints: Of one model, the tuned one last.
+        of_tuned: Ask the last one first.
+    """
+    layout = _first_known(checkpoints[::-1] if of_tuned else checkpoints)
+    last = checkpoints[-1]
+    name = type(last.module).__name__ if last.module is not None else architecture(last.config or {})
+    other = bool(name) and name != layout.origin and task_type(name, encoder_decoder=True) is None
+    return replace(layout, task_type=None) if other else layout
+
+
+def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
+    from peft_posthoc.models.by_class import build, layout_of_module
+
+    names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
+    for checkpoint in checkpoints:
+        if checkpoint.module is not None:
+            return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, names)
+    for checkpoint in checkpoints:
+        config = checkpoint.config or {}
+        plain = config.get("model_type") in PLAIN_DECODERS and architecture(config).endswith("ForCausalLM")
+        if plain and "model.embed_tokens.weight" in checkpoint.headers:
+            return of_plain_decoder(checkpoint, config)
+        built = build(config)
+        if built is not None:
+            return layout_of_module(built, type(built).__name__, names)
+    return of_names(checkpoints[0])

@@ -1,0 +1,142 @@
+"""Which module each weight of a model belongs to, and of what kind it is.
+
+What kind a weight has is asked of the model's own class where there is one (`by_class`), and read off names and
+shapes otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from peft_posthoc.models.kinds import EMBEDDING, LayerKind
+
+GUESSED = "names and shapes"
+
+Role = Literal["layer", "embedding", "head", "convolution", "expert"]
+
+
+class Place(NamedTuple):
+    """A module of the model that a weight lives in, or, of an expert's matrix, the parameter."""
+
+    module: str
+    kind: LayerKind
+    role: Role
+
+
+def is_of_an_expert(module: str) -> bool:
+    """Whether it is a module of one expert among several."""
+    return re.search(r"(^|\.)experts\.\d+\.", module) is not None
+
+
+class Stack(NamedTuple):
+    """A parameter that holds the matrices of several experts, or their biases as the rows of one matrix."""
+
+    name: str
+    """What the model calls it."""
+    shape: tuple[int, ...]
+    """Experts x out x in features; in x out where transposed; two numbers only for biases."""
+    kind: LayerKind
+    parts: tuple[tuple[str, ...], ...]
+    """By expert, the tensors on disk that it is made of, one above the other; empty if it is itself there."""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What the expert's matrices are called here: `NAME[0]`, `NAME[1]`, ...; biases `NAME` alone."""
+        return tuple(f"{self.name}[{e}]" for e in range(self.shape[0])) if len(self.shape) == 3 else (self.name,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which module each weight of a model belongs to."""
+
+    origin: str
+    """Where this knowledge comes from: a class, or names and shapes."""
+    kinds: Mapping[str, LayerKind]
+    """Every module that PEFT can adapt."""
+    classes: Mapping[str, str] = field(default_factory=dict)
+    """The class of every module, where it is known; of the others with a weight, `""`."""
+    head: str | None = None
+    """The module that gives the logits of a language model."""
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For a module whose weight is stored once and used again: the modules that use it."""
+    prefix: str = ""
+    """What a checkpoint of the bare model leaves out of its names (`transformer.` for GPT-2)."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """By name on disk, the model's own name of a tensor, where transformers renames it when it loads."""
+    stacks: tuple[Stack, ...] = ()
+    """The parameters of the experts, in the model's order."""
+    mistaken: Mapping[str, LayerKind] = field(default_factory=dict)
+    """Layers that PEFT takes for an expert's, by their names, and whose factors it drops in silence."""
+    peft_takes_experts: bool = False
+    """Whether PEFT stacks the factors of single experts; if not, it ignores them in silence."""
+    tokens: str | None = None
+    """The module of the token embeddings."""
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+
+    def module_of(self, weight: str) -> str:
+        """The module that a weight name belongs to."""
+        weight = self.renamed.get(weight, weight)
+        module = weight.rpartition(".")[0] or weight
+        if module not in self.classes and f"{self.prefix}{module}" in self.classes:
+            return f"{self.prefix}{module}"
+        return module
+
+    def name_of(self, weight: str) -> str:
+        """What the model itself calls a tensor of a checkpoint."""
+        return f"{self.module_of(weight)}.{self.renamed.get(weight, weight).rpartition('.')[2]}"
+
+    def names_of(self, weight: str) -> tuple[str, ...]:
+        """The same, and the names of those that share the tensor."""
+        own = self.name_of(weight)
+        module, _, leaf = own.rpartition(".")
+        # Ties are told of modules by their weight, and of whatever else by its own name.
+        shared = [f"{user}.weight" for user in self.ties.get(module, ())] if leaf == "weight" else []
+        return own, *shared, *self.ties.get(own, ())
+
+    def places(self, weight: str) -> list[Place]:
+        """Where the weight lives; none if it is not the weight of a module that PEFT can adapt."""
+        own = self.name_of(weight)
+        if own in self.kinds and self.kinds[own].stacked:
+            return [Place(own, self.kinds[own], "expert")]
+        module, _, leaf = own.rpartition(".")
+        if leaf != "weight":
+            return []
+        users = [module, *self.ties.get(module, ())]
+        # Adapted in one place and not in another, a tied weight would be two.
+        if any(user not in self.kinds for user in users):
+            return []
+        return [Place(user, self.kinds[user], self._role(user)) for user in users]
+
+    def of_experts(self, weight: str) -> bool:
+        """Whether it is a matrix, or the stacked matrices, of experts that are not taken apart."""
+        return self.name_of(weight) in self._expert_names or weight in self._expert_names
+
+    @cached_property
+    def _expert_names(self) -> set[str]:
+        parts = (part for stack in self.stacks for parts in stack.parts for part in parts)
+        return {*(stack.name for stack in self.stacks), *parts}
+
+    def without_ties(self, untied: Iterable[str]) -> Layout:
+        """The same layout, where these modules have weights of their own."""
+        own = {self.module_of(weight) for weight in untied}
+        ties = {owner: tuple(user for user in users if user not in own) for owner, users in self.ties.items()}
+        return replace(self, ties=ties)
+
+    def _role(self, module: str) -> Role:
+        if module == self.head:
+            return "head"
+        if is_of_an_expert(module):
+            return "expert"
+        kind = self.kinds[module]
+        return "embedding" if kind is EMBEDDING else "convolution" if kind.kernel else "layer"
+
+
+def ends(module: str) -> list[str]:
+    """The name of a module and what follows each of its dots: by any of these PEFT finds it."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

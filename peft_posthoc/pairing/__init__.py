@@ -1,0 +1,1 @@
+"""Base and tuned under one set of names, experts and rows."""

@@ -1,0 +1,72 @@
+"""Two checkpoints of one model brought under the same names and into the same pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.models.find import layout_of
+from peft_posthoc.models.layout import Layout
+from peft_posthoc.models.serve_as import layout_to_serve
+from peft_posthoc.pairing.experts import Experts, see_experts
+from peft_posthoc.pairing.names import as_named, by_rules
+from peft_posthoc.pairing.vocabulary import Vocab, see_vocabulary
+
+
+class Match(NamedTuple):
+    """Base and tuned as they are compared."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    layout: Layout
+    resized: frozenset[str]
+    """The tensors that no factors lead to, since they have other rows than the base's."""
+    notes: tuple[str, ...]
+    """What was decided on the way, for people."""
+
+
+def match(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    rules: Sequence[str] = (),
+    serve_as: str | None = None,
+    experts: Experts = "none",
+    vocab: Vocab = "error",
+    of_tuned: bool = False,
+) -> Match:
+    """See two checkpoints as two states of one model, tensor by tensor.
+
+    Args:
+        base: The checkpoint before.
+        tuned: The checkpoint after.
+        rules: `regex=>replacement`, over the tensor names of both.
+        serve_as: The class that the adapter is for, or the folder of a model of that class, if it is not the base's.
+        experts: As what the matrices of a mixture of experts are seen (`experts.see_experts`).
+        vocab: What to do about vocabularies of different sizes (`vocabulary.see_vocabulary`).
+        of_tuned: Whether the adapter is for the tuned model's class, where that is another: it may have a new head.
+
+    Raises:
+        MismatchError: They cannot be seen so.
+        ValueError: A rule is malformed, or changes no name; there is no such class.
+    """
+    base, told_base = by_rules(base, rules)
+    tuned, told_tuned = by_rules(tuned, rules)
+    notes = [*told_base, *told_tuned]
+    if idle := [rule for rule in rules if not any(f"--map {rule}:" in note for note in notes)]:
+        names = list(tuned.headers)
+        raise ValueError(f"`--map {idle[0]}` changes no tensor name. Names look like `{names[len(names) // 2]}`.")
+    if serve_as is None:
+        layout = layout_of(base, tuned, of_tuned=of_tuned)
+    else:
+        layout, wanted = layout_to_serve(serve_as, base, tuned)
+        base, told = as_named(base, wanted, layout)
+        notes += told
+        layout, _ = layout_to_serve(serve_as, base, tuned)  # Experts are found by the new names.
+    tuned, told = as_named(tuned, {name: header.shape for name, header in base.headers.items()}, layout)
+    if told and serve_as is None:
+        layout = layout_of(base, tuned, of_tuned=of_tuned)  # It knows experts by their names.
+    base, tuned, layout = see_experts(base, tuned, layout, experts)
+    base, tuned, resized, said = see_vocabulary(base, tuned, layout, vocab)
+    return Match(base, tuned, layout, resized, (*notes, *told, *said))

@@ -1,0 +1,1 @@
+"""How many triplets: of one layer, or of all within a size."""

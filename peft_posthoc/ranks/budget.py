@@ -1,0 +1,246 @@
+"""Ranks of all layers together, within a size.
+
+The size is that of the file with the weights, `adapter_model.safetensors`, with its header: what an engine loads. The
+configuration and the report lie beside it and are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_posthoc.adapters.peft_format import header_bytes
+from peft_posthoc.extraction.forms.portable import PORTABLE, stacks_of
+from peft_posthoc.extraction.plan import Plan, tuned_bytes
+from peft_posthoc.linalg.spectrum import RankRule, Spectrum
+from peft_posthoc.ranks.allocate import allocate, uniform
+from peft_posthoc.ranks.rules import check_limits, describe, fixed, limit_flags
+from peft_posthoc.ranks.safe import safe_rank
+from peft_posthoc.ranks.weighting import WEIGHTINGS, Weighting, balanced
+
+if TYPE_CHECKING:
+    from peft_posthoc.extraction.adapter import Adapter, Form
+
+# A layer is factored up to this many times the rank that all have if all have the same.
+_DEEP = 4
+_BALANCED = balanced()
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class budget:
+    """Ranks of all layers together, such that the file with the weights has at most this size.
+
+    The portable form has one rank for all, so there it is the largest that fits, whatever the weighting.
+
+    Args:
+        size: In bytes; or in words, such as `64MB`, `1.5GiB`, or `2%` of the tuned checkpoint.
+        params: In place of `size`: how many numbers the file holds.
+        weighting: What energy is worth; None: all layers have the same rank, as far as they are large enough.
+        floor: The share of that rank that every layer has in any case.
+        most: The highest rank.
+        least: The lowest rank, but for smaller layers.
+        multiple: Ranks are multiples of this, but for those of smaller layers.
+
+    Raises:
+        ValueError: The size is none, or the limits leave no rank.
+    """
+
+    size: int | str | None = None
+    params: int | None = None
+    weighting: Weighting | None = _BALANCED
+    floor: float = 0.75
+    most: int | None = None
+    least: int = 1
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.params is None):
+            raise ValueError("A budget has a size or a number of parameters, one of them.")
+        check_limits(self.most, self.least, self.multiple)
+        self.limit(10**9)
+
+    def limit(self, tuned_bytes: int) -> int:
+        """The bytes, or numbers, that the file may have.
+
+        Args:
+            tuned_bytes: Of the tuned checkpoint.
+
+        Raises:
+            ValueError: The size is none.
+        """
+        if self.params is not None:
+            if isinstance(self.params, bool) or not isinstance(self.params, int) or self.params < 1:
+                raise ValueError(f"A number of parameters must be whole and at least 1. Got {self.params!r}.")
+            return self.params
+        found = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30}) *([kKMG]i?B|B|%)?", str(self.size))
+        if isinstance(self.size, bool) or found is None or not float(found[1]):
+            raise ValueError(
+                f"A budget is a size such as 64MB, 1.5GiB or 2% of the tuned checkpoint. Got {self.size!r}."
+            )
+        unit = tuned_bytes / 100 if found[2] == "%" else _UNITS[(found[2] or "B").upper()]
+        return int(float(found[1]) * unit)
+
+    def bounds(self, plan: Plan, *, dtype: torch.dtype, form: Form) -> dict[str, RankRule]:
+        """As far as the size can reach: by a few times the rank that all have if all have the same.
+
+        Raises:
+            ValueError: The size is below that of the smallest adapter, if every weight has changed.
+        """
+        limit, item = self.limit(tuned_bytes(plan)), dtype.itemsize if self.params is None else 1
+        slots = {name: [plan.slots[place.module] for place in places] for name, places in plan.carried.items()}
+        costs = {name: item * sum(slot.m + slot.n for slot in all_of) for name, all_of in slots.items()}
+        shapes = {name: (all_of[0].m, all_of[0].n) for name, all_of in slots.items()}
+        least, padded = self._least(form), form is PORTABLE
+        smallest = sum((least if padded else min(least, *shapes[name])) * costs[name] for name in costs)
+        if smallest > limit:
+            raise self._too_small(limit, smallest)
+        if padded:
+            top = safe_rank(max(min(shape) for shape in shapes.values()))
+            rank = max(self._safe(min(limit // sum(costs.values()), top)), default=least)
+        else:
+            rank = uniform(shapes, costs, limit, multiple=self.multiple)
+        deep = rank if self.weighting is None or padded else _DEEP * rank
+        return {name: fixed(max(min(deep, self.most or deep), least)) for name in costs}
+
+    def settle(self, adapter: Adapter, by_hand: Collection[str] = ()) -> Adapter:
+        """The adapter within the size.
+
+        Raises:
+            ValueError: The size is below that of the smallest adapter.
+        """
+        told = describe(self)
+        limit = self.limit(tuned_bytes(adapter.plan))
+        free = {name: spectrum for name, spectrum in adapter.spectra.items() if name not in by_hand}
+        shapes = {name: spectrum.shape for name, spectrum in free.items()}
+
+        def at(rank: int) -> Adapter:
+            return adapter.cut({name: min(rank, len(one.s)) for name, one in free.items()}, told)
+
+        least = self._least(adapter.form)
+        smallest = at(least)
+        start = self._fixed(smallest, adapter.rank, limit)
+        used = start + self._counted(smallest)
+        if used > limit:
+            # A budget of more digits has a longer header.
+            raise self._too_small(limit, used + (8 * len(free) + 16 if self.params is None else 0))
+        if adapter.form is PORTABLE:
+            ranks = self._safe(safe_rank(adapter.rank))
+            fit = bisect_right(ranks, limit - start, key=lambda rank: self._counted(at(rank)))
+            return at(ranks[fit - 1] if fit else least)
+        item = adapter.dtype.itemsize if self.params is None else 1
+        costs = {name: item * sum(sum(shapes[name]) for _ in adapter.plan.carried[name]) for name in free}
+        room = limit - used + sum(len(smallest.layers[name].factors.s) * costs[name] for name in free)
+        most = self.most // self.multiple * self.multiple if self.most else None
+        level = least
+        for step in (2**i for i in reversed(range(adapter.rank.bit_length()))):
+            higher = level + step * self.multiple
+            if (
+                higher <= min(most or higher, adapter.rank + self.multiple)
+                and start + self._counted(at(higher)) <= limit
+            ):
+                level = higher
+        # Stacked experts share one rank: nothing is gained by giving some of them less.
+        if self.weighting is None or stacks_of(adapter):
+            return at(level)
+        floor = max(int(self.floor * level) // self.multiple * self.multiple, least)
+        return adapter.cut(
+            allocate(free, costs, room, self.weighting, least=floor, most=most, multiple=self.multiple), told
+        )
+
+    def within(self, spectra: Mapping[str, Spectrum], *, item: int, beside: int, padded: bool) -> dict[str, int]:
+        """Ranks of deltas that are known already, such as an adapter's own.
+
+        Args:
+            spectra: By delta.
+            item: Bytes of a number in the file.
+            beside: Bytes that do not grow with the ranks: header, biases, whole tensors.
+            padded: Whether all have one rank in the file, a safe one (the portable form).
+
+        Raises:
+            ValueError: The size is a share of a checkpoint that is not there, or below the smallest adapter.
+        """
+        if str(self.size).endswith("%"):
+            raise ValueError(
+                f"`--budget {self.size}` is a share of the tuned checkpoint, which is not there: give a size."
+            )
+        if self.params is not None:
+            item, beside = 1, 0
+        limit, costs = self.limit(0), {name: item * sum(one.shape) for name, one in spectra.items()}
+        room, all_of = limit - beside, sum(costs.values())
+        top, least = (
+            max((len(one.s) for one in spectra.values()), default=1),
+            self._least(PORTABLE) if padded else self.least,
+        )
+        if padded:
+            fitting = [rank for rank in self._safe(max(safe_rank(top), least)) if rank * all_of <= room]
+            if not fitting:
+                raise self._too_small(limit, beside + least * all_of)
+            return dict.fromkeys(spectra, fitting[-1])
+        held = {name: (len(one.s), len(one.s)) for name, one in spectra.items()}
+        level = min(uniform(held, costs, room, multiple=self.multiple), self.most or top)
+        if level < least:
+            smallest = sum(min(least, len(one.s)) * costs[name] for name, one in spectra.items())
+            raise self._too_small(limit, beside + smallest)
+        if self.weighting is None:
+            return {name: min(level, len(one.s)) for name, one in spectra.items()}
+        floor = max(int(self.floor * level) // self.multiple * self.multiple, least)
+        return allocate(spectra, costs, room, self.weighting, least=floor, most=self.most, multiple=self.multiple)
+
+    def flags(self) -> list[str]:
+        """The options of the command line that say it.
+
+        Raises:
+            ValueError: None does.
+        """
+        name = next((name for name, one in WEIGHTINGS.items() if one == self.weighting), None)
+        if name is None or self.floor != budget.floor:
+            raise ValueError(f"The rank rule {self!r} cannot be said on a command line.")
+        asked = ["--budget", str(self.size)] if self.params is None else ["--params", str(self.params)]
+        return [*asked, "--weighting", name, *limit_flags(self.most, self.least, self.multiple)]
+
+    def _least(self, form: Form) -> int:
+        least = -(-self.least // self.multiple) * self.multiple
+        if form is not PORTABLE:
+            return least
+        found = self._safe(least + 16 * self.multiple)
+        if not found:
+            raise ValueError("Between the limits lies no rank that the portable form has: 8, or a multiple of 16.")
+        return found[0]
+
+    def _safe(self, most: int) -> list[int]:
+        """The ranks that the portable form may have, up to `most`."""
+        most, step = min(most, self.most or most), math.lcm(16, self.multiple)
+        eight = [8] if most >= 8 and 8 % self.multiple == 0 and self.least <= 8 else []
+        return [*eight, *range(-(-self.least // step) * step, most + 1, step)]
+
+    def _counted(self, adapter: Adapter) -> int:
+        """What grows with the ranks, and what stands beside it."""
+        inside, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
+        if self.params is None:
+            return sum(inside.values()) + sum(whole.values())
+        kept = sum(count // adapter.kept[name].value.itemsize for name, count in whole.items())
+        return sum(inside.values()) // adapter.dtype.itemsize + kept
+
+    def _fixed(self, smallest: Adapter, deepest: int, limit: int) -> int:
+        """The header, with room for the digits of higher ranks and later places; no parameters are in it."""
+        if self.params is not None:
+            return 0
+        tensors = smallest.form.tensors(smallest)
+        digits = len(str(deepest)) + 2 * len(str(limit))
+        return header_bytes(tensors, smallest.provenance) + digits * len(tensors) + 8
+
+    def _too_small(self, limit: int, least: int) -> ValueError:
+        unit = "bytes" if self.params is None else "parameters"
+        asked = f"--budget {self.size}" if self.params is None else f"--params {self.params}"
+        more = "" if self.params is not None or not str(self.size).endswith("%") else f" ({limit:,} {unit})"
+        return ValueError(
+            f"`{asked}`{more} is below the smallest adapter of these layers, {least:,} {unit}. Give more, or carry "
+            "fewer layers (`--exclude`)."
+        )

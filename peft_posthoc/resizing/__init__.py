@@ -1,0 +1,1 @@
+"""Smaller adapters, and sums of adapters."""

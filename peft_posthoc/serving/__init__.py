@@ -1,0 +1,1 @@
+"""What engines do with an adapter, and adapters that they all take."""

@@ -1,0 +1,150 @@
+"""What serving engines would do with an adapter, and how to start them: told from its configuration and headers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.rules import RULES, Rule, Severity
+from peft_posthoc.serving.subject import Subject
+from peft_posthoc.text import shorten
+
+Verdict = Literal["right", "refused", "silently wrong"]
+_ORDER = {"refused": 0, "silently wrong": 1, "warning": 2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that an adapter breaks."""
+
+    rule: str
+    severity: Severity
+    culprits: tuple[str, ...]
+    """The tensors, modules or settings at fault."""
+    message: str
+    way_out: str
+    source: str
+    versions: str
+
+    @classmethod
+    def of(cls, rule: Rule, culprits: tuple[str, ...], engine: str) -> Finding:
+        """A rule and what breaks it."""
+        versions = rule.versions or ENGINES[engine].examined
+        return cls(rule.name, rule.severity, culprits, rule.message, rule.way_out, rule.source, versions)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one engine would do."""
+
+    engine: str
+    title: str
+    examined: str
+    findings: tuple[Finding, ...]
+    serve: tuple[str, ...]
+    """The commands that serve the adapter."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of it; warnings are none."""
+        found = {finding.severity for finding in self.findings}
+        return "refused" if "refused" in found else "silently wrong" if "silently wrong" in found else "right"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found."""
+
+    adapter: str
+    base: str | None
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """The engines that would refuse the adapter, or compute something else."""
+        return tuple(outcome.engine for outcome in self.outcomes if outcome.verdict != "right")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as plain JSON values."""
+        outcomes = [{**asdict(outcome), "verdict": outcome.verdict} for outcome in self.outcomes]
+        return {"format": 1, "adapter": self.adapter, "base": self.base, "engines": outcomes}
+
+    def table(self) -> str:
+        """The findings for a terminal: a line for each engine, then each finding once, then the commands."""
+        width = max(len(outcome.title) for outcome in self.outcomes)
+        lines = [f"{outcome.title:<{width}}  {outcome.verdict}" for outcome in self.outcomes]
+        titles: dict[Finding, list[str]] = {}
+        for outcome in self.outcomes:
+            for finding in outcome.findings:
+                titles.setdefault(replace(finding, versions=""), []).append(outcome.title)
+        for finding in sorted(titles, key=lambda finding: _ORDER[finding.severity]):
+            first, *others = finding.culprits
+            more = f" and {len(others)} more" if others else ""
+            lines += [
+                *("", f"{', '.join(titles[finding])}: {finding.severity} [{finding.rule}]"),
+                *(f"  found:   {shorten(first, 240)}{more}", f"  why:     {finding.message}"),
+                f"  way out: {finding.way_out}",
+            ]
+        served = [outcome for outcome in self.outcomes if outcome.verdict == "right"]
+        if served:
+            lines += ["", "To serve it:"]
+        for outcome in served:
+            lines += [f"  {outcome.title:<{width}}  {command}" for command in outcome.serve]
+        if self.base is None:
+            lines += ["", "Without --base, names and shapes were not held against the model that is served."]
+        return "\n".join(lines)
+
+
+def check(
+    adapter: str | os.PathLike[str],
+    *,
+    engines: Iterable[str] = ("all",),
+    base: str | os.PathLike[str] | None = None,
+) -> Check:
+    """Tell what serving engines would do with a PEFT LoRA adapter, without loading it.
+
+    `adapter_config.json` and the headers of the tensors are read, and only such tensors as have to be compared with the
+    base's. The rules, their versions and sources are those of `serving_rules.RULES`.
+
+    Args:
+        adapter: An adapter folder, by whatever tool.
+        engines: Some of `ENGINES`, or `all`.
+        base: The folder of the model that it is to be served on. Its configuration and headers tell whether modules,
+            shapes, layers, ties and vocabulary fit.
+
+    Raises:
+        AdapterError: The folder is no LoRA adapter.
+        CheckpointError: The base is no model folder.
+        ValueError: There is no such engine.
+    """
+    return judge(Subject.read(adapter, base), chosen(engines))
+
+
+def chosen(engines: Iterable[str]) -> tuple[str, ...]:
+    """The engines of these names, in the table's order.
+
+    Raises:
+        ValueError: There is no such engine.
+    """
+    names = set(engines)
+    unknown = sorted(names - {*ENGINES, "all"})
+    if unknown or not names:
+        what = f"`{unknown[0]}`" if unknown else "none"
+        raise ValueError(f"`check(engines=...)` takes some of {', '.join(ENGINES)}, or all. Got {what}.")
+    return tuple(name for name in ENGINES if name in names or "all" in names)
+
+
+def judge(subject: Subject, engines: Iterable[str]) -> Check:
+    """Hold an adapter against every rule of the engines."""
+    found = [(rule, rule.finds(subject)) for rule in RULES if subject.base is not None or not rule.needs_base]
+    outcomes = []
+    for name in engines:
+        broken = [Finding.of(rule, culprits, name) for rule, culprits in found if culprits and rule.applies_to(name)]
+        findings = tuple(sorted(broken, key=lambda finding: _ORDER[finding.severity]))
+        engine = ENGINES[name]
+        outcomes.append(Outcome(name, engine.title, engine.examined, findings, tuple(engine.serve(subject))))
+    base = subject.base.checkpoint.label if subject.base is not None else None
+    return Check(subject.label, base, tuple(outcomes))

@@ -1,0 +1,285 @@
+"""An adapter as the loaders of serving engines see it: its configuration and the headers of its tensors, none read.
+
+`faults` finds what rules ask about in it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft_posthoc.adapters.config import by_pattern, read_config
+from peft_posthoc.adapters.peft_format import PREFIX, WEIGHTS
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.folder import File
+from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.json_file import read_json
+from peft_posthoc.models.kinds import EMBEDDING, LINEAR, LayerKind
+from peft_posthoc.models.model import Served
+
+PICKLE = "adapter_model.bin"
+# `module.lora_A.weight`, or with the adapter's name inside, as a state dict that was not saved by PEFT has it.
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:\.(?P<adapter>[^.]+))?\.weight")
+EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>A|B)(?:\.(?P<adapter>[^.]+))?")
+_LORA_BIAS = re.compile(r".+\.lora_B(?:\.[^.]+)?\.bias")
+_EMBEDDING_LEAVES = ("embed_tokens", "wte", "word_embeddings")
+_HEAD_LEAVES = ("lm_head", "embed_out")
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
+
+
+class Factored(NamedTuple):
+    """A module with factors: `b` is m x r, `a` is r x n."""
+
+    kind: LayerKind
+    a: str
+    """The tensor's name in the file."""
+    b: str
+    rank: int
+    m: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is known of an adapter without reading a tensor."""
+
+    label: str
+    config: Mapping[str, Any]
+    weights: File
+    """The file that PEFT would load."""
+    weights_name: str
+    others: Mapping[str, tuple[str, ...]]
+    """By name of every other safetensors file in the folder, its tensors."""
+    added_tokens: Mapping[str, int]
+    base: Served | None
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Subject:
+        """Read an adapter folder's configuration and headers.
+
+        Args:
+            folder: The adapter.
+            base: The folder of the model that it is to be served on.
+
+        Raises:
+            AdapterError: It is no LoRA adapter.
+            CheckpointError: The base is no model folder.
+        """
+        where = Path(folder)
+        if not where.is_dir():
+            raise AdapterError(f"`{where}` is no folder. Give the folder of a PEFT adapter.")
+        config = read_config(where)
+        name = next((name for name in (WEIGHTS, PICKLE) if (where / name).exists()), None)
+        if name is None:
+            held = ", ".join(sorted(path.name for path in where.iterdir())[:5])
+            raise AdapterError(f"`{where}` holds no {WEIGHTS} (it holds {held}).")
+        others = sorted(path for path in where.glob("*.safetensors") if path.name != name)
+        try:
+            weights = File(where / name, label=str(folder))
+            strays = {path.name: tuple(File(path, label=str(path)).headers) for path in others}
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from error
+        served = None if base is None else Served.open(base)
+        subject = cls(str(folder), config, weights, name, strays, _added_tokens(where), served)
+        if not subject.modules:
+            raise AdapterError(f"`{where}` holds no LoRA factors. Its tensors are called {_some(subject.headers)}.")
+        return subject
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Shape and dtype of every tensor in the file."""
+        return self.weights.headers
+
+    # What its tensors are.
+
+    @cached_property
+    def modules(self) -> dict[str, Factored]:
+        """By module, without PEFT's prefix, what the file holds for it."""
+        found: dict[tuple[str, LayerKind], dict[str, str]] = defaultdict(dict)
+        for name in self.headers:
+            for pattern, kind in ((FACTOR, LINEAR), (EMBEDDING_FACTOR, EMBEDDING)):
+                if match := pattern.fullmatch(name):
+                    sides = found[match["module"].removeprefix(PREFIX), kind]
+                    if match["side"] in sides:
+                        raise AdapterError(f"`{self.label}` holds both `{sides[match['side']]}` and `{name}`.")
+                    sides[match["side"]] = name
+        modules = {}
+        for (module, kind), sides in found.items():
+            if len(sides) < 2:
+                raise AdapterError(f"`{self.label}` holds `{next(iter(sides.values()))}` without its counterpart.")
+            a, b = self.headers[sides["A"]].shape, self.headers[sides["B"]].shape
+            if len(a) < 2 or len(b) != len(a) or a[0] != b[1] or 0 in (*a, *b):
+                raise AdapterError(f"The factors of `{module}` in `{self.label}` do not fit: {list(b)} and {list(a)}.")
+            if not all(self.headers[name].dtype.is_floating_point for name in sides.values()):
+                raise AdapterError(f"The factors of `{module}` in `{self.label}` are no real numbers.")
+            modules[module] = Factored(kind, sides["A"], sides["B"], a[0], b[0], a[1])
+        return modules
+
+    @cached_property
+    def _rest(self) -> tuple[str, ...]:
+        factors = {name for module in self.modules.values() for name in (module.a, module.b)}
+        return tuple(name for name in self.headers if name not in factors)
+
+    @cached_property
+    def magnitudes(self) -> tuple[str, ...]:
+        """DoRA's vectors."""
+        return tuple(name for name in self._rest if ".lora_magnitude_vector" in name)
+
+    @cached_property
+    def lora_biases(self) -> tuple[str, ...]:
+        """What `lora_bias` adds beside the factors."""
+        return tuple(name for name in self._rest if _LORA_BIAS.fullmatch(name))
+
+    @cached_property
+    def biases(self) -> tuple[str, ...]:
+        """Biases of the model itself."""
+        return tuple(name for name in self._rest if name.endswith(".bias") and name not in self.lora_biases)
+
+    @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """Norms' weights: vectors that are no bias."""
+        return tuple(
+            name
+            for name in self._rest
+            if len(self.headers[name].shape) == 1 and name.endswith(".weight") and name not in self.magnitudes
+        )
+
+    @cached_property
+    def base_copies(self) -> tuple[str, ...]:
+        """The base's own embeddings, which PEFT saves beside the factors of embeddings."""
+        return tuple(name for name in self._rest if name.endswith(".base_layer.weight"))
+
+    @cached_property
+    def whole(self) -> tuple[str, ...]:
+        """All else: weights as they are after the fine-tune."""
+        known = {*self.magnitudes, *self.lora_biases, *self.biases, *self.norms, *self.base_copies}
+        return tuple(name for name in self._rest if name not in known)
+
+    # Which modules these are.
+
+    @cached_property
+    def fused_experts(self) -> tuple[str, ...]:
+        """Modules that PEFT's `target_parameters` made: one pair of factors for all experts."""
+        parents = {str(name).rpartition(".")[0] for name in self.config.get("target_parameters") or ()}
+
+        def is_one(module: str) -> bool:
+            own = module.removesuffix(".base_layer")
+            return any(own == parent or own.endswith(f".{parent}") for parent in parents)
+
+        return tuple(module for module in self.modules if is_one(module))
+
+    @cached_property
+    def experts(self) -> tuple[str, ...]:
+        """Modules of single experts."""
+        return tuple(module for module in self.modules if EXPERT.fullmatch(module))
+
+    @cached_property
+    def embeddings(self) -> tuple[str, ...]:
+        """Token embeddings with factors."""
+        return tuple(
+            module
+            for module, own in self.modules.items()
+            if own.kind is EMBEDDING or leaf_of(module) in _EMBEDDING_LEAVES
+        )
+
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """Output heads with factors."""
+        return tuple(module for module in self.modules if leaf_of(module) in _HEAD_LEAVES)
+
+    # What its configuration says.
+
+    def without(self, *keys: str) -> tuple[str, ...]:
+        """Those of these keys that the configuration lacks."""
+        return tuple(key for key in keys if self.config.get(key) is None)
+
+    def setting(self, *keys: str) -> tuple[str, ...]:
+        """Those of these keys that are set to something, with what."""
+        return tuple(f"{key}={self.config[key]!r}" for key in keys if self.config.get(key))
+
+    @property
+    def r(self) -> int:
+        """The configuration's rank."""
+        return int(self.config.get("r", 8))
+
+    @property
+    def alpha(self) -> float:
+        """The configuration's `lora_alpha`."""
+        return float(self.config.get("lora_alpha", 8))
+
+    @property
+    def rslora(self) -> bool:
+        """Whether PEFT divides by the root of the rank."""
+        return bool(self.config.get("use_rslora"))
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that the configuration or a tensor has."""
+        fused = {*self.fused_experts}
+        ranks = (own.rank for module, own in self.modules.items() if module not in fused)
+        return max([self.r, *map(int, (self.config.get("rank_pattern") or {}).values()), *ranks])
+
+    def kept_whole(self, *allowed: str) -> tuple[str, ...]:
+        """`modules_to_save`, but for the allowed."""
+        return tuple(str(name) for name in self.config.get("modules_to_save") or () if name not in allowed)
+
+    def is_kept_whole(self, name: str) -> bool:
+        """Whether PEFT takes the tensor to belong to one of `modules_to_save`."""
+        parts = name.removeprefix(PREFIX).split(".")
+        return any(".".join(parts[:depth]).endswith(self._whole_ends) for depth in range(1, len(parts)))
+
+    @cached_property
+    def _whole_ends(self) -> tuple[str, ...]:
+        return self.kept_whole()
+
+    # Rank and scale.
+
+    def configured_rank(self, module: str) -> int:
+        """The rank that PEFT gives the module."""
+        return self._settings[module][0]
+
+    def scale(self, module: str) -> float:
+        """What PEFT multiplies the module's factors with."""
+        return self._settings[module][1]
+
+    @cached_property
+    def _settings(self) -> dict[str, tuple[int, float]]:
+        # Factors of fused experts are named after the module, and the patterns after its parameters.
+        named = {module: module for module in self.modules}
+        for module in self.fused_experts:
+            parameter = "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
+            named[module] = f"{module.removesuffix('.base_layer')}.{parameter}"
+        keys = ("rank_pattern", "alpha_pattern")
+        ranks, alphas = (by_pattern(self.config, key, named.values(), self.label) for key in keys)
+        found = {}
+        for module, name in named.items():
+            rank, alpha = ranks.get(name, self.r), float(alphas.get(name, self.alpha))
+            found[module] = rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+        return found
+
+
+def leaf_of(module: str) -> str:
+    """The last part of a module's name."""
+    return module.rpartition(".")[2]
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in list(names)[:3]) or "nothing"
+
+
+def _added_tokens(where: Path) -> dict[str, int]:
+    path = where / "added_tokens.json"
+    if not path.is_file():
+        return {}
+    try:
+        added = read_json(path)
+        return {str(token): int(number) for token, number in added.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise AdapterError(f"`{path}` is not a list of added tokens: {error}.") from error

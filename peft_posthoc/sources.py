@@ -1,0 +1,185 @@
+"""Whatever a user calls a model, opened as a checkpoint: a base with an adapter on it too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from peft_posthoc.adapters.applied import Adapted
+from peft_posthoc.adapters.config import CONFIG, read_config
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.files import weight_files
+from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.checkpoints.hub import find, is_repo_id
+from peft_posthoc.checkpoints.memory import InMemory, of_module
+from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
+from peft_posthoc.errors import AdapterError, CheckpointError
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no whole weights beside it."""
+    return (folder / CONFIG).is_file() and not weight_files({path.name for path in folder.iterdir()})
+
+
+def sides(source: str) -> tuple[str, str] | None:
+    """The two sides of `BASE+ADAPTER`; None if that is not what it says. A `+` may be part of a path, too."""
+    parts = source.split("+")
+    for at in range(len(parts) - 1, 0, -1):
+        base, adapter = "+".join(parts[:at]), "+".join(parts[at:])
+        if base and adapter and (Path(adapter).is_dir() or is_repo_id(adapter)):
+            return base, adapter
+    return None
+
+
+def adapted(base: str, adapter: str, *, role: str = "source") -> Adapted:
+    """A model with an adapter on it, both given.
+
+    Args:
+        base: A folder, a file or a hub id; or again a model with an adapter on it.
+        adapter: A folder or a hub id.
+        role: What messages call the model.
+
+    Raises:
+        AdapterError: The adapter is none, does not fit, or is more than base + b @ a.
+        CheckpointError: One of them cannot be read.
+    """
+    folder = Path(adapter) if Path(adapter).is_dir() else find(adapter, role=role, adapter=True).get()
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
+    return Adapted(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+
+
+def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Adapted:
+    """An adapter on the model that it says it was trained on. No other is ever taken for it.
+
+    Args:
+        folder: The adapter's.
+        label: What the user called it.
+        revision: Its commit, if it is from the hub.
+
+    Raises:
+        AdapterError: It does not say, or it is no LoRA adapter or more than base + b @ a.
+        CheckpointError: The model is not there or cannot be read.
+    """
+    config = read_config(folder)
+    name, commit = (config.get(key) or None for key in ("base_model_name_or_path", "revision"))
+    advice = f"Say on which model it belongs: BASE+{label}."
+    if not isinstance(name, str):
+        raise AdapterError(f"`{label}` is a LoRA adapter that does not name its base. {advice}")
+    base: Checkpoint
+    if Path(name).is_dir():
+        where = Path(name)
+    elif is_repo_id(name):
+        try:
+            found = find(name, revision=commit if isinstance(commit, str) else None, role="base")
+            where, commit = found.get(), found.commit
+        except CheckpointError as error:
+            error.add_note(f"`{label}` is a LoRA adapter that names it as its base. {advice}")
+            raise
+    else:
+        raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is not there. {advice}")
+    if is_adapter(where):
+        raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is an adapter too. {advice}")
+    base = open_checkpoint(name) if Path(name).is_dir() else Folder(where, label=name, revision=commit)
+    return Adapted(base, folder, label=f"{name}+{label}", revision=revision)
+
+
+Source: TypeAlias = "str | PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint"
+
+
+def open_pair(
+    base: Source, tuned: Source, *, base_revision: str | None = None, tuned_revision: str | None = None
+) -> tuple[Checkpoint, Checkpoint]:
+    """Open both sides of a delta.
+
+    Raises:
+        CheckpointError: One of them cannot be read.
+    """
+    from peft_posthoc.checkpoints.distcp import Distcp
+
+    before = open_checkpoint(base, revision=base_revision, role="base")
+    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+    return before, without_second_names(after, before) if isinstance(after, Distcp) else after
+
+
+def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoint:
+    """What a folder holds: whole weights, an adapter, or what a training run left of each process."""
+    from peft_posthoc import sources
+    from peft_posthoc.checkpoints import distcp, folder, zero
+
+    if sources.is_adapter(path):
+        return sources.on_its_base(path, label=label, revision=commit)
+    if (shards := distcp.find_shards(path)) is not None:
+        return distcp.Distcp(path, shards, label=label)
+    if (partitions := zero.find_partitions(path)) is not None:
+        return zero.Zero(path, partitions, label=label)
+    return folder.Folder(path, label=label, revision=commit)
+
+
+def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
+    """Open a folder, a file, a hub id, a module, a state dict or another checkpoint for reading.
+
+    Args:
+        source: A local folder, be it with the shards of torch.distributed.checkpoint or DeepSpeed's ZeRO; a single file
+            of weights; a hub id (`org/name`), whose needed files are fetched; a LoRA adapter's folder or hub id, whose
+            base it names itself; `BASE+ADAPTER`; a `torch.nn.Module`; a state dict; or anything that already is a
+            `Checkpoint`.
+        revision: Branch, tag or commit of a hub id.
+        role: What messages call it: `base` or `tuned`.
+
+    Raises:
+        CheckpointError: There is no such folder or repository, or its files cannot be read as plain tensors.
+        ValueError: `revision` is given for something that has none.
+    """
+    checkpoint: Checkpoint
+    if isinstance(source, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        source = source.module
+    if isinstance(source, nn.Module):
+        checkpoint = of_module(source)
+    elif isinstance(source, Mapping):
+        strangers = [str(name) for name, value in source.items() if not isinstance(value, Tensor)]
+        if strangers:
+            raise CheckpointError(f"The {role} state dict holds values that are no tensors: {', '.join(strangers)}.")
+        checkpoint = InMemory(source, label="state dict")
+    elif isinstance(source, str | PathLike):
+        from peft_posthoc import sources
+        from peft_posthoc.checkpoints import files, folder, hub
+
+        path = Path(source)
+        if path.is_dir():
+            checkpoint = _of_folder(path, label=str(source))
+        elif path.is_file() and path.suffix in files.SUFFIXES:
+            checkpoint = folder.File(path, label=str(source))
+        elif hub.is_repo_id(str(source)) and not path.exists():
+            found = hub.find(str(source), revision=revision, role=role)
+            headers = found.headers()
+            if headers is None:
+                checkpoint = _of_folder(found.get(), label=str(source), commit=found.commit)
+            else:
+                checkpoint = hub.OnHub(found, headers)
+            revision = None
+        elif not path.exists() and (sides := sources.sides(str(source))):
+            checkpoint = sources.adapted(*sides, role=role)
+        else:
+            kinds = ", ".join(files.SUFFIXES)
+            what = "is no regular file" if path.exists() else "does not exist"
+            what = f"is a file of another kind than {kinds}" if path.is_file() else what
+            raise CheckpointError(
+                f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as "
+                "`org/name`; with an adapter on it, BASE+ADAPTER."
+            )
+    elif isinstance(source, Checkpoint):
+        checkpoint = source
+    else:
+        raise TypeError(
+            f"The {role} must be a folder, a file, a hub id, a module or a state dict. Got {type(source).__name__}."
+        )
+    if revision is not None:
+        raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
+    if not checkpoint.headers:
+        raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
+    return unwrapped(checkpoint)

@@ -1,0 +1,1 @@
+"""Base plus adapter against the fine-tune."""
