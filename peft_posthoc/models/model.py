@@ -1,38 +1,27 @@
-"""The model that an adapter is to be served on: its class and the headers of its tensors, none read."""
+"""A model as its configuration and the headers of its tensors show it; no tensor is read."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import CheckpointError
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.slots import Slot, slots_of
-from peft_posthoc.sources import open_checkpoint
 
 
 @dataclass(frozen=True)
-class Served:
-    """The model that the adapter is to be served on: its class and the headers of its tensors."""
+class Model:
+    """A model: its class and the headers of its tensors."""
 
     checkpoint: Checkpoint
     layout: Layout
     slots: Mapping[str, Slot]
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Served:
-        """Read a model folder's configuration and headers.
-
-        Raises:
-            CheckpointError: It is no model folder.
-        """
-        if not Path(folder).is_dir():
-            raise CheckpointError(f"The base `{folder}` is no folder. Give the folder of the model to be served.")
-        checkpoint = open_checkpoint(folder, role="base")
+    def of(cls, checkpoint: Checkpoint) -> Model:
+        """What a checkpoint's configuration and headers tell of its model."""
         layout = layout_of(checkpoint)
         return cls(checkpoint, layout, slots_of(checkpoint.headers, layout))
 

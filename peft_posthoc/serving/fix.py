@@ -22,7 +22,7 @@ from peft_posthoc.errors import AdapterError, noting
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import ends
-from peft_posthoc.models.model import Served
+from peft_posthoc.models.model import Model
 from peft_posthoc.models.slots import Slot
 from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.serving import faults
@@ -262,7 +262,7 @@ def _matters(row: LeftOut) -> bool:
     return row.norm > 0 if row.why == "a change of a bias" else row.change != 0
 
 
-def _before(base: Served | None, name: str) -> Tensor | None:
+def _before(base: Model | None, name: str) -> Tensor | None:
     """The base's own tensor of that name."""
     if base is None:
         return None

@@ -22,7 +22,8 @@ from peft_posthoc.checkpoints.folder import File
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.kinds import EMBEDDING, LINEAR, LayerKind
-from peft_posthoc.models.model import Served
+from peft_posthoc.models.model import Model
+from peft_posthoc.sources import open_checkpoint
 
 PICKLE = "adapter_model.bin"
 # `module.lora_A.weight`, or with the adapter's name inside, as a state dict that was not saved by PEFT has it.
@@ -58,7 +59,7 @@ class Subject:
     others: Mapping[str, tuple[str, ...]]
     """By name of every other safetensors file in the folder, its tensors."""
     added_tokens: Mapping[str, int]
-    base: Served | None
+    base: Model | None
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Subject:
@@ -86,7 +87,7 @@ class Subject:
             strays = {path.name: tuple(File(path, label=str(path)).headers) for path in others}
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
-        served = None if base is None else Served.open(base)
+        served = None if base is None else _opened(base)
         subject = cls(str(folder), config, weights, name, strays, _added_tokens(where), served)
         if not subject.modules:
             raise AdapterError(f"`{where}` holds no LoRA factors. Its tensors are called {_some(subject.headers)}.")
@@ -263,6 +264,17 @@ class Subject:
             rank, alpha = ranks.get(name, self.r), float(alphas.get(name, self.alpha))
             found[module] = rank, alpha / (math.sqrt(rank) if self.rslora else rank)
         return found
+
+
+def _opened(folder: str | os.PathLike[str]) -> Model:
+    """The model in a folder.
+
+    Raises:
+        CheckpointError: It is no model folder.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"The base `{folder}` is no folder. Give the folder of the model to be served.")
+    return Model.of(open_checkpoint(folder, role="base"))
 
 
 def leaf_of(module: str) -> str:
