@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from peft_posthoc.adapters.names import matched, target_modules
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.extraction.plan import Plan
-from peft_posthoc.models.layout import is_of_an_expert
+from peft_posthoc.models.layout import Layout, is_of_an_expert
+from peft_posthoc.models.slots import Slot
 
 # Engines fuse these into one kernel and expect all of a group or none.
 _TOGETHER = (
@@ -20,13 +20,13 @@ _TOGETHER = (
 _OF_AN_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
-def targeted(chosen: Iterable[str], plan: Plan) -> list[str]:
+def targeted(chosen: Iterable[str], slots: Mapping[str, Slot], layout: Layout) -> list[str]:
     """The chosen modules, and those that PEFT takes their names to mean too.
 
     Raises:
         AdapterError: One of these has no LoRA form.
     """
-    modules, slots, layout = set(chosen), plan.slots, plan.layout
+    modules = set(chosen)
     while extra := matched(target_modules(modules, layout), layout) - modules:
         stuck = sorted(module for module in extra if module not in slots)
         if stuck:
@@ -39,17 +39,17 @@ def targeted(chosen: Iterable[str], plan: Plan) -> list[str]:
     return [module for module in slots if module in modules]
 
 
-def complete(carried: Iterable[str], plan: Plan) -> set[str]:
+def complete(carried: Iterable[str], slots: Mapping[str, Slot]) -> set[str]:
     """The carried modules, every other layer of the same name, and the members of the groups they belong to."""
     chosen = set(carried)
     by_pattern: dict[str, list[str]] = {}
-    for module in plan.slots:
+    for module in slots:
         by_pattern.setdefault(_pattern(module), []).append(module)
     for module in list(chosen):
         stem, dot, leaf = module.rpartition(".")
         for group in (*_TOGETHER, *(_OF_AN_EXPERT if is_of_an_expert(module) else ())):
             if leaf in group:
-                chosen |= {sibling for part in group if (sibling := f"{stem}{dot}{part}") in plan.slots}
+                chosen |= {sibling for part in group if (sibling := f"{stem}{dot}{part}") in slots}
     for pattern in {_pattern(module) for module in chosen}:
         chosen.update(by_pattern.get(pattern, ()))
     return chosen

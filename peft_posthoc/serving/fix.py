@@ -19,7 +19,6 @@ from peft_posthoc.adapters.names import target_modules
 from peft_posthoc.adapters.peft_format import PREFIX, Contents, check_target, write_folder
 from peft_posthoc.adapters.portable_rules import complete, targeted
 from peft_posthoc.errors import AdapterError, noting
-from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import ends
 from peft_posthoc.models.model import Model
@@ -211,9 +210,12 @@ def _absent(subject: Subject) -> dict[str, Slot]:
     if subject.base is None:
         return {}
     base = subject.base
-    plan = Plan(base.layout, {}, {}, base.slots, base.checkpoint.headers)
     held = subject.modules
-    return {module: base.slots[module] for module in targeted(complete(held, plan), plan) if module not in held}
+    return {
+        module: base.slots[module]
+        for module in targeted(complete(held, base.slots), base.slots, base.layout)
+        if module not in held
+    }
 
 
 def _config(subject: Subject, rank: int, modules: list[str]) -> dict[str, Any]:

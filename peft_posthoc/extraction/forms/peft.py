@@ -128,7 +128,8 @@ class Exact:
         if not chosen and not stacks_of(adapter):
             chosen = self._carrier(adapter)
         return {
-            module: len(factors[module][0]) if module in factors else 1 for module in targeted(chosen, adapter.plan)
+            module: len(factors[module][0]) if module in factors else 1
+            for module in targeted(chosen, adapter.plan.slots, adapter.plan.layout)
         }
 
     def _carrier(self, adapter: Adapter) -> set[str]:
@@ -140,7 +141,7 @@ class Exact:
         whole = tuple(f"{module}." for module in self._whole(adapter))
         for module, slot in adapter.plan.slots.items():
             free = not slot.kind.stacked and slot.kind is not EMBEDDING and not f"{module}.".startswith(whole)
-            if free and targeted([module], adapter.plan) == [module]:
+            if free and targeted([module], adapter.plan.slots, adapter.plan.layout) == [module]:
                 return {module}
         raise NothingToCarryError("Norms or biases alone have changed, and PEFT needs a layer beside them to adapt.")
 

@@ -40,7 +40,8 @@ class Portable:
         Raises:
             AdapterError: PEFT cannot be told to adapt these modules without others that have no LoRA form.
         """
-        return targeted(complete(_plain(adapter), adapter.plan), adapter.plan)
+        plan = adapter.plan
+        return targeted(complete(_plain(adapter), plan.slots), plan.slots, plan.layout)
 
     def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         """The file's tensors, padded to one rank, in the saved dtype, on the CPU.
