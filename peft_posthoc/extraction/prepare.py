@@ -11,7 +11,8 @@ import torch
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
 from peft_posthoc.compute.device import pick_device
-from peft_posthoc.extraction.adapter import Adapter, Form
+from peft_posthoc.extraction.adapter import Adapter
+from peft_posthoc.extraction.findings import Form
 from peft_posthoc.extraction.forms.peft import EXACT
 from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.outcomes import Outcome

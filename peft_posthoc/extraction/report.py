@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.text import shorten, size
-
-if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter
 
 # Shares of the whole delta's energy from which leaving something out is worth a warning.
 MATERIAL = 0.01
@@ -99,7 +97,7 @@ class Report:
     provenance: Mapping[str, Any]
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Report:
+    def of(cls, adapter: Findings) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
         totals = _totals(rows, adapter.form.rank(adapter), adapter.padding)
@@ -150,7 +148,7 @@ class Report:
         return [*lines, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
 
 
-def _rows(adapter: Adapter) -> Iterable[Row]:
+def _rows(adapter: Findings) -> Iterable[Row]:
     plan = adapter.plan
     in_file, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
     for name, header in plan.headers.items():
@@ -210,7 +208,7 @@ def _rows(adapter: Adapter) -> Iterable[Row]:
         )
 
 
-def _kept_row(adapter: Adapter, name: str, bytes_in_file: int) -> Row:
+def _kept_row(adapter: Findings, name: str, bytes_in_file: int) -> Row:
     kept, how, header = adapter.kept[name], adapter.plan.kept[name], adapter.plan.headers[name]
     changed = kept.delta_norm > 0
     return Row(

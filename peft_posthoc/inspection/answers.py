@@ -15,7 +15,8 @@ from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import fixed, keep_energy, keep_error
 
 if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter, Form
+    from peft_posthoc.extraction.adapter import Adapter
+    from peft_posthoc.extraction.findings import Form
 
 RANKS = (8, 16, 32, 64, 128)
 ENERGIES = (0.5, 0.9, 0.95, 0.99)

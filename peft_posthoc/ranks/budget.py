@@ -25,7 +25,8 @@ from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.ranks.weighting import WEIGHTINGS, Weighting, balanced
 
 if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter, Form
+    from peft_posthoc.extraction.adapter import Adapter
+    from peft_posthoc.extraction.findings import Form
 
 # A layer is factored up to this many times the rank that all have if all have the same.
 _DEEP = 4

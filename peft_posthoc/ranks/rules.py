@@ -19,7 +19,8 @@ from peft_posthoc.linalg.noise import white
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
 
 if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter, Form
+    from peft_posthoc.extraction.adapter import Adapter
+    from peft_posthoc.extraction.findings import Form
     from peft_posthoc.extraction.plan import Plan
 
 _EPS = torch.finfo(torch.float32).eps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,11 @@ from peft_posthoc.adapters.names import patterns, target_modules
 from peft_posthoc.adapters.peft_format import PREFIX
 from peft_posthoc.adapters.portable_rules import targeted
 from peft_posthoc.errors import AdapterError, NothingToCarryError
+from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.forms.portable import stacked_tensors, stacks_of
 from peft_posthoc.extraction.forms.whole import as_peft_means, keeping
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.models.kinds import EMBEDDING
-
-if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter
 
 
 class Exact:
@@ -34,7 +32,7 @@ class Exact:
     (`modules_to_save`), so that the base itself is not touched.
     """
 
-    def rank(self, adapter: Adapter) -> int:
+    def rank(self, adapter: Findings) -> int:
         """The file's `r`: what most layers have; the others are in its `rank_pattern`.
 
         Stacked experts have it too, all padded to one rank: PEFT complains of patterns for parameters.
@@ -49,7 +47,7 @@ class Exact:
         """The plan with norms, biases and the like."""
         return keeping(plan, names)
 
-    def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
+    def tensors(self, adapter: Findings) -> dict[str, Tensor]:
         """The file's tensors: factors in the saved dtype, whole ones in their own.
 
         Raises:
@@ -68,7 +66,7 @@ class Exact:
             tensors |= {f"{PREFIX}{name}": adapter.kept[weight].value.clone() for name in names}
         return tensors | stacked_tensors(adapter, self.rank(adapter))
 
-    def bytes(self, adapter: Adapter) -> dict[str, int]:
+    def bytes(self, adapter: Findings) -> dict[str, int]:
         """What each module takes in the file: its factors, and its bias where LoRA has biases."""
         slots, item, bias = adapter.plan.slots, adapter.dtype.itemsize, bool(self._biases(adapter))
         layers = {
@@ -80,14 +78,19 @@ class Exact:
             unit: rank * (slots[unit].m + slots[unit].n) * item for stack in stacks_of(adapter) for unit in stack.units
         }
 
-    def whole(self, adapter: Adapter) -> dict[str, int]:
+    def padding(self, adapter: Findings) -> int:
+        """None: every layer has its own rank."""
+        del adapter
+        return 0
+
+    def whole(self, adapter: Findings) -> dict[str, int]:
         """By weight, what the tensors take in the file that are there whole."""
         kept = adapter.kept
         return {
             weight: len(names) * kept[weight].value.nbytes for weight, names in self._names(adapter).items() if names
         }
 
-    def warnings(self, adapter: Adapter) -> list[str]:
+    def warnings(self, adapter: Findings) -> list[str]:
         """That it is for PEFT alone; and where PEFT cannot merge it."""
         found = ["The `peft` form is for PEFT alone: serving engines refuse or misread it (`--form portable`)."]
         stacks = stacks_of(adapter)
@@ -104,7 +107,7 @@ class Exact:
                 found.append(f"`{bare[0]}` has no bias, but LoRA's: PEFT's `merge_and_unload` refuses this adapter.")
         return found
 
-    def config(self, adapter: Adapter) -> dict[str, Any]:
+    def config(self, adapter: Findings) -> dict[str, Any]:
         """The file's configuration."""
         layout, rank, ranks = adapter.plan.layout, self.rank(adapter), self._ranks(adapter)
         return adapter_config(
@@ -120,7 +123,7 @@ class Exact:
             lora_bias=bool(self._biases(adapter)),
         )
 
-    def _ranks(self, adapter: Adapter) -> dict[str, int]:
+    def _ranks(self, adapter: Findings) -> dict[str, int]:
         """By module in the file, its rank: 1, of zeros, where only its bias changed or PEFT takes it along."""
         factors = adapter.factors
         plain = {module for module in factors if not adapter.plan.slots[module].kind.stacked}
@@ -132,7 +135,7 @@ class Exact:
             for module in targeted(chosen, adapter.plan.slots, adapter.plan.layout)
         }
 
-    def _carrier(self, adapter: Adapter) -> set[str]:
+    def _carrier(self, adapter: Findings) -> set[str]:
         """A layer for zeros where no layer has changed: PEFT takes no adapter without one.
 
         Raises:
@@ -145,7 +148,7 @@ class Exact:
                 return {module}
         raise NothingToCarryError("Norms or biases alone have changed, and PEFT needs a layer beside them to adapt.")
 
-    def _biases(self, adapter: Adapter) -> dict[str, Tensor]:
+    def _biases(self, adapter: Findings) -> dict[str, Tensor]:
         """By module with factors, the difference of its bias; nothing if no bias has changed."""
         plan = adapter.plan
         found = {
@@ -156,7 +159,7 @@ class Exact:
         }
         return found if any(value.any() for value in found.values()) else {}
 
-    def _whole(self, adapter: Adapter) -> list[str]:
+    def _whole(self, adapter: Findings) -> list[str]:
         """The modules that are in the file whole: those of which something has changed."""
         plan = adapter.plan
         changed = {
@@ -176,7 +179,7 @@ class Exact:
             )
         return whole
 
-    def _names(self, adapter: Adapter) -> dict[str, list[str]]:
+    def _names(self, adapter: Findings) -> dict[str, list[str]]:
         """By weight that is kept, its names in the modules that are in the file whole."""
         inside = tuple(f"{module}." for module in self._whole(adapter))
         kept = {weight: how for weight, how in adapter.plan.kept.items() if not how.as_bias}

@@ -7,7 +7,7 @@ One rank for the whole file and `lora_alpha` equal to it make the scale exactly 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +18,21 @@ from peft_posthoc.adapters.experts import pack, places_in_file, target_parameter
 from peft_posthoc.adapters.names import target_modules
 from peft_posthoc.adapters.peft_format import PREFIX
 from peft_posthoc.adapters.portable_rules import complete, targeted
+from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.models.kinds import LINEAR
 from peft_posthoc.models.layout import Stack, is_of_an_expert
 from peft_posthoc.ranks.safe import safe_rank
 
-if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter
-
 
 class Portable:
     """How an adapter is laid out in its file, in the portable form."""
 
-    def rank(self, adapter: Adapter) -> int:
+    def rank(self, adapter: Findings) -> int:
         """The one rank of the file, to which every layer is padded with zeros."""
         return safe_rank(adapter.rank)
 
-    def modules(self, adapter: Adapter) -> list[str]:
+    def modules(self, adapter: Findings) -> list[str]:
         """Every module in the file: those with factors, and those that must be there as zeros beside them.
 
         Raises:
@@ -43,7 +41,7 @@ class Portable:
         plan = adapter.plan
         return targeted(complete(_plain(adapter), plan.slots), plan.slots, plan.layout)
 
-    def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
+    def tensors(self, adapter: Findings) -> dict[str, Tensor]:
         """The file's tensors, padded to one rank, in the saved dtype, on the CPU.
 
         Raises:
@@ -60,14 +58,20 @@ class Portable:
             tensors |= kind.tensors(f"{PREFIX}{module}", a, b)
         return tensors | stacked_tensors(adapter, rank)
 
-    def bytes(self, adapter: Adapter) -> dict[str, int]:
+    def bytes(self, adapter: Findings) -> dict[str, int]:
         """What each module takes in the file."""
         rank, item = self.rank(adapter), adapter.dtype.itemsize
         stacked = (unit for stack in stacks_of(adapter) for unit in stack.units)
         slots = {module: adapter.plan.slots[module] for module in [*self.modules(adapter), *stacked]}
         return {module: rank * (m + n) * item for module, (_, m, n) in slots.items()}
 
-    def whole(self, adapter: Adapter) -> dict[str, int]:
+    def padding(self, adapter: Findings) -> int:
+        """Zeros, which bring every layer to the one rank."""
+        slots, item = adapter.plan.slots, adapter.dtype.itemsize
+        own = {module: len(a) * sum(slots[module][1:]) * item for module, (a, _) in adapter.factors.items()}
+        return sum(count - own.get(module, 0) for module, count in self.bytes(adapter).items())
+
+    def whole(self, adapter: Findings) -> dict[str, int]:
         """Nothing."""
         del adapter
         return {}
@@ -77,7 +81,7 @@ class Portable:
         del names
         return plan
 
-    def warnings(self, adapter: Adapter) -> list[str]:
+    def warnings(self, adapter: Findings) -> list[str]:
         """Where it cannot be for all."""
         layout = adapter.plan.layout
         if stacks_of(adapter):
@@ -91,7 +95,7 @@ class Portable:
                 ]
         return []
 
-    def config(self, adapter: Adapter) -> dict[str, Any]:
+    def config(self, adapter: Findings) -> dict[str, Any]:
         """The file's configuration."""
         layout = adapter.plan.layout
         return adapter_config(
@@ -108,17 +112,17 @@ class Portable:
 PORTABLE = Portable()
 
 
-def _plain(adapter: Adapter) -> list[str]:
+def _plain(adapter: Findings) -> list[str]:
     """The modules with factors, without the stacked parameters."""
     return [module for module in adapter.factors if not adapter.plan.slots[module].kind.stacked]
 
 
-def stacks_of(adapter: Adapter) -> list[Stack]:
+def stacks_of(adapter: Findings) -> list[Stack]:
     """The stacked experts in the file."""
     return targeted_stacks(adapter.factors, adapter.plan.layout)
 
 
-def stacked_tensors(adapter: Adapter, rank: int) -> dict[str, Tensor]:
+def stacked_tensors(adapter: Findings, rank: int) -> dict[str, Tensor]:
     """The file's tensors of the stacked experts, all padded to this rank.
 
     Raises:
