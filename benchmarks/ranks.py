@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_posthoc import Adapter, Spectrum, extract
 from peft_posthoc.adapters.factors import merged
+from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.weighting import Weighting, balanced, depth, early, energy, relative
 
@@ -103,7 +104,8 @@ def sizes(adapter: Adapter) -> dict[int, int]:
     for rank in RANKS:
         cut = adapter.at(rank)
         # What a budget allows for digits it cannot know yet.
-        slack = budget(10**12)._fixed(cut, adapter.rank, 10**9)
+        ranks = {name: len(layer.factors.s) for name, layer in cut.layers.items()}
+        slack = FoundSizing(cut, str(cut.provenance["options"]["rule"])).header(ranks, len(str(adapter.rank)) + 20) + 8
         found[rank] = slack + sum(cut.form.bytes(cut).values()) + sum(cut.form.whole(cut).values())
     return found
 

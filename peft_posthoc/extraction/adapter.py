@@ -21,6 +21,7 @@ from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.report import Report
+from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
 from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
 
@@ -90,7 +91,7 @@ class Adapter(Findings):
         """
         rule = as_rule(rank)
         if isinstance(rule, Allocation):
-            return rule.settle(self)
+            return self.cut(rule.choose(FoundSizing(self, describe(rule))), describe(rule))
         ranks = {name: rule(spectrum) for name, spectrum in self.spectra.items()}
         for name, asked in ranks.items():
             layer = self.layers[name]

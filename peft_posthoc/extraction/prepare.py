@@ -17,6 +17,7 @@ from peft_posthoc.extraction.forms.peft import EXACT
 from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Choice, Plan, by_flags, everything, make_plan
+from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.layout import GUESSED, Layout
 from peft_posthoc.pairing.experts import Experts
@@ -57,7 +58,10 @@ class Prepared:
         Raises:
             ValueError: None are within what was asked for.
         """
-        return adapter if self.allocation is None else self.allocation.settle(adapter, self.by_hand)
+        if self.allocation is None:
+            return adapter
+        told = describe(self.allocation)
+        return adapter.cut(self.allocation.choose(FoundSizing(adapter, told), self.by_hand), told)
 
     def adapter(self, outcomes: Iterable[Outcome], *, tuned_name: str | None = None) -> Adapter:
         """The adapter, from what is known of every tensor.
@@ -140,7 +144,7 @@ def prepare(
         raise ValueError(f"Factors are saved in a floating type. Got `dtype={dtype}`.")
     allocation = rank if isinstance(rank, Allocation) else None
     if isinstance(rank, Allocation):
-        rank = rank.bounds(plan, dtype=dtype, form=kind)
+        rank = rank.bounds(PlanSizing(plan, dtype, kind))
     rules = rules_of(plan, rank, rank_pattern or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.only(rules, "no rank is given for it")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.forms.peft import EXACT
 from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.extraction.sizing import PlanSizing
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import fixed, keep_energy, keep_error
 
@@ -150,11 +151,11 @@ def _by_budget(adapter: Adapter) -> Iterator[Candidate]:
     for size in BUDGETS:
         flags, rule = f"--budget {size}", budget(size)
         try:
-            bounds = rule.bounds(adapter.plan, dtype=adapter.dtype, form=adapter.form)
+            bounds = rule.bounds(PlanSizing(adapter.plan, adapter.dtype, adapter.form))
             # No deeper than `extract` would factor: it would choose among as many.
             deep = {name: bounds[name](spectrum) for name, spectrum in spectra.items()}
             ranks = {name: min(deep[name], len(spectrum.s)) for name, spectrum in spectra.items()}
-            found = rule.settle(adapter.cut(ranks, flags))
+            found = adapter.cut(ranks, flags).at(rule)
         except ValueError:
             yield Candidate(flags, {}, frozenset(), 0.0, None, None, None, "less than the smallest adapter")
             continue

@@ -11,22 +11,13 @@ import re
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-
-from peft_posthoc.adapters.peft_format import header_bytes
-from peft_posthoc.extraction.forms.portable import PORTABLE, stacks_of
-from peft_posthoc.extraction.plan import Plan, tuned_bytes
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum
 from peft_posthoc.ranks.allocate import allocate, uniform
-from peft_posthoc.ranks.rules import check_limits, describe, fixed, limit_flags
+from peft_posthoc.ranks.rules import check_limits, fixed, limit_flags
 from peft_posthoc.ranks.safe import safe_rank
+from peft_posthoc.ranks.sizing import HeldSizing, Sizing
 from peft_posthoc.ranks.weighting import WEIGHTINGS, Weighting, balanced
-
-if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter
-    from peft_posthoc.extraction.findings import Form
 
 # A layer is factored up to this many times the rank that all have if all have the same.
 _DEEP = 4
@@ -88,72 +79,66 @@ class budget:
         unit = tuned_bytes / 100 if found[2] == "%" else _UNITS[(found[2] or "B").upper()]
         return int(float(found[1]) * unit)
 
-    def bounds(self, plan: Plan, *, dtype: torch.dtype, form: Form) -> dict[str, RankRule]:
+    def bounds(self, sizing: Sizing) -> dict[str, RankRule]:
         """As far as the size can reach: by a few times the rank that all have if all have the same.
 
         Raises:
             ValueError: The size is below that of the smallest adapter, if every weight has changed.
         """
-        limit, item = self.limit(tuned_bytes(plan)), dtype.itemsize if self.params is None else 1
-        slots = {name: [plan.slots[place.module] for place in places] for name, places in plan.carried.items()}
-        costs = {name: item * sum(slot.m + slot.n for slot in all_of) for name, all_of in slots.items()}
-        shapes = {name: (all_of[0].m, all_of[0].n) for name, all_of in slots.items()}
-        least, padded = self._least(form), form is PORTABLE
+        limit, costs, shapes = self.limit(sizing.tuned_bytes), self._costs(sizing), sizing.shapes
+        least, padded = self._least(padded=sizing.padded), sizing.padded
         smallest = sum((least if padded else min(least, *shapes[name])) * costs[name] for name in costs)
         if smallest > limit:
             raise self._too_small(limit, smallest)
         if padded:
-            top = safe_rank(max(min(shape) for shape in shapes.values()))
-            rank = max(self._safe(min(limit // sum(costs.values()), top)), default=least)
+            rank = max(self._safe(limit // sum(costs.values())), default=least)
         else:
             rank = uniform(shapes, costs, limit, multiple=self.multiple)
         deep = rank if self.weighting is None or padded else _DEEP * rank
         return {name: fixed(max(min(deep, self.most or deep), least)) for name in costs}
 
-    def settle(self, adapter: Adapter, by_hand: Collection[str] = ()) -> Adapter:
-        """The adapter within the size.
+    def choose(self, sizing: HeldSizing, by_hand: Collection[str] = ()) -> dict[str, int]:
+        """The ranks within the size.
 
         Raises:
             ValueError: The size is below that of the smallest adapter.
         """
-        told = describe(self)
-        limit = self.limit(tuned_bytes(adapter.plan))
-        free = {name: spectrum for name, spectrum in adapter.spectra.items() if name not in by_hand}
-        shapes = {name: spectrum.shape for name, spectrum in free.items()}
+        limit = self.limit(sizing.tuned_bytes)
+        free = {name: spectrum for name, spectrum in sizing.spectra.items() if name not in by_hand}
+        highest = max((len(one.s) for one in sizing.spectra.values()), default=0)
 
-        def at(rank: int) -> Adapter:
-            return adapter.cut({name: min(rank, len(one.s)) for name, one in free.items()}, told)
+        def at(rank: int) -> dict[str, int]:
+            return {name: min(rank, len(one.s)) for name, one in free.items()}
 
-        least = self._least(adapter.form)
-        smallest = at(least)
-        start = self._fixed(smallest, adapter.rank, limit)
-        used = start + self._counted(smallest)
+        def counted(rank: int) -> int:
+            return sizing.size(at(rank), params=self.params is not None)
+
+        least = self._least(padded=sizing.padded)
+        start = 0  # No parameters are in a header.
+        if self.params is None:
+            # With room for the digits of higher ranks and later places.
+            start = sizing.header(at(least), len(str(highest)) + 2 * len(str(limit))) + 8
+        used = start + counted(least)
         if used > limit:
             # A budget of more digits has a longer header.
             raise self._too_small(limit, used + (8 * len(free) + 16 if self.params is None else 0))
-        if adapter.form is PORTABLE:
-            ranks = self._safe(safe_rank(adapter.rank))
-            fit = bisect_right(ranks, limit - start, key=lambda rank: self._counted(at(rank)))
+        if sizing.padded:
+            ranks = self._safe(safe_rank(highest))
+            fit = bisect_right(ranks, limit - start, key=counted)
             return at(ranks[fit - 1] if fit else least)
-        item = adapter.dtype.itemsize if self.params is None else 1
-        costs = {name: item * sum(sum(shapes[name]) for _ in adapter.plan.carried[name]) for name in free}
-        room = limit - used + sum(len(smallest.layers[name].factors.s) * costs[name] for name in free)
+        costs = {name: cost for name, cost in self._costs(sizing).items() if name in free}
+        room = limit - used + sum(rank * costs[name] for name, rank in at(least).items())
         most = self.most // self.multiple * self.multiple if self.most else None
         level = least
-        for step in (2**i for i in reversed(range(adapter.rank.bit_length()))):
+        for step in (2**i for i in reversed(range(highest.bit_length()))):
             higher = level + step * self.multiple
-            if (
-                higher <= min(most or higher, adapter.rank + self.multiple)
-                and start + self._counted(at(higher)) <= limit
-            ):
+            if higher <= min(most or higher, highest + self.multiple) and start + counted(higher) <= limit:
                 level = higher
         # Stacked experts share one rank: nothing is gained by giving some of them less.
-        if self.weighting is None or stacks_of(adapter):
+        if self.weighting is None or sizing.shared:
             return at(level)
         floor = max(int(self.floor * level) // self.multiple * self.multiple, least)
-        return adapter.cut(
-            allocate(free, costs, room, self.weighting, least=floor, most=most, multiple=self.multiple), told
-        )
+        return allocate(free, costs, room, self.weighting, least=floor, most=most, multiple=self.multiple)
 
     def within(self, spectra: Mapping[str, Spectrum], *, item: int, beside: int, padded: bool) -> dict[str, int]:
         """Ranks of deltas that are known already, such as an adapter's own.
@@ -177,7 +162,7 @@ class budget:
         room, all_of = limit - beside, sum(costs.values())
         top, least = (
             max((len(one.s) for one in spectra.values()), default=1),
-            self._least(PORTABLE) if padded else self.least,
+            self._least(padded=True) if padded else self.least,
         )
         if padded:
             fitting = [rank for rank in self._safe(max(safe_rank(top), least)) if rank * all_of <= room]
@@ -206,9 +191,14 @@ class budget:
         asked = ["--budget", str(self.size)] if self.params is None else ["--params", str(self.params)]
         return [*asked, "--weighting", name, *limit_flags(self.most, self.least, self.multiple)]
 
-    def _least(self, form: Form) -> int:
+    def _costs(self, sizing: Sizing) -> dict[str, int]:
+        """By weight, what one triplet takes of the size."""
+        item = sizing.item if self.params is None else 1
+        return {name: item * count for name, count in sizing.numbers.items()}
+
+    def _least(self, *, padded: bool) -> int:
         least = -(-self.least // self.multiple) * self.multiple
-        if form is not PORTABLE:
+        if not padded:
             return least
         found = self._safe(least + 16 * self.multiple)
         if not found:
@@ -220,22 +210,6 @@ class budget:
         most, step = min(most, self.most or most), math.lcm(16, self.multiple)
         eight = [8] if most >= 8 and 8 % self.multiple == 0 and self.least <= 8 else []
         return [*eight, *range(-(-self.least // step) * step, most + 1, step)]
-
-    def _counted(self, adapter: Adapter) -> int:
-        """What grows with the ranks, and what stands beside it."""
-        inside, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
-        if self.params is None:
-            return sum(inside.values()) + sum(whole.values())
-        kept = sum(count // adapter.kept[name].value.itemsize for name, count in whole.items())
-        return sum(inside.values()) // adapter.dtype.itemsize + kept
-
-    def _fixed(self, smallest: Adapter, deepest: int, limit: int) -> int:
-        """The header, with room for the digits of higher ranks and later places; no parameters are in it."""
-        if self.params is not None:
-            return 0
-        tensors = smallest.form.tensors(smallest)
-        digits = len(str(deepest)) + 2 * len(str(limit))
-        return header_bytes(tensors, smallest.provenance) + digits * len(tensors) + 8
 
     def _too_small(self, limit: int, least: int) -> ValueError:
         unit = "bytes" if self.params is None else "parameters"

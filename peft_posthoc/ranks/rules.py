@@ -11,17 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
 from peft_posthoc.linalg.noise import white
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
-
-if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter
-    from peft_posthoc.extraction.findings import Form
-    from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.ranks.sizing import HeldSizing, Sizing
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -38,20 +34,14 @@ class Told(Protocol):
 class Allocation(Protocol):
     """A rule over all layers together. It is asked twice: how far to factor, and which ranks to keep of that."""
 
-    def bounds(self, plan: Plan, *, dtype: torch.dtype, form: Form) -> Mapping[str, RankRule]:
-        """By weight, how far to factor, from headers alone.
+    def bounds(self, sizing: Sizing) -> Mapping[str, RankRule]:
+        """By weight, how far to factor, from headers alone."""
+
+    def choose(self, sizing: HeldSizing, by_hand: Collection[str] = ()) -> Mapping[str, int]:
+        """By weight, the rank to keep.
 
         Args:
-            plan: What is carried.
-            dtype: Of the saved factors.
-            form: How the adapter will be laid out.
-        """
-
-    def settle(self, adapter: Adapter, by_hand: Collection[str] = ()) -> Adapter:
-        """The adapter at the ranks to keep.
-
-        Args:
-            adapter: With every layer as far as it was factored.
+            sizing: With every layer as far as it was factored.
             by_hand: Weights whose rank is given, and stays.
         """
 
