@@ -6,18 +6,16 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.extraction.adapter import Adapter
+from peft_posthoc.extraction.findings import Form
 from peft_posthoc.extraction.forms.peft import EXACT
 from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.sizing import PlanSizing
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import fixed, keep_energy, keep_error
-
-if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter
-    from peft_posthoc.extraction.findings import Form
 
 RANKS = (8, 16, 32, 64, 128)
 ENERGIES = (0.5, 0.9, 0.95, 0.99)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from peft_posthoc.extraction.adapter import Adapter
+from peft_posthoc.extraction.adapter import Adapter
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,16 @@ import hashlib
 import os
 from importlib import resources
 from pathlib import PurePath
-from typing import TYPE_CHECKING
 
+from peft_posthoc.inspection.found import Found
 from peft_posthoc.inspection.plots import captions, drawings
 from peft_posthoc.text import percent, sized
-
-if TYPE_CHECKING:
-    from peft_posthoc.inspection.inspection import Inspection
 
 _TEMPLATE = "page.html.jinja"
 _SCRIPT = "page.js"
 
 
-def page(inspection: Inspection) -> str:
+def page(inspection: Found) -> str:
     """The page's HTML.
 
     Raises:

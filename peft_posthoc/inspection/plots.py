@@ -8,17 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.errors import MissingExtraError
-
-if TYPE_CHECKING:
-    from peft_posthoc.inspection.answers import Candidate
-    from peft_posthoc.inspection.inspection import Inspection
+from peft_posthoc.inspection.answers import Candidate
+from peft_posthoc.inspection.found import Found
 
 # Okabe and Ito's colours, which those who do not see all colours tell apart too; without black, which is the total's,
 # and yellow, which is lost on white. Beyond seven modules the lines are dashed.
@@ -79,7 +77,7 @@ def check_format(suffix: str) -> None:
         raise ValueError(f"`--plot` cannot write `{suffix}` files. Choose one of {', '.join(sorted(known))}.")
 
 
-def picture(inspection: Inspection, suffix: str = ".png") -> bytes:
+def picture(inspection: Found, suffix: str = ".png") -> bytes:
     """All plots in one picture.
 
     Raises:
@@ -102,7 +100,7 @@ def picture(inspection: Inspection, suffix: str = ".png") -> bytes:
         return _saved(figure, suffix.removeprefix(".").lower() or "png", dpi=110)
 
 
-def drawings(inspection: Inspection) -> dict[str, str]:
+def drawings(inspection: Found) -> dict[str, str]:
     """Each plot as SVG that can stand in a page, in the colour of its text, by what it shows.
 
     Raises:
@@ -126,7 +124,7 @@ def drawings(inspection: Inspection) -> dict[str, str]:
     return found
 
 
-def captions(inspection: Inspection) -> dict[str, str]:
+def captions(inspection: Found) -> dict[str, str]:
     """What one should know to read each of `drawings`."""
     top = len(inspection.curves.total)
     told = {
@@ -159,7 +157,7 @@ def _for_page(svg: str) -> str:
     return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)
 
 
-def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
+def _styles(inspection: Found) -> dict[str, dict[str, Any]]:
     """By module: how its lines look, the same in every plot."""
     return {
         module: {
@@ -170,7 +168,7 @@ def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
     }
 
 
-def _modules(inspection: Inspection) -> list[str]:
+def _modules(inspection: Found) -> list[str]:
     """Those of numbered layers first."""
     found = sorted(inspection.cells.values(), key=lambda cell: cell.layer is None)
     return list(dict.fromkeys(cell.module for cell in found))
@@ -188,7 +186,7 @@ def _legend(figure: Any, styles: Mapping[str, Mapping[str, Any]], *, total: bool
     figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), handlelength=1.6)
 
 
-def _energy(figure: Any, inspection: Inspection) -> None:
+def _energy(figure: Any, inspection: Found) -> None:
     curves, styles = inspection.curves, _styles(inspection)
     axes = figure.add_subplot()
     shown = _spread_out(len(curves.total))
@@ -224,7 +222,7 @@ def _energy(figure: Any, inspection: Inspection) -> None:
     _legend(figure, styles, total=True)
 
 
-def _heat(figure: Any, inspection: Inspection) -> None:
+def _heat(figure: Any, inspection: Found) -> None:
     rank = _heat_rank(inspection)
     modules, columns, values = _matrix(
         inspection, {name: inspection.curves.at(name, rank) for name in inspection.cells}
@@ -259,7 +257,7 @@ def _heat(figure: Any, inspection: Inspection) -> None:
     bar.outline.set_visible(False)
 
 
-def _allocation(figure: Any, inspection: Inspection, rule: Candidate) -> None:
+def _allocation(figure: Any, inspection: Found, rule: Candidate) -> None:
     styles = _styles(inspection)
     axes = figure.add_subplot()
     modules, columns, values = _matrix(inspection, rule.ranks)
@@ -281,7 +279,7 @@ def _allocation(figure: Any, inspection: Inspection, rule: Candidate) -> None:
     _legend(figure, styles)
 
 
-def _rules(inspection: Inspection) -> list[Candidate]:
+def _rules(inspection: Found) -> list[Candidate]:
     """Those whose ranks are drawn: one by energy, and beside it that of the noise, or what was written at several."""
     first, *_ = inspection.candidates
     written = not first.flags.startswith("--") and len(set(first.ranks.values())) > 1
@@ -289,13 +287,13 @@ def _rules(inspection: Inspection) -> list[Candidate]:
     return [inspection.telling(), *([beside] if beside else [])]
 
 
-def _heat_rank(inspection: Inspection) -> int:
+def _heat_rank(inspection: Found) -> int:
     """The paper's 32, or the highest power of two that was factored."""
     return min(32, 1 << (len(inspection.curves.total).bit_length() - 1))
 
 
 def _matrix(
-    inspection: Inspection, values: Mapping[str, float]
+    inspection: Found, values: Mapping[str, float]
 ) -> tuple[list[str], list[str], Float[Tensor, "modules layers"]]:
     """Modules, layers, and the mean of the values in each place: experts of a layer are one. NaN where nothing is."""
     modules = _modules(inspection)
