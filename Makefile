@@ -71,6 +71,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 wheel: $(READY)  ## Build the wheel and use it in a venv of its own.
 	rm -rf dist build
