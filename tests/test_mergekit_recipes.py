@@ -14,7 +14,7 @@ from mergekit_plugin.recipe import read_recipe
 from peft_posthoc import patterns
 from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import PosthocError
-from tests import models
+from tests.make import models
 
 PHLORA = "merge_method: phlora\nbase_model: ./base\nmodels:\n  - model: ./tuned\nparameters:\n  rank: 4\n"
 TIES = PHLORA.replace("phlora", "ties").replace("  rank: 4", "  weight: 1\n  density: 0.5")

@@ -17,7 +17,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import parse_json, read_json
 from peft_posthoc.models.by_class import build
 from peft_posthoc.verification.verify import verify
-from tests import models
+from tests.make import models
 
 ENDLESS = "(.|.)*!"
 HUGE = 10**400

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from peft_posthoc import check
-from tests import models, serving
 from tests.engines import subjects
 from tests.engines.running import ENGINES, Engine, Run, difference, run
+from tests.make import models, serving
 
 KEPT = Path(__file__).with_name("outcomes.json")
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from peft_posthoc import extract
 from peft_posthoc.adapters.peft_format import PREFIX
 from peft_posthoc.serving.subject import Subject
-from tests import models, serving
+from tests.make import models, serving
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 # llama.cpp has no other kind of Qwen3-MoE than with `norm_topk_prob`.
@@ -33,7 +33,7 @@ BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "gemma": lambda: models.decoder("Gemma", head_dim=32, **SIZES),
     "qwen3-moe": lambda: models.qwen3_moe(**SIZES, **EXPERTS),
 }
-# One head: the width of `tests/serving.py`'s adapters, 32, is then that of vLLM's smallest head.
+# One head: the width of `tests/make/serving.py`'s adapters, 32, is then that of vLLM's smallest head.
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1}
 SPOILED_BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": lambda: models.llama(**ONE_HEAD),
@@ -65,7 +65,7 @@ SCALED = {
     "own ranks and alphas": _ranked(QKV, rank_pattern=QKV, alpha_pattern=QKV),
     "mlp of its own rank and alpha": _ranked(MLP, rank_pattern=MLP, alpha_pattern=MLP),
 }
-# Of `tests/serving.py`, what can be served on a dense language model of a small vocabulary.
+# Of `tests/make/serving.py`, what can be served on a dense language model of a small vocabulary.
 SPOILED = {
     name: case
     for name, case in serving.CASES.items()

@@ -1,0 +1,319 @@
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_posthoc import extract, preflight, verify
+from tests.make import models
+from tests.make.fake_hub import FakeHub, environment
+from tests.make.limits import HANG
+
+# One interpreter for the module: the client reads its address and its cache when it is imported, which takes seconds.
+SESSION = """
+import json, sys
+from click.testing import CliRunner
+from peft_posthoc.cli.main import main
+for line in sys.stdin:
+    result = CliRunner().invoke(main, json.loads(line))
+    crashed = result.exception is not None and not isinstance(result.exception, SystemExit)
+    error = repr(result.exception) if crashed else None
+    print(json.dumps([result.exit_code, result.stdout, result.stderr, error]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def served():
+    hub = FakeHub()
+    with hub.serve() as address:
+        yield hub, address
+
+
+@pytest.fixture
+def hub(served):
+    hub, _ = served
+    hub.fetched.clear()
+    hub.begun.clear()
+    hub.asked.clear()
+    return hub
+
+
+@pytest.fixture(scope="module")
+def phlora(served, tmp_path_factory):
+    """Run the command against the fake hub: (exit status, stdout, stderr)."""
+    _, address = served
+    process = subprocess.Popen(
+        [sys.executable, "-c", SESSION],
+        env=environment(address, tmp_path_factory.mktemp("home")),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(*arguments):
+        process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+        process.stdin.flush()
+        status, stdout, stderr, crash = json.loads(process.stdout.readline())
+        assert crash is None, crash
+        return status, stdout, stderr
+
+    yield run
+    process.stdin.close()
+    assert process.wait(timeout=HANG) == 0
+    process.stdout.close()
+
+
+def with_company(folder):
+    """What a real repository holds beside its weights."""
+    (folder / "README.md").write_text("A model.")
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights once more")
+    (folder / "optimizer.pt").write_bytes(b"twice as large as the model")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"weights of something else")
+    return folder
+
+
+def adapter_of(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    report = json.loads((folder / "phlora_report.json").read_text())
+    return load_file(folder / "adapter_model.safetensors"), config, report["provenance"]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(base, tuned) folders of a model whose classes nobody knows."""
+    base = {f"layers.{i}.proj.weight": torch.randn(24, 16) for i in range(3)}
+    tuned = {name: weight + 0.01 * torch.randn(24, 16) for name, weight in base.items()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def test_the_command_extracts_from_two_repositories_what_it_extracts_from_two_folders(served, hub, tmp_path):
+    model = models.llama()
+    base = with_company(models.save(model, tmp_path / "base"))
+    tuned = with_company(models.save(models.tuned_from(model), tmp_path / "tuned"))
+    later = models.save(models.tuned_from(model), tmp_path / "later")
+    v1 = hub.repository("first/base").commit(base, "v1", "main")
+    hub.repository("first/base").commit(later, "main")  # the branch went on after the tag
+    commit = hub.repository("first/tuned").commit(tuned, "main")
+    command = [sys.executable, "-m", "peft_posthoc", "extract", "first/base", "first/tuned"]
+    how = {"cwd": tmp_path, "env": environment(served[1], tmp_path / "home"), "capture_output": True, "text": True}
+
+    ran = subprocess.run([*command, "out", "--base-revision", "v1", "--rank", "4"], **how)
+    assert ran.returncode == 0, ran.stderr
+    tensors, config, provenance = adapter_of(tmp_path / "out")
+    extract(str(base), str(tuned), 4).save(tmp_path / "expected")
+    expected, _, _ = adapter_of(tmp_path / "expected")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert config["base_model_name_or_path"] == provenance["base"] == "first/base"
+    assert config["revision"] == provenance["base_revision"] == v1
+    assert (provenance["tuned"], provenance["tuned_revision"]) == ("first/tuned", commit)
+    needed = {(repo, file) for repo in ("first/base", "first/tuned") for file in ("config.json", "model.safetensors")}
+    assert set(hub.fetched) == needed
+    assert len(hub.fetched) == len(needed)
+
+    hub.fetched.clear()
+    ran = subprocess.run([*command, "again", "--base-revision", v1, "--rank", "4", "--quiet"], **how)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert hub.fetched == [], "cached files were fetched twice"
+    again, _, _ = adapter_of(tmp_path / "again")
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+def test_without_a_revision_the_default_branch_is_read_at_one_commit(hub, phlora, pair, tmp_path):
+    commits = [hub.repository(f"plain/{path.name}").commit(path, "main") for path in pair]
+    status, _, stderr = phlora("extract", "plain/base", "plain/tuned", tmp_path / "out")
+    assert status == 0, stderr
+    _, config, provenance = adapter_of(tmp_path / "out")
+    assert [provenance["base_revision"], provenance["tuned_revision"]] == commits
+    assert config["revision"] == commits[0]
+
+
+def test_of_a_sharded_repository_the_index_and_its_shards_are_fetched(hub, phlora, tmp_path):
+    model = models.llama()
+    base = models.save(model, tmp_path / "base", max_shard_size="20KB")
+    tuned = models.save(models.tuned_from(model), tmp_path / "tuned")
+    shards = {path.name for path in base.glob("model-*.safetensors")}
+    assert len(shards) > 2
+    (base / "pytorch_model-00001-of-00001.bin").write_bytes(b"once more")
+    (base / "consolidated.safetensors").write_bytes(b"and again")
+    hub.repository("sharded/base").commit(base, "main")
+    hub.repository("sharded/tuned").commit(tuned, "main")
+    status, _, stderr = phlora("extract", "sharded/base", "sharded/tuned", tmp_path / "out")
+    assert status == 0, stderr
+    needed = {"config.json", "model.safetensors.index.json", *shards}
+    assert {file for repo, file in hub.fetched if repo == "sharded/base"} == needed
+    extract(str(base), str(tuned)).save(tmp_path / "expected")
+    tensors, expected = adapter_of(tmp_path / "out")[0], adapter_of(tmp_path / "expected")[0]
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_dry_run_fetches_no_weights(hub, phlora, tmp_path):
+    model = models.llama()
+    for name, one in (("base", model), ("tuned", models.tuned_from(model))):
+        hub.repository(f"dry/{name}").commit(models.save(one, tmp_path / name, max_shard_size="20KB"), "main")
+    status, said, stderr = phlora("extract", "dry/base", "dry/tuned", tmp_path / "out", "--dry-run", "--json")
+    assert status == 0, stderr
+    assert (
+        json.loads(said)["rows"]
+        == json.loads(json.dumps(preflight(tmp_path / "base", tmp_path / "tuned").to_dict()))["rows"]
+    )
+    assert {file for _, file in hub.fetched} == {"config.json", "model.safetensors.index.json"}
+    assert {file for _, file in hub.begun} == {path.name for path in (tmp_path / "base").glob("model-*.safetensors")}
+
+
+def test_no_weights_are_fetched_of_two_that_do_not_fit(hub, phlora, pair, work):
+    save_file({"layers.0.proj.weight": torch.zeros(9, 9)}, pair[1] / "model.safetensors")
+    for path in pair:
+        hub.repository(f"apart/{path.name}").commit(path, "main")
+    refused(phlora("extract", "apart/base", "apart/tuned", work / "out"), work, "other shapes")
+    assert hub.fetched == []
+
+
+def test_where_there_are_only_pickles_they_are_fetched_and_no_other(hub, phlora, pair, tmp_path):
+    base, tuned = pair
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    torch.save({"step": 1}, base / "optimizer.pt")
+    torch.save({"lr": 1}, base / "training_args.bin")
+    (base / "model.safetensors").unlink()
+    hub.repository("pickled/base").commit(base, "main")
+    status, _, stderr = phlora("extract", "pickled/base", tuned, tmp_path / "out")
+    assert status == 0, stderr
+    assert hub.fetched == [("pickled/base", "pytorch_model.bin")]
+
+
+def refused(ran, out_parent, *fragments):
+    status, stdout, stderr = ran
+    assert status == 1
+    assert stdout == ""
+    last = stderr.splitlines()[-1]
+    assert last.startswith("phlora: error: "), stderr
+    assert stderr.count("phlora: error: ") == 1
+    assert "Traceback" not in stderr
+    for fragment in fragments:
+        assert fragment in last
+    assert list(out_parent.iterdir()) == []
+    return last
+
+
+@pytest.fixture
+def work(tmp_path):
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_a_missing_repository_is_named_with_its_role(role, hub, phlora, pair, work):
+    sources = dict(zip(("base", "tuned"), pair, strict=True)) | {role: "nobody/nothing"}
+    ran = phlora("extract", sources["base"], sources["tuned"], work / "out")
+    refused(ran, work, f"The {role} `nobody/nothing`", "Check the name")
+
+
+def test_a_missing_revision_is_named(hub, phlora, pair, work):
+    hub.repository("revised/base").commit(pair[0], "main")
+    ran = phlora("extract", "revised/base", pair[1], work / "out", "--base-revision", "v9")
+    refused(ran, work, "The base `revised/base`", "no revision `v9`", "tag")
+    assert hub.fetched == []
+
+
+def test_a_repository_without_the_default_branch_is_told_so(hub, phlora, pair, work):
+    hub.repository("branchless/base").commit(pair[0], "v1")
+    refused(phlora("extract", "branchless/base", pair[1], work / "out"), work, "no revision `main`")
+
+
+def test_a_revision_of_a_folder_is_refused(hub, phlora, pair, work):
+    ran = phlora("extract", *pair, work / "out", "--tuned-revision", "v1")
+    refused(ran, work, "'v1'", "tuned", "hub id")
+
+
+def test_an_adapter_on_the_hub_is_read_on_its_base(hub, phlora, pair, tmp_path, work):
+    extract(*map(str, pair), 4).save(tmp_path / "lora")
+    commit = hub.repository("lora/tuned").commit(tmp_path / "lora", "main")
+    for tuned in ("lora/tuned", f"{pair[0]}+lora/tuned"):
+        status, _, stderr = phlora("extract", pair[0], tuned, work / "out", "--rank", "8", "--force", "--quiet")
+        assert status == 0, stderr
+        # Besides the base that the adapter names, which is a folder, nothing is needed.
+        assert {file for _, file in hub.fetched} == {"adapter_config.json", "adapter_model.safetensors"}
+        _, _, provenance = adapter_of(work / "out")
+        assert provenance["tuned"] == f"{pair[0]}+lora/tuned"
+        found = verify(work / "out", pair[0], pair[1], outputs=False)
+        assert found.cosine == pytest.approx(verify(tmp_path / "lora", *pair, outputs=False).cosine, abs=1e-6)
+        if tuned == "lora/tuned":
+            assert provenance["tuned_revision"] == commit
+
+
+def test_a_pipeline_on_the_hub_is_no_model(hub, phlora, pair, tmp_path, work):
+    hub.repository("pipe/line").put(
+        {"model_index.json": b"{}", "v1.safetensors": b"", "unet/config.json": b"{}"}, "main"
+    )
+    refused(phlora("extract", pair[0], "pipe/line", work / "out"), work, "`pipe/line`", "diffusers pipeline")
+    assert hub.fetched == []
+
+
+def test_a_repository_without_weights_is_told_what_it_holds(hub, phlora, pair, tmp_path, work):
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.Q4_K.gguf").write_bytes(b"GGUF")
+    hub.repository("gguf/base").commit(tmp_path / "gguf", "main")
+    refused(phlora("extract", "gguf/base", pair[1], work / "out"), work, "`gguf/base`", "model.Q4_K.gguf")
+    assert hub.fetched == []
+
+
+@pytest.mark.parametrize(
+    "place", ["../secret.safetensors", "/secret.safetensors", "..\\secret.safetensors", "C:secret"]
+)
+def test_a_remote_index_cannot_name_a_file_elsewhere(place, hub, phlora, pair, work):
+    base, tuned = pair
+    index = {"weight_map": {"layers.0.proj.weight": place}}
+    (base / "model.safetensors").rename(base / "fine.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.repository("wicked/base").commit(base, "main")
+    refused(phlora("extract", "wicked/base", tuned, work / "out"), work, f"`{place}`", "Refused")
+    assert hub.fetched == [("wicked/base", "model.safetensors.index.json")]
+    assert not any("secret" in path for path in hub.asked)
+
+
+def test_no_shard_is_fetched_when_one_is_missing(hub, phlora, pair, work):
+    base, tuned = pair
+    (base / "model.safetensors").rename(base / "one.safetensors")
+    index = {"weight_map": {"layers.0.proj.weight": "one.safetensors", "layers.1.proj.weight": "two.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.repository("halved/base").commit(base, "main")
+    refused(phlora("extract", "halved/base", tuned, work / "out"), work, "`halved/base`", "two.safetensors")
+    assert ("halved/base", "one.safetensors") not in hub.fetched
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_connection_there_is_one_clear_line(offline, pair, tmp_path, work):
+    command = [sys.executable, "-m", "peft_posthoc", "extract", "org/base", str(pair[1]), str(work / "out")]
+    with socket.socket() as silent:  # it holds a port and never listens on it
+        silent.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env = environment(address, tmp_path / "home") | {"HF_HUB_OFFLINE": offline}
+        ran = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    line = refused((ran.returncode, ran.stdout, ran.stderr), work, "The base `org/base`", "give a local folder")
+    assert ran.stderr == f"{line}\n"
+
+
+def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tmp_path):
+    base, tuned = llama_pair
+    folder = tmp_path / "repository"
+    shutil.copytree(base, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    hub.repository("org/exported").commit(with_company(folder), "main")
+    adapter = extract(base, tuned, 2).save(tmp_path / "adapter")
+    assert phlora("export", adapter, tmp_path / "mlx", "--to", "mlx", "--base", "org/exported")[0] == 0
+    assert {file for _, file in hub.fetched} == {"config.json"}
+    assert phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")[0] == 0
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {file for _, file in hub.fetched} == wanted
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {*wanted, "phlora_report.json"}
+    status, _, stderr = phlora("export", adapter, tmp_path / "no", "--to", "mlx", "--base", "org/nowhere")
+    assert status == 1
+    assert "neither a local folder nor a repository on the hub" in stderr

@@ -1,0 +1,48 @@
+"""A training run is what it is without the callback: losses, log, checkpoints, weights, random numbers, collectives."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.make import traces
+from tests.make.limits import HANG
+
+WITHOUT_STEPS = ("silent", "at the end")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def processes(request, llama_pair, tmp_path_factory):
+    """What each of one or two processes saw of every run, with the callback and without it; and the runs' folder."""
+    folder, count = tmp_path_factory.mktemp(f"{request.param}-processes"), request.param
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    ran = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.make.traces", str(folder), str(llama_pair[0]), ",".join(traces.RUNS)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return folder, [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize("name", traces.RUNS)
+def test_a_run_is_what_it_is_without_the_callback(name, processes):
+    folder, saw = processes
+    for process in saw:
+        without, with_it = process[f"{name}-False"], process[f"{name}-True"]
+        assert [what for what in without if without[what] != with_it[what] and what != "ours"] == []
+        assert without["summary is last"]
+        assert without["weights"]
+        assert len(saw) == 1 or "all_gather" in without["collectives"]
+    # And it did its work: adapters, whose numbers are in the first process's log.
+    out = folder / f"{name}-True/phlora"
+    assert (out / "final/adapter_model.safetensors").is_file()
+    steps = len(list(out.glob("step-*")))
+    # The resumed run goes on from the log of its checkpoint: the adapter of that step was not made yet.
+    assert saw[0][f"{name}-True"]["ours"] == steps - (name == "resumed")
+    assert (steps > 0) == (name not in WITHOUT_STEPS)

@@ -1,0 +1,387 @@
+"""`phlora check`: every rule has an adapter that breaks it. What engines did with these is in `tests/engines`."""
+
+import json
+
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from peft_posthoc import AdapterError, CheckpointError, check, extract
+from peft_posthoc.cli import main as cli
+from peft_posthoc.cli.check import NAMES
+from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.rules import RULES
+from peft_posthoc.serving.subject import Subject
+from tests.make import models, serving
+from tests.make.by_peft import by_peft
+from tests.make.spoiled import contents, misused, refused, run
+
+
+@pytest.fixture(scope="module")
+def good(llama_pair, tmp_path_factory):
+    """An adapter of every linear layer at rank 16, in the portable form."""
+    return extract(*llama_pair, serving.RANK).save(tmp_path_factory.mktemp("good") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases")
+
+
+def found(folder, base=None, engines=("all",)):
+    """The names of the rules that an adapter breaks, by engine."""
+    return {
+        outcome.engine: {finding.rule for finding in outcome.findings}
+        for outcome in check(folder, engines=engines, base=base).outcomes
+    }
+
+
+# The table.
+
+
+def test_every_rule_has_one_name_a_source_and_an_adapter_that_breaks_it():
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names)
+    assert set(names) == set(serving.CASES)
+    for rule in RULES:
+        assert rule.source, rule.name
+        assert rule.message, rule.name
+        assert rule.way_out, rule.name
+        assert rule.severity in ("refused", "silently wrong", "warning")
+        assert rule.engines, rule.name
+        assert set(rule.engines) <= set(ENGINES), rule.name
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_sees_the_adapter_that_breaks_it(rule, good, bases, tmp_path):
+    case = serving.CASES[rule.name]
+    seen = found(serving.make(case, good, tmp_path / "adapter"), serving.base_of(case, bases))
+    wanted = {engine for engine in ENGINES if rule.applies_to(engine)}
+    assert {engine for engine, names in seen.items() if rule.name in names} == wanted
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_no_rule_sees_a_portable_adapter(rule, good, llama_pair):
+    assert not rule.finds(Subject.read(good))
+    assert not rule.finds(Subject.read(good, llama_pair[0]))
+
+
+@pytest.mark.parametrize("name", serving.FINE)
+def test_a_rule_does_not_see_what_is_close_to_it_and_right(name, good, bases, tmp_path):
+    rules, case = serving.FINE[name]
+    seen = found(serving.make(case, good, tmp_path / "adapter"), serving.base_of(case, bases))
+    assert not set(rules) & set().union(*seen.values())
+
+
+def test_the_page_has_the_rules_of_today():
+    page = serving.Path(__file__).parents[2] / "docs/serving.md"
+    assert page.read_text(encoding="utf-8") == serving.page(), "python -m tests.make.serving > docs/serving.md"
+
+
+def test_the_command_knows_every_engine():
+    assert (*ENGINES, "all") == NAMES
+
+
+def test_a_zero_alpha_is_one_in_llama_cpp_and_nothing_in_peft(good, tmp_path):
+    parts = serving.Parts(good)
+    parts.configure(lora_alpha=0)
+    folder = parts.write(tmp_path / "adapter")
+    assert "scale-llamacpp" in found(folder)["llamacpp"]
+    assert Subject.read(folder).scale("model.layers.0.self_attn.q_proj") == 0
+
+
+def test_scales_that_are_all_one_are_not_in_lorax_where_it_pads_to_another_rank(good, tmp_path):
+    # Its first name is scaled by lora_alpha / r; from then on it takes the padded rank of that name for r.
+    parts = serving.Parts(good)
+    for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        parts.cut(8, only=leaf)
+    own = {"self_attn.*": 8}
+    parts.configure(rank_pattern=own, alpha_pattern=own)
+    seen = found(parts.write(tmp_path / "adapter"))
+    assert "scale-lorax" not in seen["lorax"]
+    assert "padded-rank" in seen["lorax"] & seen["tgi"]
+
+
+NOT_ADAPTED = {
+    "a head under all-linear": (
+        lambda parts: (serving._head(parts), parts.configure(target_modules="all-linear")),
+        {"lm_head"},
+    ),
+    "a layer that is left out": (
+        lambda parts: parts.configure(layers_to_transform=[0]),
+        {f"model.layers.1.{name}" for name in serving.IN_LAYER},
+    ),
+    "layers of another name": (
+        lambda parts: parts.configure(layers_to_transform=1, layers_pattern="layers"),
+        {f"model.layers.0.{name}" for name in serving.IN_LAYER},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NOT_ADAPTED)
+def test_what_peft_does_not_adapt(name, good, llama_pair, tmp_path):
+    spoil, dropped = NOT_ADAPTED[name]
+    folder = serving.make(serving.Case(spoil), good, tmp_path / "adapter")
+    subject = Subject.read(folder, llama_pair[0])
+    model = peft.PeftModel.from_pretrained(models.load(llama_pair[0]), folder)
+    assert set(subject.modules) - set(models.lora_deltas(model)) == dropped
+    (rule,) = (rule for rule in RULES if rule.name == "untargeted-in-peft")
+    assert set(rule.finds(subject)) == dropped
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_copies_of_the_base_that_peft_saves_are_the_base_s(llama_pair, tmp_path):
+    folder = by_peft(tmp_path / "adapter", models.load(llama_pair[0]), target_modules=["q_proj", "v_proj", "lm_head"])
+    subject = Subject.read(folder, llama_pair[0])
+    assert subject.base_copies
+    seen = found(folder, llama_pair[0])
+    assert "base-copies" in seen["peft"]
+    assert "other-base-copies" not in set().union(*seen.values())
+    assert "other-base-copies" in found(folder, llama_pair[1])["peft"]
+
+
+# Adapters of others.
+
+
+HARMLESS = {"unknown-keys", "rank-for-one-gpu"}
+BY_PEFT = {
+    "plain": ({}, {}),
+    "regex": (
+        {"target_modules": r".*\.(q_proj|v_proj)"},
+        {"sglang": {"target-pattern"}},
+    ),
+    "rslora": (
+        {"use_rslora": True},
+        {"sglang": {"scale-sglang"}, "lorax": {"rslora-lorax"}, "llamacpp": {"scale-llamacpp"}},
+    ),
+    "one layer": ({"layers_to_transform": [0]}, {"lorax": {"missing-layers"}, "tgi": {"missing-layers"}}),
+    "q alone": ({"target_modules": ["q_proj"]}, {"sglang": {"q-without-v"}}),
+    "rank 4": ({"r": 4, "lora_alpha": 4}, {"lorax": {"padded-rank"}, "tgi": {"padded-rank"}}),
+    "lora_bias": (
+        {"lora_bias": True},
+        {
+            **{engine: {"lora-bias"} for engine in ("vllm", "sglang", "trtllm", "llamacpp")},
+            **{engine: {"lora-bias-ignored"} for engine in ("lorax", "tgi")},
+            "mlx": {"mlx-export"},
+        },
+    ),
+    "dora": (
+        {"use_dora": True},
+        {
+            **{engine: {"dora"} for engine in ("vllm", "sglang")},
+            **{engine: {"dora-ignored"} for engine in ("lorax", "tgi")},
+            **{"llamacpp": {"dora-gguf"}, "trtllm": {"dora-trtllm"}, "mlx": {"mlx-export"}},
+        },
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_an_adapter_that_peft_saved(name, llama_pair, tmp_path):
+    settings, wanted = BY_PEFT[name]
+    folder = by_peft(tmp_path / "adapter", models.load(llama_pair[0]), **settings)
+    seen = found(folder, llama_pair[0])
+    assert seen.pop("nim") == seen["vllm"] | seen["sglang"]
+    assert {engine: names - HARMLESS for engine, names in seen.items() if names - HARMLESS} == wanted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_factors_of_all_experts_at_once(tmp_path):
+    model = models.qwen3_moe()
+    models.save(model, tmp_path / "base")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = by_peft(tmp_path / "adapter", model, target_modules=[], target_parameters=targets)
+    seen = found(folder, tmp_path / "base")
+    assert [seen[engine] for engine in ("sglang", "llamacpp", "trtllm")] == 3 * [{"fused-experts"}]
+    assert seen["peft"] == {"fused-experts-peft", "unknown-keys"}
+    assert "wrong-path" not in set().union(*seen.values())
+
+
+@pytest.mark.parametrize("make", [models.mixtral, models.qwen3_moe], ids=lambda make: make.__name__)
+def test_single_experts_of_extract(make, tmp_path):
+    base, tuned = models.save_pair(make(), tmp_path)
+    folder = extract(base, tuned, serving.RANK, experts="per-expert").save(tmp_path / "adapter")
+    seen = found(folder, base)
+    unread = dict.fromkeys(("lorax", "tgi"), frozenset({"single-experts-unread"}))
+    named = {} if make is models.mixtral else {"trtllm": {"expert-names-trtllm"}}
+    assert {engine: names for engine, names in seen.items() if names} == unread | named
+
+
+def test_the_peft_form_is_for_peft_alone(llama_pair, tmp_path):
+    folder = extract(*llama_pair, 0.5, form="peft").save(tmp_path / "adapter")
+    outcomes = check(folder, base=llama_pair[0]).outcomes
+    assert [outcome.engine for outcome in outcomes if outcome.verdict == "right"] == ["peft"]
+
+
+@pytest.mark.parametrize("pair", ["llama_pair", "tied_pair"])
+def test_embeddings_and_head_of_extract(pair, request, tmp_path):
+    base, tuned = request.getfixturevalue(pair)
+    folder = extract(base, tuned, serving.RANK, embeddings=True, head=True).save(tmp_path / "adapter")
+    verdicts = {outcome.engine: outcome.verdict for outcome in check(folder, base=base).outcomes}
+    right = {engine for engine, verdict in verdicts.items() if verdict == "right"}
+    untied = {"llamacpp"} if pair == "llama_pair" else set()
+    assert right == {"peft", "vllm", "sglang", "nim", "mlx"} | untied
+
+
+def test_the_flags_that_an_engine_is_started_with(good, llama_pair):
+    serve = {outcome.engine: " ".join(outcome.serve) for outcome in check(good, base=llama_pair[0]).outcomes}
+    assert f"vllm serve {llama_pair[0]} --enable-lora --max-lora-rank 16 --max-loras 1" in serve["vllm"]
+    leaves = "--lora-target-modules down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+    assert leaves in serve["sglang"]
+    assert "--max-lora-rank 16" in serve["sglang"]
+    assert "max_lora_rank=16" in serve["trtllm"]
+
+
+def test_vllm_reserves_one_of_its_own_ranks(good, tmp_path):
+    parts = serving.Parts(good)
+    parts.cut(260)
+    parts.configure(r=260, lora_alpha=260)
+    (outcome,) = check(parts.write(tmp_path / "adapter"), engines=["vllm"]).outcomes
+    assert "--max-lora-rank 320" in outcome.serve[0]
+
+
+# The command.
+
+
+@pytest.fixture
+def work(good, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    serving.copy_of(good, tmp_path / "work/adapter")
+    return tmp_path / "work"
+
+
+def spoiled(work, name):
+    return serving.make(serving.CASES[name], work / "adapter", work / name)
+
+
+def test_a_good_adapter_has_exit_status_0_and_the_commands_to_serve_it(work):
+    status, stdout, stderr = run("check", "adapter")
+    assert (status, stderr) == (0, "")
+    assert "vllm serve" in stdout
+    assert "Without --base" in stdout
+
+
+def test_a_bad_one_has_status_1_and_one_line_that_names_the_engines(work):
+    spoiled(work, "scale-sglang")
+    status, stdout, stderr = run("check", "scale-sglang")
+    assert status == 1
+    assert "SGLang" in stdout
+    assert "[scale-sglang]" in stdout
+    assert stderr == (
+        "phlora: error: `scale-sglang` would be refused or silently wrong in sglang, lorax, nim, llamacpp.\n"
+    )
+    assert run("check", "scale-sglang", "--engine", "vllm", "--engine", "peft")[0] == 0
+    assert run("check", "scale-sglang", "--engine", "vllm", "--quiet") == (0, "", "")
+
+
+def test_json_has_all_that_the_table_has(work):
+    spoiled(work, "norms")
+    status, stdout, _ = run("check", "norms", "--engine", "vllm", "--json")
+    assert status == 1
+    (engine,) = json.loads(stdout)["engines"]
+    assert engine["verdict"] == "refused"
+    (finding,) = engine["findings"]
+    assert finding["rule"] == "norms"
+    assert finding["culprits"] == ["base_model.model.model.layers.0.input_layernorm.weight"]
+    assert finding["source"]
+    assert finding["versions"]
+    assert run("check", "norms", "--json", "found.json")[0] == 1
+    assert json.loads((work / "found.json").read_text())["format"] == 1
+
+
+def test_the_same_adapter_from_python(work):
+    result = check("adapter", engines=["vllm"])
+    assert result.wrong == ()
+    assert result.table() == CliRunner().invoke(cli.main, ["check", "adapter", "--engine", "vllm"]).output.rstrip("\n")
+    with pytest.raises(ValueError, match=r"takes some of peft, vllm.*Got `tensorflow`"):
+        check("adapter", engines=["tensorflow"])
+
+
+def test_no_tensor_is_read(good, tmp_path):
+    # Zeros where the values were: a reader of headers cannot tell.
+    blank = serving.copy_of(good, tmp_path / "blank")
+    file = blank / "adapter_model.safetensors"
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    with file.open("r+b") as handle:
+        handle.truncate(header)
+        handle.truncate(len(data))
+    assert load_file(file)["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].any() == torch.tensor(False)
+    assert found(blank) == found(good)
+
+
+# Bad input.
+
+
+def test_adapters_that_cannot_be_read(work):
+    def config(**settings):
+        parts = serving.Parts(work / "adapter")
+        parts.configure(**settings)
+        return parts.write(work / f"bad{len(list(work.iterdir()))}")
+
+    (work / "empty").mkdir()
+    (work / "text").write_text("no folder")
+    for name in ("empty", "text", "nowhere"):
+        refused(run("check", name), f"`{name}")
+    refused(run("check", config(peft_type="LOHA")), "LOHA", "only LoRA")
+    refused(run("check", config(r="8")), "`r`", "'8'")
+    refused(run("check", config(r=0)), "at least 1")
+    refused(run("check", config(rank_pattern={"(": 8})), "no regular expression")
+    refused(run("check", config(alpha_pattern={"q_proj": "much"})), "alpha_pattern", "'much'")
+    refused(run("check", config(modules_to_save="norm")), "modules_to_save")
+    broken = config()
+    (broken / "adapter_config.json").write_text("{")
+    refused(run("check", broken), "not a readable configuration")
+    (broken / "adapter_config.json").write_text("[]")
+    refused(run("check", broken), "JSON object")
+    cut = config()
+    (cut / "adapter_model.safetensors").write_bytes(b"short")
+    refused(run("check", cut), "not a readable safetensors file")
+    (cut / "adapter_model.safetensors").unlink()
+    refused(run("check", cut), "holds no adapter_model.safetensors")
+    tokens = config()
+    (tokens / "added_tokens.json").write_text('["a"]')
+    refused(run("check", tokens), "added_tokens.json")
+
+
+def test_factors_that_are_none(work):
+    parts = serving.Parts(work / "adapter")
+    parts.drop("layers.0.self_attn.q_proj.lora_B")
+    refused(run("check", parts.write(work / "half")), "without its counterpart")
+    parts = serving.Parts(work / "adapter")
+    parts.add(f"{serving.LAYER}.self_attn.q_proj.lora_B.weight", 32, 8)
+    refused(run("check", parts.write(work / "unfit")), "do not fit")
+    parts.tensors = {"lm_head.weight": torch.zeros(3, 3)}
+    refused(run("check", parts.write(work / "none")), "no LoRA factors", "lm_head.weight")
+
+
+def test_a_pickle_that_does_more_than_hold_tensors_is_not_executed(work):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(work / "sprung"), "w"))
+
+    (work / "adapter/adapter_model.safetensors").unlink()
+    torch.save({"x": Trap()}, work / "adapter/adapter_model.bin")
+    refused(run("check", "adapter"), "is refused")
+    assert not (work / "sprung").exists()
+
+
+def test_bad_options(work):
+    before = contents(work)
+    misused(run("check", "adapter", "--engine", "tensorflow"), "tensorflow")
+    misused(run("check", "adapter", "--dtype", "float16"), "--fix")
+    refused(run("check", "adapter", "--base", "org/name"), "is no folder")
+    refused(run("check", "adapter", "--json", "nowhere/x.json"), "no folder `nowhere`")
+    (work / "notmodel").mkdir()
+    refused(run("check", "adapter", "--base", "notmodel"), "No weights in `notmodel`")
+    (work / "notmodel").rmdir()
+    assert contents(work) == before
+    with pytest.raises(AdapterError):
+        check("nowhere")
+    with pytest.raises(CheckpointError):
+        check("adapter", base="nowhere")
