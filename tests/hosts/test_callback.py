@@ -22,8 +22,10 @@ from hf_callbacks import run as run_module
 from hf_callbacks.jobs import Job, Jobs
 from hf_callbacks.plot import plot
 from hf_callbacks.run import Run
+from hf_callbacks.task import Task
 from peft_posthoc import PosthocError, extract
 from peft_posthoc.adapters import peft_format
+from peft_posthoc.extraction.request import Request
 from peft_posthoc.ranks.rules import keep_energy
 from tests.make import models
 from tests.make.limits import HANG
@@ -433,8 +435,8 @@ def test_arguments_without_sense_are_refused(options):
 def test_jobs_run_one_at_a_time_in_order(base, llama_pair, tmp_path):
     jobs = Jobs()
     for step in (1, 2):
-        arguments = ["extract", *map(str, llama_pair), str(tmp_path / f"made-{step}"), "--quiet"]
-        jobs.add(Job(f"step-{step}", step, arguments, tmp_path / f"made-{step}", None))
+        task = Task(*map(str, llama_pair), str(tmp_path / f"made-{step}"), Request.of(8).to_json())
+        jobs.add(Job(f"step-{step}", step, task, tmp_path / f"made-{step}", None))
     assert len(jobs) == 2
     assert jobs.poll() == []
     assert not (tmp_path / "made-2").exists()
@@ -448,12 +450,15 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     for name in ("base", "tuned"):
         (tmp_path / name).mkdir()
         save_file({"layers.0.proj.weight": torch.randn(4000, 4000)}, tmp_path / name / "model.safetensors")
-    arguments = ["extract", *(str(tmp_path / name) for name in ("base", "tuned", "out")), "--exact"]
+    places = [str(tmp_path / name) for name in ("base", "tuned", "out")]
     start = f"""
 import time
+from pathlib import Path
 from hf_callbacks.jobs import Job, Jobs
+from hf_callbacks.task import Task
 jobs = Jobs()
-jobs.add(Job("step-1", 1, {arguments}, None, None))
+task = Task(*{places}, {Request.of(32, exact=True).to_json()})
+jobs.add(Job("step-1", 1, task, Path({places[2]!r}), None))
 jobs.poll()
 print(jobs._running[1].pid, flush=True)
 time.sleep(600)
@@ -481,7 +486,7 @@ def test_deepspeeds_own_partitions_are_refused_with_what_to_do(base, tmp_path):
     part = tmp_path / "checkpoint-1/global_step1/zero_pp_rank_0_mp_rank_00_model_states.pt"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"")
-    run = Run(tmp_path, here()._extraction)
+    run = Run(tmp_path, here()._request)
     run.base = run_module.Base(str(base), None, "")
     (done,) = run.make(tmp_path / "checkpoint-1", 1)
     assert "stage3_gather_16bit_weights_on_model_save" in done.failure
