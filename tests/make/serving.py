@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc.serving.engines import ENGINES
-from peft_posthoc.serving.rules import RULES
+from peft_posthoc.serving.rules.table import RULES
 from tests.make import architectures, models
 
 LAYER = "base_model.model.model.layers.0"

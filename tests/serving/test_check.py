@@ -12,7 +12,7 @@ from peft_posthoc import AdapterError, CheckpointError, check, extract
 from peft_posthoc.cli import main as cli
 from peft_posthoc.cli.check import NAMES
 from peft_posthoc.serving.engines import ENGINES
-from peft_posthoc.serving.rules import RULES
+from peft_posthoc.serving.rules.table import RULES
 from peft_posthoc.serving.subject import Subject
 from tests.make import models, serving
 from tests.make.by_peft import by_peft

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, check, extract, fix
-from peft_posthoc.serving.rules import FIX, FIX_BASE, RULES
+from peft_posthoc.serving.rules.rule import FIX, FIX_BASE
+from peft_posthoc.serving.rules.table import RULES
 from tests.make import models, serving
 from tests.make.by_peft import by_peft
 from tests.make.spoiled import contents, refused, run, without_progress
