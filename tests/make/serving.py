@@ -1,7 +1,4 @@
-"""For each rule of `peft_posthoc.serving.rules` an adapter that it is about; and the page that has them all.
-
-python -m tests.make.serving > docs/serving.md
-"""
+"""For each rule of `peft_posthoc.serving.rules` an adapter that it is about; and the page that has them all."""
 
 import json
 import shutil
@@ -356,7 +353,7 @@ In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` 
 
 Adapters of `phlora extract` in the portable form, of dense language models, without `--embeddings` and `--head`, at
 ranks up to 128, break none of these rules (but for the note on rank 8). This page is made by
-`python -m tests.make.serving`; for every rule there is an adapter that breaks it in `tests/make/serving.py`; what
+`python -m docs.make serving`; for every rule there is an adapter that breaks it in `tests/make/serving.py`; what
 engines did with these, run here, is in [`engines.md`](engines.md).
 
 ## The engines
@@ -397,7 +394,3 @@ def _row(rule: Any) -> str:
 def copy_of(folder: Path, where: Path) -> Path:
     """The same adapter elsewhere."""
     return Path(shutil.copytree(folder, where))
-
-
-if __name__ == "__main__":
-    print(page(), end="")

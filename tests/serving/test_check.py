@@ -77,7 +77,7 @@ def test_a_rule_does_not_see_what_is_close_to_it_and_right(name, good, bases, tm
 
 def test_the_page_has_the_rules_of_today():
     page = serving.Path(__file__).parents[2] / "docs/serving.md"
-    assert page.read_text(encoding="utf-8") == serving.page(), "python -m tests.make.serving > docs/serving.md"
+    assert page.read_text(encoding="utf-8") == serving.page(), "python -m docs.make serving"
 
 
 def test_the_command_knows_every_engine():
