@@ -106,7 +106,7 @@ def test_scales_that_are_all_one_are_not_in_lorax_where_it_pads_to_another_rank(
 
 NOT_ADAPTED = {
     "a head under all-linear": (
-        lambda parts: (serving._head(parts), parts.configure(target_modules="all-linear")),
+        lambda parts: (serving.adapted_head(parts), parts.configure(target_modules="all-linear")),
         {"lm_head"},
     ),
     "a layer that is left out": (

@@ -301,7 +301,7 @@ def test_the_command_writes_and_has_the_status_of_what_it_wrote(work):
 
 def test_what_is_still_wrong_after_it(work):
     parts = serving.Parts(work / "adapter")
-    serving._embedding(parts)
+    serving.adapted_embedding(parts)
     parts.write(work / "embedded")
     status, stdout, stderr = run("check", "embedded", "--engine", "tgi", "--fix", "out", "--json")
     assert status == 1
