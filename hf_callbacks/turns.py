@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -47,12 +48,12 @@ def others_wait(*, first: bool) -> Iterator[None]:
                 logger.warning("phlora: the processes could not wait for the first one: %s. Training goes on.", error)
 
 
-def signal(store: dist.Store, key: str) -> None:
+def signal(store: Any, key: str) -> None:
     """Let go on who waits for the key."""
     store.set(key, "done")
 
 
-def wait(store: dist.Store, key: str, *, patience: timedelta = _PATIENCE) -> None:
+def wait(store: Any, key: str, *, patience: timedelta = _PATIENCE) -> None:
     """Wait for the key as long as it takes.
 
     Args:
