@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_callbacks.pin import pin
+from hf_callbacks.pin import pin, remade
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, once
 from peft_posthoc.errors import CheckpointError, PosthocError, one_line
-from peft_posthoc.files import staged
 from peft_posthoc.sources import open_checkpoint
 
 # Values of each tensor, and tensors, that are compared to see whether a folder holds the model that will be trained.
@@ -91,8 +90,7 @@ def _snapshot(model: nn.Module, to: Path) -> Path:
             "`PosthocLoraCallback(base=...)` the model that the fine-tune starts from."
         )
     save: Any = getattr(model, "save_pretrained", None)
-    with staged(to, what="The snapshot of the initial weights") as half:
-        half.mkdir()
+    with remade(to, what="The snapshot of the initial weights") as half:
         if callable(save):
             save(half)
         else:

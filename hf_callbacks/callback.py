@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack, cast
 
-import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_callbacks.base import Base, find_base
-from hf_callbacks.extraction import Extraction
 from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions
 from hf_callbacks.jobs import Done, Job
 from hf_callbacks.log import Log, is_summary
@@ -27,12 +25,15 @@ from hf_callbacks.run import FINAL, Run
 from hf_callbacks.turns import others_wait
 from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.errors import PosthocError, one_line
-from peft_posthoc.ranks.rules import Rank
+from peft_posthoc.extraction.request import Options, Request, takes_options
+from peft_posthoc.ranks.rules import Rank, as_rule, several
 from peft_posthoc.sources import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
 Event = Callable[..., None]
+# Options that the run itself sets.
+_TOLD_BY_THE_RUN = {"tuned_revision", "tuned_name", "choose", "leave_out"}
 
 
 def _on_all(event: Event) -> Event:
@@ -72,7 +73,6 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         base: The model that the fine-tune starts from: a folder or a hub id. By default where the model was loaded
             from, if that holds it still and lies outside of the run's folder; otherwise a snapshot of the initial
             weights is kept in `output_dir/_phlora/base`.
-        base_revision: Branch, tag or commit, where `base` is a hub id.
         out: Where adapters go, in place of `output_dir/phlora`.
         when: `"save"`, after every save; a number `n`, after every n-th; `"end"`, only `final`.
         background: Work in another process; otherwise training waits for every adapter.
@@ -81,52 +81,25 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         push_to_hub: A repository on the hub, `org/name`, that every adapter is uploaded to while training goes on:
             `final` to its root, the others to folders of their names. If there is none it is made, a private one
             unless the trainer's `hub_private_repo` is False.
-        include: Regular expressions over weight names; only what one of them is found in is carried.
-        exclude: The same; what one of them is found in is not carried.
-        embeddings: Carry token embeddings too.
-        head: Carry the output head too.
-        exact: Use LAPACK's full SVD.
-        device: Where to factor.
-        dtype: Of the saved factors; by default the checkpoint's.
-        form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it.
-        rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
-        conv: Carry convolutions too.
-        experts: Carry mixtures of experts: `per-expert` for serving engines, `fused` for PEFT; by default `fused` in
-            the `peft` form, `none` otherwise.
-        vocab: Where the vocabulary grew: `error`, `truncate` or `extend`, as in `peft_posthoc.extract`.
-        rename: `regex=>replacement` rules over tensor names.
-        serve_as: The class that the adapter is for, or the folder of a model of that class, if not the base's.
+        **options: As `Options` has them.
 
     Raises:
         ValueError: An argument makes no sense.
     """
 
+    @takes_options
     def __init__(
         self,
         rank: Rank = 32,
         *,
         base: str | PathLike[str] | None = None,
-        base_revision: str | None = None,
         out: str | PathLike[str] | None = None,
         when: Literal["save", "end"] | int = "save",
         background: bool = True,
         strict: bool = False,
         keep: int | None = None,
         push_to_hub: str | None = None,
-        include: str | Iterable[str] = (),
-        exclude: str | Iterable[str] = (),
-        embeddings: bool = False,
-        head: bool = False,
-        exact: bool = False,
-        device: str = "cpu",
-        dtype: torch.dtype | None = None,
-        form: Literal["portable", "peft"] = "portable",
-        rank_pattern: Mapping[str, int] | None = None,
-        conv: bool = False,
-        experts: Literal["none", "per-expert", "fused"] | None = None,
-        vocab: Literal["error", "truncate", "extend"] = "error",
-        rename: str | Iterable[str] = (),
-        serve_as: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if when not in ("save", "end") and (isinstance(when, bool) or not isinstance(when, int) or when < 1):
             raise ValueError(f"`when` must be 'save', 'end', or a number of saves of at least 1. Got {when!r}.")
@@ -134,27 +107,13 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(f"`keep` must be at least 1, or None for all. Got {keep!r}.")
         if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
             raise ValueError(f"`push_to_hub` must be a repository such as 'me/adapters'. Got {push_to_hub!r}.")
-        several = [(given,) if isinstance(given, str) else tuple(given) for given in (include, exclude, rename)]
-        self._extraction = Extraction(
-            rank=rank,
-            include=several[0],
-            exclude=several[1],
-            embeddings=embeddings,
-            head=head,
-            exact=exact,
-            device=device,
-            dtype=dtype,
-            form=form,
-            rank_pattern=rank_pattern or {},
-            conv=conv,
-            experts=experts,
-            vocab=vocab,
-            rename=several[2],
-            serve_as=serve_as,
-        )
-        # Said now, where it can still be mended: a rule that is a function cannot be handed to another process.
-        self._flags = self._extraction.flags() if background else self._extraction.known_flags()
-        self._given = None if base is None else _given(base, base_revision)
+        if own := sorted(_TOLD_BY_THE_RUN & set(options)):
+            raise ValueError(f"`{own[0]}` is known of every checkpoint of a run. Leave it out.")
+        self._request = Request.of(rank, **options)
+        if isinstance(as_rule(rank), several):
+            raise ValueError("One adapter is made of every checkpoint, at one rank. Several are given.")
+        self._told_request = self._spelled(background)
+        self._given = None if base is None else _given(base, options.get("base_revision"))
         self._out = None if out is None else Path(out).absolute()
         self._when, self._background, self._strict, self._keep = when, background, strict, keep
         self._repo_id = push_to_hub
@@ -167,6 +126,15 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._on_disk: set[int] = set()  # steps whose weights can be read from files
         self._told = False
         self._idle = False  # there is nothing to extract in this run
+
+    def _spelled(self, background: bool) -> dict[str, Any] | None:
+        """The request for other processes; None where it is for this one alone."""
+        try:
+            return self._request.to_json()
+        except ValueError as error:
+            if background:  # said now, where it can still be mended
+                raise ValueError(f"{one_line(error)} Extract in this one: `background=False`.") from error
+            return None
 
     def attach(self, trainer: Trainer) -> PosthocLoraCallback:
         """Say which trainer's log gets the numbers, where it cannot be found by itself."""
@@ -277,7 +245,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             folder = trainer._get_output_dir(getattr(trainer, "_trial", None))
         if self._run is None or self._run_dir != folder:
             self._run_dir = folder
-            self._run = Run(Path(folder), self._extraction, out=self._out, keep=self._keep)
+            self._run = Run(Path(folder), self._request, out=self._out, keep=self._keep)
             self._run.base = self._given
         _say(self._run.claim())
         # The program may have changed its working folder; the adapters stay together, in the first one.
@@ -303,7 +271,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             best = bool(args.load_best_model_at_end)
             self._guarded(
                 "the run's base and options were not written down",
-                lambda: remember(Memory(cast(Base, run.base), self._flags, best), run.work),
+                lambda: remember(Memory(cast(Base, run.base), self._told_request, best), run.work),
             )
 
     def _resume(self, run: Run) -> None:
@@ -390,7 +358,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     def _tell(self, ended: Iterable[Done]) -> None:
         """Log what has come to its end."""
-        for job, failure in ended:
+        for job, failure, _ in ended:
             if failure is not None:
                 self._log.warn(f"there is no adapter `{job.name}`: {failure}")
             else:

@@ -5,6 +5,7 @@ python -m hf_callbacks.catch_up RUN_DIR --base BASE
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import click
 from tqdm import tqdm
 
 from hf_callbacks.base import Base
-from hf_callbacks.extraction import Extraction
 from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.run import FINAL, Run
-from peft_posthoc.cli.options import CHOICE, DTYPE, FORM, NAMES, VOCAB, dtype_of
-from peft_posthoc.cli.ranks import RANK, RANK_PATTERN, Asked
+from peft_posthoc.cli.main import one_line_errors
+from peft_posthoc.cli.options import CHOICE, NAMES, option
+from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.extraction.request import Request
 from peft_posthoc.json_file import read_json
 
 
@@ -28,12 +30,18 @@ class _AsTheRun(click.Command):
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         run_dir = given.get("run_dir")
         memory = _remembered(Path(run_dir), needed="base" not in given) if isinstance(run_dir, str) else None
-        if memory is not None and memory.flags is not None:
-            run, _, _ = self.make_parser(ctx).parse_args([str(run_dir), *memory.flags])
+        if memory is not None and memory.request is not None:
+            run = {**memory.request, **memory.request.get("rank", {})}
+            if "rank_pattern" in run:
+                run["rank_pattern"] = json.dumps(run["rank_pattern"])
             # A rank that is asked for now takes the place of all that was said of ranks.
-            said = set(given) | (_OF_RANKS if _OF_RANKS & set(given) else set())
+            said = _OF_RANKS if _OF_RANKS & set(given) else {"rank"} - set(memory.request.get("rank", {}))
             ctx.default_map = {name: value for name, value in run.items() if name not in said}
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors("catch_up", debug=False, option="Python's -X dev", nothing="What is made stays."):
+            return super().invoke(ctx)
 
 
 _OF_RANKS = {"rank", "energy", "error", "budget", "params", "weighting", "max_rank", "min_rank", "round_to"}
@@ -42,23 +50,20 @@ _OF_RANKS = {"rank", "energy", "error", "budget", "params", "weighting", "max_ra
 @click.command(cls=_AsTheRun)
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--base", help="The model that the run started from.  [default: what the callback wrote down]")
-@click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto.")
+@option("base_revision")
+@option("device")
 @RANK
-@RANK_PATTERN
-@DTYPE
-@FORM
+@option("rank_pattern")
+@option("dtype")
+@option("form")
 @CHOICE
-@VOCAB
+@option("vocab")
 @NAMES
 def main(
     run_dir: Path,
     base: str | None,
     base_revision: str | None,
     rank: Asked,
-    dtype: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Make the adapters that are missing: of every checkpoint in RUN_DIR, and `final`, the last or best one's.
@@ -67,10 +72,10 @@ def main(
     """
     memory = _remembered(run_dir, needed=base is None)
     try:
-        extraction = Extraction(rank.one() or 32, include, exclude, dtype=dtype_of(dtype), **options)
+        request = Request.of(rank.one() or 32, **options)
     except (PosthocError, ValueError) as error:
         raise click.UsageError(one_line(error)) from error
-    run = Run(run_dir, extraction)
+    run = Run(run_dir, request)
     run.base = Base(base, base_revision, "it was given") if base else memory.base if memory else None
     if run.base is None:
         raise click.ClickException(f"It is not known which model `{run_dir}` started from. Give --base.")
@@ -101,7 +106,7 @@ def _make(run: Run, *, best: bool | None) -> bool:
     done = [done for step, folder in tqdm(missing.items(), desc="Adapters") for done in run.make(folder, step)]
     if run.adapters() and not (run.out / FINAL).exists():
         done.append(run.copy(_final_step(run, best=best), name=FINAL))
-    failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure in done if failure is not None]
+    failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure, _ in done if failure is not None]
     try:
         run.draw()
     except (PosthocError, OSError) as error:

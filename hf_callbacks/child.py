@@ -1,6 +1,6 @@
-"""The `phlora` command at low priority, ending with the process that started it.
+"""An extraction at low priority, ending with the process that started it.
 
-    python -m hf_callbacks.child extract BASE TUNED OUT ...
+    python -m hf_callbacks.child TASK.json
 
 Its standard input is a pipe that nobody writes to: it ends when whoever holds the other end does, however that ends.
 """
@@ -8,6 +8,7 @@ Its standard input is a pipe that nobody writes to: it ends when whoever holds t
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -15,7 +16,7 @@ PATIENCE = 5.0  # seconds to clean up in
 
 
 def end_with_parent() -> None:
-    """Wait for the other end of the pipe to close, then interrupt the command."""
+    """Wait for the other end of the pipe to close, then interrupt the work."""
     os.read(0, 1)  # not `sys.stdin`: its lock, held here, would abort the interpreter when it ends
     signal.raise_signal(signal.SIGINT)
     time.sleep(PATIENCE)
@@ -27,6 +28,10 @@ if __name__ == "__main__":
         os.nice(19)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
-    from peft_posthoc.cli.main import main
+    from hf_callbacks.task import Task
+    from peft_posthoc.errors import one_line
 
-    main(prog_name="phlora")
+    try:
+        Task.read(sys.argv[1]).run()
+    except Exception as error:
+        sys.exit(one_line(error))  # the last line of standard error is the reason

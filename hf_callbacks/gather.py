@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_callbacks.pin import remade
 from peft_posthoc.checkpoints.checkpoint import once
-from peft_posthoc.files import staged
 
 _WHOLE = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
@@ -66,8 +66,7 @@ def gather(model: nn.Module, to: Path | None) -> None:
         return
     held = {name: copies[id(tensor)] for name, tensor in state.items()}
     save: Any = getattr(model, "save_pretrained", None)
-    with staged(to, what="The live model's weights") as half:
-        half.mkdir()
+    with remade(to, what="The live model's weights") as half:
         if callable(save):
             save(half, state_dict=held)
         else:

@@ -8,16 +8,16 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from hf_callbacks.task import Task
 from peft_posthoc.errors import one_line
 
 # A launcher's own words to its processes: with them, an extraction would take itself for one of several.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-KILLED = "its process was killed"
 
 
 class Job(NamedTuple):
@@ -27,8 +27,8 @@ class Job(NamedTuple):
     """Of the adapter's folder: `step-100` or `final`."""
     step: int
     """When its checkpoint was saved."""
-    arguments: Sequence[str]
-    """Of the `phlora` command."""
+    task: Task | None
+    """What another process is given; None for work that was done here."""
     made: Path
     """The folder that the command writes."""
     pinned: Path | None
@@ -41,6 +41,8 @@ class Done(NamedTuple):
     job: Job
     failure: str | None
     """Why there is no adapter."""
+    killed: bool = False
+    """Whether it is because its process was killed: it can be made again."""
 
 
 class Jobs:
@@ -78,11 +80,11 @@ class Jobs:
             errors.seek(0)
             text = errors.read().decode(errors="replace").strip()
             self._let_go()
-            ended.append(Done(job, _failure(process.returncode, text)))
+            ended.append(Done(job, _failure(process.returncode, text), killed=process.returncode < 0))
         while self._waiting and self._running is None:
             job = self._waiting.popleft()
             try:
-                self._running = (job, *_start(job.arguments, self._folder))
+                self._running = (job, *_start(job, self._folder))
             except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
                 ended.append(Done(job, f"its process could not be started: {one_line(error)}"))
         return ended
@@ -114,16 +116,19 @@ class Jobs:
             self._running = None
 
 
-def _start(arguments: Sequence[str], folder: Path | None) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+def _start(job: Job, folder: Path | None) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     environment = {
         key: value
         for key, value in os.environ.items()
         if key not in _LAUNCHER and not key.startswith(_LAUNCHER_PREFIXES)
     }
+    task = job.made.with_name(f"{job.made.name}.json")
+    if job.task is not None:
+        job.task.write(task)
     errors = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (it is read, and closed, when the process has ended)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hf_callbacks.child", *arguments],
+            [sys.executable, "-m", "hf_callbacks.child", str(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -142,6 +147,6 @@ def _failure(status: int, text: str) -> str | None:
     if status == 0:
         return None
     if status < 0:
-        return f"{KILLED} by signal {-status}"
+        return f"its process was killed by signal {-status}"
     last = text.splitlines()[-1] if text else f"its process ended with status {status}"
-    return last.removeprefix("phlora: error: ").removesuffix(".")
+    return last.removesuffix(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_callbacks.base import Base
 from peft_posthoc.errors import CheckpointError
@@ -18,8 +18,8 @@ class Memory(NamedTuple):
     """What is written down."""
 
     base: Base
-    flags: list[str] | None = None
-    """The options of `phlora extract`; None if they cannot be said so, or are not known."""
+    request: dict[str, Any] | None = None
+    """What is extracted, as `Request.to_json` tells it; None where that cannot be told, or is not known."""
     best: bool | None = None
     """Whether the run ends with its best checkpoint, not with its last one; None if that is not known."""
 
@@ -35,7 +35,7 @@ def remember(memory: Memory, work: Path) -> None:
         OSError: It cannot be written.
     """
     work.mkdir(parents=True, exist_ok=True)
-    content = {**memory.base._asdict(), "flags": memory.flags, "best": memory.best}
+    content = {**memory.base._asdict(), "request": memory.request, "best": memory.best}
     write_whole(work / _FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -51,11 +51,11 @@ def remembered(work: Path) -> Memory | None:
     try:
         content = read_json(path)
         source, revision, how = (content[key] for key in Base._fields)
-        flags, best = content.get("flags"), content.get("best")
+        request, best = content.get("request"), content.get("best")
         good = isinstance(source, str) and isinstance(revision, str | None) and isinstance(how, str)
-        good &= flags is None or (isinstance(flags, list) and all(isinstance(flag, str) for flag in flags))
+        good &= request is None or isinstance(request, dict)
         if not good or not isinstance(best, bool | None):
             raise TypeError("a value has another type")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"`{path}` is damaged, and which model this run started from is not known") from error
-    return Memory(Base(source, revision, how), flags, best)
+    return Memory(Base(source, revision, how), request, best)

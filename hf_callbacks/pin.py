@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft_posthoc.checkpoints.files import is_index, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import staged
+
+
+@contextmanager
+def remade(folder: Path, *, what: str) -> Iterator[Path]:
+    """Make a folder anew, of which all files are ours: `staged`, with nothing in it to keep.
+
+    Args:
+        folder: The folder. It is replaced when the `with` block ends well.
+        what: What messages call it.
+
+    Yields:
+        Where to make it.
+
+    Raises:
+        AdapterError: It cannot be written.
+    """
+    ours = {str(path.relative_to(folder)) for path in folder.rglob("*")} if folder.is_dir() else set()
+    with staged(folder, what=what, force=True, ours=ours) as new:
+        new.mkdir()
+        yield new
 
 
 def pin(checkpoint: Path, to: Path) -> Path:
@@ -34,8 +55,7 @@ def hold(folder: Path, names: Iterable[str], to: Path) -> Path:
     Raises:
         AdapterError: It cannot be written.
     """
-    with staged(to, what=f"What is held of `{folder}`") as half:
-        half.mkdir()
+    with remade(to, what=f"What is held of `{folder}`") as half:
         for name in names:
             source, target = folder / name, half / name
             if not source.is_file():

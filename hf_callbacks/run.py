@@ -13,13 +13,14 @@ from torch import nn
 
 from hf_callbacks.base import Base
 from hf_callbacks.card import PAGE, card, summary
-from hf_callbacks.extraction import Extraction
-from hf_callbacks.jobs import KILLED, Done, Job, Jobs
+from hf_callbacks.jobs import Done, Job, Jobs
 from hf_callbacks.metrics import read_report
 from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
-from peft_posthoc.adapters.peft_format import REPORT
+from hf_callbacks.task import Task, make
+from peft_posthoc.adapters.peft_format import REPORT, adapter_files
 from peft_posthoc.errors import AdapterError, CheckpointError, MissingExtraError, PosthocError, one_line
+from peft_posthoc.extraction.request import Request
 from peft_posthoc.files import staged, write_whole
 
 FINAL = "final"
@@ -32,21 +33,19 @@ class Run:
 
     Args:
         folder: Where the Trainer saves its checkpoints.
-        extraction: What to extract.
+        request: What to extract.
         out: Where the adapters go; `folder/phlora` by default.
         keep: How many adapters of steps stay; all by default.
     """
 
-    def __init__(
-        self, folder: Path, extraction: Extraction, *, out: Path | None = None, keep: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, request: Request, *, out: Path | None = None, keep: int | None = None) -> None:
         # The adapters' place stays where it is when the program changes its working folder.
         self.folder = folder.absolute()
         self.out = (out or folder / "phlora").absolute()
         # What begins with an underscore is not uploaded: here are links to whole models, and unfinished adapters.
         self.work = self.folder / "_phlora"
         self.base: Base | None = None
-        self._extraction = extraction
+        self._request = request
         self._keep = keep
         self._jobs = Jobs(self.work)
         self._lock: FileLock | None = None
@@ -157,24 +156,23 @@ class Run:
         try:
             if self.base is None:
                 raise CheckpointError("it is not known which model this run started from. Give `base=`")
+            request = Request.of(self._request, base_revision=self.base.revision, tuned_name=tuned)
             if isinstance(source, Path):
                 inside = source.is_relative_to(self.work)
                 source = pinned = source if inside else pin(source, self.work / "pinned" / name)
                 if background:
-                    revision = ["--base-revision", self.base.revision] if self.base.revision else []
-                    arguments = ["extract", self.base.source, str(source), str(made), *self._extraction.flags()]
-                    arguments += [*revision, "--tuned-name", tuned, "--force", "--quiet"]
-                    self._jobs.add(Job(name, step, arguments, made, pinned))
+                    task = Task(self.base.source, str(source), str(made), request.to_json())
+                    self._jobs.add(Job(name, step, task, made, pinned))
                     return self.poll()
-            self._extraction.run(self.base.source, source, made, base_revision=self.base.revision, tuned_name=tuned)
+            make(self.base.source, source, made, request)
         except Exception as error:  # whatever it is, it must not end a training run
-            return [self._ended(Done(Job(name, step, (), made, pinned), one_line(error).removesuffix(".")))]
-        return [self._ended(Done(Job(name, step, (), made, pinned), None))]
+            return [self._ended(Done(Job(name, step, None, made, pinned), one_line(error).removesuffix(".")))]
+        return [self._ended(Done(Job(name, step, None, made, pinned), None))]
 
     def copy(self, step: int, *, name: str) -> Done:
         """Put a copy of a step's adapter under another name."""
         made = self.work / "made" / name
-        job = Job(name, step, (), made, None)
+        job = Job(name, step, None, made, None)
         try:
             shutil.rmtree(made, ignore_errors=True)
             shutil.copytree(self.adapters()[step], made)
@@ -215,7 +213,10 @@ class Run:
         if not adapters:
             return
         picture = self.out / PICTURE
-        with contextlib.suppress(MissingExtraError), staged(picture, what="The picture of the adapters") as new:
+        with (
+            contextlib.suppress(MissingExtraError),
+            staged(picture, what="The picture of the adapters", force=True) as new,
+        ):
             plot(adapters).savefig(new, dpi=150, format="png")
         self._write_page(adapters, picture=PICTURE if picture.is_file() else None)
 
@@ -230,18 +231,19 @@ class Run:
         return _by_step("step", self.work.glob("pinned/step-*"))
 
     def _ended(self, done: Done) -> Done:
-        job, failure = done
+        job, failure, killed = done
         if failure is None:
             try:
                 self._place(job)
             except Exception as error:  # as in `make`
                 failure = one_line(error).removesuffix(".")
         # One that was killed can be made again.
-        if job.pinned is not None and not (failure or "").startswith(KILLED):
+        if job.pinned is not None and not killed:
             shutil.rmtree(job.pinned, ignore_errors=True)
         if failure is not None:
             shutil.rmtree(job.made, ignore_errors=True)
-        return Done(job, failure)
+        job.made.with_name(f"{job.made.name}.json").unlink(missing_ok=True)
+        return Done(job, failure, killed)
 
     def _place(self, job: Job) -> None:
         """Move a finished adapter into its place, with its card; then let go of those that are too old."""
@@ -249,7 +251,8 @@ class Run:
         target = self.out / job.name
         if target.exists() and not (target / REPORT).is_file():
             raise AdapterError(f"There is something else than an adapter at `{target}`. Move it away")
-        with staged(target, what="The adapter") as new:
+        ours = adapter_files(target) if target.is_dir() else ()
+        with staged(target, what="The adapter", force=True, ours=ours) as new:
             shutil.move(job.made, new)
         adapters = self.adapters()
         for old in sorted(adapters)[: -self._keep] if self._keep else ():

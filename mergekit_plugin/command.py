@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 from mergekit.common import dtype_from_name
@@ -24,12 +24,13 @@ from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
 from peft_posthoc.adapters.peft_format import check_target
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.cli.main import one_line_errors, show
-from peft_posthoc.cli.options import CHOICE, DTYPE, FORM, SERVE_AS, VOCABS, dtype_of
-from peft_posthoc.cli.ranks import RANK, RANK_PATTERN, Asked
+from peft_posthoc.cli.options import CHOICE, option
+from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import PosthocError, noting
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.prepare import prepare
+from peft_posthoc.extraction.request import Options, Request
 from peft_posthoc.models.remote_code import no_prompts
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,17 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
 @click.option("--base", help="The model that the adapter is for.  [default: base_model of CONFIG]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is there; what else lies there stays.")
 @RANK
-@RANK_PATTERN
-@DTYPE
-@FORM
+@option("rank_pattern")
+@option("dtype")
+@option("form")
 @CHOICE
-@SERVE_AS
-@click.option(
-    "--vocab",
-    type=VOCABS,
+@option("serve_as")
+@option(
+    "vocab",
+    default=None,
+    show_default=False,
     help="Where the merge has more tokens, or fewer: stop, compare what both have, or keep its embeddings whole "
-    "(--form peft).  [default: leave them out]",
+    "(in the peft form).  [default: leave them out]",
 )
 @add_merge_options  # type: ignore[untyped-decorator]
 def main(
@@ -138,17 +140,18 @@ def main(
             choice |= {"rank_pattern": rank_pattern, "serve_as": serve_as, "vocab": vocab or "error"}
             rule = rank.one() or 32
         _warn(merge, merge_options, no_model=no_model)
-        options = {
+        asked: dict[str, Any] = {
             "leave_out": merge.leave_out,
             "form": form,
-            "dtype": dtype_of(dtype) or out_dtype or merge.dtype,
+            "dtype": dtype or out_dtype or merge.dtype,
             "device": merge_options.device or "cpu",
             **choice,
         }
+        request = Request.of(rule, **cast(Options, asked))
         progress = not merge_options.quiet
         model = noting(f"The merged model is in `{out_path}`, without an adapter.")
         if merge.by_phlora or no_model:
-            adapter = extract(merge.base, merge.result, rule, progress=progress, **options)
+            adapter = extract(merge.base, merge.result, request, progress=progress)
         if merge.by_phlora and not no_model:
             factors = {name: layer.factors for name, layer in adapter.layers.items()}
             with PHLORA.knowing(factors, but=merge.leave_out):
@@ -156,11 +159,11 @@ def main(
             done.enter_context(model)
         elif not no_model:
             result = merge.result
-            prepare(merge.base, described(result.headers, result.label, result.config), rule, **options)
+            prepare(merge.base, described(result.headers, result.label, result.config), request)
             _run(read, source, out_path, merge_options)
             done.enter_context(model)
             stored = Folder(Path(out_path), label=out_path)
-            adapter = extract(merge.base, stored, rule, progress=progress, **options)
+            adapter = extract(merge.base, stored, request, progress=progress)
         adapter.save(target, force=force)
         done.close()
         with noting(f"The adapter is at `{target}`."):

@@ -26,6 +26,11 @@ def refuse_trust(options: MergeOptions) -> None:
         raise PosthocError(f"`--trust-remote-code`: no code that comes with a model is run here. {_INSTEAD}")
 
 
+def needs_code(error: Exception) -> bool:
+    """Whether it is transformers' refusal to read a model without code that comes with it."""
+    return "trust_remote_code" in str(error)
+
+
 @contextmanager
 def no_code() -> Iterator[None]:
     """Let transformers refuse it where it would ask: where mergekit's `False` does not reach, models within models.
@@ -40,7 +45,7 @@ def no_code() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        if not needs_code(error):
             raise
         named = re.search(r"The repository (\S+) ", str(error))
         model = f"`{named[1]}`" if named else "A model of the merge"

@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_plugin.method import NAME
+from mergekit_plugin.no_code import needs_code
 from peft_posthoc.errors import PosthocError, brief
 from peft_posthoc.models.by_class import MOST
 
@@ -127,6 +128,8 @@ def mergekit_refuses(file: Path) -> Iterator[None]:
         parts = (f"{_place(one['loc'])}{one['msg']} (got {one['input']!r})" for one in error.errors())
         raise PosthocError(f"`{file}` is no configuration that mergekit takes. {'; '.join(parts)}.") from error
     except Exception as error:
+        if needs_code(error):
+            raise  # `no_code` tells it.
         what = str(error) if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"
         raise PosthocError(f"mergekit does not take `{file}`: {what}") from error
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from mergekit.merge_methods import ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import Field
 
 from peft_posthoc.linalg.spectrum import RankRule
-from peft_posthoc.ranks.rules import above_noise, fixed, keep_energy, keep_error, limited
+from peft_posthoc.ranks.rules import fixed
+from peft_posthoc.ranks.spelling import LIMITS, parse
 
+_WHOLE = ("rank", *LIMITS)
 # Of the non-base input: mergekit then looks for a value at the model too, then at the slice, the module and the top.
 PARAMETERS = tuple(
     ParameterSpec(name, of, ParameterScope.NON_BASE, default)
@@ -64,21 +66,9 @@ class Settings:
     @property
     def rule(self) -> RankRule | None:
         """The rank rule; None if the weight is not to be carried."""
-        limits = {
-            field: round(value)
-            for field, value in (("most", self.max_rank), ("least", self.min_rank), ("multiple", self.round_to))
-            if value is not None
-        }
-        rule: RankRule
-        if self.energy is not None:
-            rule = keep_energy(self.energy)
-        elif self.error is not None:
-            rule = keep_error(self.error)
-        elif self.rank == "auto":
-            rule = above_noise()
-        else:
-            rank = 32 if self.rank is None else round(self.rank)
-            if not rank:
-                return None
-            rule = fixed(rank)
-        return limited(rule, **limits) if limits else rule
+        if self.rank is not None and self.rank != "auto" and not round(self.rank):
+            return None
+        said = {name: getattr(self, name) for name in ("rank", "energy", "error", *LIMITS)}
+        # A gradient over layers gives numbers between two whole ones.
+        whole = {name: round(value) for name, value in said.items() if isinstance(value, float) and name in _WHOLE}
+        return cast(RankRule, parse(said | whole) or fixed(32))

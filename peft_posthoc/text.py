@@ -1,6 +1,33 @@
-"""Names, sizes and shares for people."""
+"""Words for people: names, sizes, shares, and options as they are called where somebody reads of them."""
 
 from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, Literal
+
+Surface = Literal["python", "flags", "yaml"]
+surface: ContextVar[Surface] = ContextVar("surface", default="python")
+"""Where options are asked for: in Python, by flags of a command, or in a recipe of mergekit's."""
+
+_FLAGS = {"rename": "map"}
+
+
+def asked(option: str, value: Any = True) -> str:
+    """An option as it is asked for: `head=True` in Python, `--head` on a command line, `head: true` in YAML.
+
+    Args:
+        option: Its name in Python.
+        value: Its value; None for the name alone.
+    """
+    where = surface.get()
+    if where == "flags":
+        flag = f"--{_FLAGS.get(option, option).replace('_', '-')}"
+        return flag if value is True or value is None else f"{flag} {value}"
+    if value is None:
+        return option
+    if where == "yaml":
+        return f"{option}: {str(value).lower() if isinstance(value, bool) else value}"
+    return f"{option}={value!r}"
 
 
 def percent(share: float | None) -> str:

@@ -70,7 +70,7 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
         raise AdapterError(f"`{target}` exists and is not empty. Choose another folder, or replace it with `--force`.")
     if not (target / CONFIG).is_file():
         raise AdapterError(f"`{target}` is not an adapter folder; `--force` replaces nothing else.")
-    check_apart(target, _WRITTEN, _old_files(target), _SPOIL)
+    check_apart(target, _WRITTEN, adapter_files(target), _SPOIL)
     if model := weight_files({path.name for path in target.iterdir()}):
         raise AdapterError(
             f"`{target}` holds the weights of a model (`{model[0]}`), which would be loaded with the adapter on it. "
@@ -78,7 +78,7 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
         )
 
 
-def _old_files(folder: Path) -> set[str]:
+def adapter_files(folder: Path) -> set[str]:
     """The files of an adapter that is there: what we or PEFT write, by name."""
     found = files_in(folder, (*_WRITTEN, "adapter_model.bin"))
     try:
@@ -108,7 +108,7 @@ def write_folder(
     """
     place = Path(folder).absolute()
     check_target(place, force=force)
-    ours = _old_files(place) if place.is_dir() else ()
+    ours = adapter_files(place) if place.is_dir() else ()
     with staged(place, what="The adapter", called=called or folder, force=force, ours=ours) as made:
         made.mkdir()
         save_file(dict(contents.tensors), made / WEIGHTS, metadata=_metadata(contents.provenance))

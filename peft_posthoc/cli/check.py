@@ -35,14 +35,12 @@ def check(
     force: bool,
     quiet: bool,
     json_to: str | None,
-    debug: bool,
 ) -> None:
     """Tell what serving engines would do with the LoRA adapter in the folder ADAPTER, whoever made it.
 
     Reads its configuration and the headers of its tensors only. The exit status is 1 if a chosen engine would refuse it
     or compute something else than PEFT; with --fix, if it would do so with OUT.
     """
-    del debug  # Read by the group.
     check_file(json_to, "--json")
     names = engines or ("all",)
     if out is None:

@@ -33,7 +33,6 @@ def export(
     dtype: str | None,
     quiet: bool,
     json_to: str | None,
-    debug: bool,
     **options: Any,
 ) -> None:
     r"""Write ADAPTER, a PEFT LoRA folder, as what other programs read into OUT.
@@ -45,7 +44,6 @@ def export(
     peft-moe  experts stacked, as PEFT computes with them
     merged    a full checkpoint of BASE + ADAPTER
     """
-    del debug  # Read by the group.
     from peft_posthoc.formats.export import export as run
 
     # Bad arguments are told before the work, not after it.

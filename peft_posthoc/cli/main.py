@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 
 import click
 
-from peft_posthoc.cli.options import CHOICE, DTYPE, FORM, HTML, MODELS, NAMES, OUTPUT, VOCAB, dtype_of
-from peft_posthoc.cli.ranks import RANK, RANK_PATTERN, Asked
+from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
+from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.errors import OutputError, PosthocError, ShareDone, brief, noting, one_line, printable
 from peft_posthoc.files import write_whole
 from peft_posthoc.models.remote_code import no_prompts
+from peft_posthoc.text import surface
 
 # Packages beside this one add commands to `phlora` by entry points of this group.
 COMMANDS = "peft_posthoc.commands"
@@ -75,6 +76,7 @@ def one_line_errors(
         click.echo(f"{program}: error: {message}", err=True)
         sys.exit(status)
 
+    here = surface.set("flags")
     try:
         yield
     except click.ClickException as error:
@@ -93,6 +95,8 @@ def one_line_errors(
         known = isinstance(error, PosthocError | ValueError | OSError)
         what = "" if known else f"Unexpected {type(error).__name__} (see it with {option}): "
         fail(f"{what}{one_line(error)}", 1)
+    finally:
+        surface.reset(here)
 
 
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -110,15 +114,15 @@ def main() -> None:
 @click.argument("tuned")
 @click.argument("out", type=click.Path(path_type=Path))
 @RANK
-@RANK_PATTERN
-@DTYPE
-@click.option("--tuned-name", metavar="NAME", help="What the adapter calls TUNED.  [default: TUNED]")
+@option("rank_pattern")
+@option("dtype")
+@option("tuned_name")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
 @HTML
-@FORM
+@option("form")
 @CHOICE
-@VOCAB
+@option("vocab")
 @NAMES
 @MODELS
 @OUTPUT
@@ -127,13 +131,11 @@ def extract(
     tuned: str,
     out: Path,
     rank: Asked,
-    dtype: str | None,
     force: bool,
     dry_run: bool,
     html: Path | None,
     quiet: bool,
     json_to: str | None,
-    debug: bool,
     **options: Any,
 ) -> None:
     """Write the LoRA adapter that leads from BASE to TUNED into the folder OUT.
@@ -141,7 +143,6 @@ def extract(
     With several ranks between commas, as in --rank 8,16,32, the adapters are OUT/r8, OUT/r16, OUT/r32, of one
     factorization.
     """
-    del debug  # Read by the group.
     rule = rank.rule()
     from peft_posthoc.adapters.peft_format import check_target
     from peft_posthoc.extraction.extract import extract as run
@@ -158,14 +159,11 @@ def extract(
     else:
         check_target(out, force=force)
     if dry_run:
-        del options["tuned_name"]
-        show(preflight(base, tuned, rule or 32, dtype=dtype_of(dtype), out=out, **options), json_to, quiet=quiet)
+        show(preflight(base, tuned, rule or 32, out=out, **options), json_to, quiet=quiet)
         return
     processes = Processes.from_environment()
     try:
-        adapter = run(
-            base, tuned, rule or 32, dtype=dtype_of(dtype), out=out, processes=processes, progress=not quiet, **options
-        )
+        adapter = run(base, tuned, rule or 32, out=out, processes=processes, progress=not quiet, **options)
     except ShareDone:
         return
     found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
@@ -192,9 +190,9 @@ def extract(
     help="Draw the curves and the ranks into this PNG (or SVG, PDF).",
 )
 @HTML
-@FORM
+@option("form")
 @CHOICE
-@VOCAB
+@option("vocab")
 @NAMES
 @MODELS
 @OUTPUT
@@ -206,11 +204,9 @@ def inspect(
     html: Path | None,
     quiet: bool,
     json_to: str | None,
-    debug: bool,
     **options: Any,
 ) -> None:
     """Show what every rank and every rank rule would keep of each delta, and take; write no adapter."""
-    del debug
     check_file(json_to, "--json")
     _check_drawing(plot, "--plot")
     _check_drawing(html, "--html")
@@ -249,11 +245,9 @@ def verify(
     max_kl: float | None,
     quiet: bool,
     json_to: str | None,
-    debug: bool,
     **options: Any,
 ) -> None:
     """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs."""
-    del debug
     check_file(json_to, "--json")
     from peft_posthoc.verification.verify import verify as run
 

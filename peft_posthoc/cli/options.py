@@ -1,4 +1,4 @@
-"""The options that commands share: the same flags mean the same on all of them. Ranks are in `rank_options`."""
+"""The options that commands share: those of an extraction from their one list, and those of the output."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
+from peft_posthoc.cli.ranks import RANK_PATTERN
+from peft_posthoc.extraction.request import OPTIONS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = OPTIONS["dtype"].choices
 
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -24,60 +27,37 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-SERVE_AS = click.option(
-    "--serve-as",
-    metavar="CLASS",
-    help="The class, or a model's folder, that the adapter is for.  [default: BASE's]",
-)
-NAMES = together(
-    click.option(
-        "--map",
-        "rename",
-        multiple=True,
-        metavar="'REGEX=>NAME'",
-        help="Rename tensors of both before they are compared.",
-    ),
-    SERVE_AS,
-)
-MODELS = together(
-    click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id."),
-    click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit, where TUNED is a hub id."),
-    click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or auto."),
-)
-VOCABS = click.Choice(("error", "truncate", "extend"))
-VOCAB = click.option(
-    "--vocab",
-    type=VOCABS,
-    default="error",
-    show_default=True,
-    help="Where the vocabularies differ: stop, compare what both have, or keep tuned's embeddings whole (--form peft).",
-)
+def option(name: str, **changes: Any) -> Callable[[F], F]:
+    """An option of an extraction as click's.
+
+    Args:
+        name: Its name in `Options`.
+        changes: What is otherwise on this command.
+    """
+    if name == "rank_pattern":
+        return RANK_PATTERN
+    asked = OPTIONS[name]
+    given: dict[str, Any] = {"help": asked.help, "metavar": asked.metavar or None}
+    if asked.choices:
+        given["type"] = click.Choice(asked.choices)
+    if asked.default == ():
+        given["multiple"] = True
+    elif asked.default is False:
+        given["is_flag"] = True
+    elif asked.default is not None:
+        given |= {"default": asked.default, "show_default": True}
+    return click.option(f"--{(asked.flag or name).replace('_', '-')}", name, **(given | changes))
+
+
+CHOICE = together(*map(option, ("include", "exclude", "embeddings", "head", "conv", "experts", "exact")))
+NAMES = together(*map(option, ("rename", "serve_as")))
+MODELS = together(*map(option, ("base_revision", "tuned_revision", "device")))
+"""Of the two models: their revisions, and where to compute with them."""
 HTML = click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write a page with drawings and tables that can be sorted, for a browser.",
-)
-DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="Of the adapter.  [default: the tuned checkpoint's]")
-FORM = click.option(
-    "--form",
-    type=click.Choice(("portable", "peft")),
-    default="portable",
-    show_default=True,
-    help="portable: what every engine loads. peft: all that changed, as exactly as PEFT can hold it.",
-)
-CHOICE = together(
-    click.option("--include", multiple=True, metavar="REGEX", help="Carry only weights whose name this is found in."),
-    click.option("--exclude", multiple=True, metavar="REGEX", help="Do not carry weights whose name this is found in."),
-    click.option("--embeddings", is_flag=True, help="Carry token embeddings too."),
-    click.option("--head", is_flag=True, help="Carry the output head (lm_head) too."),
-    click.option("--conv", is_flag=True, help="Carry convolutions too."),
-    click.option(
-        "--experts",
-        type=click.Choice(("none", "per-expert", "fused")),
-        help="Carry experts: per-expert for serving engines, fused for PEFT.  [default: none; fused in --form peft]",
-    ),
-    click.option("--exact", is_flag=True, help="LAPACK's full SVD for every weight."),
 )
 OUTPUT = together(
     click.option("--quiet", is_flag=True, help="No progress bar, no table: errors only."),
@@ -89,12 +69,13 @@ OUTPUT = together(
         metavar="[FILE]",
         help="Write the result as JSON into FILE, or to stdout in place of the table.",
     ),
-    click.option("--debug", is_flag=True, help="Show a traceback when something goes wrong."),
+    # Read by the group, for every command.
+    click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something goes wrong."),
 )
 
 
 def dtype_of(name: str | None) -> Any:
-    """The type that `DTYPE` says; None for the tuned checkpoint's."""
+    """The type of that name; None for none."""
     if name is None:
         return None
     import torch

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from peft_posthoc.json_file import parse_json, read_json
+from peft_posthoc.extraction.request import OPTIONS
+from peft_posthoc.json_file import parse_json
 from peft_posthoc.patterns import PatternError, check_patterns
 
 if TYPE_CHECKING:
@@ -36,9 +37,8 @@ _OPTIONS = (
     ),
 )
 _RULES = ("rank", "energy", "error", "budget", "params")
-_LIMITS = {"max_rank": "most", "min_rank": "least", "round_to": "multiple"}
+_NAMES = (*_RULES, "weighting", "max_rank", "min_rank", "round_to")
 _SHARED = ("budget", "params")
-_PREFIX = {"rank": "r", "energy": "e", "error": "error"}
 
 
 def RANK(command: F) -> F:
@@ -46,7 +46,7 @@ def RANK(command: F) -> F:
 
     @functools.wraps(command)
     def told(*args: Any, **options: Any) -> Any:
-        chosen = {name: options.pop(name) for name in (*_RULES, "weighting", *_LIMITS)}
+        chosen = {name: options.pop(name) for name in _NAMES}
         return command(*args, rank=Asked(chosen), **options)
 
     for option in reversed(_OPTIONS):
@@ -85,70 +85,40 @@ class Asked(NamedTuple):
         return rule
 
 
-def rule_of(*, weighting: str | None = None, **asked: Any) -> RankRule | Allocation | None:
+def rule_of(**asked: Any) -> RankRule | Allocation | None:
     """The rule that the options say; None if they say nothing.
 
-    Several values, between commas, make one rule of them: `several`.
-
     Raises:
-        click.UsageError: They contradict one another.
-        ValueError: A value makes no sense.
+        click.UsageError: They contradict one another, or a value makes no sense.
     """
-    given = {name: value for name in _RULES if (value := asked.get(name)) is not None}
-    limits = {field: value for name, field in _LIMITS.items() if (value := asked.get(name)) is not None}
-    if len(given) > 1:
-        raise click.UsageError(f"Give {' or '.join(f'--{name}' for name in given)}, not both.")
-    if weighting is not None and not given.keys() & set(_SHARED):
-        raise click.UsageError("--weighting is one of --budget or --params.")
-    if not given and not limits:
-        return None
-    from peft_posthoc.ranks.budget import budget
-    from peft_posthoc.ranks.rules import limited, several
-    from peft_posthoc.ranks.weighting import WEIGHTINGS
+    if all(value is None for value in asked.values()):
+        return None  # and nothing is imported for it
+    from peft_posthoc.ranks.spelling import parse
 
-    name, value = next(iter(given.items()), ("rank", "32"))
-    if name in _SHARED:
-        if (weighting or "balanced") not in WEIGHTINGS:
-            raise click.UsageError(f"--weighting must be one of {', '.join(WEIGHTINGS)}. Got {weighting!r}.")
-        within: dict[str, Any] = {"size": value} if name == "budget" else {"params": value}
-        return budget(**within, weighting=WEIGHTINGS[weighting or "balanced"], **limits)
-
-    def one(text: str) -> RankRule:
-        rule = _number(name, text)
-        return limited(rule, **limits) if limits else rule
-
-    texts = [text.strip() for text in str(value).split(",")]
-    if len(texts) == 1:
-        return one(texts[0])
-    return several(tuple((_PREFIX[name] + text if text != "auto" else text, one(text)) for text in texts))
-
-
-def _number(name: str, text: str) -> RankRule:
-    """The rule that one value says.
-
-    Raises:
-        click.BadParameter: It says none.
-    """
-    from peft_posthoc.ranks.rules import above_noise, fixed, keep_energy, keep_error
-
-    if name == "rank" and text == "auto":
-        return above_noise()
     try:
-        number = int(text) if name == "rank" else float(text)
+        return parse(asked)
     except ValueError as error:
-        what = "integer, nor `auto`" if name == "rank" else "float"
-        raise click.BadParameter(f"'{text}' is not a valid {what}.", param_hint=f"--{name}") from error
-    if name == "rank":
-        return fixed(int(number))
-    return keep_energy(number) if name == "energy" else keep_error(number)
+        raise click.UsageError(str(error)) from error
 
 
 RANK_PATTERN = click.option(
     "--rank-pattern",
     metavar="FILE",
     callback=lambda context, parameter, value: pattern_of(value),
-    help="JSON: ranks by hand, for modules whose name ends in a regular expression.",
+    help=f"{OPTIONS['rank_pattern'].help} JSON, or a file of it.",
 )
+
+
+def _text(file: Path) -> str:
+    """The text of a file that the user names, which may be a pipe.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
 
 
 def pattern_of(value: str | None) -> dict[str, int]:
@@ -161,7 +131,7 @@ def pattern_of(value: str | None) -> dict[str, int]:
         return {}
     hint = "--rank-pattern"
     try:
-        read = parse_json(value) if value.lstrip().startswith("{") else read_json(Path(value))
+        read = parse_json(value if value.lstrip().startswith("{") else _text(Path(value)))
     except ValueError as error:
         raise click.BadParameter(f"`{value}` is no JSON file: {error}.", param_hint=hint) from error
     if not isinstance(read, dict) or not read:

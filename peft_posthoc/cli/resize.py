@@ -77,9 +77,7 @@ def _write(
     force: bool,
     quiet: bool,
     json_to: str | None,
-    debug: bool,
 ) -> None:
-    del debug  # Read by the group.
     from peft_posthoc.adapters.peft_format import check_target
 
     # Bad arguments are told before the work, not after it.

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from tqdm import tqdm
@@ -20,10 +21,11 @@ from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.delta import Pair
 from peft_posthoc.extraction.outcomes import Layer, Outcome
-from peft_posthoc.extraction.plan import Choice, Plan
+from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.preflight import check
 from peft_posthoc.extraction.prepare import prepare
 from peft_posthoc.extraction.processes import ALONE, Processes
+from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.extraction.spool import Spool
 from peft_posthoc.extraction.work import factor_pairs
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
@@ -32,34 +34,17 @@ from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source, sides
 
 
+@takes_options
 def extract(
     base: Source,
     tuned: Source,
-    rank: Rank | Mapping[str, Rank] = 32,
+    rank: Rank | Mapping[str, Rank] | Request = 32,
     *,
-    base_revision: str | None = None,
-    tuned_revision: str | None = None,
-    tuned_name: str | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    embeddings: bool = False,
-    head: bool = False,
-    conv: bool = False,
-    experts: str | None = None,
-    choose: Choice | None = None,
-    leave_out: Mapping[str, str] | None = None,
-    rename: str | Iterable[str] = (),
-    serve_as: str | None = None,
-    vocab: str = "error",
-    rank_pattern: Mapping[str, int] | None = None,
-    form: str = "portable",
-    exact: bool = False,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
     out: str | PathLike[str] | None = None,
     processes: Processes = ALONE,
     progress: bool = False,
     keep_factors: bool = True,
+    **options: Unpack[Options],
 ) -> Adapter:
     """Extract a LoRA adapter from a base model and a full fine-tune of it (PHLoRA, arXiv 2509.10971).
 
@@ -69,38 +54,13 @@ def extract(
         rank: How many singular triplets of each weight's delta to keep: an int is a rank, a float in (0, 1] the share
             of the delta's energy, `"auto"` what stands out of its noise, a `RankRule` anything else; or a `budget` of
             all layers together. Or one of these, but for a budget, by the name of the weight: weights that have none
-            are not carried.
-        base_revision: Branch, tag or commit, where `base` is a hub id.
-        tuned_revision: The same for `tuned`.
-        tuned_name: What the adapter and its report call `tuned`, where that is not what it will be known by.
-        include: Regular expressions over weight names; only what one of them is found in is carried.
-        exclude: The same; what one of them is found in is not carried.
-        embeddings: Carry token embeddings too.
-        head: Carry the output head (`lm_head`) too.
-        conv: Carry convolutions too.
-        experts: Carry the matrices of a mixture of experts: `per-expert`, under the names of each expert's own modules,
-            as serving engines read them; `fused`, as PEFT computes with stacked experts; or `none`. By default `fused`
-            in the `peft` form, `none` otherwise.
-        choose: Which modules to adapt, in place of `embeddings`, `head`, `conv` and whether to carry `experts`.
-        leave_out: By the name that a tensor has where it is stored, those that are not carried, and the reason that
-            the report gives.
-        rename: `regex=>replacement` rules over the tensor names of both, each applied to what the one before left.
-            Names that differ as transformers 4's and 5's do, or in what they begin with, are brought together without.
-        serve_as: The class that the adapter is for, or the folder of a model of that class, where it is not the base's:
-            it decides what modules are called (`Gemma3ForCausalLM` for the language model in a `Gemma3` with images).
-        vocab: What to do where base and tuned have vocabularies of different sizes: `error`; `truncate`, compare what
-            both have; or `extend`, keep the tuned embeddings and head whole (in the `peft` form).
-        rank_pattern: Ranks by hand: a regular expression that a module's name ends in, and its rank, as in PEFT.
-        form: `portable`, what every engine loads; or `peft`, all that changed, as exactly as PEFT can hold it: each
-            layer at its own rank, embeddings and head as well, and biases, norms and other small tensors whole.
-        exact: Use LAPACK's full SVD for every weight.
-        device: Where to factor: `cpu`, `cuda`, `cuda:1`, ..., or `auto`.
-        dtype: Of the saved factors; by default the tuned checkpoint's.
+            are not carried. Or a `Request`, which holds the options too.
         out: Where the adapter will be saved. Finished layers are kept beside it until it is: an interrupted run with
             the same inputs and options goes on from there.
         processes: Those that share the work, as `Processes.from_environment()` finds them.
         progress: Show a progress bar on stderr.
         keep_factors: Without them the adapter can be looked at, not saved: of every layer only the spectrum is held.
+        **options: As `Options` has them.
 
     Returns:
         The adapter, with its report.
@@ -117,43 +77,16 @@ def extract(
     place = None if out is None else Path(out).absolute()
     if place is not None:
         _check_not_read(place, base, tuned)
-    prepared = prepare(
-        base,
-        tuned,
-        rank,
-        base_revision=base_revision,
-        tuned_revision=tuned_revision,
-        include=include,
-        exclude=exclude,
-        embeddings=embeddings,
-        head=head,
-        conv=conv,
-        experts=experts,
-        choose=choose,
-        leave_out=leave_out,
-        rename=rename,
-        serve_as=serve_as,
-        vocab=vocab,
-        rank_pattern=rank_pattern,
-        form=form,
-        exact=exact,
-        device=device,
-        dtype=dtype,
-    )
-    before, after, plan, rules, options = (
-        prepared.base,
-        prepared.tuned,
-        prepared.plan,
-        prepared.rules,
-        prepared.options,
-    )
+    request = Request.of(rank, **options)
+    prepared = prepare(base, tuned, request)
+    before, after, plan, rules = prepared.base, prepared.tuned, prepared.plan, prepared.rules
     check(prepared, out)
     spool = None
     # A rule that is any function has no name that tells it from others.
     if place is not None and before.identity and after.identity and all(is_dataclass(rule) for rule in rules.values()):
         carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
         patience = {"patience": 0.0} if processes.size > 1 else {}
-        spool = Spool(place, [before.identity, after.identity, options, carried], **patience)
+        spool = Spool(place, [before.identity, after.identity, prepared.options, carried], **patience)
     elif processes.size > 1:
         raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
     try:
@@ -164,12 +97,12 @@ def extract(
             rules,
             spool,
             processes,
-            exact=exact,
+            exact=request.options["exact"],
             device=prepared.device,
             progress=progress,
             keep_factors=keep_factors,
         )
-        adapter = prepared.adapter(outcomes, tuned_name=tuned_name)
+        adapter = prepared.adapter(outcomes, tuned_name=request.options["tuned_name"])
         return prepared.settle(adapter if keep_factors else replace(adapter, hollow=True))
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):

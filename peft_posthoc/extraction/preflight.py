@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -16,6 +16,7 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.prepare import Prepared, prepare
+from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.linalg.spectrum import in_advance
 from peft_posthoc.ranks.rules import Rank
@@ -110,13 +111,14 @@ class Preflight:
         return [*lines, *self.notes]
 
 
+@takes_options
 def preflight(
     base: Source,
     tuned: Source,
-    rank: Rank | Mapping[str, Rank] = 32,
+    rank: Rank | Mapping[str, Rank] | Request = 32,
     *,
     out: str | PathLike[str] | None = None,
-    **choices: Any,
+    **options: Unpack[Options],
 ) -> Preflight:
     """See what `extract` with the same arguments will do, and whether it can; no tensor is read.
 
@@ -125,7 +127,7 @@ def preflight(
         tuned: The model after.
         rank: As in `extract`.
         out: Where the adapter would be written.
-        **choices: As in `extract`.
+        **options: As `Options` has them.
 
     Raises:
         AdapterError: The adapter cannot be laid out in its file, or there is no room for it.
@@ -134,7 +136,7 @@ def preflight(
         NothingToCarryError: No weight can be carried.
         ValueError: An argument makes no sense.
     """
-    return check(prepare(base, tuned, rank, **choices), out)
+    return check(prepare(base, tuned, Request.of(rank, **options)), out)
 
 
 def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:

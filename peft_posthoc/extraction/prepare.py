@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 
@@ -16,7 +16,8 @@ from peft_posthoc.extraction.findings import Form
 from peft_posthoc.extraction.forms.peft import EXACT
 from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.outcomes import Outcome
-from peft_posthoc.extraction.plan import Choice, Plan, by_flags, everything, make_plan
+from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
+from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.layout import GUESSED, Layout
@@ -27,6 +28,20 @@ from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_pair
 
+# Of the options, those that are in the report: all that change the adapter of the same two models.
+_TOLD = (
+    "rank_pattern",
+    "include",
+    "exclude",
+    "embeddings",
+    "head",
+    "conv",
+    "rename",
+    "serve_as",
+    "vocab",
+    "exact",
+    "form",
+)
 FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
 
 
@@ -82,31 +97,13 @@ class Prepared:
         )
 
 
-def prepare(
-    base: Source,
-    tuned: Source,
-    rank: Rank | Mapping[str, Rank],
-    *,
-    base_revision: str | None = None,
-    tuned_revision: str | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    embeddings: bool = False,
-    head: bool = False,
-    conv: bool = False,
-    experts: str | None = None,
-    choose: Choice | None = None,
-    leave_out: Mapping[str, str] | None = None,
-    rename: str | Iterable[str] = (),
-    serve_as: str | None = None,
-    vocab: str = "error",
-    rank_pattern: Mapping[str, int] | None = None,
-    form: str = "portable",
-    exact: bool = False,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Prepared:
-    """Open both checkpoints and decide what becomes of every tensor; all arguments as in `extract`.
+def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
+    """Open both checkpoints and decide what becomes of every tensor.
+
+    Args:
+        base: As in `extract`.
+        tuned: As in `extract`.
+        request: What is asked for.
 
     Raises:
         CheckpointError: A checkpoint cannot be read.
@@ -114,19 +111,26 @@ def prepare(
         NothingToCarryError: No weight can be carried.
         ValueError: An argument makes no sense.
     """
-    include, exclude, rename = (
-        [given] if isinstance(given, str) else list(given) for given in (include, exclude, rename)
-    )
-    kind = form_of(form)
-    where = pick_device(device)
-    mixture = experts_of(experts, form)
-    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    options, rank = request.options, request.rank
+    form = options["form"]
+    include, exclude, rename = (tuple(options[name]) for name in ("include", "exclude", "rename"))
+    kind = FORMS[form]
+    where = pick_device(options["device"])
+    mixture = options["experts"] or ("fused" if form == "peft" else "none")
+    opened = open_pair(base, tuned, base_revision=options["base_revision"], tuned_revision=options["tuned_revision"])
     before, after, layout, whole, notes = match(
-        *opened, rules=rename, serve_as=serve_as, experts=mixture, vocab=vocab_of(vocab, form), of_tuned=form == "peft"
+        *opened,
+        rules=rename,
+        serve_as=options["serve_as"],
+        experts=cast(Experts, mixture),
+        vocab=cast(Vocab, options["vocab"]),
+        of_tuned=form == "peft",
     )
-    leave_out = _as_compared(leave_out or {}, before, after)
+    leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
-    flags = by_flags(embeddings=embeddings, head=head, conv=conv, experts=carry_experts)
+    flags = by_flags(
+        embeddings=options["embeddings"], head=options["head"], conv=options["conv"], experts=carry_experts
+    )
     if form == "peft":
         flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
     plan = make_plan(
@@ -134,36 +138,27 @@ def prepare(
         after,
         include=include,
         exclude=exclude,
-        choose=choose or flags,
+        choose=options["choose"] or flags,
         leave_out=leave_out,
         layout=layout,
         whole=whole,
     )
-    dtype = dtype or after.headers[next(iter(plan.carried))].dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"Factors are saved in a floating type. Got `dtype={dtype}`.")
+    named = options["dtype"]
+    dtype = getattr(torch, str(named), None) if named else after.headers[next(iter(plan.carried))].dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"Factors are saved in a floating type. Got `dtype={named or dtype}`.")
     allocation = rank if isinstance(rank, Allocation) else None
     if isinstance(rank, Allocation):
         rank = rank.bounds(PlanSizing(plan, dtype, kind))
-    rules = rules_of(plan, rank, rank_pattern or {})
+    rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.only(rules, "no rank is given for it")
     plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
-    options = {
+    told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
-        "rank_pattern": dict(rank_pattern or {}),
-        "include": include,
-        "exclude": exclude,
-        "embeddings": embeddings,
-        "head": head,
-        "conv": conv,
+        **{name: options[name] for name in _TOLD},  # type: ignore[literal-required]
         "experts": mixture,
-        "rename": rename,
-        "serve_as": serve_as,
-        "vocab": vocab,
-        "exact": exact,
         "device": where.type,
-        "form": form,
     }
     return Prepared(
         before,
@@ -173,7 +168,7 @@ def prepare(
         kind,
         where,
         dtype,
-        options,
+        told,
         notes,
         allocation,
         frozenset(by_hand),
@@ -189,45 +184,6 @@ def _as_compared(leave_out: Mapping[str, str], *sides: Checkpoint) -> dict[str, 
         for own in stored_names(side, name)
         if own in leave_out
     }
-
-
-def form_of(name: str) -> Form:
-    """The form of that name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if name not in FORMS:
-        raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {name!r}.")
-    return FORMS[name]
-
-
-def experts_of(given: str | None, form: str) -> Experts:
-    """How the experts are carried: as asked for, or as is usual in the form.
-
-    Raises:
-        ValueError: There is no such way, or not in this form.
-    """
-    if given not in (None, *get_args(Experts)):
-        raise ValueError(f"`experts` must be one of {', '.join(get_args(Experts))}. Got {given!r}.")
-    if form == "peft" and given == "per-expert":
-        raise ValueError(
-            "PEFT computes with stacked experts: `--form peft` takes `--experts fused` or `none`, not `per-expert`."
-        )
-    return cast(Experts, given or ("fused" if form == "peft" else "none"))
-
-
-def vocab_of(given: str, form: str) -> Vocab:
-    """What to do about vocabularies of different sizes.
-
-    Raises:
-        ValueError: There is no such way, or not in this form.
-    """
-    if given not in get_args(Vocab):
-        raise ValueError(f"`vocab` must be one of {', '.join(get_args(Vocab))}. Got {given!r}.")
-    if given == "extend" and form != "peft":
-        raise ValueError("`--vocab extend` keeps embeddings whole, which only `--form peft` can.")
-    return cast(Vocab, given)
 
 
 def _may_be_kept(

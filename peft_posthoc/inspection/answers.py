@@ -16,6 +16,7 @@ from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.sizing import PlanSizing
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import fixed, keep_energy, keep_error
+from peft_posthoc.ranks.spelling import flags
 
 RANKS = (8, 16, 32, 64, 128)
 ENERGIES = (0.5, 0.9, 0.95, 0.99)
@@ -132,7 +133,7 @@ def _by_layer(adapter: Adapter) -> Iterator[Candidate]:
     rules += [*map(keep_energy, ENERGIES), *map(keep_error, ERRORS)]
     spectra = adapter.spectra
     for rule in rules:
-        yield _cut(adapter, " ".join(rule.flags()), {name: rule(spectrum) for name, spectrum in spectra.items()})
+        yield _cut(adapter, " ".join(flags(rule)), {name: rule(spectrum) for name, spectrum in spectra.items()})
     signal = {name: layer.signal for name, layer in adapter.layers.items()}
     if None not in signal.values():
         yield _cut(adapter, "--rank auto", {name: max(rank or 0, 1) for name, rank in signal.items()})

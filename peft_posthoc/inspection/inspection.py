@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from peft_posthoc.errors import noting
 from peft_posthoc.extraction.extract import extract
+from peft_posthoc.extraction.request import Options, takes_options
 from peft_posthoc.files import write_whole
 from peft_posthoc.inspection.found import Found
 from peft_posthoc.inspection.page import page
@@ -55,16 +56,20 @@ class Inspection(Found):
         write_whole(path, made)
 
 
-def inspect(base: Source, tuned: Source, max_rank: int = 512, **options: Any) -> Inspection:
+@takes_options
+def inspect(
+    base: Source, tuned: Source, max_rank: int = 512, *, progress: bool = False, **options: Unpack[Options]
+) -> Inspection:
     """Find out which ranks two checkpoints ask for, without making an adapter.
 
     Args:
         base: The model before, as `extract` takes it.
         tuned: The same model after any kind of full fine-tuning.
         max_rank: How far each delta is factored.
-        options: As `extract` takes them: what is carried, in which form, and where.
+        progress: Show a progress bar on stderr.
+        **options: As `Options` has them.
 
     Raises:
         Exception: As `extract`.
     """
-    return Inspection.of(extract(base, tuned, up_to(max_rank), keep_factors=False, **options))
+    return Inspection.of(extract(base, tuned, up_to(max_rank), keep_factors=False, progress=progress, **options))

@@ -18,16 +18,9 @@ import torch
 from peft_posthoc.linalg.noise import white
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
 from peft_posthoc.ranks.sizing import HeldSizing, Sizing
+from peft_posthoc.text import asked
 
 _EPS = torch.finfo(torch.float32).eps
-
-
-@runtime_checkable
-class Told(Protocol):
-    """A rule that can be said on a command line, and so handed to another process."""
-
-    def flags(self) -> list[str]:
-        """The options that say it."""
 
 
 @runtime_checkable
@@ -74,10 +67,6 @@ class fixed:
         """The rank to keep."""
         return min(self.rank, *spectrum.shape)
 
-    def flags(self) -> list[str]:
-        """The options of the command line that say it."""
-        return ["--rank", str(self.rank)]
-
 
 @dataclass(frozen=True)
 class keep_energy:
@@ -102,10 +91,6 @@ class keep_energy:
         goal = self.share * spectrum.energy * (1 - 1e-12)
         return min(int(torch.searchsorted(held, goal)) + 1, *spectrum.shape)
 
-    def flags(self) -> list[str]:
-        """The options of the command line that say it."""
-        return ["--energy", repr(self.share)]
-
 
 @dataclass(frozen=True)
 class keep_error:
@@ -125,10 +110,6 @@ class keep_error:
         """The rank to keep; one more than is known, if the error is larger with all that is."""
         return keep_energy(1 - self.error**2)(spectrum)
 
-    def flags(self) -> list[str]:
-        """The options of the command line that say it."""
-        return ["--error", repr(self.error)]
-
 
 @dataclass(frozen=True)
 class above_noise:
@@ -144,10 +125,6 @@ class above_noise:
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to keep; one more than is known, if all that are known stand out."""
         return max(signal_rank(spectrum), 1)
-
-    def flags(self) -> list[str]:
-        """The options of the command line that say it."""
-        return ["--rank", "auto"]
 
 
 def signal_rank(spectrum: Spectrum) -> int:
@@ -207,12 +184,6 @@ class limited:
         rank = -(-max(rank, self.least) // self.multiple) * self.multiple
         return rank if self.most is None else min(rank, self.most // self.multiple * self.multiple)
 
-    def flags(self) -> list[str]:
-        """The options of the command line that say it."""
-        if not isinstance(self.rule, Told):
-            raise ValueError(f"The rank rule {self.rule!r} cannot be said on a command line.")
-        return [*self.rule.flags(), *limit_flags(self.most, self.least, self.multiple)]
-
 
 @dataclass(frozen=True)
 class several:
@@ -248,28 +219,18 @@ class several:
         return max(rule(spectrum) for _, rule in self.named)
 
 
-def limit_flags(most: int | None, least: int, multiple: int) -> list[str]:
-    """The options of the command line that say these limits."""
-    said = {
-        "--max-rank": most,
-        "--min-rank": least if least > 1 else None,
-        "--round-to": multiple if multiple > 1 else None,
-    }
-    return [word for option, value in said.items() if value is not None for word in (option, str(value))]
-
-
 def check_limits(most: int | None, least: int, multiple: int) -> None:
     """Refuse limits that leave no rank.
 
     Raises:
         ValueError: They do.
     """
-    for option, value in (("--max-rank", most), ("--min-rank", least), ("--round-to", multiple)):
+    for option, value in (("max_rank", most), ("min_rank", least), ("round_to", multiple)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{option}` must be a whole number of at least 1. Got {value!r}.")
+            raise ValueError(f"`{asked(option, None)}` must be a whole number of at least 1. Got {value!r}.")
     if most is not None and most < max(least, multiple):
-        name = "--min-rank" if least > most else "--round-to"
-        raise ValueError(f"`--max-rank {most}` is below `{name} {max(least, multiple)}`: no rank is left.")
+        other = asked("min_rank" if least > most else "round_to", max(least, multiple))
+        raise ValueError(f"`{asked('max_rank', most)}` is below `{other}`: no rank is left.")
 
 
 def as_rule(rank: Rank) -> RankRule | Allocation:

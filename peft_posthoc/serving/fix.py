@@ -179,8 +179,8 @@ def _refuse(subject: Subject) -> None:
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    # PyTorch promotes no types of eight bits; all that they hold is in bfloat16 too.
-    known = {dtype if dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes}
+    # PyTorch promotes no types of eight bits.
+    known = {dtype if dtype.itemsize > 1 else torch.float32 for dtype in dtypes}
     first, *others = sorted(known, key=str)
     for other in others:
         first = torch.promote_types(first, other)

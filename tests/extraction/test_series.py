@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from hf_callbacks.extraction import Extraction
+from hf_callbacks import PosthocLoraCallback
+from hf_callbacks.task import make
 from peft_posthoc import (
     AdapterError,
     Series,
@@ -23,8 +24,10 @@ from peft_posthoc import (
 )
 from peft_posthoc.cli.main import main
 from peft_posthoc.cli.ranks import RANK, pattern_of, rule_of
+from peft_posthoc.extraction.request import Request
 from peft_posthoc.linalg import svd
 from peft_posthoc.linalg.spectrum import in_advance
+from peft_posthoc.ranks.spelling import flags
 from peft_posthoc.ranks.weighting import energy, relative
 
 
@@ -183,25 +186,27 @@ def test_every_rule_can_be_said_on_a_command_line(rule):
     def command(rank):
         heard.append(rank.rule())
 
-    assert CliRunner().invoke(command, rule.flags()).exit_code == 0
+    assert CliRunner().invoke(command, flags(rule)).exit_code == 0
     assert heard == [rule]
     # And so handed to the process that works beside a trainer.
-    assert Extraction(rule, rank_pattern={"q_proj": 4}).flags()[: len(rule.flags())] == rule.flags()
+    assert Request.from_json(json.loads(json.dumps(Request.of(rule).to_json()))) == Request.of(rule)
 
 
 def test_a_rule_that_no_option_says_stays_in_its_process():
     for rule in (lambda spectrum: 3, limited(lambda spectrum: 3, most=4), budget("1MB", weighting=lambda *_: 1.0)):
+        with pytest.raises(ValueError, match="none that words are known for"):
+            Request.of(rule).to_json()
         with pytest.raises(ValueError, match="background=False"):
-            Extraction(rule).flags()
+            PosthocLoraCallback(rule)
     with pytest.raises(ValueError, match="Several are given"):
-        Extraction(several((("r1", fixed(1)), ("r2", fixed(2)))))
+        PosthocLoraCallback(several((("r1", fixed(1)), ("r2", fixed(2)))))
 
 
 def test_options_that_contradict_one_another_are_refused():
     for asked in ({"rank": "8", "budget": "1MB"}, {"error": "0.1", "params": 9}, {"energy": "0.9", "error": "0.1"}):
         with pytest.raises(click.UsageError, match="not both"):
             rule_of(**asked)
-    with pytest.raises(click.UsageError, match="--weighting is one of --budget"):
+    with pytest.raises(click.UsageError, match="weighting is one of budget"):
         rule_of(rank="8", weighting="energy")
     with pytest.raises(click.UsageError, match="must be one of uniform, energy, relative, balanced, early"):
         rule_of(budget="1MB", weighting="mine")
@@ -211,8 +216,8 @@ def test_options_that_contradict_one_another_are_refused():
 
 def test_a_rank_pattern_is_read_from_a_file(llama_pair, tmp_path):
     (tmp_path / "ranks.json").write_text('{"q_proj": 3, "layers\\\\.1\\\\.mlp\\\\.up_proj": 5}')
-    flags = ["--rank", "2", "--rank-pattern", tmp_path / "ranks.json", "--form", "peft"]
-    assert run("extract", *llama_pair, tmp_path / "out", *flags).exit_code == 0
+    asked = ["--rank", "2", "--rank-pattern", tmp_path / "ranks.json", "--form", "peft"]
+    assert run("extract", *llama_pair, tmp_path / "out", *asked).exit_code == 0
     rows = json.loads((tmp_path / "out/phlora_report.json").read_text())["rows"]
     for row in rows:
         if row["status"] == "extracted":
@@ -239,7 +244,7 @@ def test_the_command_and_python_give_the_same_ranks(flags, llama_pair, tmp_path)
 
 @pytest.mark.parametrize("rule", [budget("60kB"), above_noise(), limited(keep_error(0.3), most=8)], ids=str)
 def test_a_trainers_checkpoint_gets_the_rank_that_python_gives(rule, llama_pair, tmp_path):
-    Extraction(rule).run(llama_pair[0], llama_pair[1], tmp_path / "out")
+    make(llama_pair[0], llama_pair[1], tmp_path / "out", Request.of(rule))
     told = json.loads((tmp_path / "out/phlora_report.json").read_text())["provenance"]["options"]["rule"]
     assert told == repr(rule)
     ranks = [

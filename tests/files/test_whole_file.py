@@ -127,7 +127,7 @@ def test_of_a_series_it_is_told_what_is_there(llama_pair, full_disk, tmp_path):
     full_disk(one.stat().st_size + 20_000)
     result = run("extract", *llama_pair, tmp_path / "out", "--rank", "2,16", "--quiet")
     assert result.exit_code == 1
-    assert result.stderr.endswith(f"Nothing was left. `{tmp_path / 'out/r2'}` is written.\n")
+    assert result.stderr.endswith(f"Nothing was left there. `{tmp_path / 'out/r2'}` is written.\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["r2"]
 
 

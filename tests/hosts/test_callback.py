@@ -430,7 +430,7 @@ def test_deepspeeds_own_partitions_are_refused_with_what_to_do(base, tmp_path):
     part = tmp_path / "checkpoint-1/global_step1/zero_pp_rank_0_mp_rank_00_model_states.pt"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"")
-    run = Run(tmp_path, here()._extraction)
+    run = Run(tmp_path, here()._request)
     run.base = run_module.Base(str(base), None, "")
     (done,) = run.make(tmp_path / "checkpoint-1", 1)
     assert "stage3_gather_16bit_weights_on_model_save" in done.failure

@@ -291,7 +291,7 @@ def test_a_job_that_cannot_be_started_does_not_hold_up_the_next(tmp_path, monkey
 
     jobs = Jobs(tmp_path / "not there")
     for step in (1, 2):
-        jobs.add(Job(f"step-{step}", step, [], tmp_path / "made", None))
+        jobs.add(Job(f"step-{step}", step, None, tmp_path / "made", None))
     assert [(done.job.step, "could not be started" in done.failure) for done in jobs.poll()] == [(1, True), (2, True)]
     assert len(jobs) == 0
 

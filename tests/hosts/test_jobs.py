@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from hf_callbacks.jobs import Job, Jobs
+from hf_callbacks.task import Task
+from peft_posthoc.extraction.request import Request
 from tests.make.limits import HANG
 from tests.make.runs import adapters
 
@@ -16,8 +18,8 @@ from tests.make.runs import adapters
 def test_jobs_run_one_at_a_time_in_order(llama_pair, tmp_path):
     jobs = Jobs()
     for step in (1, 2):
-        arguments = ["extract", *map(str, llama_pair), str(tmp_path / f"made-{step}"), "--quiet"]
-        jobs.add(Job(f"step-{step}", step, arguments, tmp_path / f"made-{step}", None))
+        task = Task(*map(str, llama_pair), str(tmp_path / f"made-{step}"), Request.of(8).to_json())
+        jobs.add(Job(f"step-{step}", step, task, tmp_path / f"made-{step}", None))
     assert len(jobs) == 2
     assert jobs.poll() == []
     assert not (tmp_path / "made-2").exists()
@@ -31,12 +33,17 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     for name in ("base", "tuned"):
         (tmp_path / name).mkdir()
         save_file({"layers.0.proj.weight": torch.randn(4000, 4000)}, tmp_path / name / "model.safetensors")
-    arguments = ["extract", *(str(tmp_path / name) for name in ("base", "tuned", "out")), "--exact"]
+    places = [str(tmp_path / name) for name in ("base", "tuned", "out")]
     start = f"""
 import time
+from pathlib import Path
 from hf_callbacks.jobs import Job, Jobs
+from hf_callbacks.task import Task
+from peft_posthoc.extraction.request import Request
+from hf_callbacks.task import Task
 jobs = Jobs()
-jobs.add(Job("step-1", 1, {arguments}, None, None))
+task = Task(*{places}, {Request.of(32, exact=True).to_json()})
+jobs.add(Job("step-1", 1, task, Path({places[2]!r}), None))
 jobs.poll()
 print(jobs._running[1].pid, flush=True)
 time.sleep(600)
