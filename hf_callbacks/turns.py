@@ -41,26 +41,33 @@ def others_wait(*, first: bool) -> Iterator[None]:
     finally:
         if are_several():
             try:
-                _signal(key) if first else _await(key)
+                # The only way to it: torch.distributed has no public one.
+                store = dist.distributed_c10d._get_default_store()
+                signal(store, key) if first else wait(store, key)
             except RuntimeError as error:  # the first process or its store is gone
                 logger.warning("phlora: the processes could not wait for the first one: %s. Training goes on.", error)
 
 
-def _signal(key: str) -> None:
-    _store().set(key, "done")
+def signal(store: Any, key: str) -> None:
+    """Let go on who waits for the key."""
+    store.set(key, "done")
 
 
-def _await(key: str) -> None:
-    store = _store()
+def wait(store: Any, key: str, *, patience: timedelta = _PATIENCE) -> None:
+    """Wait for the key as long as it takes.
+
+    Args:
+        store: The processes' own.
+        key: What `signal` is given.
+        patience: How long a single wait is.
+
+    Raises:
+        RuntimeError: The store is gone.
+    """
     while True:
         try:
-            store.wait([key], _PATIENCE)
+            store.wait([key], patience)
             return
         except dist.DistStoreError as error:
             if "timeout" not in str(error).lower():
                 raise
-
-
-def _store() -> Any:
-    # The only way to it: torch.distributed has no public one.
-    return dist.distributed_c10d._get_default_store()

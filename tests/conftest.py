@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Before anything imports a host library: no test reaches a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -6,21 +7,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-# Shape annotations are checked here, and only here.
+from tests.make import shapes
+
+# Shape annotations are checked here, and only here: in every module that has one.
+_ROOT = Path(__file__).parents[1]
 install_import_hook(
     [
-        f"peft_posthoc.{name}"
-        for name in (
-            "linalg",
-            "ranks.rules",
-            "models.layout",
-            "adapters.peft_format",
-            "adapters.factors",
-            "adapters.lora_folder",
-            "inspection.curves",
-        )
+        ".".join(path.relative_to(_ROOT).with_suffix("").parts)
+        for path in sorted((_ROOT / "peft_posthoc").rglob("*.py"))
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
     ],
-    "beartype.beartype",
+    f"{shapes.__name__}.checked",
 )
 
 import pytest

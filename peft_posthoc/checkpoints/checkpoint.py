@@ -39,7 +39,7 @@ class Checkpoint(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """A folder that transformers can load it from, if there is one."""
+        """A folder that transformers can load it from, if there is one; a hub id's has the weights once one is read."""
 
     @property
     def identity(self) -> Any:

@@ -92,16 +92,13 @@ class OnHub:
         self.identity: Any = [repository.repo_id, repository.commit]
         self.config = config_of(repository.folder)
         self.headers = headers
+        self.folder: Path | None = repository.folder
+        """In the hub's own cache; with the weights once one is read."""
         self._repository = repository
 
     @cached_property
     def _fetched(self) -> Folder:
         return Folder(self._repository.get(), label=self.label, revision=self.revision)
-
-    @property
-    def folder(self) -> Path | None:
-        """In the hub's own cache, with the weights."""
-        return self._fetched.folder
 
     @property
     def files(self) -> Mapping[str, str]:

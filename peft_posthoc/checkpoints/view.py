@@ -56,7 +56,7 @@ class View:
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint's own, if its files still fit; to ask for it may fetch them."""
+        """The checkpoint's own, if its files still fit."""
         return self._checkpoint.folder if self._loadable else None
 
     def read(self, name: str) -> Tensor:

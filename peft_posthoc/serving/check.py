@@ -1,14 +1,16 @@
-"""What serving engines would do with an adapter, and how to start them: told from its configuration and headers."""
+"""Answers of serving engines to an adapter, and how to start them: told from its configuration and headers."""
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from peft_posthoc.serving.engines import ENGINES
-from peft_posthoc.serving.rules import RULES, Rule, Severity
+from peft_posthoc.serving.rules.rule import Rule, Severity
+from peft_posthoc.serving.rules.table import RULES
 from peft_posthoc.serving.subject import Subject
 from peft_posthoc.text import shorten
 
@@ -37,8 +39,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one engine would do."""
+class EngineOutcome:
+    """An engine's answer to an adapter."""
 
     engine: str
     title: str
@@ -49,18 +51,18 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of it; warnings are none."""
+        """The worst severity found; warnings do not count."""
         found = {finding.severity for finding in self.findings}
         return "refused" if "refused" in found else "silently wrong" if "silently wrong" in found else "right"
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` found."""
+    """Answers of all chosen engines to an adapter."""
 
     adapter: str
     base: str | None
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[EngineOutcome, ...]
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -76,15 +78,17 @@ class Check:
         """The findings for a terminal: a line for each engine, then each finding once, then the commands."""
         width = max(len(outcome.title) for outcome in self.outcomes)
         lines = [f"{outcome.title:<{width}}  {outcome.verdict}" for outcome in self.outcomes]
-        titles: dict[Finding, list[str]] = {}
+        broken: dict[str, Finding] = {}
+        titles: dict[str, list[str]] = defaultdict(list)
         for outcome in self.outcomes:
             for finding in outcome.findings:
-                titles.setdefault(replace(finding, versions=""), []).append(outcome.title)
-        for finding in sorted(titles, key=lambda finding: _ORDER[finding.severity]):
+                broken.setdefault(finding.rule, finding)
+                titles[finding.rule].append(outcome.title)
+        for finding in sorted(broken.values(), key=lambda finding: _ORDER[finding.severity]):
             first, *others = finding.culprits
             more = f" and {len(others)} more" if others else ""
             lines += [
-                *("", f"{', '.join(titles[finding])}: {finding.severity} [{finding.rule}]"),
+                *("", f"{', '.join(titles[finding.rule])}: {finding.severity} [{finding.rule}]"),
                 *(f"  found:   {shorten(first, 240)}{more}", f"  why:     {finding.message}"),
                 f"  way out: {finding.way_out}",
             ]
@@ -107,7 +111,7 @@ def check(
     """Tell what serving engines would do with a PEFT LoRA adapter, without loading it.
 
     `adapter_config.json` and the headers of the tensors are read, and only such tensors as have to be compared with the
-    base's. The rules, their versions and sources are those of `serving_rules.RULES`.
+    base's. The rules, their versions and sources are those of `serving.rules.table.RULES`.
 
     Args:
         adapter: An adapter folder, by whatever tool.
@@ -145,6 +149,6 @@ def judge(subject: Subject, engines: Iterable[str]) -> Check:
         broken = [Finding.of(rule, culprits, name) for rule, culprits in found if culprits and rule.applies_to(name)]
         findings = tuple(sorted(broken, key=lambda finding: _ORDER[finding.severity]))
         engine = ENGINES[name]
-        outcomes.append(Outcome(name, engine.title, engine.examined, findings, tuple(engine.serve(subject))))
+        outcomes.append(EngineOutcome(name, engine.title, engine.examined, findings, tuple(engine.serve(subject))))
     base = subject.base.checkpoint.label if subject.base is not None else None
     return Check(subject.label, base, tuple(outcomes))

@@ -24,8 +24,11 @@ from peft_posthoc.models.layout import ends
 from peft_posthoc.models.model import Model
 from peft_posthoc.models.slots import Slot
 from peft_posthoc.ranks.safe import safe_rank
-from peft_posthoc.serving import faults
 from peft_posthoc.serving.check import Check, check, chosen
+from peft_posthoc.serving.rules.files import unknown_keys
+from peft_posthoc.serving.rules.names import named_after_adapter, strangers, unfitting, without_prefix
+from peft_posthoc.serving.rules.scale import misranked
+from peft_posthoc.serving.rules.variants import mutating_init
 from peft_posthoc.serving.subject import Factored, Subject
 from peft_posthoc.text import size
 
@@ -155,18 +158,18 @@ def _refuse(subject: Subject) -> None:
     """See that base + scale * `b @ a` is what PEFT computes, and that the base is the right one."""
     obstacles = {
         "sets `use_dora`: the base's weights are rescaled too": subject.setting("use_dora") or subject.magnitudes,
-        "begins with a part of the base, which the served base still has": faults.mutating_init(subject),
+        "begins with a part of the base, which the served base still has": mutating_init(subject),
         "computes something else than base + b @ a": subject.setting(
             *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
             *("trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
         ),
-        "has other ranks than its configuration says, which PEFT does not load": faults.misranked(subject),
+        "has other ranks than its configuration says, which PEFT does not load": misranked(subject),
         "holds factors of all experts at once": subject.fused_experts,
         "holds factors of convolutions": tuple(
             module for module, own in subject.modules.items() if len(subject.headers[own.a].shape) > 2
         ),
-        "adapts what the base does not have": faults.strangers(subject),
-        "does not have the base's shapes": faults.unfitting(subject, larger=True, smaller=True),
+        "adapts what the base does not have": strangers(subject),
+        "does not have the base's shapes": unfitting(subject, larger=True, smaller=True),
     }
     for what, culprits in obstacles.items():
         if culprits:
@@ -285,10 +288,10 @@ def _told(
         yield f"rank {_range(ranks)} padded with zeros to {rank}"
     if added:
         yield f"added as zeros, as engines expect them: {len(added)} modules, of which the first is {next(iter(added))}"
-    if faults.without_prefix(subject):
-        yield f"{PREFIX} put before {len(faults.without_prefix(subject))} names"
-    if faults.named_after_adapter(subject):
-        yield f"the adapter's name taken out of {len(faults.named_after_adapter(subject))} names"
+    if without_prefix(subject):
+        yield f"{PREFIX} put before {len(without_prefix(subject))} names"
+    if named_after_adapter(subject):
+        yield f"the adapter's name taken out of {len(named_after_adapter(subject))} names"
     if not subject.weights_name.endswith(".safetensors"):
         yield f"{subject.weights_name} as safetensors"
     if behind := [*subject.others, *(["added_tokens.json"] if subject.added_tokens else [])]:
@@ -300,8 +303,8 @@ def _told(
     old = subject.config
     if changed := [key for key in config if key in old and old[key] != config[key]]:
         yield f"in the configuration: {', '.join(changed)}"
-    if faults.unknown_keys(subject):
-        yield f"out of the configuration, as PEFT 0.6 does not know them: {', '.join(faults.unknown_keys(subject))}"
+    if unknown_keys(subject):
+        yield f"out of the configuration, as PEFT 0.6 does not know them: {', '.join(unknown_keys(subject))}"
 
 
 def _range(numbers: Iterable[float]) -> str:

@@ -16,8 +16,17 @@ from tests.make.limits import HANG
 # One interpreter for the module: the client reads its address and its cache when it is imported, which takes seconds.
 SESSION = """
 import json, sys
+import click
 from click.testing import CliRunner
 from peft_posthoc.cli.main import main
+
+@main.command()
+@click.argument("base")
+@click.argument("tuned")
+def from_delta(base, tuned):
+    from peft_posthoc import LoraConfig
+    LoraConfig.from_delta(base, tuned)
+
 for line in sys.stdin:
     result = CliRunner().invoke(main, json.loads(line))
     crashed = result.exception is not None and not isinstance(result.exception, SystemExit)
@@ -174,6 +183,14 @@ def test_no_weights_are_fetched_of_two_that_do_not_fit(hub, phlora, pair, work):
     for path in pair:
         hub.repository(f"apart/{path.name}").commit(path, "main")
     refused(phlora("extract", "apart/base", "apart/tuned", work / "out"), work, "other shapes")
+    assert hub.fetched == []
+
+
+def test_a_configuration_of_two_that_do_not_fit_fetches_none_either(hub, phlora, pair, work):
+    save_file({"layers.0.proj.weight": torch.zeros(9, 9)}, pair[1] / "model.safetensors")
+    for path in pair:
+        hub.repository(f"config/{path.name}").commit(path, "main")
+    refused(phlora("from-delta", "config/base", "config/tuned"), work, "other shapes")
     assert hub.fetched == []
 
 

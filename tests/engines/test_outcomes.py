@@ -125,4 +125,4 @@ def test_an_export_is_right_or_refused(name):
 
 
 def test_the_page_has_the_outcomes():
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.engines"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m docs.make engines"

@@ -301,18 +301,16 @@ def test_waiting_for_the_first_process_takes_nothing_where_there_is_one():
         pass
 
 
-def test_the_others_wait_as_long_as_the_first_works(tmp_path, monkeypatch):
+def test_the_others_wait_as_long_as_the_first_works(tmp_path):
     """Two of a store's clients, in two threads: the second's waits are too short, and it waits again."""
     from datetime import timedelta
 
     from hf_callbacks import turns
 
     store, order = torch.distributed.FileStore(str(tmp_path / "store"), 2), []
-    monkeypatch.setattr(turns, "_store", lambda: store)
-    monkeypatch.setattr(turns, "_PATIENCE", timedelta(milliseconds=50))
 
     def second():
-        turns._await("key")
+        turns.wait(store, "key", patience=timedelta(milliseconds=50))
         order.append("second")
 
     thread = threading.Thread(target=second)
@@ -320,6 +318,6 @@ def test_the_others_wait_as_long_as_the_first_works(tmp_path, monkeypatch):
     thread.join(0.5)
     assert thread.is_alive()
     order.append("first")
-    turns._signal("key")
+    turns.signal(store, "key")
     thread.join(20)
     assert order == ["first", "second"]

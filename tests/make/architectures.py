@@ -1,7 +1,4 @@
-"""Tiny models of many architectures, made from their configurations.
-
-python -m tests.make.architectures > docs/architectures.md
-"""
+"""Tiny models of many architectures, made from their configurations."""
 
 import tempfile
 from collections import Counter
@@ -267,7 +264,7 @@ EVERYTHING: dict[str, Any] = {"embeddings": True, "head": True, "conv": True, "e
 
 _PAGE = """# Architectures
 
-What an adapter holds of {count} architectures, by `python -m tests.make.architectures`: tiny models with random
+What an adapter holds of {count} architectures, by `python -m docs.make architectures`: tiny models with random
 weights, of which every parameter moved by noise of one size, so that shares of energy are shares of parameters. A real
 fine-tune moves them otherwise: its own report tells. PEFT {peft}, transformers {transformers}.
 
@@ -314,7 +311,3 @@ def _left_out(adapter: Any) -> str:
 def _kind(weight: str, reason: str) -> str:
     what = reason.partition(" (")[0]
     return f"`{weight.rpartition('.')[2]}`" if what.startswith("a parameter of") else what
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -1,16 +1,19 @@
 """Merges on tiny models: what is run, and what comes of it."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import peft_posthoc
 from mergekit_plugin import command, register
+from tests.make import merges, models
 
 
 def config(base, *tuned, method="phlora", **parts):
@@ -78,3 +81,42 @@ def run(*arguments, cwd, **environment):
         cwd=cwd,
         env={**os.environ, **environment},
     )
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples/mergekit"
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert torch.equal(one[name], other[name]), name
+
+
+def adapters_are_the_same(one, other):
+    same(merges.tensors(one), merges.tensors(other))
+    configs = [json.loads((Path(folder) / "adapter_config.json").read_text()) for folder in (one, other)]
+    assert configs[0] == configs[1]
+
+
+def with_tokenizers(folder, *sizes, turned=False):
+    """A base and a fine-tune of it, of vocabularies that begin alike; or of which the second is the first, turned."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    model = models.llama(vocab_size=max(sizes))
+    for name, one, size in zip(("base", "tuned"), (model, models.tuned_from(model)), sizes, strict=True):
+        one.resize_token_embeddings(size)
+        models.save(one, folder / name)
+        order = reversed(range(size)) if turned and name == "tuned" else range(size)
+        words = Tokenizer(WordLevel({f"w{i}": at for at, i in enumerate(order)}, unk_token="w0"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / name)
+    return str(folder / "base"), str(folder / "tuned")
+
+
+def refused(result, *words):
+    assert result.exit_code == 1, result.output
+    assert result.output.count("\n") == 1
+    for word in words:
+        assert word in result.output

@@ -1,7 +1,4 @@
-"""For each rule of `peft_posthoc.serving.rules` an adapter that it is about; and the page that has them all.
-
-python -m tests.make.serving > docs/serving.md
-"""
+"""For each rule of `peft_posthoc.serving.rules` an adapter that it is about; and the page that has them all."""
 
 import json
 import shutil
@@ -13,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc.serving.engines import ENGINES
-from peft_posthoc.serving.rules import RULES
+from peft_posthoc.serving.rules.table import RULES
 from tests.make import architectures, models
 
 LAYER = "base_model.model.model.layers.0"
@@ -110,12 +107,12 @@ def _other_file(parts: Parts) -> None:
     parts.files["earlier.safetensors"] = {name: tensor / 2 for name, tensor in parts.tensors.items()}
 
 
-def _head(parts: Parts) -> None:
+def adapted_head(parts: Parts) -> None:
     parts.factor(HEAD, 96, 32)
     parts.configure(target_modules=[*parts.config["target_modules"], "lm_head"])
 
 
-def _embedding(parts: Parts) -> None:
+def adapted_embedding(parts: Parts) -> None:
     parts.factor(EMBEDDING, 32, 96, embedding=True)
     parts.configure(target_modules=[*parts.config["target_modules"], "embed_tokens"])
 
@@ -214,9 +211,9 @@ CASES: dict[str, Case] = {
     "norms-llamacpp": Case(NORM),
     "other-norms-llamacpp": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_norm.weight", 8)),
     "names-trtllm": Case(lambda parts: parts.rename(".mlp.", ".")),
-    "base-copies": Case(_all(_head, lambda parts: parts.add(f"{HEAD}.base_layer.weight", 96, 32))),
+    "base-copies": Case(_all(adapted_head, lambda parts: parts.add(f"{HEAD}.base_layer.weight", 96, 32))),
     "other-base-copies": Case(
-        _all(_head, lambda parts: parts.add(f"{HEAD}.base_layer.weight", 96, 32)),
+        _all(adapted_head, lambda parts: parts.add(f"{HEAD}.base_layer.weight", 96, 32)),
         "llama",
     ),
     "target-pattern": Case(_config(target_modules=r".*_proj")),
@@ -237,15 +234,15 @@ CASES: dict[str, Case] = {
     "larger-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
     "smaller-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 24, RANK), "llama"),
     "added-tokens": Case(lambda parts: parts.files.update({"added_tokens.json": {"<new>": 96}}), "llama"),
-    "embeddings-vllm": Case(_head, "qwen2"),
-    "embeddings-vllm-unknown": Case(_embedding),
+    "embeddings-vllm": Case(adapted_head, "qwen2"),
+    "embeddings-vllm-unknown": Case(adapted_embedding),
     "vocabulary-vllm": Case(lambda parts: parts.factor(HEAD, 258049, 32)),
-    "head-prompt-logprobs": Case(_head),
-    "embeddings-ignored": Case(_embedding),
-    "head-ignored": Case(_head),
-    "tied-llamacpp": Case(_head, "tied"),
-    "maybe-tied-llamacpp": Case(_embedding),
-    "tied-merge": Case(_head, "tied"),
+    "head-prompt-logprobs": Case(adapted_head),
+    "embeddings-ignored": Case(adapted_embedding),
+    "head-ignored": Case(adapted_head),
+    "tied-llamacpp": Case(adapted_head, "tied"),
+    "maybe-tied-llamacpp": Case(adapted_embedding),
+    "tied-merge": Case(adapted_head, "tied"),
     "towers": Case(TOWER),
     "towers-vllm": Case(TOWER),
     "towers-llamacpp": Case(TOWER),
@@ -305,8 +302,8 @@ FINE: dict[str, tuple[tuple[str, ...], Case]] = {
         ("added-tokens",),
         Case(lambda parts: parts.files.update({"added_tokens.json": {"<old>": 95}}), "llama"),
     ),
-    "a head of a class that takes it": (("embeddings-vllm", "embeddings-vllm-unknown"), Case(_head, "llama")),
-    "a head that is not tied": (("tied-llamacpp", "tied-merge", "maybe-tied-llamacpp"), Case(_head, "llama")),
+    "a head of a class that takes it": (("embeddings-vllm", "embeddings-vllm-unknown"), Case(adapted_head, "llama")),
+    "a head that is not tied": (("tied-llamacpp", "tied-merge", "maybe-tied-llamacpp"), Case(adapted_head, "llama")),
     "whole experts": (
         ("partial-experts", "dense-beside-experts", "expert-names-trtllm"),
         Case(_all(lambda p: p.drop(".mlp."), _experts("w1", "w2", "w3"))),
@@ -356,7 +353,7 @@ In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` 
 
 Adapters of `phlora extract` in the portable form, of dense language models, without `--embeddings` and `--head`, at
 ranks up to 128, break none of these rules (but for the note on rank 8). This page is made by
-`python -m tests.make.serving`; for every rule there is an adapter that breaks it in `tests/make/serving.py`; what
+`python -m docs.make serving`; for every rule there is an adapter that breaks it in `tests/make/serving.py`; what
 engines did with these, run here, is in [`engines.md`](engines.md).
 
 ## The engines
@@ -397,7 +394,3 @@ def _row(rule: Any) -> str:
 def copy_of(folder: Path, where: Path) -> Path:
     """The same adapter elsewhere."""
     return Path(shutil.copytree(folder, where))
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -2,12 +2,15 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from peft_posthoc import extract
 from peft_posthoc.cli import main as cli
 from peft_posthoc.extraction import work as factor
 
@@ -97,3 +100,18 @@ def forbid_svd(monkeypatch):
         raise AssertionError("an SVD was started")
 
     monkeypatch.setattr(factor, "truncated_svd", never)
+
+
+def spawn(*arguments, before="", **how):
+    """The command in a process of its own."""
+    # A shell starts what it puts in the background deaf to Ctrl-C, and that is inherited.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"import runpy, sys\n{hear}\n{before}\nrunpy.run_module('peft_posthoc', run_name='__main__')"
+    return subprocess.Popen(
+        [sys.executable, "-c", start, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
+    )
+
+
+def an_adapter_at(out):
+    extract(tensors(), moved(tensors(), seed=2), 2).save(out)
+    return "exists and is not empty", "--force"

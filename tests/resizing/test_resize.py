@@ -1,4 +1,4 @@
-"""Adapters that real PEFT made, resized and combined; what stock PEFT then adds to the weights is what it should be."""
+"""Adapters to smaller adapters: the best of a lower rank, whatever is in the file."""
 
 import json
 import re
@@ -10,14 +10,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import peft_posthoc
 from peft_posthoc import (
     AdapterError,
-    MismatchError,
-    NothingToCarryError,
-    combine,
     extract,
     keep_energy,
     resize,
@@ -26,71 +22,7 @@ from peft_posthoc import (
 )
 from peft_posthoc.adapters.lora_folder import LoraFolder
 from tests.make import models
-
-LEAVES = ["q_proj", "k_proj", "v_proj", "down_proj"]
-
-
-def adapt(model, folder, *, seed=0, size=0.1, **config):
-    """An adapter that PEFT saved, every tensor in it drawn at random; returns its folder and the model with it."""
-    with warnings.catch_warnings():
-        # PEFT says that it saves embeddings; that is what is wanted.
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**config)).eval()
-        draw = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_" in name or "modules_to_save" in name:
-                    parameter.copy_(size * torch.randn(parameter.shape, generator=draw))
-        adapted.save_pretrained(folder)
-    return folder
-
-
-def with_adapter(model, folder):
-    """Stock PEFT's model with the adapter, which it takes without a warning or a missing or stray key."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        found = peft.PeftModel.from_pretrained(model, folder).eval()
-        keys = found.load_adapter(folder, adapter_name="again")
-    assert not [key for key in keys.missing_keys if ".again." in key]
-    assert not keys.unexpected_keys
-    found.delete_adapter("again")
-    return found
-
-
-def deltas(model, folder):
-    return models.lora_deltas(with_adapter(model, folder))
-
-
-def best(delta, rank):
-    """The best approximation, by a full SVD in float64; of a stack of matrices each by itself."""
-    u, s, vh = torch.linalg.svd(delta.double().flatten(2) if delta.ndim == 3 else delta.double().flatten(1))
-    return ((u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]).reshape(delta.shape)
-
-
-def same(found, wanted, *, tolerance=1e-5):
-    assert found.keys() == wanted.keys()
-    for name, delta in wanted.items():
-        assert torch.allclose(found[name].double(), delta.double(), rtol=0, atol=tolerance * float(delta.norm())), name
-
-
-def config_of(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
-
-
-@pytest.fixture
-def llama(tmp_path):
-    """A base's folder."""
-    return models.save(models.llama(), tmp_path / "base")
-
-
-@pytest.fixture
-def patterned(llama, tmp_path):
-    """An adapter of which every layer has another rank and scale."""
-    patterns = {"rank_pattern": {"q_proj": 4, r"layers\.1\.self_attn\.v_proj": 12}, "alpha_pattern": {"k_proj": 3}}
-    return adapt(
-        models.load(llama), tmp_path / "a", r=8, lora_alpha=20, use_rslora=True, target_modules=LEAVES, **patterns
-    )
+from tests.make.adapters import LEAVES, Pixels, adapt, best, config_of, copy_of, deltas, same, with_adapter
 
 
 @pytest.mark.parametrize("form", ["portable", "peft"])
@@ -238,18 +170,6 @@ def test_conv1d_of_gpt2_is_resized(tmp_path):
     same(after, {name: best(delta, 2) for name, delta in before.items()})
 
 
-class Pixels(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.second = nn.Conv2d(16, 12, 1)
-        self.third = nn.Conv2d(12, 8, 2, groups=2)
-        self.last = nn.Linear(8, 10)
-
-    def forward(self, x):
-        return self.last(self.third(self.second(self.first(x))).mean(dim=(2, 3)))
-
-
 def test_convolutions_are_resized_as_matrices_over_the_kernel(tmp_path):
     source = adapt(Pixels(), tmp_path / "a", r=8, lora_alpha=12, target_modules=["first", "second", "last"])
     before = deltas(Pixels(), source)
@@ -269,12 +189,6 @@ def test_what_is_whole_and_lora_s_biases_come_along(tmp_path):
     assert torch.allclose(merged[0](x), merged[1](x), atol=1e-5)
     assert not torch.allclose(merged[0].first.bias, model.first.bias, atol=1e-3)
     assert not torch.allclose(merged[0](x), model(x), atol=1e-2)
-
-
-def copy_of(model):
-    other = Pixels()
-    other.load_state_dict(model.state_dict())
-    return other
 
 
 def moe(tmp_path):
@@ -340,140 +254,6 @@ def stacked(base, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return models.lora_deltas(peft.PeftModel.from_pretrained(models.load(base), folder))
-
-
-def test_a_sum_of_adapters_is_the_weighted_sum_of_what_each_adds(llama, patterned, tmp_path):
-    other = adapt(models.load(llama), tmp_path / "b", r=4, lora_alpha=7, target_modules=["q_proj", "up_proj"], seed=1)
-    resized = combine([patterned, other], [0.7, -0.3])
-    resized.save(tmp_path / "out")
-    one, two = deltas(models.load(llama), patterned), deltas(models.load(llama), other)
-    wanted = {
-        name: 0.7 * one.get(name, torch.zeros(1)) - 0.3 * two.get(name, torch.zeros(1)) for name in one.keys() | two
-    }
-    same(deltas(models.load(llama), tmp_path / "out"), wanted)
-    ranks = {row.module: row.rank for row in resized.report.rows}
-    assert ranks["model.layers.0.self_attn.q_proj"] == 8
-    assert ranks["model.layers.0.mlp.up_proj"] == 4
-    combine([patterned, other], [0.7, -0.3], 2, form="peft").save(tmp_path / "cut")
-    same(deltas(models.load(llama), tmp_path / "cut"), {name: best(delta, 2) for name, delta in wanted.items()})
-    provenance = json.loads((tmp_path / "out" / "phlora_report.json").read_text())["provenance"]
-    assert [(each["adapter"], each["weight"]) for each in provenance["adapters"]] == [
-        (str(patterned), 0.7),
-        (str(other), -0.3),
-    ]
-
-
-def test_combining_resized_halves_gives_the_whole_again(llama, patterned, tmp_path):
-    combine([patterned, patterned], [0.25, 0.75], form="peft").save(tmp_path / "out")
-    same(deltas(models.load(llama), tmp_path / "out"), deltas(models.load(llama), patterned))
-
-
-def test_an_adapter_minus_itself_is_nothing_to_carry(patterned, tmp_path):
-    with pytest.raises(NothingToCarryError, match="hold deltas that cancel"):
-        combine([patterned, patterned], [1, -1])
-    resize(patterned, 1000, form="peft", dtype=torch.float32).save(tmp_path / "same")
-    with pytest.raises(NothingToCarryError, match="every delta is zero"):
-        resize(adapt(models.llama(), tmp_path / "zero", size=0.0, target_modules=["q_proj"]))
-
-
-def test_biases_add_up_by_weight(tmp_path):
-    how = {"r": 4, "lora_bias": True, "target_modules": ["first"]}
-    one, two = (adapt(Pixels(), tmp_path / str(seed), seed=seed, lora_alpha=8 + seed, **how) for seed in (1, 2))
-    combine([one, two], [0.5, 2]).save(tmp_path / "out")
-    model = Pixels()
-    base = model.first.bias.detach().clone()
-    moved = [
-        with_adapter(copy_of(model), folder).merge_and_unload().first.bias.detach() - base
-        for folder in (one, two, tmp_path / "out")
-    ]
-    assert torch.allclose(moved[2], 0.5 * moved[0] + 2 * moved[1], atol=1e-5)
-
-
-def test_whole_tensors_are_kept_where_the_sum_is_known(tmp_path):
-    one = adapt(Pixels(), tmp_path / "1", r=4, target_modules=["first"], modules_to_save=["last"])
-    two = adapt(Pixels(), tmp_path / "2", r=4, target_modules=["first"], seed=1)
-    other = adapt(Pixels(), tmp_path / "3", r=4, target_modules=["first"], modules_to_save=["last"], seed=2)
-    combine([one, two], [1, 0.3]).save(tmp_path / "out")
-    last = "base_model.model.last.weight"
-    held = [load_file(folder / "adapter_model.safetensors")[last] for folder in (one, tmp_path / "out")]
-    assert torch.equal(*held)
-    assert config_of(tmp_path / "out")["modules_to_save"] == ["last"]
-    assert torch.equal(combine([one, one], [0.4, 0.6]).whole[last], held[0])
-    with pytest.raises(MismatchError, match=r"both hold `last\.(bias|weight)` whole, with other values"):
-        combine([one, other], [0.5, 0.5])
-    with pytest.raises(MismatchError, match=r"holds `last\.(bias|weight)` whole, and its weight is 0\.7"):
-        combine([one, two], [0.7, 0.3])
-
-
-def test_adapters_that_do_not_fit_are_told(patterned, tmp_path):
-    other = adapt(models.llama(hidden_size=48), tmp_path / "b", target_modules=["q_proj"])
-    with pytest.raises(MismatchError, match=r"q_proj` is linear 32 x 32 in .*linear 48 x 48 in .*not adapters of one"):
-        combine([patterned, other])
-    with pytest.raises(ValueError, match="2 adapters need as many weights"):
-        combine([patterned, patterned], [1])
-    with pytest.raises(ValueError, match="must be finite"):
-        combine([patterned, patterned], [1, float("nan")])
-    with pytest.raises(ValueError, match="at least one adapter"):
-        combine([])
-    with pytest.raises(ValueError, match="takes a list of folders"):
-        combine("ab")
-
-
-REFUSED = {
-    "use_dora": (True, "sets `use_dora`: DoRA also rescales the base's weights"),
-    "init_lora_weights": ("pissa_niter_4", "`init_lora_weights` to 'pissa_niter_4', which takes a part away"),
-    "bias": ("all", "sets `bias` to 'all'"),
-    "alora_invocation_tokens": ([1], "aLoRA is on for some tokens only"),
-    "layer_replication": ([[0, 2]], "it repeats layers"),
-    "a_key_of_tomorrow": (1, "sets `a_key_of_tomorrow`"),
-    "peft_type": ("LOHA", "says `peft_type` 'LOHA'"),
-    "r": (5, r"factors of shapes \[8, 48\] and \[32, 8\] for `model\.layers\.0\.mlp\.down_proj`, and not of rank 5"),
-    "lora_alpha": (None, "is not a readable LoRA adapter"),
-}
-
-
-@pytest.mark.parametrize("key", REFUSED)
-def test_what_is_no_plain_delta_is_refused_with_the_reason(patterned, key):
-    value, reason = REFUSED[key]
-    config = config_of(patterned) | {key: value}
-    (patterned / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=reason) as error:
-        resize(patterned)
-    assert str(patterned) in str(error.value)
-
-
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
-def test_initial_weights_that_change_the_base_are_refused_as_peft_writes_them(tmp_path, start):
-    with pytest.raises(AdapterError, match=f"`init_lora_weights` to '{start}'"):
-        resize(adapt(models.llama(), tmp_path / "a", target_modules=["q_proj"], init_lora_weights=start))
-
-
-def test_dora_groups_and_pickles_are_refused_as_peft_writes_them(tmp_path):
-    with pytest.raises(AdapterError, match="DoRA"):
-        resize(adapt(models.llama(), tmp_path / "dora", target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(AdapterError, match="a convolution in groups"):
-        resize(adapt(Pixels(), tmp_path / "groups", r=4, target_modules=["third"]))
-    adapt(models.llama(), tmp_path / "pickle", target_modules=["q_proj"])
-    (tmp_path / "pickle" / "adapter_model.safetensors").rename(tmp_path / "pickle" / "adapter_model.bin")
-    with pytest.raises(AdapterError, match="holds a pickle"):
-        resize(tmp_path / "pickle")
-    whole = adapt(Pixels(), tmp_path / "whole", r=4, target_modules=["first"], modules_to_save=["last"])
-    with pytest.raises(
-        AdapterError, match=r"holds `last\.(bias|weight)` whole: the portable form has no place for that"
-    ):
-        resize(whole, form="portable")
-
-
-def test_values_that_are_not_finite_and_dtypes_that_are_too_small_are_told(patterned):
-    weights = load_file(patterned / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
-    save_file(weights | {name: weights[name] * 1e13}, patterned / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match=r"`model\.layers\.1\.mlp\.down_proj` overflow torch\.float16"):
-        resize(patterned, dtype=torch.float16)
-    weights[name][0, 0] = torch.inf
-    save_file(weights, patterned / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match=r"`model\.layers\.1\.mlp\.down_proj` cannot be resized.*NaN or infinity"):
-        resize(patterned)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -12,7 +12,7 @@ from peft_posthoc import AdapterError, CheckpointError, check, extract
 from peft_posthoc.cli import main as cli
 from peft_posthoc.cli.check import NAMES
 from peft_posthoc.serving.engines import ENGINES
-from peft_posthoc.serving.rules import RULES
+from peft_posthoc.serving.rules.table import RULES
 from peft_posthoc.serving.subject import Subject
 from tests.make import models, serving
 from tests.make.by_peft import by_peft
@@ -77,7 +77,7 @@ def test_a_rule_does_not_see_what_is_close_to_it_and_right(name, good, bases, tm
 
 def test_the_page_has_the_rules_of_today():
     page = serving.Path(__file__).parents[2] / "docs/serving.md"
-    assert page.read_text(encoding="utf-8") == serving.page(), "python -m tests.make.serving > docs/serving.md"
+    assert page.read_text(encoding="utf-8") == serving.page(), "python -m docs.make serving"
 
 
 def test_the_command_knows_every_engine():
@@ -106,7 +106,7 @@ def test_scales_that_are_all_one_are_not_in_lorax_where_it_pads_to_another_rank(
 
 NOT_ADAPTED = {
     "a head under all-linear": (
-        lambda parts: (serving._head(parts), parts.configure(target_modules="all-linear")),
+        lambda parts: (serving.adapted_head(parts), parts.configure(target_modules="all-linear")),
         {"lm_head"},
     ),
     "a layer that is left out": (

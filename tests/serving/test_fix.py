@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, check, extract, fix
-from peft_posthoc.serving.rules import FIX, FIX_BASE, RULES
+from peft_posthoc.serving.rules.rule import FIX, FIX_BASE
+from peft_posthoc.serving.rules.table import RULES
 from tests.make import models, serving
 from tests.make.by_peft import by_peft
 from tests.make.spoiled import contents, refused, run, without_progress
@@ -300,7 +301,7 @@ def test_the_command_writes_and_has_the_status_of_what_it_wrote(work):
 
 def test_what_is_still_wrong_after_it(work):
     parts = serving.Parts(work / "adapter")
-    serving._embedding(parts)
+    serving.adapted_embedding(parts)
     parts.write(work / "embedded")
     status, stdout, stderr = run("check", "embedded", "--engine", "tgi", "--fix", "out", "--json")
     assert status == 1

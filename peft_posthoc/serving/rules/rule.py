@@ -1,0 +1,51 @@
+"""What a rule is, and words that several of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.subject import Subject
+
+Severity = Literal["refused", "silently wrong", "warning"]
+REFUSED: Severity = "refused"
+WRONG: Severity = "silently wrong"
+WARNING: Severity = "warning"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing in an adapter that some engines do not take."""
+
+    name: str
+    engines: tuple[str, ...]
+    severity: Severity
+    finds: Callable[[Subject], tuple[str, ...]]
+    """What of the adapter is at fault: tensors, modules or settings; nothing where all is well."""
+    message: str
+    """What the engine does."""
+    way_out: str
+    source: str
+    """Where it is seen; "run" where the engine's own code was run on such an adapter."""
+    versions: str = ""
+    """Those it is true for, where not of those examined (`ENGINES`)."""
+    needs_base: bool = False
+
+    def applies_to(self, engine: str) -> bool:
+        """Whether it is a rule of that engine, or of one that it hands the adapter to."""
+        return bool({engine, *ENGINES[engine].backends} & {*self.engines})
+
+
+FIX = "`--fix OUT` rewrites it"
+WRITE_THEM = "write what the adapter was trained with into the configuration"
+FIX_BASE = "`--fix OUT --base BASE` rewrites it"
+LEAVE_OUT = "`--fix OUT` leaves them out and tells their size; or merge the adapter and serve the whole model"
+MERGE = "merge the adapter into its base (PEFT's `merge_and_unload`) and serve that, or extract from it again"
+LORAX_READ = "read: lorax_server/adapters/lora.py"
+BOTH_READ = "read: lorax_server/adapters/lora.py; TGI adapters/lora.py"
+TRT_READ = "read: tensorrt_llm/_torch/peft/lora/loaders.py"
+SGLANG_RUN = "run: SGLang's srt/lora with stand-ins"
+VLLM_HELPER = "vllm/lora/peft_helper.py"
+CONVERT = "convert_lora_to_gguf.py"

@@ -1,0 +1,17 @@
+"""All rules, in the order in which they are told (docs/serving.md, `phlora check`)."""
+
+from __future__ import annotations
+
+from peft_posthoc.serving.rules import experts, files, modules, names, scale, targets, variants, whole
+from peft_posthoc.serving.rules.rule import Rule
+
+RULES: tuple[Rule, ...] = (
+    *files.RULES,
+    *scale.RULES,
+    *variants.RULES,
+    *whole.RULES,
+    *targets.RULES,
+    *names.RULES,
+    *modules.RULES,
+    *experts.RULES,
+)
