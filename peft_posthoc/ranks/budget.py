@@ -92,7 +92,8 @@ class budget:
         if smallest > limit:
             raise self._too_small(limit, smallest)
         if padded:
-            rank = max(self._safe(limit // sum(costs.values())), default=least)
+            top = safe_rank(max(min(shape) for shape in shapes.values()))
+            rank = max(self._safe(min(limit // sum(costs.values()), top)), default=least)
         else:
             rank = uniform(shapes, costs, limit, multiple=self.multiple)
         deep = rank if self.weighting is None or padded else _DEEP * rank

@@ -3,11 +3,14 @@ import sys
 
 import pytest
 
-PROBE = "import sys; {code}; print(*sorted({{'peft', 'transformers', 'mergekit', 'matplotlib', 'torch'}} & set(sys.modules)))"
+HEAVY = ["matplotlib", "mergekit", "peft", "torch", "transformers"]
+PROBE = "import sys; {code}; print(*sorted(set({heavy}) & set(sys.modules)))"
 
 
 def loaded_by(code):
-    run = subprocess.run([sys.executable, "-c", PROBE.format(code=code)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE.format(code=code, heavy=HEAVY)], capture_output=True, text=True, check=True
+    )
     return run.stdout.split()
 
 
