@@ -98,7 +98,7 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
             pairs = [Pair(name, base, tuned)]
             with factor_pairs(pairs, plan, {name: rule}, exact=settings.exact, device=base.device) as outcomes:
                 (outcome,) = outcomes
-            found = outcome.factors if isinstance(outcome, Layer) else None
+            found = outcome.lowrank if isinstance(outcome, Layer) else None
         return base if found is None else merged(base, found, places[0].kind).to(base.dtype)
 
     def _tell_loss(self, name: str, base: Tensor, tuned: Tensor) -> None:

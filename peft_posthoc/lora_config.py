@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.experts import pack
-from peft_posthoc.adapters.names import target_modules
 from peft_posthoc.adapters.peft_format import PREFIX
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.delta import Pair, difference
 from peft_posthoc.extraction.extract import extract
-from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.plan import by_flags
 from peft_posthoc.models.layout import Place
 from peft_posthoc.ranks.rules import Rank
@@ -116,7 +114,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
         fields.setdefault("task_type", adapter.plan.layout.task_type)
         fields["fan_in_fan_out"] = fields.get("fan_in_fan_out") or adapter.plan.layout.fan_in_fan_out
         if fields.get("target_modules") in (None, "all-linear"):
-            fields["target_modules"] = target_modules(PORTABLE.modules(adapter), adapter.plan.layout)
+            fields["target_modules"] = adapter.file.target_modules
         config = cls(r=rank, **fields)
         config.delta = Delta.of(adapter, before, after, config)
         return config

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_posthoc.adapters.peft_format import Contents, write_folder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import AdapterError, NothingToCarryError
-from peft_posthoc.extraction.findings import Findings, Form
-from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.errors import NothingToCarryError
+from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.forms.layout import Form
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.report import Report
@@ -41,7 +42,7 @@ class Adapter(Findings):
         tuned_name: str | None = None,
         dtype: torch.dtype | None = None,
         options: Mapping[str, Any],
-        form: Form = PORTABLE,
+        form: Form = "portable",
         notes: Sequence[str] = (),
     ) -> Adapter:
         """Put together what the loop found.
@@ -54,7 +55,7 @@ class Adapter(Findings):
         layers = {row.weight: row for row in rows if isinstance(row, Layer)}
         skipped = {row.weight: row for row in rows if isinstance(row, Skipped)}
         kept = {row.weight: row for row in rows if isinstance(row, Kept)}
-        if not layers and (form is PORTABLE or not any(row.delta_norm for row in kept.values())):
+        if not layers and (form == "portable" or not any(row.delta_norm for row in kept.values())):
             raise NothingToCarryError(_nothing([*skipped.values(), *kept.values()], base.label, tuned.label))
         return cls(
             layers=layers,
@@ -107,6 +108,14 @@ class Adapter(Findings):
         """What is carried and how well, what is left out, why, and how large that is."""
         return Report.of(self)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the adapter's file, by name.
+
+        Raises:
+            AdapterError: The factors were not kept, or the saved type does not hold one.
+        """
+        return self.file.filled(self.factors, {name: kept.value for name, kept in self.kept.items()})
+
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the adapter folder: all of it, or nothing.
 
@@ -117,11 +126,10 @@ class Adapter(Findings):
         Raises:
             AdapterError: The folder holds something, or cannot be written; or there are no factors.
         """
-        if self.hollow:
-            raise AdapterError("An adapter that was extracted with `keep_factors=False` has nothing to save.")
         place = Path(folder).absolute()
         with finished_layers(place, {place: self.provenance}):
-            contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
+            config = self.file.config(self.provenance)
+            contents = Contents(self.tensors(), config, self.report.to_dict(), self.provenance)
             write_folder(place, contents, force=force, called=folder)
         return Path(folder)
 

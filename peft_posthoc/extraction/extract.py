@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def extract(
             keep_factors=keep_factors,
         )
         adapter = prepared.adapter(outcomes, tuned_name=tuned_name)
-        return prepared.settle(adapter if keep_factors else replace(adapter, hollow=True))
+        return prepared.settle(adapter)
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(
@@ -238,7 +238,7 @@ def _outcomes(
     ):
         for outcome in found:
             if isinstance(outcome, Layer) and not keep_factors:
-                outcome = outcome._replace(factors=outcome.factors.hollow())
+                outcome = outcome.without_factors()
             outcomes.append(outcome)
             if spool is not None:
                 spool.put(outcome)

@@ -64,6 +64,10 @@ class Plan:
         carried = {name: places for name, places in self.carried.items() if name in names}
         return replace(self, carried=carried, left_out={**self.left_out, **dict.fromkeys(others, reason)})
 
+    def slot(self, name: str) -> Slot:
+        """The matrix that a carried weight is."""
+        return self.slots[self.carried[name][0].module]
+
     def reason(self, name: str) -> str:
         """Why a weight is not carried."""
         return self.left_out.get(name, "neither checkpoint has it")

@@ -12,9 +12,9 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.extraction.findings import Form
-from peft_posthoc.extraction.forms.peft import EXACT
-from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.extraction.forms.lay_out import FORMS
+from peft_posthoc.extraction.forms.layout import Form
+from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Choice, Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
@@ -26,8 +26,6 @@ from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_pair
-
-FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,8 @@ def prepare(
     rules = rules_of(plan, rank, rank_pattern or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.only(rules, "no rank is given for it")
-    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
+    if kind == "peft":
+        plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
     options = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         "rank_pattern": dict(rank_pattern or {}),
@@ -199,7 +198,7 @@ def form_of(name: str) -> Form:
     """
     if name not in FORMS:
         raise ValueError(f"`form` must be one of {', '.join(FORMS)}. Got {name!r}.")
-    return FORMS[name]
+    return name
 
 
 def experts_of(given: str | None, form: str) -> Experts:

@@ -100,8 +100,8 @@ class Report:
     def of(cls, adapter: Findings) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
-        totals = _totals(rows, adapter.form.rank(adapter), adapter.padding)
-        warnings = (*adapter.form.warnings(adapter), *_warnings(rows, totals))
+        totals = _totals(rows, adapter.file.rank, adapter.file.padding)
+        warnings = (*adapter.file.warnings, *_warnings(rows, totals))
         return cls(rows, totals, warnings, adapter.notes, adapter.provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Report:
 
 def _rows(adapter: Findings) -> Iterable[Row]:
     plan = adapter.plan
-    in_file, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
+    in_file, whole = adapter.file.bytes_by_module, adapter.file.bytes_of_whole
     for name, header in plan.headers.items():
         layer = adapter.layers.get(name)
         places = plan.carried.get(name) or plan.layout.places(name)

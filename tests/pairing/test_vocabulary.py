@@ -137,7 +137,7 @@ def test_a_reward_model_s_head_comes_whole(reward, tmp_path):
     status = {row.weight: (row.status, row.reason) for row in adapter.report.rows}
     assert status["score.weight"] == ("whole", "")
     assert status["lm_head.weight"] == ("left out", "only in base")
-    config = adapter.form.config(adapter)
+    config = adapter.file.config(adapter.provenance)
     assert (config["task_type"], "score" in config["modules_to_save"]) == (None, True)
     cls = transformers.LlamaForSequenceClassification
     model = cls.from_pretrained(base, num_labels=1, pad_token_id=0)
