@@ -23,6 +23,7 @@ from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.delta import Pair, difference
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.plan import by_flags
+from peft_posthoc.extraction.reasons import LeftOut, told
 from peft_posthoc.models.layout import Place
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.ranks.safe import safe_rank
@@ -155,24 +156,24 @@ class Delta:
         return cls(adapter, biases, whole)
 
 
-def _choose(config: LoraConfig, places: Sequence[Place]) -> tuple[list[Place], str]:
+def _choose(config: LoraConfig, places: Sequence[Place]) -> tuple[Place, ...] | LeftOut:
     """The places that PEFT would adapt with this configuration."""
     if places[0].kind.stacked:
-        parameter = places[0].module.partition("[")[0]
-        if any(f".{parameter}".endswith(f".{end}") for end in config.target_parameters or ()):
-            return list(places), ""
-        return [], "not among the parameters that the configuration targets"
+        if any(f".{places[0].parameter}".endswith(f".{end}") for end in config.target_parameters or ()):
+            return tuple(places)
+        return told("not among the parameters that the configuration targets")
     automatic = config.target_modules is None or config.target_modules == "all-linear"
-    candidates, reason = by_flags()(places) if automatic else (list(places), "")
+    candidates = by_flags()(places) if automatic else tuple(places)
+    if isinstance(candidates, LeftOut):
+        return candidates
 
     def wanted(place: Place) -> bool:
         leaf = place.module.rpartition(".")[2]
         probe = dataclasses.replace(config, target_modules=[leaf]) if automatic else config
         return bool(check_target_module_exists(probe, place.module))
 
-    return [
-        place for place in candidates if wanted(place)
-    ], reason or "not among the modules that the configuration targets"
+    chosen = tuple(place for place in candidates if wanted(place))
+    return chosen or told("not among the modules that the configuration targets")
 
 
 def get_peft_model(

@@ -19,6 +19,7 @@ from peft_posthoc.checkpoints.files import weight_files
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in, regular, staged
 from peft_posthoc.models.kinds import FILED, LayerKind
+from peft_posthoc.text import asked
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -67,9 +68,11 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
     if not check_free(target):
         return
     if not force:
-        raise AdapterError(f"`{target}` exists and is not empty. Choose another folder, or replace it with `--force`.")
+        raise AdapterError(
+            f"`{target}` exists and is not empty. Choose another folder, or replace it with `{asked('force')}`."
+        )
     if not (target / CONFIG).is_file():
-        raise AdapterError(f"`{target}` is not an adapter folder; `--force` replaces nothing else.")
+        raise AdapterError(f"`{target}` is not an adapter folder; `{asked('force')}` replaces nothing else.")
     check_apart(target, _WRITTEN, _old_files(target), _SPOIL)
     if model := weight_files({path.name for path in target.iterdir()}):
         raise AdapterError(

@@ -21,6 +21,7 @@ from peft_posthoc.cli.ranks import RANK, RANK_PATTERN, Asked
 from peft_posthoc.errors import OutputError, PosthocError, ShareDone, brief, noting, one_line, printable
 from peft_posthoc.files import write_whole
 from peft_posthoc.models.remote_code import no_prompts
+from peft_posthoc.text import asked_on
 
 # Packages beside this one add commands to `phlora` by entry points of this group.
 COMMANDS = "peft_posthoc.commands"
@@ -76,7 +77,8 @@ def one_line_errors(
         sys.exit(status)
 
     try:
-        yield
+        with asked_on("command line"):
+            yield
     except click.ClickException as error:
         error.message = brief(error.message)  # type: ignore[misc]  # it is set by `__init__` alone, says click
         raise

@@ -21,6 +21,7 @@ from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.forms.layout import Form
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.extraction.reasons import LeftOut
 from peft_posthoc.extraction.report import Report
 from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
@@ -56,7 +57,7 @@ class Adapter(Findings):
         skipped = {row.weight: row for row in rows if isinstance(row, Skipped)}
         kept = {row.weight: row for row in rows if isinstance(row, Kept)}
         if not layers and (form == "portable" or not any(row.delta_norm for row in kept.values())):
-            raise NothingToCarryError(_nothing([*skipped.values(), *kept.values()], base.label, tuned.label))
+            raise NothingToCarryError(_nothing([*skipped.values(), *kept.values()], plan, base.label, tuned.label))
         return cls(
             layers=layers,
             skipped=skipped,
@@ -134,12 +135,13 @@ class Adapter(Findings):
         return Path(folder)
 
 
-def _nothing(others: Iterable[Skipped | Kept], base: str, tuned: str) -> str:
+def _nothing(others: Iterable[Skipped | Kept], plan: Plan, base: str, tuned: str) -> str:
     changed = [row for row in others if row.delta_norm]
     if not changed:
         return f"`{base}` and `{tuned}` hold the same weights: there is nothing to extract."
     worst = max(changed, key=lambda row: row.delta_norm or 0.0)
-    why = worst.reason if isinstance(worst, Skipped) else "PEFT keeps it only beside a layer with factors"
+    fate = plan.fates[worst.weight]
+    why = fate.hint if isinstance(fate, LeftOut) else "PEFT keeps it only beside a layer with factors"
     return (
         f"No weight that is carried differs between `{base}` and `{tuned}`. {len(changed)} others do; the largest "
         f"change is in `{worst.weight}`: {why}."

@@ -223,6 +223,7 @@ def _outcomes(
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]
+    largest = max(header.bytes for header in plan.headers.values())
     bar = tqdm(
         total=sum(sizes[name] for name in share),
         initial=sum(sizes[name] for name in done),
@@ -234,7 +235,7 @@ def _outcomes(
     with (
         bar,
         read_pairs(base, tuned, mine) as pairs,
-        factor_pairs(pairs, plan, rules, exact=exact, device=device) as found,
+        factor_pairs(pairs, plan.fates, largest=largest, exact=exact, device=device) as found,
     ):
         for outcome in found:
             if isinstance(outcome, Layer) and not keep_factors:

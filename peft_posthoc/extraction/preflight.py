@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from peft_posthoc.extraction.forms.lay_out import lay_out
 from peft_posthoc.extraction.forms.layout import FileLayout
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.prepare import Prepared, prepare
+from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.linalg.spectrum import in_advance
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source
@@ -44,6 +45,10 @@ class PreflightRow:
     rank: int
     bytes: int
     """In the adapter file, at most."""
+    cause: Reason | None = None
+    """The reason as a code."""
+    way_out: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide it, by name; null where their value is the user's to find."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +214,17 @@ def _rows(plan: Plan, ranks: Mapping[str, int], file: FileLayout) -> Iterable[Pr
     for name, header in plan.headers.items():
         places = plan.carried.get(name) or plan.layout.places(name)
         modules = tuple(place.module for place in places if place.module in in_file)
-        factored, kept = name in ranks, name in plan.kept
+        factored, kept, left_out = name in ranks, name in plan.kept, plan.left_out.get(name)
         yield PreflightRow(
             weight=name,
             status="carried" if factored else "whole" if kept else "left out",
-            reason="" if factored or kept else plan.reason(name),
+            reason=left_out.text if left_out else "",
             modules=plan.kept[name].modules if kept else modules,
             kind=places[0].kind.name if factored else "",
             shape=header.shape,
             dtype=str(header.dtype).removeprefix("torch."),
             rank=ranks.get(name, 0),
             bytes=file.bytes_of_whole.get(name, 0) if kept else sum(in_file[module] for module in modules),
+            cause=left_out.reason if left_out else None,
+            way_out=left_out.way_out if left_out else {},
         )

@@ -20,12 +20,14 @@ from peft_posthoc.extraction.plan import Choice, Plan, by_flags, everything, mak
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.layout import GUESSED, Layout
+from peft_posthoc.models.part import is_rest
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_pair
+from peft_posthoc.text import asked
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,6 @@ class Prepared:
     base: Checkpoint
     tuned: Checkpoint
     plan: Plan
-    rules: Mapping[str, RankRule]
-    """By carried weight."""
     form: Form
     device: torch.device
     dtype: torch.dtype
@@ -49,6 +49,11 @@ class Prepared:
     """What shares ranks out among all layers, once they are factored as far as the rules say."""
     by_hand: frozenset[str] = frozenset()
     """Weights whose rank it does not change."""
+
+    @property
+    def rules(self) -> dict[str, RankRule]:
+        """By carried weight."""
+        return {name: fate.rule for name, fate in self.plan.factored.items() if fate.rule is not None}
 
     def settle(self, adapter: Adapter) -> Adapter:
         """The adapter, at the ranks that are to be kept of what was factored.
@@ -145,7 +150,7 @@ def prepare(
         rank = rank.bounds(PlanSizing(plan, dtype, kind))
     rules = rules_of(plan, rank, rank_pattern or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
-    plan = plan.only(rules, "no rank is given for it")
+    plan = plan.ruled(rules)
     if kind == "peft":
         plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
     options = {
@@ -168,7 +173,6 @@ def prepare(
         before,
         after,
         plan,
-        rules,
         kind,
         where,
         dtype,
@@ -211,7 +215,8 @@ def experts_of(given: str | None, form: str) -> Experts:
         raise ValueError(f"`experts` must be one of {', '.join(get_args(Experts))}. Got {given!r}.")
     if form == "peft" and given == "per-expert":
         raise ValueError(
-            "PEFT computes with stacked experts: `--form peft` takes `--experts fused` or `none`, not `per-expert`."
+            f"PEFT computes with stacked experts: `{asked('form', 'peft')}` takes `{asked('experts', 'fused')}` or "
+            "`none`, not `per-expert`."
         )
     return cast(Experts, given or ("fused" if form == "peft" else "none"))
 
@@ -225,7 +230,9 @@ def vocab_of(given: str, form: str) -> Vocab:
     if given not in get_args(Vocab):
         raise ValueError(f"`vocab` must be one of {', '.join(get_args(Vocab))}. Got {given!r}.")
     if given == "extend" and form != "peft":
-        raise ValueError("`--vocab extend` keeps embeddings whole, which only `--form peft` can.")
+        raise ValueError(
+            f"`{asked('vocab', 'extend')}` keeps embeddings whole, which only `{asked('form', 'peft')}` can."
+        )
     return cast(Vocab, given)
 
 
@@ -246,7 +253,7 @@ def _may_be_kept(
         # A new head, whose module the tuned model's class has. What is numbered is a layer that the base lacks.
         module = layout.module_of(name)
         numbered = any(part.isdigit() for part in module.split("."))
-        return layout.origin != GUESSED and module in layout.classes and not name.endswith(":]") and not numbered
+        return layout.origin != GUESSED and module in layout.classes and not is_rest(name) and not numbered
 
     names = [name for name in tuned.headers if fits(name) and name not in but]
     wanted, unwanted = (
@@ -266,9 +273,10 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     rule = each(rank) if not isinstance(rank, Mapping) else None
     for name in given or ():
         if name not in plan.carried:
-            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
+            why = plan.left_out[name].hint if name in plan.left_out else "neither checkpoint has it"
+            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {why}.")
     own = {pattern: each(one) for pattern, one in rank_pattern.items()}
-    modules = {weight: places[0].module.partition("[")[0] for weight, places in plan.carried.items()}
+    modules = {weight: places[0].parameter for weight, places in plan.carried.items()}
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:

@@ -18,6 +18,7 @@ from peft_posthoc.ranks.rules import check_limits, fixed, limit_flags
 from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.ranks.sizing import HeldSizing, Sizing
 from peft_posthoc.ranks.weighting import WEIGHTINGS, Weighting, balanced
+from peft_posthoc.text import asked
 
 # A layer is factored up to this many times the rank that all have if all have the same.
 _DEEP = 4
@@ -154,7 +155,7 @@ class budget:
         """
         if str(self.size).endswith("%"):
             raise ValueError(
-                f"`--budget {self.size}` is a share of the tuned checkpoint, which is not there: give a size."
+                f"`{asked('size', self.size)}` is a share of the tuned checkpoint, which is not there: give a size."
             )
         if self.params is not None:
             item, beside = 1, 0
@@ -188,8 +189,8 @@ class budget:
         name = next((name for name, one in WEIGHTINGS.items() if one == self.weighting), None)
         if name is None or self.floor != budget.floor:
             raise ValueError(f"The rank rule {self!r} cannot be said on a command line.")
-        asked = ["--budget", str(self.size)] if self.params is None else ["--params", str(self.params)]
-        return [*asked, "--weighting", name, *limit_flags(self.most, self.least, self.multiple)]
+        given = ["--budget", str(self.size)] if self.params is None else ["--params", str(self.params)]
+        return [*given, "--weighting", name, *limit_flags(self.most, self.least, self.multiple)]
 
     def _costs(self, sizing: Sizing) -> dict[str, int]:
         """By weight, what one triplet takes of the size."""
@@ -213,9 +214,9 @@ class budget:
 
     def _too_small(self, limit: int, least: int) -> ValueError:
         unit = "bytes" if self.params is None else "parameters"
-        asked = f"--budget {self.size}" if self.params is None else f"--params {self.params}"
+        given = asked("size", self.size) if self.params is None else asked("params", self.params)
         more = "" if self.params is not None or not str(self.size).endswith("%") else f" ({limit:,} {unit})"
         return ValueError(
-            f"`{asked}`{more} is below the smallest adapter of these layers, {least:,} {unit}. Give more, or carry "
-            "fewer layers (`--exclude`)."
+            f"`{given}`{more} is below the smallest adapter of these layers, {least:,} {unit}. Give more, or carry "
+            f"fewer layers (`{asked('exclude', None)}`)."
         )

@@ -18,6 +18,7 @@ import torch
 from peft_posthoc.linalg.noise import white
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
 from peft_posthoc.ranks.sizing import HeldSizing, Sizing
+from peft_posthoc.text import asked
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -264,12 +265,12 @@ def check_limits(most: int | None, least: int, multiple: int) -> None:
     Raises:
         ValueError: They do.
     """
-    for option, value in (("--max-rank", most), ("--min-rank", least), ("--round-to", multiple)):
+    for option, value in (("most", most), ("least", least), ("multiple", multiple)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{option}` must be a whole number of at least 1. Got {value!r}.")
+            raise ValueError(f"`{asked(option, None)}` must be a whole number of at least 1. Got {value!r}.")
     if most is not None and most < max(least, multiple):
-        name = "--min-rank" if least > most else "--round-to"
-        raise ValueError(f"`--max-rank {most}` is below `{name} {max(least, multiple)}`: no rank is left.")
+        other = asked("least", least) if least > most else asked("multiple", multiple)
+        raise ValueError(f"`{asked('most', most)}` is below `{other}`: no rank is left.")
 
 
 def as_rule(rank: Rank) -> RankRule | Allocation:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peft_posthoc.serving.engines import ENGINES
 from peft_posthoc.serving.rules import RULES, Rule, Severity
 from peft_posthoc.serving.subject import Subject
-from peft_posthoc.text import shorten
+from peft_posthoc.text import asked, shorten
 
 Verdict = Literal["right", "refused", "silently wrong"]
 _ORDER = {"refused": 0, "silently wrong": 1, "warning": 2}
@@ -94,7 +94,10 @@ class Check:
         for outcome in served:
             lines += [f"  {outcome.title:<{width}}  {command}" for command in outcome.serve]
         if self.base is None:
-            lines += ["", "Without --base, names and shapes were not held against the model that is served."]
+            lines += [
+                "",
+                f"Without {asked('base', None)}, names and shapes were not held against the model that is served.",
+            ]
         return "\n".join(lines)
 
 

@@ -162,7 +162,7 @@ def test_an_overflow_of_the_saved_dtype_is_an_error_that_leaves_nothing(tmp_path
 def test_a_change_in_what_is_left_out_alone_is_told_with_the_largest(tmp_path):
     model = models.llama()
     tuned = models.tuned_from(model, only=lambda name: name == "lm_head.weight")
-    with pytest.raises(NothingToCarryError, match=r"`lm_head.weight`: head \(carried with --head\)"):
+    with pytest.raises(NothingToCarryError, match=r"`lm_head.weight`: head \(carried with head=True\)"):
         extract(model, tuned, 4)
 
 

@@ -29,7 +29,7 @@ def llama(layers=32, width=4096, inner=11008, *, rank=512, dtype=torch.bfloat16,
     plan = make_plan(base, tuned, include=[], exclude=[], choose=by_flags())
     draw = torch.Generator().manual_seed(0)
     exponents = {"q_proj": 0.6, "k_proj": 0.65, "v_proj": 0.5, "o_proj": 0.48, "gate_proj": 0.42, "up_proj": 0.4}
-    outcomes = [Skipped(name, why, 1.0, 100.0, None, 0.0) for name, why in plan.left_out.items()]
+    outcomes = [Skipped(name, fate.text, 1.0, 100.0, None, 0.0) for name, fate in plan.left_out.items()]
     for name, (place, *_) in plan.carried.items():
         _, m, n = plan.slots[place.module]
         depth = int(name.split(".")[2]) / layers

@@ -20,6 +20,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout
 from peft_posthoc.extraction.forms.whole import as_peft_means
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.models.kinds import EMBEDDING
+from peft_posthoc.text import as_flag, asked
 
 
 def peft(plan: Plan, ranks: Mapping[str, int], changed: Collection[str], dtype: torch.dtype) -> FileLayout:
@@ -61,7 +62,8 @@ def peft(plan: Plan, ranks: Mapping[str, int], changed: Collection[str], dtype: 
         whole={name: tuple(one for one in how.names if one.startswith(inside)) for name, how in kept.items()},
         headers=plan.headers,
         warnings=(
-            "The `peft` form is for PEFT alone: serving engines refuse or misread it (`--form portable`).",
+            "The `peft` form is for PEFT alone: serving engines refuse or misread it "
+            f"(`{as_flag('form', 'portable')}`).",
             *_kept_whole(plan, changed, stacked=bool(stacks)),
             *(_no_bias(plan, own) if biases is not None else ()),
         ),
@@ -108,7 +110,7 @@ def _whole_modules(plan: Plan, changed: Collection[str]) -> list[str]:
         pattern = rf"^{re.escape(weight.rpartition('.')[0])}\."
         raise AdapterError(
             f"PEFT would take `{end}`, which is to be kept whole, to mean `{module}` too, which cannot be. Leave it "
-            f"out: `--exclude '{pattern}'`."
+            f"out: `{asked('exclude', pattern)}`."
         )
     return whole
 
@@ -118,9 +120,10 @@ def _kept_whole(plan: Plan, changed: Collection[str], *, stacked: bool) -> list[
     layers = [name for name in plan.kept if name in changed and plan.layout.places(name)] if stacked else []
     if not layers:
         return []
+    pattern = r"\.bias$"
     return [
         f"{len(layers)} layers are kept whole: beside stacked experts PEFT's LoRA has neither biases nor dense MLPs. "
-        "To give layers with a bias factors, leave the biases out: `--exclude '\\.bias$'`."
+        f"To give layers with a bias factors, leave the biases out: `{as_flag('exclude', pattern)}`."
     ]
 
 

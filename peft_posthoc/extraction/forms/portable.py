@@ -17,6 +17,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.models.layout import Layout, is_of_an_expert
 from peft_posthoc.ranks.safe import safe_rank
+from peft_posthoc.text import as_flag
 
 
 def portable(plan: Plan, ranks: Mapping[str, int], dtype: torch.dtype) -> FileLayout:
@@ -59,6 +60,6 @@ def _warnings(layout: Layout, modules: Mapping[str, int], *, stacked: bool) -> t
         lost = "the dense MLPs beside the experts" if layout.mistaken else "the experts"
         return (
             f"For serving engines only: PEFT on transformers 5 drops the factors of {lost}, in silence. For PEFT, "
-            "`--form peft`.",
+            f"`{as_flag('form', 'peft')}`.",
         )
     return ()
