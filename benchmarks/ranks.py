@@ -106,7 +106,7 @@ def sizes(adapter: Adapter) -> dict[int, int]:
         # What a budget allows for digits it cannot know yet.
         ranks = {name: len(layer.factors.s) for name, layer in cut.layers.items()}
         slack = FoundSizing(cut, str(cut.provenance["options"]["rule"])).header(ranks, len(str(adapter.rank)) + 20) + 8
-        found[rank] = slack + sum(cut.form.bytes(cut).values()) + sum(cut.form.whole(cut).values())
+        found[rank] = slack + cut.file.bytes
     return found
 
 

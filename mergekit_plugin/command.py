@@ -153,7 +153,7 @@ def main(
         if merge.by_phlora or no_model:
             adapter = extract(merge.base, merge.result, request, progress=progress)
         if merge.by_phlora and not no_model:
-            factors = {name: layer.factors for name, layer in adapter.layers.items()}
+            factors = {name: layer.lowrank for name, layer in adapter.layers.items()}
             with PHLORA.knowing(factors, but=merge.leave_out):
                 _run(read, source, out_path, merge_options)
             done.enter_context(model)

@@ -29,6 +29,7 @@ from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.extraction.plan import by_flags, everything, make_plan
+from peft_posthoc.extraction.reasons import LeftOut, told
 from peft_posthoc.files import check_folder
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.by_class import check_counts
@@ -143,17 +144,17 @@ class Merge:
         Raises:
             PosthocError: They choose none.
         """
-        chosen = (name for places, name in self._weights.items() if self.choose(places)[0])
+        chosen = (name for places, name in self._weights.items() if not isinstance(self.choose(places), LeftOut))
         found = {name: rule for name in chosen if (rule := self._settings(name).rule) is not None}
         if not found:
             raise PosthocError(f"The parameters of `merge_method: {NAME}` give no weight a rank: there is no adapter.")
         return found
 
-    def choose(self, places: Sequence[Place]) -> tuple[list[Place], str]:
+    def choose(self, places: Sequence[Place]) -> tuple[Place, ...] | LeftOut:
         """Of the places of a weight those that the parameters of `phlora` choose; if none, why."""
         settings = self._settings(self._weights[tuple(places)])
         if settings.rule is None:
-            return [], "rank 0 (parameters)"
+            return told("rank 0 (parameters)")
         return by_flags(embeddings=settings.embeddings, head=settings.head)(places)
 
     @property

@@ -23,10 +23,10 @@ from mergekit_plugin.models import folder_of, plan_of
 from mergekit_plugin.parameters import refuse_unknown
 from mergekit_plugin.settings import PARAMETERS, Settings
 from peft_posthoc.adapters.factors import merged
-from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.memory import InMemory
 from peft_posthoc.errors import NothingToCarryError
 from peft_posthoc.extraction.delta import Pair
+from peft_posthoc.extraction.fate import Factored
 from peft_posthoc.extraction.outcomes import Layer
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.work import factor_pairs
@@ -80,8 +80,8 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
         tuned: Tensor = other.tensor
         settings = Settings(**{parameter: values[other.id] for parameter, values in parameters.items()})
         places = self._places(group)
-        chosen, _ = by_flags(embeddings=settings.embeddings, head=settings.head)(places)
-        rule = settings.rule if chosen else None
+        chosen = by_flags(embeddings=settings.embeddings, head=settings.head)(places) if places else ()
+        rule = settings.rule if isinstance(chosen, tuple) and chosen else None
         name = group.metadata.name or "weight"
         known = self._known is not None and name not in self._unknown
         if rule is None or (known and name not in (self._known or ())):
@@ -92,13 +92,11 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
             return base
         found = self._known[name] if self._known is not None and known else None
         if not known:
-            # What a plan is asked for one weight.
-            header = Header(tuple(base.shape), base.dtype)
-            plan = Plan(Layout("mergekit", {}), {name: tuple(places)}, {}, {}, {name: header})
+            fates = {name: Factored(tuple(places), rule)}
             pairs = [Pair(name, base, tuned)]
-            with factor_pairs(pairs, plan, {name: rule}, exact=settings.exact, device=base.device) as outcomes:
+            with factor_pairs(pairs, fates, exact=settings.exact, device=base.device) as outcomes:
                 (outcome,) = outcomes
-            found = outcome.factors if isinstance(outcome, Layer) else None
+            found = outcome.lowrank if isinstance(outcome, Layer) else None
         return base if found is None else merged(base, found, places[0].kind).to(base.dtype)
 
     def _tell_loss(self, name: str, base: Tensor, tuned: Tensor) -> None:
@@ -150,8 +148,8 @@ def _by_name(name: str, group: TensorGroup) -> Plan:
     sides = [InMemory({name: entry.tensor}, label=str(entry.id)) for entry in (group.base, *group.non_base)]
     try:
         return make_plan(*sides, choose=everything)
-    except NothingToCarryError as reason:
-        return Plan(Layout("mergekit", {}), {}, {name: str(reason)}, {}, {})
+    except NothingToCarryError:
+        return Plan({}, Layout("mergekit", {}), {}, {})
 
 
 def _numberless(name: str) -> str:

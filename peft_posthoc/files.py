@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from peft_posthoc.errors import AdapterError, CheckpointError, OutputError
+from peft_posthoc.text import asked
 
 
 @contextmanager
@@ -121,12 +122,13 @@ def check_apart(folder: Path, files: Collection[str], ours: Collection[str], spo
     for name in stays:
         if name in files:
             raise AdapterError(
-                f"`{folder / name}` is not the file that belongs there; `--force` would delete it. Move it elsewhere."
+                f"`{folder / name}` is not the file that belongs there; `{asked('force')}` would delete it. Move it "
+                "elsewhere."
             )
         if name.endswith(tuple(spoil)):
             raise AdapterError(
-                f"`{folder}` also holds `{name}`, which would be loaded with what is written; `--force` does not "
-                "delete it. Move it elsewhere."
+                f"`{folder}` also holds `{name}`, which would be loaded with what is written; `{asked('force')}` does "
+                "not delete it. Move it elsewhere."
             )
 
 

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.experts import pack
-from peft_posthoc.adapters.names import target_modules
 from peft_posthoc.adapters.peft_format import PREFIX
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.delta import Pair, difference
 from peft_posthoc.extraction.extract import extract
-from peft_posthoc.extraction.forms.portable import PORTABLE
 from peft_posthoc.extraction.plan import by_flags
+from peft_posthoc.extraction.reasons import LeftOut, told
 from peft_posthoc.models.layout import Place
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.ranks.safe import safe_rank
@@ -116,7 +115,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
         fields.setdefault("task_type", adapter.plan.layout.task_type)
         fields["fan_in_fan_out"] = fields.get("fan_in_fan_out") or adapter.plan.layout.fan_in_fan_out
         if fields.get("target_modules") in (None, "all-linear"):
-            fields["target_modules"] = target_modules(PORTABLE.modules(adapter), adapter.plan.layout)
+            fields["target_modules"] = adapter.file.target_modules
         config = cls(r=rank, **fields)
         config.delta = Delta.of(adapter, before, after, config)
         return config
@@ -157,24 +156,24 @@ class Delta:
         return cls(adapter, biases, whole)
 
 
-def _choose(config: LoraConfig, places: Sequence[Place]) -> tuple[list[Place], str]:
+def _choose(config: LoraConfig, places: Sequence[Place]) -> tuple[Place, ...] | LeftOut:
     """The places that PEFT would adapt with this configuration."""
     if places[0].kind.stacked:
-        parameter = places[0].module.partition("[")[0]
-        if any(f".{parameter}".endswith(f".{end}") for end in config.target_parameters or ()):
-            return list(places), ""
-        return [], "not among the parameters that the configuration targets"
+        if any(f".{places[0].parameter}".endswith(f".{end}") for end in config.target_parameters or ()):
+            return tuple(places)
+        return told("not among the parameters that the configuration targets")
     automatic = config.target_modules is None or config.target_modules == "all-linear"
-    candidates, reason = by_flags()(places) if automatic else (list(places), "")
+    candidates = by_flags()(places) if automatic else tuple(places)
+    if isinstance(candidates, LeftOut):
+        return candidates
 
     def wanted(place: Place) -> bool:
         leaf = place.module.rpartition(".")[2]
         probe = dataclasses.replace(config, target_modules=[leaf]) if automatic else config
         return bool(check_target_module_exists(probe, place.module))
 
-    return [
-        place for place in candidates if wanted(place)
-    ], reason or "not among the modules that the configuration targets"
+    chosen = tuple(place for place in candidates if wanted(place))
+    return chosen or told("not among the modules that the configuration targets")
 
 
 def get_peft_model(

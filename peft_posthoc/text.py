@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
-
-Surface = Literal["python", "flags", "yaml"]
-surface: ContextVar[Surface] = ContextVar("surface", default="python")
-"""Where options are asked for: in Python, by flags of a command, or in a recipe of mergekit's."""
-
-_FLAGS = {"rename": "map"}
-
-
-def asked(option: str, value: Any = True) -> str:
-    """An option as it is asked for: `head=True` in Python, `--head` on a command line, `head: true` in YAML.
-
-    Args:
-        option: Its name in Python.
-        value: Its value; None for the name alone.
-    """
-    where = surface.get()
-    if where == "flags":
-        flag = f"--{_FLAGS.get(option, option).replace('_', '-')}"
-        return flag if value is True or value is None else f"{flag} {value}"
-    if value is None:
-        return option
-    if where == "yaml":
-        return f"{option}: {str(value).lower() if isinstance(value, bool) else value}"
-    return f"{option}={value!r}"
 
 
 def percent(share: float | None) -> str:
@@ -53,3 +34,49 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+Surface = Literal["python", "command line", "mergekit"]
+"""Where options are given: as keywords, as flags, or in the YAML of a merge."""
+
+_SURFACE: ContextVar[Surface] = ContextVar("surface", default="python")
+# Options whose flag, and whose key in YAML, is not called as the keyword is.
+_FLAGS = {"rename": "map", "size": "budget", "most": "max-rank", "least": "min-rank", "multiple": "round-to"}
+# Flags that switch a keyword off.
+_OFF = {"outputs": "weights-only"}
+
+
+@contextmanager
+def asked_on(surface: Surface) -> Iterator[None]:
+    """Word options as they are given there, for what goes wrong in the `with` block."""
+    before = _SURFACE.set(surface)
+    try:
+        yield
+    finally:
+        _SURFACE.reset(before)
+
+
+def asked(option: str, value: Any = True) -> str:
+    """An option as whoever asked gives it: `head=True`, `--head` or `head: true`.
+
+    What is kept in a file, such as a report, is read by others: there it is `as_flag`.
+
+    Args:
+        option: The keyword of Python.
+        value: True for a switch that is on; None where it is the user's to find.
+    """
+    surface = _SURFACE.get()
+    if surface == "command line":
+        return as_flag(option, value)
+    if surface == "mergekit":
+        plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
+        shown = "..." if value is None else value if plain else json.dumps(value)
+        return f"{_FLAGS.get(option, option).replace('-', '_')}: {shown}"
+    return f"{option}={'...' if value is None else repr(value)}"
+
+
+def as_flag(option: str, value: Any = True) -> str:
+    """An option of the command line, to be copied into a shell."""
+    name = _OFF[option] if value is False else _FLAGS.get(option, option)
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is None or isinstance(value, bool) else f"{flag} {shlex.quote(str(value))}"

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.text import asked
 
 # Powers of two that a pair is moved by, out of balance, in search of a type's own range: float16 has 40.
 _MOVES = range(-40, 41)
@@ -38,14 +39,13 @@ def cast(
     """
     saved = a.to(dtype), b.to(dtype)
     if _overflow(a, saved[0]) or _overflow(b, saved[1]):
-        raise AdapterError(f"The factors of `{name}` overflow {dtype}. Choose another `--dtype`.")
+        raise AdapterError(f"The factors of `{name}` overflow {dtype}. {_another()}")
     if (a.dtype, b.dtype) != (dtype, dtype) and not _held(a, b, *saved):
         wide = _balanced(a.double(), b.double(), dtype)
         saved = wide[0].to(dtype), wide[1].to(dtype)
         if not _held(*wide, *saved):
             raise AdapterError(
-                f"The factors of `{name}` are too small for {dtype}: they would be another delta, or none. Choose "
-                "another `--dtype`."
+                f"The factors of `{name}` are too small for {dtype}: they would be another delta, or none. {_another()}"
             )
     return pad(*saved, len(a) if rank is None else rank)
 
@@ -72,14 +72,18 @@ def cast_biases(biases: Mapping[str, Float[Tensor, " m"]], dtype: torch.dtype) -
     saved = {name: bias.to(dtype, copy=True) for name, bias in biases.items()}
     for name, bias in biases.items():
         if _overflow(bias, saved[name]):
-            raise AdapterError(f"The bias of `{name}` overflows {dtype}. Choose another `--dtype`.")
+            raise AdapterError(f"The bias of `{name}` overflows {dtype}. {_another()}")
     size, lost = (
         math.hypot(*(float(torch.linalg.vector_norm(value.double())) for value in values))
         for values in (biases.values(), [saved[name].double() - bias.double() for name, bias in biases.items()])
     )
     if lost > 2 * torch.finfo(dtype).eps * size:
-        raise AdapterError(f"The biases are too small for {dtype}: they would be none. Choose another `--dtype`.")
+        raise AdapterError(f"The biases are too small for {dtype}: they would be none. {_another()}")
     return saved
+
+
+def _another() -> str:
+    return f"Choose another `{asked('dtype', None)}`."
 
 
 def _overflow(x: Tensor, saved: Tensor) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_posthoc.adapters.config import CONFIG, by_pattern, read_config
@@ -19,6 +19,7 @@ from peft_posthoc.checkpoints.files import weight_files
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in, regular, staged
 from peft_posthoc.models.kinds import FILED, LayerKind
+from peft_posthoc.text import asked
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -67,9 +68,11 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
     if not check_free(target):
         return
     if not force:
-        raise AdapterError(f"`{target}` exists and is not empty. Choose another folder, or replace it with `--force`.")
+        raise AdapterError(
+            f"`{target}` exists and is not empty. Choose another folder, or replace it with `{asked('force')}`."
+        )
     if not (target / CONFIG).is_file():
-        raise AdapterError(f"`{target}` is not an adapter folder; `--force` replaces nothing else.")
+        raise AdapterError(f"`{target}` is not an adapter folder; `{asked('force')}` replaces nothing else.")
     check_apart(target, _WRITTEN, adapter_files(target), _SPOIL)
     if model := weight_files({path.name for path in target.iterdir()}):
         raise AdapterError(
@@ -111,7 +114,7 @@ def write_folder(
     ours = adapter_files(place) if place.is_dir() else ()
     with staged(place, what="The adapter", called=called or folder, force=force, ours=ours) as made:
         made.mkdir()
-        save_file(dict(contents.tensors), made / WEIGHTS, metadata=_metadata(contents.provenance))
+        save_file(dict(contents.tensors), made / WEIGHTS, metadata=metadata(contents.provenance))
         _sort_metadata(made / WEIGHTS)
         _write_json(made / CONFIG, contents.config)
         _write_json(made / REPORT, contents.report)
@@ -119,13 +122,8 @@ def write_folder(
         (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
 
 
-def header_bytes(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> int:
-    """What a file of these weights has before its numbers."""
-    start = save(dict(tensors), metadata=_metadata(provenance))[:8]
-    return 8 + int.from_bytes(start, "little")
-
-
-def _metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+def metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What the file with the weights says of itself in its header."""
     return {"format": "pt", "phlora": json.dumps(provenance, sort_keys=True)}
 
 

@@ -9,6 +9,7 @@ from peft_posthoc.adapters.names import matched, target_modules
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.models.layout import Layout, is_of_an_expert
 from peft_posthoc.models.slots import Slot
+from peft_posthoc.text import asked
 
 # Engines fuse these into one kernel and expect all of a group or none.
 _TOGETHER = (
@@ -31,9 +32,10 @@ def targeted(chosen: Iterable[str], slots: Mapping[str, Slot], layout: Layout) -
         stuck = sorted(module for module in extra if module not in slots)
         if stuck:
             adapted = next((m for m in sorted(modules) if stuck[0] in matched([m], layout)), stuck[0])
+            pattern = rf"^{re.escape(adapted)}\."
             raise AdapterError(
                 f"PEFT would take `{adapted}`, which is adapted, to mean `{stuck[0]}` too, which has no LoRA form. "
-                f"Leave the first one out: `--exclude '^{re.escape(adapted)}\\.'`."
+                f"Leave the first one out: `{asked('exclude', pattern)}`."
             )
         modules |= extra
     return [module for module in slots if module in modules]

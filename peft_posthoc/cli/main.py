@@ -21,7 +21,7 @@ from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.errors import OutputError, PosthocError, ShareDone, brief, noting, one_line, printable
 from peft_posthoc.files import write_whole
 from peft_posthoc.models.remote_code import no_prompts
-from peft_posthoc.text import surface
+from peft_posthoc.text import asked_on
 
 # Packages beside this one add commands to `phlora` by entry points of this group.
 COMMANDS = "peft_posthoc.commands"
@@ -76,9 +76,9 @@ def one_line_errors(
         click.echo(f"{program}: error: {message}", err=True)
         sys.exit(status)
 
-    here = surface.set("flags")
     try:
-        yield
+        with asked_on("command line"):
+            yield
     except click.ClickException as error:
         error.message = brief(error.message)  # type: ignore[misc]  # it is set by `__init__` alone, says click
         raise
@@ -95,8 +95,6 @@ def one_line_errors(
         known = isinstance(error, PosthocError | ValueError | OSError)
         what = "" if known else f"Unexpected {type(error).__name__} (see it with {option}): "
         fail(f"{what}{one_line(error)}", 1)
-    finally:
-        surface.reset(here)
 
 
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

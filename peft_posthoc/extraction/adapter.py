@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_posthoc.adapters.peft_format import Contents, write_folder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import AdapterError, NothingToCarryError
-from peft_posthoc.extraction.findings import Findings, Form
-from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.errors import NothingToCarryError
+from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.forms.layout import Form
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.extraction.reasons import LeftOut
 from peft_posthoc.extraction.report import Report
 from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
@@ -41,7 +43,7 @@ class Adapter(Findings):
         tuned_name: str | None = None,
         dtype: torch.dtype | None = None,
         options: Mapping[str, Any],
-        form: Form = PORTABLE,
+        form: Form = "portable",
         notes: Sequence[str] = (),
     ) -> Adapter:
         """Put together what the loop found.
@@ -54,8 +56,8 @@ class Adapter(Findings):
         layers = {row.weight: row for row in rows if isinstance(row, Layer)}
         skipped = {row.weight: row for row in rows if isinstance(row, Skipped)}
         kept = {row.weight: row for row in rows if isinstance(row, Kept)}
-        if not layers and (form is PORTABLE or not any(row.delta_norm for row in kept.values())):
-            raise NothingToCarryError(_nothing([*skipped.values(), *kept.values()], base.label, tuned.label))
+        if not layers and (form == "portable" or not any(row.delta_norm for row in kept.values())):
+            raise NothingToCarryError(_nothing([*skipped.values(), *kept.values()], plan, base.label, tuned.label))
         return cls(
             layers=layers,
             skipped=skipped,
@@ -107,6 +109,14 @@ class Adapter(Findings):
         """What is carried and how well, what is left out, why, and how large that is."""
         return Report.of(self)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the adapter's file, by name.
+
+        Raises:
+            AdapterError: The factors were not kept, or the saved type does not hold one.
+        """
+        return self.file.filled(self.factors, {name: kept.value for name, kept in self.kept.items()})
+
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the adapter folder: all of it, or nothing.
 
@@ -117,21 +127,21 @@ class Adapter(Findings):
         Raises:
             AdapterError: The folder holds something, or cannot be written; or there are no factors.
         """
-        if self.hollow:
-            raise AdapterError("An adapter that was extracted with `keep_factors=False` has nothing to save.")
         place = Path(folder).absolute()
         with finished_layers(place, {place: self.provenance}):
-            contents = Contents(self.form.tensors(self), self.form.config(self), self.report.to_dict(), self.provenance)
+            config = self.file.config(self.provenance)
+            contents = Contents(self.tensors(), config, self.report.to_dict(), self.provenance)
             write_folder(place, contents, force=force, called=folder)
         return Path(folder)
 
 
-def _nothing(others: Iterable[Skipped | Kept], base: str, tuned: str) -> str:
+def _nothing(others: Iterable[Skipped | Kept], plan: Plan, base: str, tuned: str) -> str:
     changed = [row for row in others if row.delta_norm]
     if not changed:
         return f"`{base}` and `{tuned}` hold the same weights: there is nothing to extract."
     worst = max(changed, key=lambda row: row.delta_norm or 0.0)
-    why = worst.reason if isinstance(worst, Skipped) else "PEFT keeps it only beside a layer with factors"
+    fate = plan.fates[worst.weight]
+    why = fate.hint if isinstance(fate, LeftOut) else "PEFT keeps it only beside a layer with factors"
     return (
         f"No weight that is carried differs between `{base}` and `{tuned}`. {len(changed)} others do; the largest "
         f"change is in `{worst.weight}`: {why}."

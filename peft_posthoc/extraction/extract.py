@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Unpack
@@ -103,7 +103,7 @@ def extract(
             keep_factors=keep_factors,
         )
         adapter = prepared.adapter(outcomes, tuned_name=request.options["tuned_name"])
-        return prepared.settle(adapter if keep_factors else replace(adapter, hollow=True))
+        return prepared.settle(adapter)
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(
@@ -156,6 +156,7 @@ def _outcomes(
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]
+    largest = max(header.bytes for header in plan.headers.values())
     bar = tqdm(
         total=sum(sizes[name] for name in share),
         initial=sum(sizes[name] for name in done),
@@ -167,11 +168,11 @@ def _outcomes(
     with (
         bar,
         read_pairs(base, tuned, mine) as pairs,
-        factor_pairs(pairs, plan, rules, exact=exact, device=device) as found,
+        factor_pairs(pairs, plan.fates, largest=largest, exact=exact, device=device) as found,
     ):
         for outcome in found:
             if isinstance(outcome, Layer) and not keep_factors:
-                outcome = outcome._replace(factors=outcome.factors.hollow())
+                outcome = outcome.without_factors()
             outcomes.append(outcome)
             if spool is not None:
                 spool.put(outcome)

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peft_posthoc.extraction.forms.lay_out import lay_out
+from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.outcomes import Kept, Layer, Skipped
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.linalg.spectrum import Spectrum
-
-
-class Form(Protocol):
-    """How an adapter is laid out in its file."""
-
-    def rank(self, adapter: Findings) -> int:
-        """`r` of the file's configuration."""
-
-    def tensors(self, adapter: Findings) -> dict[str, Tensor]:
-        """The file's tensors by name."""
-
-    def bytes(self, adapter: Findings) -> dict[str, int]:
-        """What the factors of each module take in the file, for all modules that have some in it."""
-
-    def whole(self, adapter: Findings) -> dict[str, int]:
-        """By weight, what the tensors take in the file that are there without factors."""
-
-    def keep(self, plan: Plan, names: Collection[str]) -> Plan:
-        """The plan with what the form keeps beside factors, of these tensors that it may keep."""
-
-    def warnings(self, adapter: Findings) -> list[str]:
-        """What a user of such a file should know."""
-
-    def config(self, adapter: Findings) -> dict[str, Any]:
-        """The file's configuration."""
-
-    def padding(self, adapter: Findings) -> int:
-        """Bytes of zeros in the file: what it takes beyond every layer at its own rank."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +34,6 @@ class Findings:
     form: Form
     kept: Mapping[str, Kept] = field(default_factory=dict)
     """By weight name: what is in the file without factors."""
-    hollow: bool = False
-    """Whether the factors' values were not kept: there is nothing to save."""
     notes: tuple[str, ...] = ()
     """What was decided to compare the two checkpoints: of their names, and the like."""
 
@@ -72,7 +44,7 @@ class Findings:
             name: Spectrum(
                 layer.factors.s,
                 layer.factors.norm**2,
-                (layer.factors.b.shape[0], layer.factors.a.shape[1]),
+                layer.factors.shape,
                 layer.noise,
                 layer.base_norm,
             )
@@ -90,13 +62,35 @@ class Findings:
             name: layer._replace(factors=layer.factors.cut(max(ranks[name], 1))) if name in ranks else layer
             for name, layer in self.layers.items()
         }
-        options = {**self.provenance["options"], "rule": told}
-        return replace(self, layers=layers, provenance={**self.provenance, "options": options})
+        return replace(self, layers=layers, provenance=self.ruled_by(told))
+
+    def ruled_by(self, rule: str) -> dict[str, Any]:
+        """The provenance, with what another rule is called."""
+        return {**self.provenance, "options": {**self.provenance["options"], "rule": rule}}
+
+    @cached_property
+    def file(self) -> FileLayout:
+        """How it is laid out in its file."""
+        return self.file_at({})
+
+    def file_at(self, ranks: Mapping[str, int], form: Form | None = None) -> FileLayout:
+        """How it would be laid out at other ranks, or in another form.
+
+        Args:
+            ranks: By weight name; the other layers have what they have.
+            form: Its own if None.
+
+        Raises:
+            AdapterError: The form cannot hold these layers.
+        """
+        held = {name: len(layer.factors.s) for name, layer in self.layers.items()}
+        changed = {name for name, kept in self.kept.items() if kept.delta_norm}
+        return lay_out(form or self.form, self.plan, {**held, **ranks}, changed, self.dtype)
 
     @property
     def padding(self) -> int:
         """Bytes of zeros in the file, in the portable form: what it takes beyond every layer at its own rank."""
-        return self.form.padding(self)
+        return self.file.padding
 
     @property
     def rank(self) -> int:
@@ -105,11 +99,15 @@ class Findings:
 
     @cached_property
     def factors(self) -> dict[str, tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]]:
-        """By module: `a` and `b` at their true ranks, in float32, for every module that something is carried in."""
+        """By module: `a` and `b` at their true ranks, in float32, for every module that something is carried in.
+
+        Raises:
+            AdapterError: They were not kept.
+        """
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
             first, *_ = places = self.plan.carried[name]
-            a, b = layer.factors.a, layer.factors.b
+            a, b, *_ = layer.lowrank
             for place in places:
                 # A tied weight is stored one way in the embedding and the other way in the head.
                 turned = place.kind.transposed != first.kind.transposed

@@ -6,7 +6,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from peft_posthoc.linalg.lowrank import LowRank
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.linalg.lowrank import LowRank, Triplets
 from peft_posthoc.linalg.noise import Noise
 
 
@@ -14,8 +15,8 @@ class Layer(NamedTuple):
     """One weight whose delta was factored."""
 
     weight: str
-    factors: LowRank
-    """On the CPU."""
+    factors: LowRank | Triplets
+    """On the CPU; of a delta that is only looked at, what is known of its singular values."""
     base_norm: float
     seconds: float
     noise: Noise | None = None
@@ -23,6 +24,21 @@ class Layer(NamedTuple):
     signal: int | None = None
     """How many singular values stand out of the noise, among those that the factorization saw. None where no rule
     asked."""
+
+    @property
+    def lowrank(self) -> LowRank:
+        """The factors.
+
+        Raises:
+            AdapterError: They were not kept.
+        """
+        if not isinstance(self.factors, LowRank):
+            raise AdapterError("An adapter that was extracted with `keep_factors=False` has nothing to save.")
+        return self.factors
+
+    def without_factors(self) -> Layer:
+        """The same, to be looked at and not to be saved."""
+        return self._replace(factors=self.factors.triplets) if isinstance(self.factors, LowRank) else self
 
 
 class Skipped(NamedTuple):

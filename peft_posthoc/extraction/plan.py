@@ -3,77 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
+from peft_posthoc.extraction.fate import Factored, Fate, Whole
+from peft_posthoc.extraction.reasons import LeftOut, Reason, told
+from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout, Place, Role
 from peft_posthoc.models.slots import Slot, slots_of
 from peft_posthoc.pairing.vocabulary import resized, way_out
 from peft_posthoc.patterns import asked_for
+from peft_posthoc.text import asked
 
-ONLY_IN_BASE = "only in base"
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-Choice = Callable[[Sequence[Place]], "tuple[list[Place], str]"]
-"""Of the places a weight lives in, those to adapt; and, if none, the reason."""
-
-
-class Keep(NamedTuple):
-    """How a tensor without factors is kept."""
-
-    modules: tuple[str, ...]
-    """Those that are kept whole for it, or the one with factors whose bias it is."""
-    names: tuple[str, ...]
-    """In the model, that it has in these modules."""
-    as_bias: bool
-    """As the bias of a module with factors: its difference; otherwise the tuned tensor itself."""
+Choice = Callable[[Sequence[Place]], "tuple[Place, ...] | LeftOut"]
+"""Of the places a weight lives in, those to adapt; or why none is."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor of both checkpoints is either carried or left out."""
+    """The fate of every tensor of both checkpoints, and what is known of their model."""
 
+    fates: Mapping[str, Fate]
+    """By weight."""
     layout: Layout
-    carried: Mapping[str, tuple[Place, ...]]
-    """By weight: the modules that get its factors; the first one's kind says how it becomes a matrix."""
-    left_out: Mapping[str, str]
-    """By weight: the reason."""
     slots: Mapping[str, Slot]
     """Every module of the base that could hold factors."""
     headers: Mapping[str, Header]
     """Of every tensor, the tuned one's where both have it."""
-    kept: Mapping[str, Keep] = field(default_factory=dict)
-    """By weight: what has no factors but is in the file all the same."""
-    whole: frozenset[str] = frozenset()
-    """Weights that have no factors though their modules could hold some: they have other rows than the base's."""
 
-    def only(self, names: Collection[str], reason: str) -> Plan:
-        """The same plan, of which only these weights are carried.
+    @cached_property
+    def factored(self) -> dict[str, Factored]:
+        """By weight, what is carried as factors."""
+        return {name: fate for name, fate in self.fates.items() if isinstance(fate, Factored)}
+
+    @cached_property
+    def carried(self) -> dict[str, tuple[Place, ...]]:
+        """By weight with factors, the modules that get them."""
+        return {name: fate.places for name, fate in self.factored.items()}
+
+    @cached_property
+    def kept(self) -> dict[str, Whole]:
+        """By weight, what has no factors but is in the file all the same."""
+        return {name: fate for name, fate in self.fates.items() if isinstance(fate, Whole)}
+
+    @cached_property
+    def left_out(self) -> dict[str, LeftOut]:
+        """By weight, what is not in the file."""
+        return {name: fate for name, fate in self.fates.items() if isinstance(fate, LeftOut)}
+
+    def slot(self, name: str) -> Slot:
+        """The matrix that a carried weight is."""
+        return self.slots[self.carried[name][0].module]
+
+    def ruled(self, rules: Mapping[str, RankRule]) -> Plan:
+        """The same plan with a rank rule for each weight; those that have none are not carried.
 
         Raises:
-            NothingToCarryError: None of them is.
+            NothingToCarryError: None has one.
         """
-        others = [name for name in self.carried if name not in names]
-        if len(others) == len(self.carried):
-            raise NothingToCarryError(f"No weight is left to carry: {reason}.")
-        carried = {name: places for name, places in self.carried.items() if name in names}
-        return replace(self, carried=carried, left_out={**self.left_out, **dict.fromkeys(others, reason)})
+        without = LeftOut(Reason.NO_RANK)
+        if self.factored.keys().isdisjoint(rules):
+            raise NothingToCarryError(f"No weight is left to carry: {without.hint}.")
+        ruled = {
+            name: Factored(fate.places, rules[name]) if name in rules else without
+            for name, fate in self.factored.items()
+        }
+        return replace(self, fates={**self.fates, **ruled})
 
-    def reason(self, name: str) -> str:
-        """Why a weight is not carried."""
-        return self.left_out.get(name, "neither checkpoint has it")
 
-
-_FLAGS: Mapping[Role, str] = {
-    "convolution": "--conv",
-    "embedding": "--embeddings",
-    "expert": "--experts",
-    "head": "--head",
+# The option that carries weights in such places.
+_OPTIONS: Mapping[Role, str] = {
+    "convolution": "conv",
+    "embedding": "embeddings",
+    "expert": "experts",
+    "head": "head",
 }
 
 
@@ -85,21 +95,22 @@ def by_flags(*, embeddings: bool = False, head: bool = False, conv: bool = False
     asked = {"embedding": embeddings, "head": head, "convolution": conv, "expert": experts}
     wanted = {"layer", *(role for role, flag in asked.items() if flag)}
 
-    def choose(places: Sequence[Place]) -> tuple[list[Place], str]:
+    def choose(places: Sequence[Place]) -> tuple[Place, ...] | LeftOut:
         roles = {place.role for place in places}
-        if places and places[0].kind.stacked and not places[0].module.endswith("]"):
-            return [], "bias of experts (carried with --form peft)"
+        if places and places[0].kind.stacked and places[0].part is None:
+            return LeftOut(Reason.BIAS_OF_EXPERTS)
         if roles & wanted:
-            return list(places), ""
-        flags = " or ".join(_FLAGS[role] for role in sorted(roles))
-        return [], f"{' and '.join(sorted(roles))} (carried with {flags})"
+            return tuple(places)
+        # Experts are carried in more than one way.
+        ways = {_OPTIONS[role]: None if role == "expert" else True for role in sorted(roles)}
+        return LeftOut(Reason.NOT_ASKED_FOR, (" and ".join(sorted(roles)),), ways)
 
     return choose
 
 
-def everything(places: Sequence[Place]) -> tuple[list[Place], str]:
+def everything(places: Sequence[Place]) -> tuple[Place, ...]:
     """Carry all that can be carried, embeddings and head too."""
-    return list(places), ""
+    return tuple(places)
 
 
 def make_plan(
@@ -136,36 +147,30 @@ def make_plan(
     names = list(dict.fromkeys([*base.headers, *tuned.headers]))
     included = _matches(include, names, "include")
     excluded = _matches(exclude, names, "exclude")
-    told = leave_out or {}
+    unwanted = leave_out or {}
     choose = choose or by_flags()
     layout = (layout or layout_of(base, tuned)).without_ties(set(tuned.headers) - set(base.headers))
-    _same_shapes(base, tuned, layout, {*(excluded or ()), *told})
-    carried: dict[str, tuple[Place, ...]] = {}
-    left_out: dict[str, str] = {}
-    for name in names:
-        if name in told:
-            left_out[name] = told[name]
-            continue
-        places, reason = _decide(name, base.headers, tuned.headers, layout, choose)
+    _same_shapes(base, tuned, layout, {*(excluded or ()), *unwanted})
+
+    def fate_of(name: str) -> Fate:
+        if name in unwanted:
+            return told(unwanted[name])
+        fate = _fate(name, base.headers, tuned.headers, layout, choose)
         if name in whole:
-            places, reason = [], "other rows than the base's (--vocab extend)"
-        if places and ((included is not None and name not in included) or (excluded and name in excluded)):
-            places, reason = [], "not chosen (--include/--exclude)"
-        if places:
-            carried[name] = tuple(places)
-        else:
-            left_out[name] = reason
-    if not carried:
-        reasons = ", ".join(sorted(set(left_out.values())))
-        raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
-    return Plan(
+            return LeftOut(Reason.OTHER_ROWS)
+        outside = (included is not None and name not in included) or (excluded and name in excluded)
+        return LeftOut(Reason.NOT_CHOSEN) if isinstance(fate, Factored) and outside else fate
+
+    plan = Plan(
+        {name: fate_of(name) for name in names},
         layout,
-        carried,
-        left_out,
         slots_of(base.headers, layout),
         {**base.headers, **tuned.headers},
-        whole=frozenset(whole),
     )
+    if not plan.factored:
+        reasons = ", ".join(sorted({fate.hint for fate in plan.left_out.values()}))
+        raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
+    return plan
 
 
 def _plain(checkpoint: Checkpoint, role: str) -> None:
@@ -205,7 +210,7 @@ def _same_shapes(base: Checkpoint, tuned: Checkpoint, layout: Layout, excluded: 
     if wrong:
         raise MismatchError(
             f"{len(wrong)} tensors have other shapes in base and tuned: {'; '.join(wrong)}. Give the base that the "
-            "fine-tune started from, or leave these out with `--exclude`."
+            f"fine-tune started from, or leave these out with `{asked('exclude', None)}`."
         )
 
 
@@ -216,43 +221,50 @@ def _matches(patterns: Iterable[str], names: Sequence[str], option: str) -> set[
         hits = asked_for(pattern, names, option)
         if not hits:
             raise ValueError(
-                f"`--{option} {pattern}` matches no weight name. Names look like `{names[len(names) // 2]}`."
+                f"`{asked(option, pattern)}` matches no weight name. Names look like `{names[len(names) // 2]}`."
             )
         found = (found or set()) | hits
     return found
 
 
-def _decide(
+def _fate(
     name: str, base: Mapping[str, Header], tuned: Mapping[str, Header], layout: Layout, choose: Choice
-) -> tuple[list[Place], str]:
-    if name not in tuned:
-        return [], ONLY_IN_BASE
-    if name not in base:
-        return [], "only in tuned"
-    header = base[name]
-    if header.shape != tuned[name].shape:
-        return [], "shapes differ (--exclude)"
-    if not (header.dtype.is_floating_point and tuned[name].dtype.is_floating_point):
-        return [], "not a floating-point tensor"
-    if name.endswith(".bias") or name == "bias":
-        return [], "bias (LoRA has no portable form for it)"
-    if 0 in header.shape:
-        return [], "holds no values"
-    if len(header.shape) < 2:
-        return [], "norm or other vector (LoRA has no form for it)"
+) -> Factored | LeftOut:
+    if reason := _no_matrix(name, base, tuned):
+        return LeftOut(reason)
     places = layout.places(name)
-    if places and places[0].kind.size(header.shape) is not None:
-        return choose(places)
+    if places and places[0].kind.size(base[name].shape) is not None:
+        chosen = choose(places)
+        return chosen if isinstance(chosen, LeftOut) else Factored(chosen)
     if layout.of_experts(name):
-        return [], f"expert (carried with {_FLAGS['expert']})"
+        return LeftOut(Reason.EXPERT)
     module = layout.module_of(name)
     if module in layout.mistaken:
-        return [], "layer beside experts (PEFT drops its factors; carried with --experts per-expert or --form peft)"
+        return LeftOut(Reason.BESIDE_EXPERTS)
     owner = layout.classes.get(module)
     where = f"{owner or 'its module'}" if owner is not None else f"no such module in {layout.origin}"
-    return [], f"no LoRA form for this tensor ({where})"
+    return LeftOut(Reason.NO_FORM, (where,))
+
+
+def _no_matrix(name: str, base: Mapping[str, Header], tuned: Mapping[str, Header]) -> Reason | None:
+    """Why a tensor is no difference of two matrices; None if it is one."""
+    if name not in tuned:
+        return Reason.ONLY_IN_BASE
+    if name not in base:
+        return Reason.ONLY_IN_TUNED
+    header = base[name]
+    if header.shape != tuned[name].shape:
+        return Reason.OTHER_SHAPE
+    if not (header.dtype.is_floating_point and tuned[name].dtype.is_floating_point):
+        return Reason.NOT_FLOATING
+    if name.endswith(".bias") or name == "bias":
+        return Reason.BIAS
+    if 0 in header.shape:
+        return Reason.EMPTY
+    return Reason.VECTOR if len(header.shape) < 2 else None
 
 
 def tuned_bytes(plan: Plan) -> int:
     """Of all tensors of the tuned checkpoint."""
-    return sum(header.bytes for name, header in plan.headers.items() if plan.left_out.get(name) != ONLY_IN_BASE)
+    only_in_base = {name for name, fate in plan.left_out.items() if fate.reason is Reason.ONLY_IN_BASE}
+    return sum(header.bytes for name, header in plan.headers.items() if name not in only_in_base)

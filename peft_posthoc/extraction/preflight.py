@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-import torch
-
+from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
+from peft_posthoc.extraction.forms.lay_out import lay_out
+from peft_posthoc.extraction.forms.layout import FileLayout
+from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.prepare import Prepared, prepare
+from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.extraction.request import Options, Request, takes_options
-from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.linalg.spectrum import in_advance
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source
@@ -46,6 +46,10 @@ class PreflightRow:
     rank: int
     bytes: int
     """In the adapter file, at most."""
+    cause: Reason | None = None
+    """The reason as a code."""
+    way_out: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide it, by name; null where their value is the user's to find."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,7 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     Raises:
         AdapterError: The adapter cannot be laid out in its file, or there is no room for it.
     """
-    adapter = prepared.adapter(_if_all_changed(prepared))
-    adapter.form.config(adapter)  # Finds names that PEFT would misunderstand.
-    found = _found(prepared, adapter, out)
+    found = _found(prepared, out)
     if found.disk_free is not None and found.rank_is_known and found.disk_bytes > found.disk_free:
         raise AdapterError(
             f"`{out}` needs {size(found.disk_bytes)} (adapter, and finished layers until it is written), and "
@@ -156,35 +158,48 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     return found
 
 
-def _found(prepared: Prepared, adapter: Adapter, out: str | PathLike[str] | None) -> Preflight:
-    rows = tuple(_rows(adapter))
-    file = sum(row.bytes for row in rows)
+def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
+    plan, ranks = prepared.plan, _ranks(prepared)
+    # Names that PEFT would misunderstand are found here.
+    file = lay_out(prepared.form, plan, ranks, plan.kept.keys(), prepared.dtype)
+    rows = tuple(_rows(plan, ranks, file))
+    size = sum(row.bytes for row in rows)
+    sides = {name: sum(plan.slot(name)[1:]) for name in ranks}
     # Beside the adapter, in float32, until it is written.
-    finished = 4 * sum(layer.factors.a.numel() + layer.factors.b.numel() for layer in adapter.layers.values())
-    finished += sum(kept.value.nbytes for kept in adapter.kept.values())
-    sides = (prepared.base, prepared.tuned)
+    finished = 4 * sum(rank * sides[name] for name, rank in ranks.items())
+    finished += sum(_kept_bytes(plan.headers[name], as_bias=how.as_bias) for name, how in plan.kept.items())
+    # Factoring takes two deltas, and blocks of vectors that grow with the rank; the allocator keeps some of what is
+    # freed.
+    deltas = max(4 * math.prod(header.shape) for header in plan.headers.values())
+    work = 1.25 * 2 * (deltas + max(4 * 8 * rank * sides[name] for name, rank in ranks.items()))
+    checkpoints = (prepared.base, prepared.tuned)
     return Preflight(
         rows=rows,
         rank_is_known=all(in_advance(rule) is not None for rule in prepared.rules.values()),
         values=_values(row for row in rows if row.status != "left out") / _values(rows),
-        read_bytes=sum(header.bytes for side in sides for header in side.headers.values()),
-        adapter_bytes=file,
-        disk_bytes=file + finished,
+        read_bytes=sum(header.bytes for side in checkpoints for header in side.headers.values()),
+        adapter_bytes=size,
+        disk_bytes=size + finished,
         disk_free=None if out is None else _free(Path(out)),
-        memory_bytes=int(_PROCESS + max(finished + file, finished + _work(adapter))),
-        layout=adapter.plan.layout.origin,
+        memory_bytes=int(_PROCESS + finished + max(size, work)),
+        layout=plan.layout.origin,
         notes=prepared.notes,
     )
 
 
-def _work(adapter: Adapter) -> float:
-    """Bytes that factoring takes beside what is finished: two deltas, and blocks of vectors that grow with the rank."""
-    sizes = [4 * math.prod(header.shape) for header in adapter.plan.headers.values()]
-    images = [
-        4 * 8 * len(layer.factors.s) * (layer.factors.a.shape[1] + layer.factors.b.shape[0])
-        for layer in adapter.layers.values()
-    ]
-    return 1.25 * 2 * (max(sizes) + max(images))  # The allocator keeps some of what is freed.
+def _ranks(prepared: Prepared) -> dict[str, int]:
+    """By weight, the rank that it will have at most, or that is assumed where its rule looks at the spectrum."""
+    plan = prepared.plan
+    return {
+        name: min(in_advance(prepared.rules[name]) or _ASSUMED, *plan.slot(name)[1:])
+        for name in plan.headers
+        if name in plan.carried
+    }
+
+
+def _kept_bytes(header: Header, *, as_bias: bool) -> int:
+    """Of what is kept of a tensor until the adapter is written: itself, or of a bias the difference in float32."""
+    return 4 * math.prod(header.shape) if as_bias else header.bytes
 
 
 def _values(rows: Iterable[PreflightRow]) -> int:
@@ -196,39 +211,22 @@ def _free(out: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _rows(adapter: Adapter) -> Iterable[PreflightRow]:
-    plan = adapter.plan
-    in_file, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
+def _rows(plan: Plan, ranks: Mapping[str, int], file: FileLayout) -> Iterable[PreflightRow]:
+    in_file = file.bytes_by_module
     for name, header in plan.headers.items():
         places = plan.carried.get(name) or plan.layout.places(name)
         modules = tuple(place.module for place in places if place.module in in_file)
-        layer = adapter.layers.get(name)
-        kept = name in adapter.kept
+        factored, kept, left_out = name in ranks, name in plan.kept, plan.left_out.get(name)
         yield PreflightRow(
             weight=name,
-            status="carried" if layer is not None else "whole" if kept else "left out",
-            reason="" if layer is not None or kept else plan.reason(name),
+            status="carried" if factored else "whole" if kept else "left out",
+            reason=left_out.text if left_out else "",
             modules=plan.kept[name].modules if kept else modules,
-            kind=places[0].kind.name if layer is not None else "",
+            kind=places[0].kind.name if factored else "",
             shape=header.shape,
             dtype=str(header.dtype).removeprefix("torch."),
-            rank=len(layer.factors.s) if layer is not None else 0,
-            bytes=whole.get(name, 0) if kept else sum(in_file[module] for module in modules),
+            rank=ranks.get(name, 0),
+            bytes=file.bytes_of_whole.get(name, 0) if kept else sum(in_file[module] for module in modules),
+            cause=left_out.reason if left_out else None,
+            way_out=left_out.way_out if left_out else {},
         )
-
-
-def _if_all_changed(prepared: Prepared) -> Iterable[Outcome]:
-    """What an extraction would find if every tensor had changed, in tensors that take no memory."""
-    plan = prepared.plan
-    for name, header in plan.headers.items():
-        if name in plan.carried:
-            slot, rule = plan.slots[plan.carried[name][0].module], prepared.rules[name]
-            rank = min(in_advance(rule) or _ASSUMED, slot.m, slot.n)
-            one = torch.ones(1)
-            a, b, s = one.expand(rank, slot.n), one.expand(slot.m, rank), one.double().expand(rank)
-            yield Layer(name, LowRank(a, b, s, 1.0, 1.0, 0.0, s), 1.0, 0.0)
-        elif name in plan.kept:
-            dtype = torch.float32 if plan.kept[name].as_bias else header.dtype
-            yield Kept(name, torch.ones((), dtype=dtype).expand(header.shape), 1.0, 1.0, 0.0)
-        else:
-            yield Skipped(name, plan.left_out[name], 1.0, 1.0, None, 0.0)

@@ -12,15 +12,15 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.extraction.findings import Form
-from peft_posthoc.extraction.forms.peft import EXACT
-from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.extraction.forms.layout import Form
+from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.layout import GUESSED, Layout
+from peft_posthoc.models.part import is_rest
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.pairing.vocabulary import Vocab
@@ -42,7 +42,6 @@ _TOLD = (
     "exact",
     "form",
 )
-FORMS: Mapping[str, Form] = {"portable": PORTABLE, "peft": EXACT}
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,6 @@ class Prepared:
     base: Checkpoint
     tuned: Checkpoint
     plan: Plan
-    rules: Mapping[str, RankRule]
-    """By carried weight."""
     form: Form
     device: torch.device
     dtype: torch.dtype
@@ -66,6 +63,11 @@ class Prepared:
     """What shares ranks out among all layers, once they are factored as far as the rules say."""
     by_hand: frozenset[str] = frozenset()
     """Weights whose rank it does not change."""
+
+    @property
+    def rules(self) -> dict[str, RankRule]:
+        """By carried weight."""
+        return {name: fate.rule for name, fate in self.plan.factored.items() if fate.rule is not None}
 
     def settle(self, adapter: Adapter) -> Adapter:
         """The adapter, at the ranks that are to be kept of what was factored.
@@ -114,7 +116,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     options, rank = request.options, request.rank
     form = options["form"]
     include, exclude, rename = (tuple(options[name]) for name in ("include", "exclude", "rename"))
-    kind = FORMS[form]
+    kind = cast(Form, form)
     where = pick_device(options["device"])
     mixture = options["experts"] or ("fused" if form == "peft" else "none")
     opened = open_pair(base, tuned, base_revision=options["base_revision"], tuned_revision=options["tuned_revision"])
@@ -152,8 +154,9 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         rank = rank.bounds(PlanSizing(plan, dtype, kind))
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
-    plan = plan.only(rules, "no rank is given for it")
-    plan = kind.keep(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
+    plan = plan.ruled(rules)
+    if kind == "peft":
+        plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         **{name: options[name] for name in _TOLD},  # type: ignore[literal-required]
@@ -164,7 +167,6 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         before,
         after,
         plan,
-        rules,
         kind,
         where,
         dtype,
@@ -203,7 +205,7 @@ def _may_be_kept(
         # A new head, whose module the tuned model's class has. What is numbered is a layer that the base lacks.
         module = layout.module_of(name)
         numbered = any(part.isdigit() for part in module.split("."))
-        return layout.origin != GUESSED and module in layout.classes and not name.endswith(":]") and not numbered
+        return layout.origin != GUESSED and module in layout.classes and not is_rest(name) and not numbered
 
     names = [name for name in tuned.headers if fits(name) and name not in but]
     wanted, unwanted = (
@@ -223,9 +225,10 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     rule = each(rank) if not isinstance(rank, Mapping) else None
     for name in given or ():
         if name not in plan.carried:
-            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {plan.reason(name)}.")
+            why = plan.left_out[name].hint if name in plan.left_out else "neither checkpoint has it"
+            raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {why}.")
     own = {pattern: each(one) for pattern, one in rank_pattern.items()}
-    modules = {weight: places[0].module.partition("[")[0] for weight, places in plan.carried.items()}
+    modules = {weight: places[0].parameter for weight, places in plan.carried.items()}
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.text import shorten, size
 
@@ -55,6 +56,10 @@ class Row:
     measured (`--rank auto` does), or the type does not tell."""
     signal_rank: int | None = None
     """How many singular values stand out of the noise. None where it was not measured."""
+    cause: Reason | None = None
+    """The reason as a code; None where it is carried."""
+    way_out: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide it, by name; null where their value is the user's to find."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ class Report:
     def of(cls, adapter: Findings) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
-        totals = _totals(rows, adapter.form.rank(adapter), adapter.padding)
-        warnings = (*adapter.form.warnings(adapter), *_warnings(rows, totals))
+        totals = _totals(rows, adapter.file.rank, adapter.file.padding)
+        warnings = (*adapter.file.warnings, *_warnings(rows, totals))
         return cls(rows, totals, warnings, adapter.notes, adapter.provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +155,7 @@ class Report:
 
 def _rows(adapter: Findings) -> Iterable[Row]:
     plan = adapter.plan
-    in_file, whole = adapter.form.bytes(adapter), adapter.form.whole(adapter)
+    in_file, whole = adapter.file.bytes_by_module, adapter.file.bytes_of_whole
     for name, header in plan.headers.items():
         layer = adapter.layers.get(name)
         places = plan.carried.get(name) or plan.layout.places(name)
@@ -185,11 +190,12 @@ def _rows(adapter: Findings) -> Iterable[Row]:
             yield _kept_row(adapter, name, whole.get(name, 0))
             continue
         skipped = adapter.skipped[name]
-        unchanged = skipped.delta_norm == 0
+        fate, unchanged = plan.fates[name], skipped.delta_norm == 0
+        left_out = fate if isinstance(fate, LeftOut) and not unchanged else None
         yield Row(
             weight=name,
             status="unchanged" if unchanged else "left out",
-            reason="" if unchanged else skipped.reason,
+            reason=left_out.text if left_out else "",
             modules=modules,
             shape=header.shape,
             dtype=str(header.dtype).removeprefix("torch."),
@@ -205,6 +211,8 @@ def _rows(adapter: Findings) -> Iterable[Row]:
             seconds=skipped.seconds,
             shortfall=None,
             residual=None,
+            cause=left_out.reason if left_out else None,
+            way_out=left_out.way_out if left_out else {},
         )
 
 
@@ -281,13 +289,16 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
         share = sum(map(_energy, group)) / everything
         if share >= MATERIAL:
             yield f"{_percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
-    for side, other in (("base", "tuned"), ("tuned", "base")):
-        only = [row for row in rows if row.reason == f"only in {side}"]
+    for side, other, cause in (
+        ("base", "tuned", Reason.ONLY_IN_BASE),
+        ("tuned", "base", Reason.ONLY_IN_TUNED),
+    ):
+        only = [row for row in rows if row.cause is cause]
         if only:
             norms = [f"{row.weight} (norm {row.base_norm or row.tuned_norm or 0:.3g})" for row in only[:3]]
             names = ", ".join(norms) + (", ..." if len(only) > 3 else "")
             yield f"{len(only)} tensors are only in {side}, not in {other}, and not carried: {names}."
-    apart = [row for row in rows if row.reason.startswith("shapes differ")]
+    apart = [row for row in rows if row.cause is Reason.OTHER_SHAPE]
     if apart:
         yield f"{len(apart)} tensors have other shapes in base and tuned and are not carried: {apart[0].weight}."
     tied = [row for row in rows if row.status == "extracted" and len(row.modules) > 1]

@@ -8,9 +8,8 @@ from functools import cached_property
 
 import torch
 
-from peft_posthoc.adapters.peft_format import header_bytes
-from peft_posthoc.extraction.findings import Findings, Form
-from peft_posthoc.extraction.forms.portable import PORTABLE, stacks_of
+from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.forms.layout import Form
 from peft_posthoc.extraction.plan import Plan, tuned_bytes
 from peft_posthoc.linalg.spectrum import Spectrum
 
@@ -43,7 +42,7 @@ class PlanSizing:
     @property
     def padded(self) -> bool:
         """Whether it is the portable form, of one rank."""
-        return self.form is PORTABLE
+        return self.form == "portable"
 
     @property
     def tuned_bytes(self) -> int:
@@ -82,12 +81,12 @@ class FoundSizing:
     @property
     def padded(self) -> bool:
         """Whether it is the portable form, of one rank."""
-        return self.found.form is PORTABLE
+        return self.found.form == "portable"
 
     @property
     def shared(self) -> bool:
         """Whether stacked experts share a rank in the file."""
-        return bool(stacks_of(self.found))
+        return bool(self.found.file.stacks)
 
     @property
     def tuned_bytes(self) -> int:
@@ -96,15 +95,10 @@ class FoundSizing:
 
     def size(self, ranks: Mapping[str, int], *, params: bool) -> int:
         """Bytes of the tensors in the file, or how many numbers they hold."""
-        cut = self.found.cut(ranks, self.rule)
-        inside, whole = cut.form.bytes(cut), cut.form.whole(cut)
-        if not params:
-            return sum(inside.values()) + sum(whole.values())
-        kept = sum(count // cut.kept[name].value.itemsize for name, count in whole.items())
-        return sum(inside.values()) // self.item + kept
+        file = self.found.file_at(ranks)
+        return file.numbers if params else file.bytes
 
     def header(self, ranks: Mapping[str, int], digits: int) -> int:
         """Bytes of the file's header, where every tensor's entry has so many digits more."""
-        cut = self.found.cut(ranks, self.rule)
-        tensors = cut.form.tensors(cut)
-        return header_bytes(tensors, cut.provenance) + digits * len(tensors)
+        file = self.found.file_at(ranks)
+        return file.header_bytes(self.found.ruled_by(self.rule)) + digits * len(file.tensors)

@@ -60,7 +60,7 @@ class Spool:
 
     def _write(self, outcome: Outcome) -> None:
         if isinstance(outcome, Layer):
-            factors = outcome.factors
+            factors = outcome.lowrank
             tensors = {
                 "a": factors.a.contiguous(),
                 "b": factors.b.contiguous(),

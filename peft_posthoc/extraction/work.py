@@ -14,8 +14,9 @@ import torch
 from peft_posthoc.compute.precision import full_precision
 from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.extraction.delta import Delta, Pair, difference, not_finite
+from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
-from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.extraction.reasons import LeftOut
 from peft_posthoc.linalg.noise import rounding
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
@@ -26,13 +27,13 @@ from peft_posthoc.ranks.rules import signal_rank
 @contextlib.contextmanager
 def factor_pairs(
     pairs: Iterable[Pair],
-    plan: Plan,
-    rules: Mapping[str, RankRule],
+    fates: Mapping[str, Fate],
     *,
+    largest: int = 0,
     exact: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[Iterator[Outcome]]:
-    """Factor the weights that the plan carries, and measure the others, in whatever order they come.
+    """Factor the weights that are carried, and measure the others, in whatever order they come.
 
     Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
     bits of a result then do not depend on how many threads there are, and nobody waits for a thread that other programs
@@ -40,8 +41,8 @@ def factor_pairs(
 
     Args:
         pairs: Weights before and after.
-        plan: What is carried.
-        rules: For every carried weight: how many singular triplets to keep.
+        fates: By weight, what becomes of it. Of what is factored the rule is known.
+        largest: Bytes of the largest weight.
         exact: Use LAPACK's full SVD for every weight.
         device: Where to work.
 
@@ -52,11 +53,10 @@ def factor_pairs(
 
     def work(pair: Pair) -> Outcome:
         try:
-            if pair.name in plan.carried:
-                return _factor(pair, plan, rules[pair.name], exact=exact, device=device)
-            if pair.name in plan.kept:
-                return _keep(pair, plan)
-            return _leave_out(pair, plan.left_out[pair.name])
+            fate = fates[pair.name]
+            if isinstance(fate, Factored):
+                return _factor(pair, fate, exact=exact, device=device)
+            return _keep(pair, fate) if isinstance(fate, Whole) else _leave_out(pair, fate)
         except PosthocError:
             raise
         except Exception as error:
@@ -67,12 +67,12 @@ def factor_pairs(
     workers = 1 if on_gpu else torch.get_num_threads()
     # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
     # takes three times as much beside each, so that one must do.
-    room = (1 if exact else 2) * max((header.bytes for header in plan.headers.values()), default=0)
+    room = (1 if exact else 2) * largest
     running: dict[Future[Outcome], int] = {}
 
     def results(pool: ThreadPoolExecutor) -> Iterator[Outcome]:
         for pair in pairs:
-            size = plan.headers[pair.name].bytes
+            size = next(weight.nbytes for weight in (pair.tuned, pair.base) if weight is not None)
             while len(running) >= workers or (running and sum(running.values()) + size > room):
                 yield from _finished(running)
             running[pool.submit(work, pair)] = size
@@ -107,12 +107,14 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _factor(pair: Pair, plan: Plan, rule: RankRule, *, exact: bool, device: torch.device | None) -> Layer | Skipped:
-    start = time.perf_counter()
+def _factor(pair: Pair, fate: Factored, *, exact: bool, device: torch.device | None) -> Layer | Skipped:
+    start, rule = time.perf_counter(), fate.rule
+    if rule is None:
+        raise ValueError(f"`{pair.name}` has no rank rule.")
     delta = difference(pair, device=device)
     if delta.norm == 0:
         return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
-    matrix = plan.carried[pair.name][0].kind.matrix(delta.values)
+    matrix = fate.kind.matrix(delta.values)
     noisy = _Noisy(rule, pair, delta) if getattr(rule, "measures_noise", False) else None
     # A rank that is known in advance makes the first block wide enough; noise is then told of what was found.
     asks = noisy if noisy and in_advance(rule) is None else rule
@@ -140,21 +142,21 @@ class _Noisy:
         return self._rule(told)
 
 
-def _keep(pair: Pair, plan: Plan) -> Kept:
+def _keep(pair: Pair, fate: Whole) -> Kept:
     start = time.perf_counter()
     if pair.base is None and pair.tuned is not None:  # A new head: all of it is the difference.
         pair = pair._replace(base=torch.zeros_like(pair.tuned))
     delta = difference(pair)
-    value = delta.values if plan.kept[pair.name].as_bias or pair.tuned is None else pair.tuned.clone()
+    value = delta.values if fate.as_bias or pair.tuned is None else pair.tuned.clone()
     return Kept(pair.name, value, delta.norm, delta.base_norm, time.perf_counter() - start)
 
 
-def _leave_out(pair: Pair, reason: str) -> Skipped:
+def _leave_out(pair: Pair, fate: LeftOut) -> Skipped:
     start = time.perf_counter()
     if pair.base is not None and pair.tuned is not None and pair.base.shape == pair.tuned.shape:
         delta = difference(pair)
-        return Skipped(pair.name, reason, delta.norm, delta.base_norm, None, time.perf_counter() - start)
+        return Skipped(pair.name, fate.text, delta.norm, delta.base_norm, None, time.perf_counter() - start)
     base_norm, tuned_norm = (None if tensor is None else frobenius(tensor) for tensor in (pair.base, pair.tuned))
     if not all(math.isfinite(norm) for norm in (base_norm, tuned_norm) if norm is not None):
         raise CheckpointError(not_finite(pair))
-    return Skipped(pair.name, reason, None, base_norm, tuned_norm, time.perf_counter() - start)
+    return Skipped(pair.name, fate.text, None, base_norm, tuned_norm, time.perf_counter() - start)

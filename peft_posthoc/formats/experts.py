@@ -25,6 +25,7 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.kinds import LINEAR
 from peft_posthoc.models.layout import Stack, is_of_an_expert
+from peft_posthoc.text import asked
 
 
 def write_per_expert(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
@@ -38,7 +39,7 @@ def write_per_expert(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, for
     if whole := [stack.name for stack in stacks if not stack.parts]:
         raise AdapterError(
             f"The experts of `{deltas.base.label}` are one parameter (`{whole[0]}`) and have no names of their own. "
-            "vLLM reads such experts stacked (`--to peft-moe`)."
+            f"vLLM reads such experts stacked (`{asked('to', 'peft-moe')}`)."
         )
     dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
     names = dict.fromkeys([*_others(deltas), *(name for stack in stacks for name in matrices(stack))])
@@ -61,12 +62,12 @@ def write_stacked(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force:
     if mistaken := [name for name in deltas.names if name in deltas.layout.mistaken]:
         raise AdapterError(
             f"`{deltas.folder.label}` adapts `{mistaken[0]}`, which PEFT takes for an expert's beside stacked experts, "
-            "and loads neither rightly. Use `--to merged`."
+            f"and loads neither rightly. Use `{asked('to', 'merged')}`."
         )
     if deltas.biases:
         raise AdapterError(
             f"`{deltas.folder.label}` adds to the bias of `{deltas.biases[0]}`; beside stacked experts PEFT's LoRA has "
-            "no biases. Use `--to merged`."
+            f"no biases. Use `{asked('to', 'merged')}`."
         )
     stacks = _stacks(deltas)
     dtype, names = dtype or deltas.folder.dtype(), _others(deltas)

@@ -20,6 +20,7 @@ from peft_posthoc.files import staged
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.kinds import EMBEDDING
+from peft_posthoc.text import asked
 
 
 class Architecture(NamedTuple):
@@ -64,7 +65,9 @@ def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, p
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtraError("`--to gguf` needs the gguf package: `pip install 'peft-posthoc[gguf]'`.") from error
+        raise MissingExtraError(
+            f"`{asked('to', 'gguf')}` needs the gguf package: `pip install 'peft-posthoc[gguf]'`."
+        ) from error
     config = deltas.base.config or {}
     known = ARCHITECTURES.get(architecture(config))
     if known is None:
@@ -118,10 +121,12 @@ def _check(deltas: Deltas) -> None:
     if stuck := [name for name in deltas.names if name in tied]:
         raise AdapterError(
             f"`{deltas.folder.label}` adapts `{stuck[0]}`, which is one weight with another: llama.cpp aborts, or "
-            "refuses it. Use `--to merged`, and convert that."
+            f"refuses it. Use `{asked('to', 'merged')}`, and convert that."
         )
     if whole := [stack.name for stack in deltas.of_experts() if not stack.parts]:
-        raise AdapterError(f"llama.cpp's adapters have no place for the experts `{whole[0]}`. Use `--to merged`.")
+        raise AdapterError(
+            f"llama.cpp's adapters have no place for the experts `{whole[0]}`. Use `{asked('to', 'merged')}`."
+        )
 
 
 def _heads(config: Mapping[str, Any]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from peft_posthoc.adapters.on_model import Deltas, matrices
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
+from peft_posthoc.text import asked
 
 # Whose modules MLX-LM 0.32 names as transformers does, but for stacked experts.
 _MODEL_TYPES = (
@@ -71,14 +72,15 @@ def check(deltas: Deltas) -> None:
     if kind not in _MODEL_TYPES:
         raise AdapterError(
             f"The base `{deltas.base.label}` is of the type {kind!r}, whose modules in MLX-LM are not known here. "
-            f"Known are {', '.join(_MODEL_TYPES)}. Use `--to merged`, and convert that with `mlx_lm.convert`."
+            f"Known are {', '.join(_MODEL_TYPES)}. Use `{asked('to', 'merged')}`, and convert that with "
+            "`mlx_lm.convert`."
         )
     for owner, users in deltas.layout.ties.items():
         for user in users:
             if not deltas.alike(owner, user):
                 raise AdapterError(
                     f"`{deltas.folder.label}` adds one thing to `{owner}` and another to `{user}`, which are one "
-                    "weight in MLX-LM. Use `--to merged`, which unties them."
+                    f"weight in MLX-LM. Use `{asked('to', 'merged')}`, which unties them."
                 )
 
 

@@ -15,6 +15,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.sources import Source, open_checkpoint
+from peft_posthoc.text import asked
 
 
 def open_deltas(
@@ -37,7 +38,9 @@ def open_deltas(
         if base is None:
             base = folder.config.get("base_model_name_or_path")
             if not (base and isinstance(base, str)):
-                raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `--base`.")
+                raise AdapterError(
+                    f"`{folder.label}` does not say what its base is. Name it with `{asked('base', None)}`."
+                )
             revision = revision or folder.config.get("revision")
             if Path(base).is_dir():
                 revision = None

@@ -15,7 +15,7 @@ from peft_posthoc.adapters.peft_format import REPORT
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in
 from peft_posthoc.json_file import read_json
-from peft_posthoc.text import size
+from peft_posthoc.text import asked, size
 
 if TYPE_CHECKING:
     import torch
@@ -119,15 +119,15 @@ def check_place(out: str | os.PathLike[str], *, force: bool, is_file: bool = Fal
         return
     if not force:
         what = "" if is_file else " and is not empty"
-        raise AdapterError(f"`{place}` exists{what}. Choose another name, or replace it with `--force`.")
+        raise AdapterError(f"`{place}` exists{what}. Choose another name, or replace it with `{asked('force')}`.")
     if is_file:
         with place.open("rb") as file:
             if not (file.read(4) == b"GGUF" and _ADAPTER in file.read(1 << 16)):
-                raise AdapterError(f"`{place}` is no adapter in GGUF; `--force` replaces nothing else.")
+                raise AdapterError(f"`{place}` is no adapter in GGUF; `{asked('force')}` replaces nothing else.")
         return
     ours = files_of(place)
     if not ours:
-        raise AdapterError(f"`{place}` is no earlier export; `--force` replaces nothing else.")
+        raise AdapterError(f"`{place}` is no earlier export; `{asked('force')}` replaces nothing else.")
     check_apart(place, (REPORT,), ours, (".safetensors", CONFIG))
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.extraction.findings import Form
-from peft_posthoc.extraction.forms.peft import EXACT
-from peft_posthoc.extraction.forms.portable import PORTABLE
+from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.sizing import PlanSizing
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import fixed, keep_energy, keep_error
@@ -106,24 +104,22 @@ def of(flags: str, adapter: Adapter, beyond: Iterable[str] = ()) -> Candidate:
     """The answer that an adapter is."""
     held = sum(layer.factors.energy * layer.factors.norm**2 for layer in adapter.layers.values())
     total = sum(layer.factors.norm**2 for layer in adapter.layers.values())
-    portable, peft = (_in(form, adapter) for form in (PORTABLE, EXACT))
+    portable, peft = _in("portable", adapter), _in("peft", adapter)
     return Candidate(
         flags=flags,
         ranks={name: len(layer.factors.s) for name, layer in adapter.layers.items()},
         beyond=frozenset(beyond),
         energy=min(held / total, 1.0),
-        portable=None if portable is None else portable[0],
-        padding=None if portable is None else portable[1],
-        peft=None if peft is None else peft[0],
+        portable=None if portable is None else portable.bytes,
+        padding=None if portable is None else portable.padding,
+        peft=None if peft is None else peft.bytes,
     )
 
 
-def _in(form: Form, adapter: Adapter) -> tuple[int, int] | None:
-    """The bytes in a form, and the zeros among them; None if the form cannot hold these layers."""
-    # What one form keeps without factors the other does not.
-    other = adapter if adapter.form is form else replace(adapter, form=form, kept={})
+def _in(form: Form, adapter: Adapter) -> FileLayout | None:
+    """The file in a form; None if the form cannot hold these layers."""
     try:
-        return sum(form.bytes(other).values()) + sum(form.whole(other).values()), other.padding
+        return adapter.file_at({}, form)
     except AdapterError:
         return None
 

@@ -36,7 +36,7 @@ class Curves:
         return cls(
             layers={name: (curve / energies[name]).clamp(max=1) for name, curve in held.items()},
             total=(torch.stack(padded).sum(0) / sum(energies.values())).clamp(max=1),
-            bytes_per_rank=sum(adapter.form.bytes(adapter).values()) // adapter.form.rank(adapter),
+            bytes_per_rank=sum(adapter.file.bytes_by_module.values()) // adapter.file.rank,
         )
 
     def at(self, weight: str, rank: int) -> float:

@@ -74,7 +74,7 @@ def check_format(suffix: str) -> None:
 
     known = FigureCanvasBase.get_supported_filetypes()
     if suffix and suffix.removeprefix(".").lower() not in known:
-        raise ValueError(f"`--plot` cannot write `{suffix}` files. Choose one of {', '.join(sorted(known))}.")
+        raise ValueError(f"A picture cannot be a `{suffix}` file. Choose one of {', '.join(sorted(known))}.")
 
 
 def picture(inspection: Found, suffix: str = ".png") -> bytes:

@@ -30,13 +30,39 @@ class LowRank(NamedTuple):
     """Of each triplet, the larger of `||delta @ v - sigma u||` and `||delta.T @ u - sigma v||`, relative to the largest
     sigma: some singular value of the delta is this near. Float64 on the CPU."""
 
-    def hollow(self) -> LowRank:
-        """The same but for the factors: zeros of their shapes, which take no memory."""
-        a, b = (x.new_zeros(()).expand(x.shape) for x in (self.a, self.b))
-        return self._replace(a=a, b=b)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`m` and `n`."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def triplets(self) -> Triplets:
+        """The same without the factors."""
+        return Triplets(self.shape, self.s, self.energy, self.norm, self.shortfall, self.residual)
 
     def cut(self, rank: int) -> LowRank:
         """The factors of a smaller rank: the `rank` leading triplets.
+
+        Raises:
+            ValueError: `rank` lies outside of 1 to the rank held.
+        """
+        cut = self.triplets.cut(rank)
+        return LowRank(self.a[:rank], self.b[:, :rank], cut.s, cut.energy, cut.norm, cut.shortfall, cut.residual)
+
+
+class Triplets(NamedTuple):
+    """The leading singular values of one weight delta, and how good they are: `LowRank` without factors."""
+
+    shape: tuple[int, int]
+    """`m` and `n`."""
+    s: Float[Tensor, " r"]
+    energy: float
+    norm: float
+    shortfall: float
+    residual: Float[Tensor, " r"]
+
+    def cut(self, rank: int) -> Triplets:
+        """The `rank` leading ones.
 
         Raises:
             ValueError: `rank` lies outside of 1 to the rank held.
@@ -47,9 +73,7 @@ class LowRank(NamedTuple):
         energy = share(self.s[:rank], self.norm)
         # Every Ritz value lies below its singular value: some of them together miss no more energy than all.
         shortfall = self.shortfall * self.energy / energy if energy else 0.0
-        return LowRank(
-            self.a[:rank], self.b[:, :rank], self.s[:rank], energy, self.norm, shortfall, self.residual[:rank]
-        )
+        return Triplets(self.shape, self.s[:rank], energy, self.norm, shortfall, self.residual[:rank])
 
 
 def share(s: Float[Tensor, " r"], norm: float) -> float:

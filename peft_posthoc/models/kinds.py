@@ -43,6 +43,11 @@ class LayerKind:
         """The matrix as a weight of this shape: `matrix` the other way."""
         return matrix.mT if self.transposed else matrix.reshape(shape)
 
+    def shapes(self, module: str, rank: int, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the factors in the module, under the names that PEFT gives them."""
+        a, b = (rank, n // prod(self.kernel), *self.kernel), (m, rank, *(1 for _ in self.kernel))
+        return {f"{module}.{self.a_key}": a, f"{module}.{self.b_key}": b}
+
     def tensors(self, module: str, a: Float[Tensor, "r n"], b: Float[Tensor, "m r"]) -> dict[str, Tensor]:
         """The factors under the names, and in the shapes, that PEFT gives them in the module."""
         if self.kernel:  # PEFT: a convolution to `r` channels, and one of kernel size 1 from there.

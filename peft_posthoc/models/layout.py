@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind
+from peft_posthoc.models.part import Part
 
 GUESSED = "names and shapes"
 
@@ -25,6 +26,16 @@ class Place(NamedTuple):
     module: str
     kind: LayerKind
     role: Role
+
+    @property
+    def part(self) -> Part | None:
+        """Which matrix of an expert's parameter it is; None of a module, and of a parameter that is no stack."""
+        return Part.named(self.module) if self.kind.stacked else None
+
+    @property
+    def parameter(self) -> str:
+        """The module; or, of an expert's matrix, the parameter with those of all experts."""
+        return self.part.tensor if self.part else self.module
 
 
 def is_of_an_expert(module: str) -> bool:
@@ -46,7 +57,7 @@ class Stack(NamedTuple):
     @property
     def units(self) -> tuple[str, ...]:
         """What the expert's matrices are called here: `NAME[0]`, `NAME[1]`, ...; biases `NAME` alone."""
-        return tuple(f"{self.name}[{e}]" for e in range(self.shape[0])) if len(self.shape) == 3 else (self.name,)
+        return tuple(str(Part(self.name, e)) for e in range(self.shape[0])) if len(self.shape) == 3 else (self.name,)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from peft_posthoc.checkpoints.files import config_of
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.remote_code import not_run
+from peft_posthoc.text import asked
 
 
 def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, dict[str, tuple[int, ...]]]:
@@ -33,7 +34,7 @@ def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, di
     model = build(config)
     if model is None:
         name = architecture(config) or "without a configuration"
-        raise ValueError(f"`--serve-as {serve_as}`: transformers has no class {name}{not_run(config)}.")
+        raise ValueError(f"`{asked('serve_as', serve_as)}`: transformers has no class {name}{not_run(config)}.")
     names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return layout_of_module(model, type(model).__name__, names), shapes
@@ -49,13 +50,13 @@ def _for_class(name: str, configs: list[Mapping[str, Any]]) -> dict[str, Any]:
 
     own = getattr(getattr(transformers, name, None), "config_class", None)
     if own is None:
-        raise ValueError(f"`--serve-as {name}` is neither a folder nor a class of transformers.")
+        raise ValueError(f"`{asked('serve_as', name)}` is neither a folder nor a class of transformers.")
     for config in configs:
         for part in (config, config.get("text_config") or {}):
             if part.get("model_type") == own.model_type:
                 return {**part, "architectures": [name]}
     types = ", ".join(sorted({str(config.get("model_type")) for config in configs if config})) or "no configuration"
     raise ValueError(
-        f"`--serve-as {name}` needs the configuration of a {own.model_type}, and the checkpoints have {types}. Give "
-        "the folder of a model that is served so."
+        f"`{asked('serve_as', name)}` needs the configuration of a {own.model_type}, and the checkpoints have {types}. "
+        "Give the folder of a model that is served so."
     )

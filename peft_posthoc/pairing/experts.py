@@ -21,6 +21,8 @@ from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.models.kinds import LINEAR
 from peft_posthoc.models.layout import GUESSED, Layout, Stack, is_of_an_expert
+from peft_posthoc.models.part import Part
+from peft_posthoc.text import asked
 
 Experts = Literal["none", "per-expert", "fused"]
 
@@ -44,7 +46,7 @@ def see_experts(
         if experts == "fused" and layout.origin == GUESSED and any(map(is_of_an_expert, base.headers)):
             raise MismatchError(
                 f"How the experts of `{base.label}` are stacked only its class knows: give a folder with config.json, "
-                "or leave them out with `--experts none`."
+                f"or leave them out with `{asked('experts', 'none')}`."
             )
         return base, tuned, layout
     if experts == "none" and _stacked(base, layout) == _stacked(tuned, layout):
@@ -53,7 +55,9 @@ def see_experts(
         return _fused(base, layout), _fused(tuned, layout), layout
     matrices = [stack for stack in layout.stacks if len(stack.shape) == 3]
     if whole := [stack.name for stack in matrices if not stack.parts]:
-        raise MismatchError(f"The experts of this model are one parameter (`{whole[0]}`): give `--experts fused`.")
+        raise MismatchError(
+            f"The experts of this model are one parameter (`{whole[0]}`): give `{asked('experts', 'fused')}`."
+        )
     modules = {part.removesuffix(".weight"): LINEAR for stack in matrices for parts in stack.parts for part in parts}
     layout = replace(layout, kinds={**layout.kinds, **layout.mistaken, **modules})
     return _per_expert(base, layout), _per_expert(tuned, layout), layout
@@ -107,7 +111,7 @@ def _slices(checkpoint: Checkpoint, stack: Stack, name: str) -> dict[str, Piece]
     # Some models are stored the other way round than they compute (Qwen3-VL-MoE).
     turned = header.shape != stack.shape and (header.shape[0], header.shape[2], header.shape[1]) == stack.shape
     shape = stack.shape[1:] if turned else header.shape[1:]
-    units = stack.units if header.shape[0] == stack.shape[0] else [f"{stack.name}[{e}]" for e in range(header.shape[0])]
+    units = [str(Part(stack.name, expert)) for expert in range(header.shape[0])]
     return {
         unit: Piece((name,), Header(shape, header.dtype), partial(_slice, index, turned))
         for index, unit in enumerate(units)

@@ -11,6 +11,7 @@ from peft_posthoc.checkpoints.view import View, same
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.patterns import PatternError, replaced
+from peft_posthoc.text import as_flag, asked
 
 # Parts of a name that a wrapper may have put before the rest.
 _DEEPEST = 4
@@ -20,8 +21,10 @@ class Renamed(NamedTuple):
     """A checkpoint under other names."""
 
     checkpoint: Checkpoint
-    rules: tuple[str, ...]
-    """What was done, a line for each rule, with how many names it changed."""
+    notes: tuple[str, ...]
+    """What was done, for people."""
+    used: frozenset[str] = frozenset()
+    """The rules that changed a name."""
 
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
@@ -35,8 +38,8 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         new = names.get(old, old)
         if new in found:
             raise MismatchError(
-                f"`{found[new]}` and `{old}` of `{checkpoint.label}` would both be `{new}`. Give `--map` a pattern "
-                "that leaves one of them alone."
+                f"`{found[new]}` and `{old}` of `{checkpoint.label}` would both be `{new}`. Give "
+                f"`{asked('rename', None)}` a pattern that leaves one of them alone."
             )
         found[new] = old
     pieces = {new: same(checkpoint, old) for new, old in found.items()}
@@ -52,22 +55,22 @@ def by_rules(checkpoint: Checkpoint, rules: Iterable[str]) -> Renamed:
         MismatchError: Two tensors would have one name.
     """
     names = {name: name for name in checkpoint.headers}
-    told = []
+    told: dict[str, str] = {}
     for rule in rules:
         pattern, arrow, replacement = rule.partition("=>")
         if not arrow:
-            raise ValueError(f"`--map {rule}` is no rule: give `regex=>replacement`.")
+            raise ValueError(f"`{asked('rename', rule)}` is no rule: give `regex=>replacement`.")
         try:
             after = dict(zip(names, replaced(pattern, replacement, list(names.values())), strict=True))
         except PatternError as error:
             wrong = "is not a regular expression"
             problem = error.problem.replace(wrong, f"{wrong} and its replacement")
-            raise ValueError(f"`--map {rule}` {problem}.") from error
+            raise ValueError(f"`{asked('rename', rule)}` {problem}.") from error
         count = sum(after[old] != name for old, name in names.items())
         if count:
-            told.append(f"--map {rule}: {count} names of `{checkpoint.label}`")
+            told[rule] = f"{as_flag('rename')} {rule}: {count} names of `{checkpoint.label}`"
         names = after
-    return Renamed(renamed(checkpoint, names) if told else checkpoint, tuple(told))
+    return Renamed(renamed(checkpoint, names) if told else checkpoint, tuple(told.values()), frozenset(told))
 
 
 def as_named(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], layout: Layout) -> Renamed:
@@ -176,7 +179,7 @@ def _change_of_beginning(
             elif by_new.get(new, name) != name:
                 told = f"`{by_new[new]}` and `{name}` of `{label}` may both be `{new}`"
             if told:
-                raise MismatchError(f"{told}. Say which with `--map 'regex=>replacement'`.")
+                raise MismatchError(f"{told}. Say which with `{asked('rename', 'regex=>replacement')}`.")
     return change, first
 
 

@@ -12,6 +12,7 @@ from peft_posthoc.models.serve_as import layout_to_serve
 from peft_posthoc.pairing.experts import Experts, see_experts
 from peft_posthoc.pairing.names import as_named, by_rules
 from peft_posthoc.pairing.vocabulary import Vocab, see_vocabulary
+from peft_posthoc.text import asked
 
 
 class Match(NamedTuple):
@@ -51,20 +52,20 @@ def match(
         MismatchError: They cannot be seen so.
         ValueError: A rule is malformed, or changes no name; there is no such class.
     """
-    base, told_base = by_rules(base, rules)
-    tuned, told_tuned = by_rules(tuned, rules)
+    base, told_base, used_base = by_rules(base, rules)
+    tuned, told_tuned, used_tuned = by_rules(tuned, rules)
     notes = [*told_base, *told_tuned]
-    if idle := [rule for rule in rules if not any(f"--map {rule}:" in note for note in notes)]:
-        names = list(tuned.headers)
-        raise ValueError(f"`--map {idle[0]}` changes no tensor name. Names look like `{names[len(names) // 2]}`.")
+    if idle := [rule for rule in rules if rule not in used_base | used_tuned]:
+        names, option = list(tuned.headers), asked("rename", idle[0])
+        raise ValueError(f"`{option}` changes no tensor name. Names look like `{names[len(names) // 2]}`.")
     if serve_as is None:
         layout = layout_of(base, tuned, of_tuned=of_tuned)
     else:
         layout, wanted = layout_to_serve(serve_as, base, tuned)
-        base, told = as_named(base, wanted, layout)
+        base, told, _ = as_named(base, wanted, layout)
         notes += told
         layout, _ = layout_to_serve(serve_as, base, tuned)  # Experts are found by the new names.
-    tuned, told = as_named(tuned, {name: header.shape for name, header in base.headers.items()}, layout)
+    tuned, told, _ = as_named(tuned, {name: header.shape for name, header in base.headers.items()}, layout)
     if told and serve_as is None:
         layout = layout_of(base, tuned, of_tuned=of_tuned)  # It knows experts by their names.
     base, tuned, layout = see_experts(base, tuned, layout, experts)

@@ -12,6 +12,8 @@ from torch import Tensor
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.models.layout import Layout
+from peft_posthoc.models.part import Part
+from peft_posthoc.text import asked
 
 Vocab = Literal["error", "truncate", "extend"]
 
@@ -78,7 +80,7 @@ def _cut(checkpoint: Checkpoint, rows: dict[str, int], *, rest: bool = True) -> 
         if wanted is None or header.shape[0] <= wanted:
             pieces[name] = whole
             continue
-        parts = [(name, 0, wanted), (f"{name}[{wanted}:]", wanted, header.shape[0] - wanted)]
+        parts = [(name, 0, wanted), (str(Part(name, wanted, to_end=True)), wanted, header.shape[0] - wanted)]
         for part, start, count in parts if rest else parts[:1]:
             pieces[part] = Piece(
                 (name,), Header((count, *header.shape[1:]), header.dtype), partial(_rows, start, count)
@@ -128,7 +130,7 @@ def way_out(names: Collection[str], sizes: tuple[int, int]) -> str:
     """What to do about vocabularies of these sizes, for an error."""
     before, after = sizes
     return (
-        f"The vocabularies differ: {before} rows in base, {after} in tuned ({', '.join(sorted(names)[:3])}). `--vocab "
-        "truncate` leaves out the rows that only one of them has; `--form peft --vocab extend` keeps the tuned "
-        "embeddings whole."
+        f"The vocabularies differ: {before} rows in base, {after} in tuned ({', '.join(sorted(names)[:3])}). "
+        f"`{asked('vocab', 'truncate')}` leaves out the rows that only one of them has; `{asked('form', 'peft')}` with "
+        f"`{asked('vocab', 'extend')}` keeps the tuned embeddings whole."
     )

@@ -156,7 +156,7 @@ class budget:
         """
         if str(self.size).endswith("%"):
             raise ValueError(
-                f"`--budget {self.size}` is a share of the tuned checkpoint, which is not there: give a size."
+                f"`{asked('size', self.size)}` is a share of the tuned checkpoint, which is not there: give a size."
             )
         if self.params is not None:
             item, beside = 1, 0
@@ -203,7 +203,7 @@ class budget:
 
     def _too_small(self, limit: int, least: int) -> ValueError:
         unit = "bytes" if self.params is None else "parameters"
-        given = asked("budget", self.size) if self.params is None else asked("params", self.params)
+        given = asked("size", self.size) if self.params is None else asked("params", self.params)
         more = "" if self.params is not None or not str(self.size).endswith("%") else f" ({limit:,} {unit})"
         return ValueError(
             f"`{given}`{more} is below the smallest adapter of these layers, {least:,} {unit}. Give more, or carry "

@@ -225,12 +225,12 @@ def check_limits(most: int | None, least: int, multiple: int) -> None:
     Raises:
         ValueError: They do.
     """
-    for option, value in (("max_rank", most), ("min_rank", least), ("round_to", multiple)):
+    for option, value in (("most", most), ("least", least), ("multiple", multiple)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{asked(option, None)}` must be a whole number of at least 1. Got {value!r}.")
     if most is not None and most < max(least, multiple):
-        other = asked("min_rank" if least > most else "round_to", max(least, multiple))
-        raise ValueError(f"`{asked('max_rank', most)}` is below `{other}`: no rank is left.")
+        other = asked("least", least) if least > most else asked("multiple", multiple)
+        raise ValueError(f"`{asked('most', most)}` is below `{other}`: no rank is left.")
 
 
 def as_rule(rank: Rank) -> RankRule | Allocation:

@@ -26,6 +26,7 @@ from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import Rank, as_rule, describe, each
 from peft_posthoc.resizing.resized import Cut, Resized
 from peft_posthoc.resizing.sum import LoraSum
+from peft_posthoc.text import asked
 
 T = TypeVar("T")
 Folder = str | os.PathLike[str]
@@ -167,7 +168,7 @@ def _run(
         total = LoraSum(folders, weights)
         chosen = form or ("peft" if total.extras() else "portable")
         if chosen == "portable" and (extras := total.extras()):
-            raise AdapterError(f"{extras}: the portable form has no place for that. Use `--form peft`.")
+            raise AdapterError(f"{extras}: the portable form has no place for that. Use `{asked('form', 'peft')}`.")
         saved, whole = dtype or total.dtype(), total.whole()
         provenance = _provenance(folders, weights, rank, chosen)
         if isinstance(rank, budget):

@@ -22,7 +22,7 @@ from peft_posthoc.adapters.peft_format import PREFIX, Contents, write_folder
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.layout import is_of_an_expert
 from peft_posthoc.ranks.safe import safe_rank
-from peft_posthoc.text import shorten, size
+from peft_posthoc.text import as_flag, shorten, size
 
 
 class Cut(NamedTuple):
@@ -269,7 +269,10 @@ class Resized:
     def _warnings(self) -> list[str]:
         found = []
         if self.form == "peft":
-            found.append("The `peft` form is for PEFT alone: serving engines refuse or misread it (`--form portable`).")
+            found.append(
+                "The `peft` form is for PEFT alone: serving engines refuse or misread it "
+                f"(`{as_flag('form', 'portable')}`)."
+            )
         elif any(cut.module.kind == "experts" for cut in self.cuts):
             found.append("Stacked experts (`target_parameters`) need PEFT 0.19, and an engine that takes them so.")
         for key, what in (("base_model_name_or_path", "base"), ("task_type", "task")):

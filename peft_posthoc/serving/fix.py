@@ -30,7 +30,7 @@ from peft_posthoc.serving.rules.names import named_after_adapter, strangers, unf
 from peft_posthoc.serving.rules.scale import misranked
 from peft_posthoc.serving.rules.variants import mutating_init
 from peft_posthoc.serving.subject import Factored, Subject
-from peft_posthoc.text import size
+from peft_posthoc.text import asked, size
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,9 +76,8 @@ class Fixed:
         """The account for a terminal."""
         lines = ["Rewritten:", *(f"  {line}" for line in self.rewritten or ("nothing",))]
         if self.rounding:
-            lines.append(
-                f"  rounded to the saved dtype, by at most {self.rounding:.1e} of a factor (`--dtype float32`)"
-            )
+            way_out = asked("dtype", "float32")
+            lines.append(f"  rounded to the saved dtype, by at most {self.rounding:.1e} of a factor (`{way_out}`)")
         if self.left_out:
             lines += ["Left out, as no engine but PEFT loads it rightly:"]
         for row in self.left_out:

@@ -20,6 +20,7 @@ from peft_posthoc.json_file import read_json
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.by_class import check_counts, class_of
 from peft_posthoc.models.remote_code import comes_with_code, not_run, without_code
+from peft_posthoc.text import asked
 
 # Said to the models when the user gives nothing to say.
 PROMPTS = (
@@ -108,8 +109,8 @@ def _loaded(folder: Path, cls: Any, device: torch.device, checkpoint: Checkpoint
     except Exception as error:
         # Each class fails in its own way on a configuration that it does not expect.
         raise CheckpointError(
-            f"transformers cannot load `{checkpoint.label}`: {type(error).__name__}: {error} With `--weights-only` "
-            "only weights are compared."
+            f"transformers cannot load `{checkpoint.label}`: {type(error).__name__}: {error} With "
+            f"`{asked('outputs', False)}` only weights are compared."
         ) from error
 
 

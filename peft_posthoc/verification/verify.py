@@ -26,7 +26,7 @@ from peft_posthoc.models.layout import Place, is_of_an_expert
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import Source, open_pair
-from peft_posthoc.text import shorten
+from peft_posthoc.text import asked, shorten
 from peft_posthoc.verification.outputs import Outputs, compare_outputs
 
 # Values of a weight compared at a time.
@@ -154,7 +154,7 @@ def verify(
     carried = [weight.row for weight in weights if weight.row.delta_cosine is not None and weight.product > 0]
     adapted, alone, note = None, None, "not asked for"
     if serve_as is not None:
-        note = "with --serve-as only weights are compared"
+        note = f"with {asked('serve_as', None)} only weights are compared"
     elif outputs:
         adapted, alone, note = compare_outputs(
             before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress

@@ -72,7 +72,7 @@ def test_a_single_entry_against_a_wide_row_finds_the_balance_too():
 
 def test_a_product_that_the_type_has_no_pair_for_is_refused():
     a, b = factors(1e-16)
-    with pytest.raises(AdapterError, match=r"`layer` are too small for torch\.float16.*Choose another `--dtype`"):
+    with pytest.raises(AdapterError, match=r"`layer` are too small for torch\.float16.*Choose another `dtype=\.\.\.`"):
         cast(a, b, torch.float16, "layer")
     for dtype in (torch.bfloat16, torch.float32):
         assert distance(a, b, *cast(a, b, dtype, "layer")) <= 2 * torch.finfo(dtype).eps

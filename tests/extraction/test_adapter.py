@@ -83,7 +83,7 @@ def test_a_leaf_name_that_means_other_modules_too_is_spelled_out(tmp_path):
     base = Model()
     tuned = models.tuned_from(base, only=lambda name: name.startswith("layers"))
     adapter = extract(base, tuned, 4)
-    assert adapter.form.config(adapter)["target_modules"] == ["layers.0.proj", "layers.1.proj"]
+    assert adapter.file.config(adapter.provenance)["target_modules"] == ["layers.0.proj", "layers.1.proj"]
 
 
 def test_what_is_written_holds_the_product_to_the_rounding_of_its_dtype(llama_pair, tmp_path):
@@ -107,7 +107,7 @@ def test_rank_is_capped_by_each_layer_s_smaller_side_and_then_padded(llama_pair)
     adapter = extract(*llama_pair, 32)
     ranks = {name.split(".")[-2]: len(layer.factors.s) for name, layer in adapter.layers.items()}
     assert ranks["k_proj"] == 16
-    assert ranks["gate_proj"] == adapter.rank == adapter.form.rank(adapter) == 32
+    assert ranks["gate_proj"] == adapter.rank == adapter.file.rank == 32
 
 
 def test_the_folder_says_where_it_comes_from(saved, llama_pair):
@@ -162,7 +162,7 @@ def test_an_overflow_of_the_saved_dtype_is_an_error_that_leaves_nothing(tmp_path
 def test_a_change_in_what_is_left_out_alone_is_told_with_the_largest(tmp_path):
     model = models.llama()
     tuned = models.tuned_from(model, only=lambda name: name == "lm_head.weight")
-    with pytest.raises(NothingToCarryError, match=r"`lm_head.weight`: head \(carried with --head\)"):
+    with pytest.raises(NothingToCarryError, match=r"`lm_head.weight`: head \(carried with head=True\)"):
         extract(model, tuned, 4)
 
 
@@ -209,7 +209,7 @@ def test_what_a_target_s_name_also_means_is_in_the_file_as_zeros(tmp_path):
 
     base = Model()
     adapter = extract(base, models.tuned_from(base, only=lambda name: name == "proj.weight"), 4)
-    assert set(adapter.form.bytes(adapter)) == {"proj", "aux.proj"}
+    assert set(adapter.file.bytes_by_module) == {"proj", "aux.proj"}
 
 
 def test_a_base_that_ties_and_a_tuned_that_does_not_share_no_delta(tmp_path):

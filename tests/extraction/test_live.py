@@ -33,10 +33,10 @@ def test_live_models_give_the_adapter_of_their_folders(form, sides, case):
     sources, adapters = case
     options, wanted = adapters[form]
     found = extract(*(source[side] for source, side in zip(sources, sides, strict=True)), 4, **options)
-    tensors, expected = found.form.tensors(found), wanted.form.tensors(wanted)
+    tensors, expected = found.tensors(), wanted.tensors()
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
-    config, expected = found.form.config(found), wanted.form.config(wanted)
+    config, expected = (one.file.config(one.provenance) for one in (found, wanted))
     assert config | {"base_model_name_or_path": None} == expected | {"base_model_name_or_path": None}
     energy = [sum(row.delta_norm**2 for row in adapter.report.rows) for adapter in (found, wanted)]
     assert energy[0] == pytest.approx(energy[1], rel=1e-9)

@@ -1,3 +1,4 @@
+import ast
 import json
 import os
 import re
@@ -107,8 +108,8 @@ def test_names_that_peft_would_misread_are_found_before_a_tensor_is_read(tmp_pat
         pair.append(NeverRead(tmp_path / f"{side}.safetensors"))
     with pytest.raises(AdapterError, match=r"take `q`.* to mean `b\.q` too") as raised:
         extract(*pair, 2)
-    (pattern,) = re.findall(r"--exclude '(.*)'", str(raised.value))
-    assert preflight(*pair, 2, exclude=pattern).rows
+    (pattern,) = re.findall(r"`exclude=('.*')`", str(raised.value))
+    assert preflight(*pair, 2, exclude=ast.literal_eval(pattern)).rows
 
 
 def test_a_large_model_s_takes_no_longer_than_its_headers(tmp_path):

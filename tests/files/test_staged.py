@@ -13,7 +13,7 @@ from peft_posthoc import extract, open_checkpoint, resize
 from peft_posthoc.adapters import peft_format
 from peft_posthoc.adapters.config import CONFIG
 from peft_posthoc.adapters.peft_format import CARD_MARK, REPORT, WEIGHTS
-from peft_posthoc.extraction.forms.portable import Portable
+from peft_posthoc.extraction.forms.layout import FileLayout
 from tests.make.spoiled import contents, moved, refused, run, tensors, write
 
 OURS = {CONFIG, WEIGHTS, REPORT}
@@ -227,13 +227,13 @@ def test_without_force_nothing_takes_the_place_of_what_came_in_the_meantime(work
 def test_a_relative_place_is_meant_from_where_the_call_was_made(work, monkeypatch):
     (work / "elsewhere").mkdir()
     adapter = extract("base", "tuned", 2)
-    real = Portable.tensors
+    real = FileLayout.filled
 
-    def tensors_from_elsewhere(self, of):
+    def tensors_from_elsewhere(self, *values):
         os.chdir(work / "elsewhere")
-        return real(self, of)
+        return real(self, *values)
 
-    monkeypatch.setattr(Portable, "tensors", tensors_from_elsewhere)
+    monkeypatch.setattr(FileLayout, "filled", tensors_from_elsewhere)
     adapter.save("new")
     assert (work / "new" / WEIGHTS).is_file()
     assert not list((work / "elsewhere").iterdir())

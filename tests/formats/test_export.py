@@ -166,7 +166,7 @@ def test_bad_arguments_in_python(work):
         export("adapter", "out", "mlx", dtype=torch.int8)
     told = json.loads((work / "adapter" / "adapter_config.json").read_text())
     (work / "adapter" / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": None}))
-    with pytest.raises(AdapterError, match=r"does not say what its base is\. Name it with `--base`"):
+    with pytest.raises(AdapterError, match=r"does not say what its base is\. Name it with `base=\.\.\.`"):
         export("adapter", "out", "mlx")
     (work / "adapter" / "adapter_config.json").write_text(json.dumps({**told, "use_dora": True}))
     with pytest.raises(AdapterError, match="DoRA"):
@@ -180,7 +180,7 @@ def test_factors_that_overflow_are_told(work):
     tensors = load_file("adapter/adapter_model.safetensors")
     save_file({name: tensor * 1e6 for name, tensor in tensors.items()}, "adapter/adapter_model.safetensors")
     for to in ("gguf", "mlx"):
-        with pytest.raises(AdapterError, match=r"overflow torch\.float16\. Choose another `--dtype`"):
+        with pytest.raises(AdapterError, match=r"overflow torch\.float16\. Choose another `dtype=\.\.\.`"):
             export("adapter", "out", to, base="base", dtype=torch.float16)
     with pytest.raises(AdapterError, match=r"overflows torch\.float16 with the adapter"):
         export("adapter", "out", "merged", base="base", dtype=torch.float16)

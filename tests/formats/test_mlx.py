@@ -63,7 +63,7 @@ def test_a_tied_weight_is_one_module_and_must_change_in_one_way(tied_pair, tmp_p
     assert "model.embed_tokens.lora_a" in names
     assert "lm_head.lora_a" not in names
     head = lora.adapter(base, tmp_path / "head", r=2, target_modules=["lm_head"])
-    with pytest.raises(AdapterError, match=r"one weight in MLX-LM\. Use `--to merged`, which unties them"):
+    with pytest.raises(AdapterError, match=r"one weight in MLX-LM\. Use `to='merged'`, which unties them"):
         export(head, tmp_path / "no", "mlx", base=base)
 
 

@@ -7,7 +7,7 @@ from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.outcomes import Layer, Skipped
 from peft_posthoc.extraction.plan import by_flags, make_plan
 from peft_posthoc.inspection.inspection import Inspection
-from peft_posthoc.linalg.lowrank import LowRank
+from peft_posthoc.linalg.lowrank import Triplets
 from peft_posthoc.linalg.noise import Noise, white
 from peft_posthoc.linalg.spectrum import Spectrum
 from peft_posthoc.ranks.rules import signal_rank
@@ -27,10 +27,9 @@ def llama(layers=32, width=4096, inner=11008, *, rank=512, dtype=torch.bfloat16,
         model = transformers.LlamaForCausalLM(config).to(dtype)
     base, tuned = open_pair(model, model, base_revision=None, tuned_revision=None)
     plan = make_plan(base, tuned, include=[], exclude=[], choose=by_flags())
-    nothing = torch.zeros(())
     draw = torch.Generator().manual_seed(0)
     exponents = {"q_proj": 0.6, "k_proj": 0.65, "v_proj": 0.5, "o_proj": 0.48, "gate_proj": 0.42, "up_proj": 0.4}
-    outcomes = [Skipped(name, why, 1.0, 100.0, None, 0.0) for name, why in plan.left_out.items()]
+    outcomes = [Skipped(name, fate.text, 1.0, 100.0, None, 0.0) for name, fate in plan.left_out.items()]
     for name, (place, *_) in plan.carried.items():
         _, m, n = plan.slots[place.module]
         depth = int(name.split(".")[2]) / layers
@@ -42,9 +41,7 @@ def llama(layers=32, width=4096, inner=11008, *, rank=512, dtype=torch.bfloat16,
         noise = Noise((0.02 + 0.4 * depth**3) * energy, white(m, n)) if measured else None
         held = s[: min(rank, len(s))]
         share = float((held**2).sum()) / energy
-        factors = LowRank(
-            nothing.expand(len(held), n), nothing.expand(m, len(held)), held, share, energy**0.5, 0.0, held * 0
-        )
+        known = Triplets((m, n), held, share, energy**0.5, 0.0, held * 0)
         spectrum = Spectrum(held, energy, (m, n), noise)
-        outcomes.append(Layer(name, factors, 20 * energy**0.5, 0.0, noise, signal_rank(spectrum) if measured else None))
+        outcomes.append(Layer(name, known, 20 * energy**0.5, 0.0, noise, signal_rank(spectrum) if measured else None))
     return Inspection.of(Adapter.of(base, tuned, plan, outcomes, options={}))

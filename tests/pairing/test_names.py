@@ -92,10 +92,10 @@ def test_rules_rename_in_turn(llama_pair, tmp_path):
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ("attention", r"`--map attention` is no rule: give `regex=>replacement`"),
-        ("(=>x", r"`--map \(=>x` is not a regular expression"),
+        ("attention", r"`rename='attention'` is no rule: give `regex=>replacement`"),
+        ("(=>x", r"`rename='\(=>x'` is not a regular expression"),
         (r"q_proj=>\3", r"is not a regular expression and its replacement"),
-        ("no_such=>x", r"`--map no_such=>x` changes no tensor name. Names look like `model\."),
+        ("no_such=>x", r"`rename='no_such=>x'` changes no tensor name. Names look like `model\."),
     ],
 )
 def test_rules_that_make_no_sense_are_told(rule, said, llama_pair):
@@ -111,7 +111,7 @@ def test_two_tensors_do_not_get_one_name(llama_pair):
 def test_a_name_that_may_be_either_of_two_is_asked_for():
     base = {f"{tower}.layers.{n}.fc.weight": torch.zeros(4, 4) for tower in ("text", "vision") for n in range(2)}
     tuned = {f"layers.{n}.fc.weight": torch.eye(4) for n in range(2)}
-    with pytest.raises(MismatchError, match=r"`layers.0.fc.weight` of .* may be `text.* or `vision.*--map"):
+    with pytest.raises(MismatchError, match=r"`layers.0.fc.weight` of .* may be `text.* or `vision.*rename="):
         extract(base, tuned, 2)
     assert extract(base, tuned, 2, rename="^layers=>vision.layers").factors.keys() == {
         "vision.layers.0.fc",

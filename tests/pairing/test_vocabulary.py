@@ -37,7 +37,7 @@ def pair(request, rows, tmp_path):
 
 
 def test_by_default_other_sizes_are_an_error_that_tells_both_ways_out(pair, rows, tmp_path):
-    with pytest.raises(MismatchError, match=rf"96 rows in base, {rows} in tuned .*--vocab truncate.*--vocab extend"):
+    with pytest.raises(MismatchError, match=rf"96 rows in base, {rows} in tuned .*vocab='truncate'.*vocab='extend'"):
         extract(*pair, 4)
     result = CliRunner().invoke(main, ["extract", *pair, str(tmp_path / "out"), "--quiet"])
     assert result.exit_code == 1
@@ -100,7 +100,7 @@ def test_what_was_truncated_is_verified_by_weights_alone(pair, tmp_path):
 
 
 def test_extending_is_for_the_form_that_can(pair):
-    with pytest.raises(ValueError, match="only `--form peft` can"):
+    with pytest.raises(ValueError, match="only `form='peft'` can"):
         extract(*pair, 4, vocab="extend")
     with pytest.raises(ValueError, match="`vocab` must be one of error, truncate, extend"):
         extract(*pair, 4, vocab="pad")
@@ -137,7 +137,7 @@ def test_a_reward_model_s_head_comes_whole(reward, tmp_path):
     status = {row.weight: (row.status, row.reason) for row in adapter.report.rows}
     assert status["score.weight"] == ("whole", "")
     assert status["lm_head.weight"] == ("left out", "only in base")
-    config = adapter.form.config(adapter)
+    config = adapter.file.config(adapter.provenance)
     assert (config["task_type"], "score" in config["modules_to_save"]) == (None, True)
     cls = transformers.LlamaForSequenceClassification
     model = cls.from_pretrained(base, num_labels=1, pad_token_id=0)

@@ -207,7 +207,7 @@ def test_a_budget_above_everything_keeps_everything(pair):
 def test_a_budget_below_the_smallest_adapter_says_how_much_that_is(form, pair):
     with pytest.raises(ValueError, match="below the smallest adapter of these layers") as told:
         extract(*pair, budget("1kB"), form=form)
-    assert "`budget='1kB'`" in str(told.value)
+    assert "`size='1kB'`" in str(told.value)
     least = int(str(told.value).split("layers, ")[1].split(" bytes")[0].replace(",", ""))
     assert least > 1000
     # The header is known only once the layers are: the second message has all of it.

@@ -36,9 +36,7 @@ def test_the_file_has_at_most_the_size_that_is_asked_for(share, adapter, tmp_pat
 
 def test_below_the_smallest_adapter_its_size_is_told(adapter):
     source, form = adapter
-    with pytest.raises(
-        ValueError, match=r"`--budget 1000` is below the smallest adapter of these layers, [\d,]+ bytes"
-    ):
+    with pytest.raises(ValueError, match=r"`size=1000` is below the smallest adapter of these layers, [\d,]+ bytes"):
         resize(source, budget(1000), form=form)
 
 

@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from peft_posthoc.extraction.plan import Keep, Plan
+from peft_posthoc.extraction.fate import Fate, Whole
+from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind
 from peft_posthoc.models.layout import Layout, Place
+from peft_posthoc.models.part import is_rest
 
 
 def keeping(plan: Plan, names: Collection[str]) -> Plan:
@@ -28,34 +31,39 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
     carried = {weight: places for weight, places in plan.carried.items() if weight not in whole}
     with_factors = {place.module for places in carried.values() for place in places}
     biases = {name: module for name, module in biases.items() if module in with_factors}
-    kept = {weight: Keep(*_own(weight, layout), as_bias=False) for weight in whole}
-    # What could have factors and has none was not chosen.
-    free = {
-        name
-        for name in set(names) - carried.keys() - biases.keys()
-        if name in kept or name in plan.whole or not any(place.module in plan.slots for place in layout.places(name))
-    }
+    kept = {weight: Whole(*_own(weight, layout), as_bias=False) for weight in whole}
+    free = {name for name in set(names) - carried.keys() - biases.keys() if name in kept or _has_no_slot(name, plan)}
     # A stack of experts is nearly the model.
     experts = {stack.name.rpartition(".")[0] for stack in layout.stacks}
     blocked = _blocked(plan, free) | experts
     for name in names:
         if name in biases:
-            kept[name] = Keep((biases[name],), (layout.name_of(name),), as_bias=True)
+            kept[name] = Whole((biases[name],), (layout.name_of(name),), as_bias=True)
         elif name in free and name not in kept:
             modules, own = _homes(name, layout, blocked)
             if modules:
-                kept[name] = Keep(modules, own, as_bias=False)
+                kept[name] = Whole(modules, own, as_bias=False)
     misread = _drop_misread(kept, layout)
-    left_out = dict(misread)
-    for name, reason in plan.left_out.items():
-        if name not in kept and name not in misread:
-            module = layout.module_of(name)
-            if "." not in name and name in free:
-                reason = f"a parameter of the model itself ({reason})"
-            elif module in blocked and name in free:
-                reason = f"a parameter of a module that holds layers with factors ({reason})"
-            left_out[name] = reason
-    return replace(plan, carried=carried, kept=kept, left_out=left_out)
+
+    def fate_of(name: str, before: Fate) -> Fate:
+        if name in kept:
+            return kept[name]
+        if name in misread:
+            return misread[name]
+        if isinstance(before, LeftOut) and name in free:
+            if "." not in name:
+                return LeftOut(Reason.OF_THE_MODEL, (before.text,))
+            if layout.module_of(name) in blocked:
+                return LeftOut(Reason.BESIDE_FACTORS, (before.text,))
+        return before
+
+    return replace(plan, fates={name: fate_of(name, before) for name, before in plan.fates.items()})
+
+
+def _has_no_slot(name: str, plan: Plan) -> bool:
+    """Whether it could have no factors; what could have them and has none was not chosen."""
+    other_rows = name in plan.left_out and plan.left_out[name].reason is Reason.OTHER_ROWS
+    return other_rows or not any(place.module in plan.slots for place in plan.layout.places(name))
 
 
 def _homes(name: str, layout: Layout, blocked: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -66,7 +74,7 @@ def _homes(name: str, layout: Layout, blocked: Collection[str]) -> tuple[tuple[s
 
 
 def as_peft_means(
-    modules: Collection[str], kept: Mapping[str, Keep], layout: Layout
+    modules: Collection[str], kept: Mapping[str, Whole], layout: Layout
 ) -> tuple[list[str], dict[str, str]]:
     """What PEFT keeps whole for these names: whatever ends in one of them.
 
@@ -85,9 +93,9 @@ def as_peft_means(
     return sorted(outer), {module: min(end for end in ends if module.endswith(end)) for module in stuck}
 
 
-def _drop_misread(kept: dict[str, Keep], layout: Layout) -> dict[str, str]:
+def _drop_misread(kept: dict[str, Whole], layout: Layout) -> dict[str, LeftOut]:
     """Take out what cannot be kept since the name of its module means another one too; by weight, why."""
-    dropped: dict[str, str] = {}
+    dropped: dict[str, LeftOut] = {}
     while True:
         whole = {module for how in kept.values() if not how.as_bias for module in how.modules}
         _, stuck = as_peft_means(whole, kept, layout)
@@ -96,7 +104,7 @@ def _drop_misread(kept: dict[str, Keep], layout: Layout) -> dict[str, str]:
         module, end = next(iter(stuck.items()))
         for name in [name for name, how in kept.items() if not how.as_bias and end in how.modules]:
             del kept[name]
-            dropped[name] = f"PEFT would take the name of its module, `{end}`, to mean `{module}` too"
+            dropped[name] = LeftOut(Reason.MISREAD, (end, module))
 
 
 def _biases(plan: Plan, names: Collection[str]) -> dict[str, str]:
@@ -150,7 +158,7 @@ def _blocked(plan: Plan, free: Collection[str]) -> set[str]:
     layout = plan.layout
     inside: dict[str, list[bool]] = defaultdict(list)
     for name in plan.headers:
-        if name.endswith(":]"):
+        if is_rest(name):
             continue  # Rows beyond the base's vocabulary: the module itself has none of them.
         parts = layout.module_of(name).split(".")
         for depth in range(1, len(parts) + 1):
