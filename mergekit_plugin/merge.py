@@ -34,6 +34,7 @@ from peft_posthoc.files import check_folder
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.by_class import check_counts
 from peft_posthoc.models.layout import Place
+from peft_posthoc.text import asked_on
 
 
 class Merge:
@@ -138,6 +139,7 @@ class Merge:
         return next(header.dtype for header in models[0].headers.values() if header.dtype.is_floating_point)
 
     @cached_property
+    @asked_on("mergekit")
     def ranks(self) -> dict[str, RankRule]:
         """By weight, the rank rules of those that the parameters of `phlora` choose.
 

@@ -32,6 +32,7 @@ from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.work import factor_pairs
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.layout import Layout, Place
+from peft_posthoc.text import asked_on
 
 NAME = "phlora"
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
         refuse_unknown(NAME)
         super().validate_inputs(*inputs, **named)
 
+    @asked_on("mergekit")
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """One weight of the result, on the device and in the type of its inputs."""
         (other,) = group.non_base

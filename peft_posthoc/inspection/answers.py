@@ -12,9 +12,11 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.sizing import PlanSizing
+from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.ranks.budget import budget
-from peft_posthoc.ranks.rules import fixed, keep_energy, keep_error
-from peft_posthoc.ranks.spelling import flags
+from peft_posthoc.ranks.rules import Allocation, above_noise, fixed, keep_energy, keep_error
+from peft_posthoc.ranks.spelling import flags as flags_of
+from peft_posthoc.text import as_flag
 
 RANKS = (8, 16, 32, 64, 128)
 ENERGIES = (0.5, 0.9, 0.95, 0.99)
@@ -42,6 +44,23 @@ class Candidate:
     """Bytes in the `peft` form, every layer at its own rank."""
     reason: str = ""
     """Why there is no answer."""
+    rule: RankRule | Allocation | None = None
+    """None of an adapter that was written."""
+
+    @property
+    def share(self) -> float | None:
+        """The share of every layer's energy that the rule keeps; None of other rules."""
+        return self.rule.share if isinstance(self.rule, keep_energy) else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether it is `auto`: what stands out of the noise."""
+        return isinstance(self.rule, above_noise)
+
+    @property
+    def heading(self) -> str:
+        """The rule over a column."""
+        return "auto" if self.measures else self.flags if self.share is None else f"for {self.share}"
 
     @property
     def error(self) -> float:
@@ -100,7 +119,9 @@ def candidates(adapter: Adapter) -> list[Candidate]:
     return [*_by_layer(adapter), *_by_budget(adapter)]
 
 
-def of(flags: str, adapter: Adapter, beyond: Iterable[str] = ()) -> Candidate:
+def of(
+    flags: str, adapter: Adapter, beyond: Iterable[str] = (), rule: RankRule | Allocation | None = None
+) -> Candidate:
     """The answer that an adapter is."""
     held = sum(layer.factors.energy * layer.factors.norm**2 for layer in adapter.layers.values())
     total = sum(layer.factors.norm**2 for layer in adapter.layers.values())
@@ -113,6 +134,7 @@ def of(flags: str, adapter: Adapter, beyond: Iterable[str] = ()) -> Candidate:
         portable=None if portable is None else portable.bytes,
         padding=None if portable is None else portable.padding,
         peft=None if peft is None else peft.bytes,
+        rule=rule,
     )
 
 
@@ -129,22 +151,24 @@ def _by_layer(adapter: Adapter) -> Iterator[Candidate]:
     rules += [*map(keep_energy, ENERGIES), *map(keep_error, ERRORS)]
     spectra = adapter.spectra
     for rule in rules:
-        yield _cut(adapter, " ".join(flags(rule)), {name: rule(spectrum) for name, spectrum in spectra.items()})
+        yield _cut(adapter, rule, {name: rule(spectrum) for name, spectrum in spectra.items()})
     signal = {name: layer.signal for name, layer in adapter.layers.items()}
     if None not in signal.values():
-        yield _cut(adapter, "--rank auto", {name: max(rank or 0, 1) for name, rank in signal.items()})
+        yield _cut(adapter, above_noise(), {name: max(rank or 0, 1) for name, rank in signal.items()})
 
 
-def _cut(adapter: Adapter, flags: str, asked: Mapping[str, int]) -> Candidate:
+def _cut(adapter: Adapter, rule: fixed | keep_energy | keep_error | above_noise, asked: Mapping[str, int]) -> Candidate:
+    flags = " ".join(flags_of(rule))
     held = {name: len(layer.factors.s) for name, layer in adapter.layers.items()}
     ranks = {name: min(rank, held[name]) for name, rank in asked.items()}
-    return of(flags, adapter.cut(ranks, flags), [name for name, rank in asked.items() if rank > held[name]])
+    beyond = [name for name, rank in asked.items() if rank > held[name]]
+    return of(flags, adapter.cut(ranks, flags), beyond, rule)
 
 
 def _by_budget(adapter: Adapter) -> Iterator[Candidate]:
     spectra = adapter.spectra
     for size in BUDGETS:
-        flags, rule = f"--budget {size}", budget(size)
+        flags, rule = as_flag("size", size), budget(size)
         try:
             bounds = rule.bounds(PlanSizing(adapter.plan, adapter.dtype, adapter.form))
             # No deeper than `extract` would factor: it would choose among as many.
@@ -152,8 +176,7 @@ def _by_budget(adapter: Adapter) -> Iterator[Candidate]:
             ranks = {name: min(deep[name], len(spectrum.s)) for name, spectrum in spectra.items()}
             found = adapter.cut(ranks, flags).at(rule)
         except ValueError:
-            yield Candidate(flags, {}, frozenset(), 0.0, None, None, None, "less than the smallest adapter")
+            yield Candidate(flags, {}, frozenset(), 0.0, None, None, None, "less than the smallest adapter", rule)
             continue
-        yield of(
-            flags, found, [name for name in ranks if deep[name] > ranks[name] == len(found.layers[name].factors.s)]
-        )
+        beyond = [name for name in ranks if deep[name] > ranks[name] == len(found.layers[name].factors.s)]
+        yield of(flags, found, beyond, rule)

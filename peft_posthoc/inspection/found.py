@@ -86,18 +86,18 @@ class Found:
 
     def shown(self) -> list[Candidate]:
         """The rules whose ranks differ between layers: those by energy, and `auto`."""
-        energies = [one for one in self.candidates if one.flags.startswith("--energy")]
+        energies = [one for one in self.candidates if one.share is not None]
         auto = self.measured()
         return [*energies, *([auto] if auto else [])]
 
     def telling(self) -> Candidate:
         """What keeps 90 % of every layer's energy; or half of it, where most need more for that than was factored."""
-        half, most, *_ = (one for one in self.candidates if one.flags.startswith("--energy"))
+        half, most, *_ = (one for one in self.candidates if one.share is not None)
         return most if 4 * len(most.beyond) <= len(most.ranks) else half
 
     def measured(self) -> Candidate | None:
         """The answer of `--rank auto`; None if the noise was not measured."""
-        return next((one for one in self.candidates if one.flags == "--rank auto"), None)
+        return next((one for one in self.candidates if one.measures), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the i-th number of a list belongs to rank i + 1."""
@@ -128,7 +128,7 @@ class Found:
 
     def _layers(self) -> Iterable[str]:
         ranks, telling, auto = self.ranks(), self.telling(), self.measured()
-        share = f"{float(telling.flags.removeprefix('--energy ')):.0%}"
+        share = f"{telling.share:.0%}"
         more = f" {'auto':>5} {'noise':>6}" if auto else ""
         ends = f" {'for ' + share:>8}{more}"
         yield f"{'E_r at rank':<{_WIDTH}} " + " ".join(f"{rank:>6}" for rank in ranks) + ends

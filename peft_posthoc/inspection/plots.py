@@ -17,6 +17,7 @@ from torch import Tensor
 from peft_posthoc.errors import MissingExtraError
 from peft_posthoc.inspection.answers import Candidate
 from peft_posthoc.inspection.found import Found
+from peft_posthoc.ranks.rules import above_noise, keep_energy
 
 # Okabe and Ito's colours, which those who do not see all colours tell apart too; without black, which is the total's,
 # and yellow, which is lost on white. Beyond seven modules the lines are dashed.
@@ -44,9 +45,9 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
-_WHAT = {
-    "--energy": "Each layer gets what holds the same share of its own energy.",
-    "--rank": "Each layer gets what stands out of the noise that the checkpoints carry.",
+_WHAT: dict[type, str] = {
+    keep_energy: "Each layer gets what holds the same share of its own energy.",
+    above_noise: "Each layer gets what stands out of the noise that the checkpoints carry.",
 }
 
 
@@ -134,7 +135,7 @@ def captions(inspection: Found) -> dict[str, str]:
     }
     for rule in _rules(inspection):
         triangles = f" Triangles: higher than {top}, where the factorization ended." if rule.beyond else ""
-        told[f"Ranks of {rule.flags}"] = f"{_WHAT.get(rule.flags.split()[0], '')}{triangles}"
+        told[f"Ranks of {rule.flags}"] = f"{_WHAT.get(type(rule.rule), '')}{triangles}"
     return told
 
 
@@ -282,7 +283,7 @@ def _allocation(figure: Any, inspection: Found, rule: Candidate) -> None:
 def _rules(inspection: Found) -> list[Candidate]:
     """Those whose ranks are drawn: one by energy, and beside it that of the noise, or what was written at several."""
     first, *_ = inspection.candidates
-    written = not first.flags.startswith("--") and len(set(first.ranks.values())) > 1
+    written = first.rule is None and len(set(first.ranks.values())) > 1
     beside = inspection.measured() or (first if written else None)
     return [inspection.telling(), *([beside] if beside else [])]
 

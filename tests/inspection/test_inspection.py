@@ -198,7 +198,7 @@ def test_a_format_that_matplotlib_does_not_know_is_refused_before_the_work(round
     pytest.importorskip("matplotlib")
     result = CliRunner().invoke(cli.main, ["inspect", *rounded_pair, "--plot", str(tmp_path / "plot.docx")])
     assert result.exit_code == 1
-    assert "`--plot` cannot write `.docx` files" in result.stderr
+    assert "A picture cannot be a `.docx` file" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
