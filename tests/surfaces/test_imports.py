@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-PROBE = "import sys; {code}; print(*sorted({{'peft', 'transformers', 'mergekit', 'matplotlib'}} & set(sys.modules)))"
+PROBE = "import sys; {code}; print(*sorted({{'peft', 'transformers', 'mergekit', 'matplotlib', 'torch'}} & set(sys.modules)))"
 
 
 def loaded_by(code):
@@ -11,15 +11,32 @@ def loaded_by(code):
     return run.stdout.split()
 
 
+HELP = "from click.testing import CliRunner; from peft_posthoc.cli.main import main; CliRunner().invoke(main, {})"
+
+
 @pytest.mark.parametrize(
-    "code", ["import peft_posthoc", "import peft_posthoc.cli.main", "import mergekit_plugin, hf_callbacks"]
+    "code",
+    [
+        "import peft_posthoc",
+        "import peft_posthoc.cli.main",
+        "import mergekit_plugin, hf_callbacks",
+        HELP.format(["--help"]),
+        *(
+            HELP.format([command, "--help"])
+            for command in ("extract", "inspect", "verify", "check", "export", "resize")
+        ),
+    ],
 )
-def test_importing_the_library_loads_no_host(code):
+def test_importing_the_library_and_asking_for_help_loads_no_host_and_no_tensors(code):
     assert loaded_by(code) == []
 
 
+def test_public_names_load_tensors_and_no_host():
+    assert loaded_by("from peft_posthoc import extract") == ["torch"]
+
+
 def test_the_probe_can_see_an_import():
-    assert "peft" in loaded_by("from peft_posthoc import LoraConfig")
+    assert {"peft", "torch"} <= set(loaded_by("from peft_posthoc import LoraConfig"))
 
 
 def test_functions_are_not_shadowed_by_the_modules_they_live_in():
@@ -35,5 +52,5 @@ def test_every_public_name_exists():
     import peft_posthoc
 
     assert [name for name in peft_posthoc.__all__ if getattr(peft_posthoc, name, None) is None] == []
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match="nonsense"):
         peft_posthoc.nonsense  # noqa: B018

@@ -1,0 +1,75 @@
+from .checkpoints.checkpoint import Checkpoint
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    MismatchError,
+    MissingExtraError,
+    NothingToCarryError,
+    PosthocError,
+)
+from .extraction.adapter import Adapter
+from .extraction.extract import extract
+from .extraction.preflight import Preflight, preflight
+from .extraction.report import Report
+from .extraction.series import Series
+from .formats.export import export
+from .formats.result import Exported
+from .inspection.inspection import Inspection, inspect
+from .linalg.lowrank import LowRank
+from .linalg.spectrum import RankRule, Spectrum
+from .linalg.svd import truncated_svd
+from .lora_config import LoraConfig, get_peft_model, patch_peft
+from .ranks.budget import budget
+from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
+from .resizing.resize import combine, resize, spectra
+from .resizing.resized import Resized, ResizeReport
+from .serving.check import Check, check
+from .serving.fix import Fixed, fix
+from .sources import open_checkpoint
+from .verification.verify import Verification, verify
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "Check",
+    "Checkpoint",
+    "CheckpointError",
+    "Exported",
+    "Fixed",
+    "Inspection",
+    "LoraConfig",
+    "LowRank",
+    "MismatchError",
+    "MissingExtraError",
+    "NothingToCarryError",
+    "PosthocError",
+    "Preflight",
+    "RankRule",
+    "Report",
+    "ResizeReport",
+    "Resized",
+    "Series",
+    "Spectrum",
+    "Verification",
+    "above_noise",
+    "budget",
+    "check",
+    "combine",
+    "export",
+    "extract",
+    "fix",
+    "fixed",
+    "get_peft_model",
+    "inspect",
+    "keep_energy",
+    "keep_error",
+    "limited",
+    "open_checkpoint",
+    "patch_peft",
+    "preflight",
+    "resize",
+    "several",
+    "spectra",
+    "truncated_svd",
+    "verify",
+]
