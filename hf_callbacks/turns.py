@@ -18,7 +18,7 @@ _turns = itertools.count()
 
 
 def are_several() -> bool:
-    """Whether this process is one of several that train together."""
+    """Tell whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from peft_posthoc.adapters.applied import Adapted
 from peft_posthoc.adapters.config import CONFIG, read_config
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.checkpoints.files import weight_files
-from peft_posthoc.checkpoints.folder import Folder
-from peft_posthoc.checkpoints.hub import find, is_repo_id
+from peft_posthoc.checkpoints.distcp import Distcp, find_shards
+from peft_posthoc.checkpoints.files import SUFFIXES, weight_files
+from peft_posthoc.checkpoints.folder import File, Folder
+from peft_posthoc.checkpoints.hub import OnHub, find, is_repo_id
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
+from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
 
 
@@ -99,8 +101,6 @@ def open_pair(
     Raises:
         CheckpointError: One of them cannot be read.
     """
-    from peft_posthoc.checkpoints.distcp import Distcp
-
     before = open_checkpoint(base, revision=base_revision, role="base")
     after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
     return before, without_second_names(after, before) if isinstance(after, Distcp) else after
@@ -108,16 +108,13 @@ def open_pair(
 
 def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoint:
     """What a folder holds: whole weights, an adapter, or what a training run left of each process."""
-    from peft_posthoc import sources
-    from peft_posthoc.checkpoints import distcp, folder, zero
-
-    if sources.is_adapter(path):
-        return sources.on_its_base(path, label=label, revision=commit)
-    if (shards := distcp.find_shards(path)) is not None:
-        return distcp.Distcp(path, shards, label=label)
-    if (partitions := zero.find_partitions(path)) is not None:
-        return zero.Zero(path, partitions, label=label)
-    return folder.Folder(path, label=label, revision=commit)
+    if is_adapter(path):
+        return on_its_base(path, label=label, revision=commit)
+    if (shards := find_shards(path)) is not None:
+        return Distcp(path, shards, label=label)
+    if (partitions := find_partitions(path)) is not None:
+        return Zero(path, partitions, label=label)
+    return Folder(path, label=label, revision=commit)
 
 
 def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
@@ -146,26 +143,23 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             raise CheckpointError(f"The {role} state dict holds values that are no tensors: {', '.join(strangers)}.")
         checkpoint = InMemory(source, label="state dict")
     elif isinstance(source, str | PathLike):
-        from peft_posthoc import sources
-        from peft_posthoc.checkpoints import files, folder, hub
-
         path = Path(source)
         if path.is_dir():
             checkpoint = _of_folder(path, label=str(source))
-        elif path.is_file() and path.suffix in files.SUFFIXES:
-            checkpoint = folder.File(path, label=str(source))
-        elif hub.is_repo_id(str(source)) and not path.exists():
-            found = hub.find(str(source), revision=revision, role=role)
+        elif path.is_file() and path.suffix in SUFFIXES:
+            checkpoint = File(path, label=str(source))
+        elif is_repo_id(str(source)) and not path.exists():
+            found = find(str(source), revision=revision, role=role)
             headers = found.headers()
             if headers is None:
                 checkpoint = _of_folder(found.get(), label=str(source), commit=found.commit)
             else:
-                checkpoint = hub.OnHub(found, headers)
+                checkpoint = OnHub(found, headers)
             revision = None
-        elif not path.exists() and (sides := sources.sides(str(source))):
-            checkpoint = sources.adapted(*sides, role=role)
+        elif not path.exists() and (both := sides(str(source))):
+            checkpoint = adapted(*both, role=role)
         else:
-            kinds = ", ".join(files.SUFFIXES)
+            kinds = ", ".join(SUFFIXES)
             what = "is no regular file" if path.exists() else "does not exist"
             what = f"is a file of another kind than {kinds}" if path.is_file() else what
             raise CheckpointError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Header(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor that is not read yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Checkpoint(Protocol):
 
     @property
     def label(self) -> str:
-        """What the user called it: a path, a hub id, or the class of a live object."""
+        """The user's own name for it: a path, a hub id, or the class of a live object."""
 
     @property
     def revision(self) -> str | None:
@@ -59,7 +59,7 @@ class Checkpoint(Protocol):
 
     @property
     def sequential(self) -> bool:
-        """Whether each tensor can be read once only, in the order of `headers`: they are made as they are read."""
+        """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""

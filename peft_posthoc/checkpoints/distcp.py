@@ -92,7 +92,7 @@ def find_shards(folder: Path) -> Path | None:
     folders of the same kind and are passed over.
 
     Raises:
-        CheckpointError: There are several.
+        CheckpointError: The folder holds several sharded models.
     """
     if weight_files({path.name for path in folder.iterdir()}):
         return None

@@ -104,7 +104,7 @@ def config_of(folder: Path) -> Mapping[str, Any] | None:
     """The model's configuration in a folder, if there is one.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: The file cannot be read.
     """
     path = folder / "config.json"
     if not path.exists() or path.is_dir():

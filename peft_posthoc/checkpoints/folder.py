@@ -121,7 +121,7 @@ def dtype_of(code: str, where: str, name: str) -> torch.dtype:
     """The type that safetensors calls so.
 
     Raises:
-        CheckpointError: It is not supported.
+        CheckpointError: PyTorch's types that are read here do not include it.
     """
     if code not in _DTYPES:
         raise CheckpointError(f"{where} holds `{name}` as {code}, a type that is not supported.")

@@ -26,7 +26,7 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def is_repo_id(source: str) -> bool:
-    """Whether `source` could be a hub id, by its form alone."""
+    """Tell whether `source` could be a hub id, by its form alone."""
     return _REPO_ID.fullmatch(source) is not None
 
 
@@ -39,14 +39,14 @@ class Repository:
     folder: Path
     """In the hub's own cache, with the small files."""
     files: tuple[str, ...]
-    """Those with the weights."""
+    """The files with the weights."""
     role: str
 
     def get(self) -> Path:
         """Fetch the weights.
 
         Raises:
-            CheckpointError: They cannot be fetched.
+            CheckpointError: The files cannot be fetched.
         """
         from huggingface_hub import snapshot_download
 
@@ -58,7 +58,7 @@ class Repository:
         """Of every tensor, from the beginnings of the files; None where that needs the files, or they are there.
 
         Raises:
-            CheckpointError: They cannot be fetched, or are no safetensors.
+            CheckpointError: The files cannot be fetched, or are no safetensors.
         """
         from huggingface_hub import HfApi, try_to_load_from_cache
 

@@ -32,7 +32,7 @@ class InMemory:
         """The tensor itself, not a copy.
 
         Raises:
-            CheckpointError: It has no values: it lies on the meta device.
+            CheckpointError: The tensor lies on the meta device and has no values.
         """
         tensor = self._tensors[name]
         if tensor.is_meta:
@@ -47,7 +47,7 @@ def of_module(module: nn.Module) -> InMemory:
     """A live module as a checkpoint.
 
     Raises:
-        CheckpointError: It carries a PEFT adapter, or tensors without values.
+        CheckpointError: The module carries a PEFT adapter already.
     """
     if hasattr(module, "peft_config"):
         raise CheckpointError(

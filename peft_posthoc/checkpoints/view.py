@@ -85,7 +85,7 @@ class View:
 
 
 def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:
-    """What a tensor is made of, by the names that it has where it is stored."""
+    """The tensors that one is made of, by the names that they are stored under."""
     return checkpoint.stored_names(name) if isinstance(checkpoint, View) else {name}
 
 

@@ -24,7 +24,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under the names that its model has without `torch.compile` and other wrappers.
 
     Raises:
-        CheckpointError: It holds a tensor under both names.
+        CheckpointError: The checkpoint holds one tensor both with and without such a name.
     """
     names: dict[str, str] = {}
     # A live model has the names it has.

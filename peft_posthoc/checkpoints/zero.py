@@ -38,7 +38,7 @@ def find_partitions(folder: Path) -> Path | None:
     named `latest`, as DeepSpeed keeps it.
 
     Raises:
-        CheckpointError: There are several and nothing says which; or what is said is not there.
+        CheckpointError: The folder holds several and does not say which; or what it says is not there.
     """
     if weight_files({path.name for path in folder.iterdir()}):
         return None
@@ -92,7 +92,7 @@ class Zero:
             label: What messages call it.
 
         Raises:
-            CheckpointError: They are incomplete, damaged, or hold more than DeepSpeed's own plain values.
+            CheckpointError: The partitions are incomplete, damaged, or hold more than DeepSpeed's own plain values.
             MissingExtraError: DeepSpeed is not installed.
         """
         self.label = label
@@ -119,7 +119,7 @@ class Zero:
         """One tensor, put together from its partitions.
 
         Raises:
-            CheckpointError: They do not make up the tensor.
+            CheckpointError: The partitions do not make up the tensor.
         """
         try:
             tensor: Tensor = self._tensors[name].contiguous()

@@ -123,7 +123,7 @@ def check(
             shapes, layers, ties and vocabulary fit.
 
     Raises:
-        AdapterError: The folder is no LoRA adapter.
+        AdapterError: The folder holds no LoRA adapter.
         CheckpointError: The base is no model folder.
         ValueError: There is no such engine.
     """

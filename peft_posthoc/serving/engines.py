@@ -15,7 +15,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Engine:
-    """What loads an adapter."""
+    """A program that loads adapters."""
 
     title: str
     examined: str

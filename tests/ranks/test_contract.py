@@ -1,5 +1,7 @@
 """The same laws for every rank rule, on spectra of which more and more is known."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from peft_posthoc.linalg.spectrum import Spectrum, in_advance
 from peft_posthoc.ranks import rules, weighting
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
+from peft_posthoc.ranks.spelling import flags, parse, spell
 
 RULES = [
     fixed(1),
@@ -27,6 +30,8 @@ RULES = [
     several((("low", fixed(2)), ("high", fixed(7)))),
     several((("rank", fixed(2)), ("energy", keep_energy(0.9)))),
 ]
+# What a command line leaves as text.
+TEXTS = ("rank", "energy", "error", "budget", "weighting")
 sides = st.integers(1, 12)
 
 
@@ -74,8 +79,19 @@ def test_only_ranks_that_look_at_no_spectrum_are_known_in_advance():
     ]
 
 
-@pytest.mark.parametrize("rule", [*RULES, budget("64MB"), budget(params=1000, weighting=None)], ids=repr)
+BUDGETS = [budget("64MB"), budget("2%", most=64, least=4), budget(params=1000, weighting=None, multiple=8)]
+
+
+@pytest.mark.parametrize("rule", [*RULES, *BUDGETS], ids=repr)
 def test_a_rule_is_what_it_prints(rule):
     read = eval(repr(rule), {**vars(rules), **vars(weighting), "budget": budget})
     assert read == rule
     assert hash(read) == hash(rule)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in [*RULES, *BUDGETS] if not isinstance(rule, several)], ids=repr)
+def test_a_rule_is_what_is_read_of_its_words(rule):
+    assert parse(json.loads(json.dumps(spell(rule)))) == rule
+    words = dict(zip(flags(rule)[::2], flags(rule)[1::2], strict=True))
+    named = {option.removeprefix("--").replace("-", "_"): word for option, word in words.items()}
+    assert parse({name: word if name in TEXTS else int(word) for name, word in named.items()}) == rule

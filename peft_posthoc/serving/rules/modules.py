@@ -41,7 +41,7 @@ def tied(subject: Subject) -> tuple[str, ...]:
 
 
 def maybe_tied(subject: Subject) -> tuple[str, ...]:
-    """The same, where no base tells."""
+    """Embeddings and heads with factors, where no base tells whether it ties them."""
     return (*subject.embeddings, *subject.heads) if subject.base is None else ()
 
 

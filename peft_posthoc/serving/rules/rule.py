@@ -1,4 +1,4 @@
-"""What a rule is, and words that several of them use."""
+"""A rule about adapters, and words that several rules share."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Rule:
     engines: tuple[str, ...]
     severity: Severity
     finds: Callable[[Subject], tuple[str, ...]]
-    """What of the adapter is at fault: tensors, modules or settings; nothing where all is well."""
+    """The tensors, modules or settings at fault; nothing where all is well."""
     message: str
-    """What the engine does."""
+    """The engine's own behaviour."""
     way_out: str
     source: str
-    """Where it is seen; "run" where the engine's own code was run on such an adapter."""
+    """The code or issue that shows it; "run" where the engine's own code was run on such an adapter."""
     versions: str = ""
-    """Those it is true for, where not of those examined (`ENGINES`)."""
+    """The engine's versions that do so, where these are not those examined (`ENGINES`)."""
     needs_base: bool = False
 
     def applies_to(self, engine: str) -> bool:
-        """Whether it is a rule of that engine, or of one that it hands the adapter to."""
+        """Tell whether the rule is one of this engine, or of an engine that it hands the adapter to."""
         return bool({engine, *ENGINES[engine].backends} & {*self.engines})
 
 

@@ -31,7 +31,7 @@ def bias_setting(subject: Subject) -> tuple[str, ...]:
 
 
 def in_layers(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of numbered layers."""
+    """The names that lie in numbered layers."""
     return tuple(name for name in names if ".layers." in name)
 
 
