@@ -206,7 +206,7 @@ def test_options_that_contradict_one_another_are_refused():
     for asked in ({"rank": "8", "budget": "1MB"}, {"error": "0.1", "params": 9}, {"energy": "0.9", "error": "0.1"}):
         with pytest.raises(click.UsageError, match="not both"):
             rule_of(**asked)
-    with pytest.raises(click.UsageError, match="weighting.* is one of budget"):
+    with pytest.raises(click.UsageError, match=r"weighting.* is one of budget"):
         rule_of(rank="8", weighting="energy")
     with pytest.raises(click.UsageError, match="must be one of uniform, energy, relative, balanced, early"):
         rule_of(budget="1MB", weighting="mine")
