@@ -15,8 +15,8 @@ from tqdm import tqdm
 from hf_callbacks.base import Base
 from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.run import FINAL, Run
-from peft_posthoc.cli.main import one_line_errors
 from peft_posthoc.cli.options import CHOICE, NAMES, option
+from peft_posthoc.cli.output import one_line_errors
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.extraction.request import Request

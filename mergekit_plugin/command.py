@@ -23,8 +23,8 @@ from mergekit_plugin.no_code import no_code, refuse_trust
 from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
 from peft_posthoc.adapters.peft_format import check_target
 from peft_posthoc.checkpoints.folder import Folder
-from peft_posthoc.cli.main import one_line_errors, show
 from peft_posthoc.cli.options import CHOICE, option
+from peft_posthoc.cli.output import one_line_errors, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import PosthocError, noting

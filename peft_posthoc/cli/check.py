@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from peft_posthoc.cli.main import check_file, show
 from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
+from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import PosthocError, noting
 
 # As in `engines.ENGINES`, which a test holds against this: importing it for `phlora --help` would take a second.

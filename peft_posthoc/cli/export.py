@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from peft_posthoc.cli.main import check_file, show
 from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
+from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import noting
 
 TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")

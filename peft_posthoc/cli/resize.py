@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peft_posthoc.cli.main import check_file, show
 from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of, together
+from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.errors import noting
 

@@ -109,8 +109,8 @@ def test_the_callback_shows_them_too():
 @pytest.mark.parametrize(
     ("command", "missing"),
     [
-        (phlora.commands["extract"], set()),
-        (phlora.commands["inspect"], {"tuned_name", "rank_pattern", "dtype"}),
+        (phlora.get_command(None, "extract"), set()),
+        (phlora.get_command(None, "inspect"), {"tuned_name", "rank_pattern", "dtype"}),
         (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename"}),
     ],
     ids=["extract", "inspect", "mergekit-phlora"],

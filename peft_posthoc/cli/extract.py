@@ -1,0 +1,83 @@
+"""`phlora extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
+from peft_posthoc.cli.output import check_drawing, check_file, show
+from peft_posthoc.cli.ranks import RANK, Asked
+from peft_posthoc.errors import ShareDone, noting
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.argument("out", type=click.Path(path_type=Path))
+@RANK
+@option("rank_pattern")
+@option("dtype")
+@option("tuned_name")
+@click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
+@click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
+@HTML
+@option("form")
+@CHOICE
+@option("vocab")
+@NAMES
+@MODELS
+@OUTPUT
+def extract(
+    base: str,
+    tuned: str,
+    out: Path,
+    rank: Asked,
+    force: bool,
+    dry_run: bool,
+    html: Path | None,
+    quiet: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
+    """Write the LoRA adapter that leads from BASE to TUNED into the folder OUT.
+
+    With several ranks between commas, as in --rank 8,16,32, the adapters are OUT/r8, OUT/r16, OUT/r32, of one
+    factorization.
+    """
+    rule = rank.rule()
+    from peft_posthoc.adapters.peft_format import check_target
+    from peft_posthoc.extraction.extract import extract as run
+    from peft_posthoc.extraction.preflight import preflight
+    from peft_posthoc.extraction.processes import Processes
+    from peft_posthoc.extraction.series import Series, check_targets
+    from peft_posthoc.ranks.rules import several
+
+    # Bad arguments are told before the work, not after it.
+    check_file(json_to, "--json")
+    check_drawing(html, "--html")
+    if isinstance(rule, several):
+        check_targets(out, dict(rule.named), force=force)
+    else:
+        check_target(out, force=force)
+    if dry_run:
+        show(preflight(base, tuned, rule or 32, out=out, **options), json_to, quiet=quiet)
+        return
+    processes = Processes.from_environment()
+    try:
+        adapter = run(base, tuned, rule or 32, out=out, processes=processes, progress=not quiet, **options)
+    except ShareDone:
+        return
+    found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
+    found.save(out, force=force)
+    several_of_them = isinstance(found, Series)
+    with noting(f"The {'adapters are' if several_of_them else 'adapter is'} at `{out}`."):
+        if html is not None:
+            from peft_posthoc.inspection.inspection import Inspection
+
+            made = found.adapters if isinstance(found, Series) else {"as written": adapter}
+            Inspection.of(adapter, made).html(html)
+        done = f"{'Adapters' if several_of_them else 'Adapter'} written to {out}"
+        show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet, more=[done])

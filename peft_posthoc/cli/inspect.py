@@ -1,0 +1,57 @@
+"""`phlora inspect`."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
+from peft_posthoc.cli.output import check_drawing, check_file, show
+from peft_posthoc.errors import noting
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--max-rank", type=click.IntRange(min=1), default=512, show_default=True, help="Where the curves end.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the curves and the ranks into this PNG (or SVG, PDF).",
+)
+@HTML
+@option("form")
+@CHOICE
+@option("vocab")
+@NAMES
+@MODELS
+@OUTPUT
+def inspect(
+    base: str,
+    tuned: str,
+    max_rank: int,
+    plot: Path | None,
+    html: Path | None,
+    quiet: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
+    """Show what every rank and every rank rule would keep of each delta, and take; write no adapter."""
+    check_file(json_to, "--json")
+    check_drawing(plot, "--plot")
+    check_drawing(html, "--html")
+    from peft_posthoc.inspection.inspection import inspect as run
+
+    inspection = run(base, tuned, max_rank, progress=not quiet, **options)
+    with contextlib.ExitStack() as written:
+        if plot is not None:
+            inspection.plot(plot)
+            written.enter_context(noting(f"`{plot}` is written."))
+        if html is not None:
+            inspection.html(html)
+            written.enter_context(noting(f"`{html}` is written."))
+        show(inspection, json_to, quiet=quiet)

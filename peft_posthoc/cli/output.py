@@ -1,0 +1,107 @@
+"""What every command writes: its result, and one line where something goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from peft_posthoc.errors import OutputError, PosthocError, brief, one_line, printable
+from peft_posthoc.files import write_whole
+from peft_posthoc.text import asked_on
+
+
+@contextlib.contextmanager
+def one_line_errors(
+    program: str, *, debug: bool, option: str = "--debug", nothing: str = "Nothing was written."
+) -> Iterator[None]:
+    """End the process with one line on stderr where something goes wrong.
+
+    Args:
+        program: What is running.
+        debug: Show a traceback before it.
+        option: What asks for that.
+        nothing: What is told of the output after Ctrl-C.
+    """
+
+    def fail(message: str, status: int) -> NoReturn:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"{program}: error: {message}", err=True)
+        sys.exit(status)
+
+    try:
+        with asked_on("command line"):
+            yield
+    except click.ClickException as error:
+        error.message = brief(error.message)  # type: ignore[misc]  # it is set by `__init__` alone, says click
+        raise
+    except (click.exceptions.Exit, click.Abort):
+        raise
+    except KeyboardInterrupt as interrupt:
+        fail(" ".join(["Interrupted.", *(getattr(interrupt, "__notes__", None) or [nothing])]), 130)
+    except MemoryError as error:
+        fail(" ".join(["Out of memory.", *getattr(error, "__notes__", [])]), 1)
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, OutputError) else error
+        if isinstance(cause, OSError) and cause.errno == errno.EPIPE and not hasattr(error, "__notes__"):
+            raise cause from None  # Whoever reads our output has seen enough; click exits quietly.
+        known = isinstance(error, PosthocError | ValueError | OSError)
+        what = "" if known else f"Unexpected {type(error).__name__} (see it with {option}): "
+        fail(f"{what}{one_line(error)}", 1)
+
+
+def check_file(path: str | Path | None, option: str) -> None:
+    """See before the work whether the file can be written after it."""
+    if path is None or path == "-":
+        return
+    file = Path(path)
+    if file.is_dir():
+        raise PosthocError(f"`{option} {path}` is a folder. Name a file.")
+    if not file.parent.is_dir():
+        raise PosthocError(f"`{option} {path}` cannot be written: there is no folder `{file.parent}`.")
+
+
+def check_drawing(path: Path | None, option: str) -> None:
+    """See before the work whether there will be something to draw with."""
+    check_file(path, option)
+    if path is not None:
+        from peft_posthoc.inspection.plots import check_format
+
+        check_format(path.suffix if option == "--plot" else ".svg")
+
+
+def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:
+    """Print a result as a table, and what more there is to say; or as JSON, or write that.
+
+    Raises:
+        OutputError: It cannot be printed or written.
+    """
+    if json_to is not None:
+        text = json.dumps(result.to_dict(), indent=2, sort_keys=True)
+        if json_to == "-":
+            if sys.stdout is None:
+                raise OutputError("Standard output is closed.")
+            _print(text)
+            return
+        write_whole(json_to, text + "\n")
+    if not quiet:
+        _print(printable("\n".join([result.table(), *more])))
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        # The interpreter would try once more to write the rest, and fail, when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"Standard output could not be written: {error.strerror or error}.") from error

@@ -1,0 +1,72 @@
+"""`phlora verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peft_posthoc.cli.options import MODELS, NAMES, OUTPUT
+from peft_posthoc.cli.output import check_file, show
+from peft_posthoc.errors import PosthocError
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The model before.")
+@click.option("--tuned", required=True, help="The model after.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Compare the models' outputs on this text.")
+@click.option("--token-ids", multiple=True, metavar="'1 2 3'", help="The same, already tokenized.")
+@click.option("--weights-only", is_flag=True, help="Do not load the models to compare outputs.")
+@click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below.")
+@click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above.")
+@NAMES
+@MODELS
+@OUTPUT
+def verify(
+    out: Path,
+    base: str,
+    tuned: str,
+    token_ids: tuple[str, ...],
+    weights_only: bool,
+    min_cosine: float | None,
+    max_kl: float | None,
+    quiet: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
+    """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs."""
+    check_file(json_to, "--json")
+    from peft_posthoc.verification.verify import verify as run
+
+    ids = [_token_ids(text) for text in token_ids]
+    if not weights_only:
+        _quiet_hosts()
+    result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
+    show(result, json_to, quiet=quiet)
+    if min_cosine is not None and result.cosine < min_cosine:
+        raise PosthocError(f"The cosine with the whole delta is {result.cosine:.4f}, below --min-cosine {min_cosine}.")
+    if max_kl is not None:
+        if result.adapter is None or result.adapter.kl is None:
+            raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
+        if result.adapter.kl > max_kl:
+            raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
+
+
+def _quiet_hosts() -> None:
+    """Keep the progress bars and the advice of the libraries that load the models from burying ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise click.BadParameter(f"`{text}` is not a list of numbers.", param_hint="--token-ids") from error
