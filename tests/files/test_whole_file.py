@@ -102,7 +102,7 @@ def test_a_page_that_cannot_be_drawn_says_so_and_where_the_adapter_is(llama_pair
     def crash(_):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("peft_posthoc.inspection.page.page", crash)
+    monkeypatch.setattr("peft_posthoc.inspection.inspection.page", crash)
     result = run("extract", *llama_pair, tmp_path / "out", "--html", tmp_path / "page.html", "--quiet")
     assert result.stderr == (
         "phlora: error: Unexpected RuntimeError (see it with --debug): no font. "
@@ -185,7 +185,7 @@ def test_json_to_no_standard_output_fails_in_one_line(files):
 # The source itself.
 
 # What these write lies in a folder that `staged` moves into its place when all is there.
-STAGED = {"export_merged.py", "export_mlx.py", "exported.py", "peft_format.py"}
+STAGED = {"merged.py", "mlx.py", "result.py", "peft_format.py", "writer.py"}
 WRITES = re.compile(r"\.(write_text|write_bytes|dump)$")
 
 
