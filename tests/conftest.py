@@ -14,9 +14,9 @@ install_import_hook(
             "linalg",
             "ranks.rules",
             "models.layout",
-            "adapters.peft_format",
+            "adapters.reader",
             "adapters.factors",
-            "adapters.lora_folder",
+            "adapters.module",
             "inspection.curves",
         )
     ],

@@ -11,13 +11,14 @@ from itertools import islice
 import torch
 
 from peft_posthoc.adapters.config import in_layers_named, meant
-from peft_posthoc.adapters.lora_folder import LoraFolder
-from peft_posthoc.adapters.on_model import Deltas
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.names import PREFIX, own_name
+from peft_posthoc.adapters.on_model import AdapterOnModel
+from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.tensors import EMBEDDING_FACTOR, FACTOR, Factored
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats import mlx as export_mlx
 from peft_posthoc.ranks.safe import safe_rank
-from peft_posthoc.serving.subject import EMBEDDING_FACTOR, EXPERT, FACTOR, Factored, Subject, leaf_of
+from peft_posthoc.serving.subject import EXPERT, Subject, leaf_of
 
 # What PEFT 0.6's LoraConfig takes; every version since knows these.
 _OLD_KEYS = frozenset(
@@ -232,9 +233,9 @@ def overwriting(subject: Subject) -> tuple[str, ...]:
 def not_for_mlx(subject: Subject) -> tuple[str, ...]:
     """The refusal of `phlora export --to mlx`, if it refuses the adapter."""
     try:
-        with LoraFolder(subject.label) as folder:
-            if subject.base is not None:
-                export_mlx.check(Deltas(folder, subject.base.checkpoint, subject.base.layout))
+        folder = LoraFolder(subject.label)
+        if subject.base is not None:
+            export_mlx.check(AdapterOnModel(folder, subject.base.checkpoint, subject.base.layout))
     except AdapterError as error:
         return (str(error),)
     return ()
@@ -247,7 +248,7 @@ def other_copies(subject: Subject) -> tuple[str, ...]:
     headers, read = subject.base.checkpoint.headers, subject.base.checkpoint.read
 
     def differs(copy: str) -> bool:
-        name = copy.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name = own_name(copy)
         if name not in headers:  # A tied head is stored as the embeddings.
             return False
         return not torch.equal(subject.weights.read(copy).float(), read(name).float())

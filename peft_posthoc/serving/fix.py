@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_posthoc.adapters.cast import cast
+from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.config import adapter_config
-from peft_posthoc.adapters.names import target_modules
-from peft_posthoc.adapters.peft_format import PREFIX, Contents, check_target, write_folder
+from peft_posthoc.adapters.names import PREFIX, own_name, target_modules
+from peft_posthoc.adapters.peft_format import Contents, check_target, write_folder
 from peft_posthoc.adapters.portable_rules import complete, targeted
+from peft_posthoc.adapters.tensors import Factored
 from peft_posthoc.errors import AdapterError, noting
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import ends
@@ -26,10 +27,8 @@ from peft_posthoc.models.slots import Slot
 from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.serving import faults
 from peft_posthoc.serving.check import Check, check, chosen
-from peft_posthoc.serving.subject import Factored, Subject
+from peft_posthoc.serving.subject import Subject
 from peft_posthoc.text import size
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,8 @@ def fix(
     subject = Subject.read(adapter, base)
     _refuse(subject)
     rank = safe_rank(max(own.rank for own in subject.modules.values()))
-    kinds = [subject.headers[name].dtype for own in subject.modules.values() for name in (own.a, own.b)]
-    saved = dtype or _widest(kinds)
+    kinds = [subject.headers[name].dtype for own in subject.modules.values() for name in (own.a_name, own.b_name)]
+    saved = dtype or widest(kinds)
     added = _absent(subject)
     tensors: dict[str, Tensor] = {}
     rounding = 0.0
@@ -163,7 +162,7 @@ def _refuse(subject: Subject) -> None:
         "has other ranks than its configuration says, which PEFT does not load": faults.misranked(subject),
         "holds factors of all experts at once": subject.fused_experts,
         "holds factors of convolutions": tuple(
-            module for module, own in subject.modules.items() if len(subject.headers[own.a].shape) > 2
+            module for module, own in subject.modules.items() if len(own.a_shape) > 2
         ),
         "adapts what the base does not have": faults.strangers(subject),
         "does not have the base's shapes": faults.unfitting(subject, larger=True, smaller=True),
@@ -175,21 +174,15 @@ def _refuse(subject: Subject) -> None:
             )
 
 
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    # PyTorch promotes no types of eight bits; all that they hold is in bfloat16 too.
-    known = {dtype if dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes}
-    first, *others = sorted(known, key=str)
-    for other in others:
-        first = torch.promote_types(first, other)
-    return first if first in _DTYPES else torch.float32
-
-
 def _rewritten(
     subject: Subject, module: str, own: Factored, rank: int, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], float]:
     """The factors at that rank and scale one, and how much of them rounding changed."""
     # In float64 a product of a factor and a scale rounds by less than any saved dtype can tell.
-    wanted = (subject.weights.read(own.a).double(), subject.weights.read(own.b).double() * subject.scale(module))
+    wanted = (
+        subject.weights.read(own.a_name).double(),
+        subject.weights.read(own.b_name).double() * subject.scale(module),
+    )
     if not all(bool(torch.isfinite(exact).all()) for exact in wanted):
         raise AdapterError(f"The factors of `{module}` in `{subject.label}` hold NaN or infinity.")
     saved = cast(*wanted, dtype, module, rank=rank)
@@ -268,7 +261,7 @@ def _before(base: Model | None, name: str) -> Tensor | None:
     """The base's own tensor of that name."""
     if base is None:
         return None
-    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    plain = own_name(name)
     stored = next((disk for disk in base.checkpoint.headers if plain in base.layout.names_of(disk)), None)
     return None if stored is None else base.checkpoint.read(stored).double()
 
@@ -295,7 +288,9 @@ def _told(
         yield f"left behind: {', '.join(behind)}"
     if idle:
         yield f"tensors dropped that change nothing: {idle}"
-    if {subject.headers[name].dtype for own in subject.modules.values() for name in (own.a, own.b)} != {dtype}:
+    if {subject.headers[name].dtype for own in subject.modules.values() for name in (own.a_name, own.b_name)} != {
+        dtype
+    }:
         yield f"factors saved in {str(dtype).removeprefix('torch.')}"
     old = subject.config
     if changed := [key for key in config if key in old and old[key] != config[key]]:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from peft_posthoc.adapters.tensors import Factored
 from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.serving import faults
 from peft_posthoc.serving.engines import ENGINES
-from peft_posthoc.serving.subject import Factored, Subject
+from peft_posthoc.serving.subject import Subject
 
 Severity = Literal["refused", "silently wrong", "warning"]
 REFUSED: Severity = "refused"

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from peft_posthoc import extract, open_checkpoint, resize
 from peft_posthoc.adapters import peft_format
-from peft_posthoc.adapters.config import CONFIG
-from peft_posthoc.adapters.peft_format import CARD_MARK, REPORT, WEIGHTS
+from peft_posthoc.adapters.config import CONFIG, WEIGHTS
+from peft_posthoc.adapters.peft_format import CARD_MARK, REPORT
 from peft_posthoc.extraction.forms.portable import Portable
 from tests.make.spoiled import contents, moved, refused, run, tensors, write
 

@@ -24,7 +24,7 @@ from peft_posthoc import (
     spectra,
     verify,
 )
-from peft_posthoc.adapters.lora_folder import LoraFolder
+from peft_posthoc.adapters.reader import LoraFolder
 from tests.make import models
 
 LEAVES = ["q_proj", "k_proj", "v_proj", "down_proj"]
@@ -422,7 +422,6 @@ def test_adapters_that_do_not_fit_are_told(patterned, tmp_path):
 REFUSED = {
     "use_dora": (True, "sets `use_dora`: DoRA also rescales the base's weights"),
     "init_lora_weights": ("pissa_niter_4", "`init_lora_weights` to 'pissa_niter_4', which takes a part away"),
-    "bias": ("all", "sets `bias` to 'all'"),
     "alora_invocation_tokens": ([1], "aLoRA is on for some tokens only"),
     "layer_replication": ([[0, 2]], "it repeats layers"),
     "a_key_of_tomorrow": (1, "sets `a_key_of_tomorrow`"),

@@ -13,8 +13,7 @@ from torch import Tensor
 from peft_posthoc.adapters.cast import cast, cast_biases
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.experts import target_parameters
-from peft_posthoc.adapters.names import patterns, target_modules
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.names import PREFIX, patterns, target_modules
 from peft_posthoc.adapters.portable_rules import targeted
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.extraction.findings import Findings

@@ -15,8 +15,7 @@ from torch import Tensor
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.experts import pack, places_in_file, target_parameters, targeted_stacks
-from peft_posthoc.adapters.names import target_modules
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.names import PREFIX, target_modules
 from peft_posthoc.adapters.portable_rules import complete, targeted
 from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.plan import Plan
