@@ -80,7 +80,7 @@ def _write(
     debug: bool,
 ) -> None:
     del debug  # Read by the group.
-    from peft_posthoc.adapters.peft_format import check_target
+    from peft_posthoc.adapters.writer import check_target
 
     # Bad arguments are told before the work, not after it.
     check_file(json_to, "--json")

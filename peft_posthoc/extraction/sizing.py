@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from peft_posthoc.adapters.peft_format import header_bytes
+from peft_posthoc.adapters.writer import header_bytes
 from peft_posthoc.extraction.findings import Findings, Form
 from peft_posthoc.extraction.forms.portable import PORTABLE, stacks_of
 from peft_posthoc.extraction.plan import Plan, tuned_bytes

@@ -20,7 +20,7 @@ from peft_posthoc.adapters.experts import pack, places_in_file, target_parameter
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.names import PREFIX, target_modules
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
-from peft_posthoc.adapters.peft_format import Contents, write_folder
+from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.kinds import LINEAR

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.peft_format import check_target
+from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.formats.open import open_deltas
 from peft_posthoc.formats.result import Exported, Out, check_place
 from peft_posthoc.sources import Source

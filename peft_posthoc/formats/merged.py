@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from peft_posthoc.adapters.merge import Merge
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.peft_format import REPORT
+from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.files import SAFETENSORS, SAFETENSORS_INDEX

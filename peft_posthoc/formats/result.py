@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_posthoc.adapters.config import CONFIG
-from peft_posthoc.adapters.peft_format import REPORT
+from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in
 from peft_posthoc.json_file import read_json

@@ -19,7 +19,7 @@ from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.module import Kind, Module
 from peft_posthoc.adapters.names import PREFIX, patterns
-from peft_posthoc.adapters.peft_format import Contents, write_folder
+from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.layout import is_of_an_expert
 from peft_posthoc.ranks.safe import safe_rank

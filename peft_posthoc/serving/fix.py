@@ -16,9 +16,9 @@ from tqdm import tqdm
 from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.names import PREFIX, own_name, target_modules
-from peft_posthoc.adapters.peft_format import Contents, check_target, write_folder
 from peft_posthoc.adapters.portable_rules import complete, targeted
 from peft_posthoc.adapters.tensors import Factored
+from peft_posthoc.adapters.writer import Contents, check_target, write_folder
 from peft_posthoc.errors import AdapterError, noting
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import ends
