@@ -91,9 +91,10 @@ class AdapterOnModel:
             _, m, n = self.slots[name]
             return Factors(torch.zeros(0, n, dtype=torch.float64), torch.zeros(m, 0, dtype=torch.float64))
         module, expert, rows = self._places[name]
-        if self._last[0] != module:  # All experts of a layer come from one tensor.
-            self._last = (module, self.folder.factors(module))
-        a, b = self._last[1][expert]
+        last = self._last
+        if last[0] != module:  # All experts of a layer come from one tensor.
+            last = self._last = (module, self.folder.factors(module))
+        a, b = last[1][expert]
         return Factors(a, b if rows is None else b[rows])
 
     def padded(self, name: str, rank: int, dtype: torch.dtype) -> Factors:

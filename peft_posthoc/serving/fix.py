@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.names import PREFIX, own_name, target_modules
+from peft_posthoc.adapters.plain import not_plain
 from peft_posthoc.adapters.portable_rules import complete, targeted
 from peft_posthoc.adapters.tensors import Factored
 from peft_posthoc.adapters.writer import Contents, check_target, write_folder
@@ -59,14 +60,8 @@ class Fixed:
 
     def to_dict(self) -> dict[str, Any]:
         """The account as plain JSON values."""
-        return {"format": 1, **self._account(), "check": self.check.to_dict()}
-
-    def _account(self) -> dict[str, Any]:
-        left_out = [asdict(row) for row in self.left_out]
-        return {
-            **{"adapter": self.adapter, "out": self.out, "rewritten": list(self.rewritten)},
-            **{"left_out": left_out, "rounding": self.rounding},
-        }
+        account = _account(self.adapter, self.rewritten, self.left_out, self.rounding)
+        return {**account, "out": self.out, "check": self.check.to_dict()}
 
     def table(self) -> str:
         """The account for a terminal."""
@@ -135,10 +130,7 @@ def fix(
     extras = list(_extras(subject))
     left_out = tuple(row for row in extras if _matters(row))
     rewritten = tuple(_told(subject, rank, saved, added, config, len(extras) - len(left_out)))
-    account: Mapping[str, Any] = {
-        **{"format": 1, "adapter": subject.label, "rewritten": list(rewritten)},
-        **{"left_out": [asdict(row) for row in left_out], "rounding": rounding},
-    }
+    account = _account(subject.label, rewritten, left_out, rounding)
     provenance = {
         "fixed": subject.label,
         "base": config["base_model_name_or_path"],
@@ -150,15 +142,22 @@ def fix(
     return Fixed(subject.label, str(out), rewritten, left_out, rounding, found)
 
 
+def _account(adapter: str, rewritten: Sequence[str], left_out: Sequence[LeftOut], rounding: float) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "adapter": adapter,
+        "rewritten": list(rewritten),
+        "left_out": [asdict(row) for row in left_out],
+        "rounding": rounding,
+    }
+
+
 def _refuse(subject: Subject) -> None:
     """See that base + scale * `b @ a` is what PEFT computes, and that the base is the right one."""
+    if why := not_plain(subject.config):
+        raise AdapterError(f"`{subject.label}` is no plain LoRA delta: {why}. Nothing was written.")
     obstacles = {
-        "sets `use_dora`: the base's weights are rescaled too": subject.setting("use_dora") or subject.magnitudes,
-        "begins with a part of the base, which the served base still has": faults.mutating_init(subject),
-        "computes something else than base + b @ a": subject.setting(
-            *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-            *("trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
-        ),
+        "holds vectors of DoRA (`use_dora`), which also rescales the base's weights": subject.magnitudes,
         "has other ranks than its configuration says, which PEFT does not load": faults.misranked(subject),
         "holds factors of all experts at once": subject.fused_experts,
         "holds factors of convolutions": tuple(

@@ -274,6 +274,17 @@ def test_embeddings_of_a_larger_vocabulary_are_taken_whole(base, tmp_path):
     assert torch.equal(after.read("lm_head.weight"), larger["base_model.model.lm_head.weight"])
 
 
+def test_factors_of_embeddings_of_a_larger_vocabulary_are_added_to_those(base, tmp_path):
+    larger = models.load(base)
+    larger.resize_token_embeddings(99, mean_resizing=False)
+    model = trained(larger, tmp_path / "lora", target_modules=["embed_tokens", "lm_head"])
+    expected = merged(model)
+    after = open_checkpoint(f"{base}+{tmp_path / 'lora'}")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert after.headers[name].shape == (99, 32)
+        torch.testing.assert_close(after.read(name), expected[name], rtol=1e-6, atol=1e-6)
+
+
 # Refused.
 
 UNLIKE = {

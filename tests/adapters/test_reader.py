@@ -170,7 +170,7 @@ def test_the_merged_export_is_what_peft_merges(case, tmp_path):
 def test_resized_at_full_rank_it_is_the_same(case, tmp_path):
     resize(case.adapter, 1.0, dtype=torch.float32).save(tmp_path / "out")
     assert_same(parameters(by_peft(case.base, tmp_path / "out")), case)
-    assert_same(parameters(by_peft(case.base, case.adapter)), case)
+    assert {*LoraFolder(tmp_path / "out").whole} == {*LoraFolder(case.adapter).whole}
 
 
 def test_two_halves_of_it_are_the_same(case, tmp_path):
