@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_posthoc import Adapter, Spectrum, extract
-from peft_posthoc.adapters.factors import merged
+from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.weighting import Weighting, balanced, depth, early, energy, relative
@@ -121,7 +121,7 @@ def put(model: PreTrainedModel, adapter: Adapter, base: Mapping[str, Tensor]) ->
     """Give the layers of a tuned model base + b @ a. All else is in the file whole."""
     own = model.state_dict()
     for name, layer in adapter.layers.items():
-        own[name].copy_(merged(base[name], layer.factors, adapter.plan.carried[name][0].kind))
+        own[name].copy_(Factors(layer.factors.a, layer.factors.b).added(base[name], adapter.plan.carried[name][0].kind))
 
 
 def measure(pair: Pair) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from hf_callbacks.metrics import read_report
 from peft_posthoc.adapters.config import read_config
-from peft_posthoc.adapters.peft_format import CARD_MARK, REPORT
+from peft_posthoc.adapters.writer import CARD_MARK, REPORT
 from peft_posthoc.text import size
 
 PAGE = "# Adapters of this run"

@@ -18,7 +18,7 @@ from hf_callbacks.metrics import read_report
 from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
 from hf_callbacks.task import Task, make
-from peft_posthoc.adapters.peft_format import REPORT, adapter_files
+from peft_posthoc.adapters.writer import REPORT, adapter_files
 from peft_posthoc.errors import AdapterError, CheckpointError, MissingExtraError, PosthocError, one_line
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.files import staged, write_whole

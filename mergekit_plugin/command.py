@@ -21,7 +21,7 @@ from mergekit_plugin.method import NAME, PHLORA
 from mergekit_plugin.models import described
 from mergekit_plugin.no_code import no_code, refuse_trust
 from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
-from peft_posthoc.adapters.peft_format import check_target
+from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.cli.options import CHOICE, option
 from peft_posthoc.cli.output import one_line_errors, show

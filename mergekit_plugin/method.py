@@ -22,7 +22,7 @@ from torch import Tensor
 from mergekit_plugin.models import folder_of, plan_of
 from mergekit_plugin.parameters import refuse_unknown
 from mergekit_plugin.settings import PARAMETERS, Settings
-from peft_posthoc.adapters.factors import merged
+from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.checkpoints.memory import InMemory
 from peft_posthoc.errors import NothingToCarryError
 from peft_posthoc.extraction.delta import Pair
@@ -99,7 +99,7 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
             with factor_pairs(pairs, fates, exact=settings.exact, device=base.device) as outcomes:
                 (outcome,) = outcomes
             found = outcome.lowrank if isinstance(outcome, Layer) else None
-        return base if found is None else merged(base, found, places[0].kind).to(base.dtype)
+        return base if found is None else Factors(found.a, found.b).added(base, places[0].kind).to(base.dtype)
 
     def _tell_loss(self, name: str, base: Tensor, tuned: Tensor) -> None:
         """Warn, once for all layers, of a matrix or a stack of them whose change is dropped for want of a form."""

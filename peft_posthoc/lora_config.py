@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.experts import pack
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter

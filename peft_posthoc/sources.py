@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from peft_posthoc.adapters.applied import Adapted
+from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
@@ -37,7 +37,7 @@ def sides(source: str) -> tuple[str, str] | None:
     return None
 
 
-def adapted(base: str, adapter: str, *, role: str = "source") -> Adapted:
+def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
     """A model with an adapter on it, both given.
 
     Args:
@@ -52,10 +52,10 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Adapted:
     folder = Path(adapter) if Path(adapter).is_dir() else find(adapter, role=role, adapter=True).get()
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
-    return Adapted(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+    return Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
 
 
-def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Adapted:
+def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Applied:
     """An adapter on the model that it says it was trained on. No other is ever taken for it.
 
     Args:
@@ -87,7 +87,7 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Ada
     if is_adapter(where):
         raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is an adapter too. {advice}")
     base = open_checkpoint(name) if Path(name).is_dir() else Folder(where, label=name, revision=commit)
-    return Adapted(base, folder, label=f"{name}+{label}", revision=revision)
+    return Applied(base, folder, label=f"{name}+{label}", revision=revision)
 
 
 Source: TypeAlias = "str | PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint"

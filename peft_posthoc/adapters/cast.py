@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.text import asked
 
@@ -18,7 +19,7 @@ _MOVES = range(-40, 41)
 
 def cast(
     a: Float[Tensor, "r n"], b: Float[Tensor, "m r"], dtype: torch.dtype, name: str, *, rank: int | None = None
-) -> tuple[Float[Tensor, "p n"], Float[Tensor, "m p"]]:
+) -> Factors:
     """The factors of one matrix in a type, with the same product but for rounding.
 
     Where they are smaller than the type's normal numbers, each row of `a` and its column of `b` are moved against each
@@ -47,17 +48,16 @@ def cast(
             raise AdapterError(
                 f"The factors of `{name}` are too small for {dtype}: they would be another delta, or none. {_another()}"
             )
-    return pad(*saved, len(a) if rank is None else rank)
+    return Factors(*saved).padded(len(a) if rank is None else rank)
 
 
-def pad(
-    a: Float[Tensor, "r n"], b: Float[Tensor, "m r"], rank: int
-) -> tuple[Float[Tensor, "p n"], Float[Tensor, "m p"]]:
-    """New factors with rows and columns of zeros behind their own."""
-    more_a, more_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(len(b), rank)
-    more_a[: len(a)] = a
-    more_b[:, : len(a)] = b
-    return more_a, more_b
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The type that holds what each of these does, of those that adapters are saved in."""
+    # PyTorch promotes no types of eight bits, and no engine computes with them.
+    first, *others = sorted({dtype if dtype.itemsize > 1 else torch.float32 for dtype in dtypes}, key=str)
+    for other in others:
+        first = torch.promote_types(first, other)
+    return torch.float32 if first is torch.float64 else first
 
 
 def cast_biases(biases: Mapping[str, Float[Tensor, " m"]], dtype: torch.dtype) -> dict[str, Float[Tensor, " m"]]:

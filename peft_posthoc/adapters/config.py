@@ -12,6 +12,9 @@ from peft_posthoc.json_file import read_json
 from peft_posthoc.patterns import PatternError, check_patterns, first_matches, matched, replaced
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+"""What PEFT once wrote instead."""
 # No weight has as many rows.
 _LARGEST_RANK = 2**31 - 1
 
@@ -24,6 +27,7 @@ def adapter_config(
     revision: object,
     task_type: object,
     fan_in_fan_out: bool,
+    bias: str = "none",
     whole: Collection[str] = (),
     stacked: Collection[str] = (),
     ranks: Mapping[str, int] | None = None,
@@ -38,6 +42,7 @@ def adapter_config(
         revision: Its commit.
         task_type: What PEFT calls the base's task.
         fan_in_fan_out: Whether layers are stored the other way round (transformers' Conv1D).
+        bias: Which biases of the base are in the file, as PEFT's `bias`.
         whole: Modules that are in the file whole.
         stacked: Parameters of stacked experts that have factors; PEFT 0.19 is the first to know the key.
         ranks: Other ranks, by the regular expression that modules' names end in; None where the form has no such keys.
@@ -45,7 +50,7 @@ def adapter_config(
     """
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,

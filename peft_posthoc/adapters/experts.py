@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.adapters.cast import cast
-from peft_posthoc.adapters.factors import Factors
-from peft_posthoc.adapters.peft_format import Stored
-from peft_posthoc.errors import AdapterError
 from peft_posthoc.models.layout import Layout, Stack
 
 Pair = tuple[Tensor, Tensor]
@@ -50,27 +47,6 @@ def places_in_file(stacks: Iterable[Stack]) -> dict[str, str]:
     }
 
 
-def unpacked(stored: Stored, layout: Layout) -> Stored:
-    """What a folder holds, with the factors of stacked experts by matrix.
-
-    Raises:
-        AdapterError: They do not fit the model.
-    """
-    ends = tuple(f".{end}" for end in stored.target_parameters)
-    stacks = [stack for stack in layout.stacks if f".{stack.name}".endswith(ends)]
-    by_module = {module: name for name, module in places_in_file(stacks).items()}
-    if strangers := sorted(stored.stacked.keys() - by_module.keys()):
-        raise AdapterError(f"The adapter holds factors of `{strangers[0]}`, which the base has no stacked experts for.")
-    named = {stack.name: stack for stack in stacks}
-    factors = dict(stored.factors)
-    alphas = stored.scale.alphas(by_module[module] for module in stored.stacked)
-    for module, packed in stored.stacked.items():
-        stack = named[by_module[module]]
-        for unit, (a, b) in unpack(stack, *packed).items():
-            factors[unit] = Factors(a, b * stored.scale.of(alphas[stack.name], len(a)))
-    return stored._replace(factors=factors, stacked={})
-
-
 def pack(stack: Stack, factors: Mapping[str, Pair], rank: int, dtype: torch.dtype) -> Pair:
     """The factors of all its matrices as PEFT stores them, padded with zeros to one rank.
 
@@ -84,17 +60,3 @@ def pack(stack: Stack, factors: Mapping[str, Pair], rank: int, dtype: torch.dtyp
         if unit in factors:
             a[index], b[:, :, index] = cast(*factors[unit], dtype, unit, rank=rank)
     return a.flatten(0, 1), b.flatten(1)
-
-
-def unpack(stack: Stack, a: Tensor, b: Tensor) -> dict[str, Pair]:
-    """The factors of each of its matrices.
-
-    Raises:
-        AdapterError: They are of another number of experts.
-    """
-    units = stack.units
-    if len(a) % len(units) or b.shape[1] != len(a):
-        raise AdapterError(f"The factors of `{stack.name}` are not those of {len(units)} experts.")
-    rank = len(a) // len(units)
-    by_expert, columns = a.unflatten(0, (len(units), rank)), b.unflatten(1, (rank, len(units)))
-    return {unit: (by_expert[index], columns[:, :, index]) for index, unit in enumerate(units)}

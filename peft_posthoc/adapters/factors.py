@@ -1,4 +1,4 @@
-"""The two factors of a module, and a weight with them added."""
+"""The two factors of one matrix, and a weight with their product added."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.compute.precision import full_precision
-from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.kinds import LayerKind
 
 
-def merged(base: Tensor, factors: LowRank | Factors, kind: LayerKind) -> Tensor:
-    """`base + b @ a` as the weight is stored, in float32, or float64 where one of them is."""
-    with full_precision(), torch.no_grad():
-        product = kind.weight(factors.b.to(base.device) @ factors.a.to(base.device), tuple(base.shape))
-    return base.to(torch.promote_types(torch.promote_types(torch.float32, base.dtype), product.dtype)) + product
-
-
 class Factors(NamedTuple):
-    """What an adapter folder holds for one module, its scale folded into `b`."""
+    """The factors of one matrix, any scale folded into `b`."""
 
     a: Float[Tensor, "r n"]
     b: Float[Tensor, "m r"]
+
+    def padded(self, rank: int) -> Factors:
+        """New factors with rows and columns of zeros behind their own."""
+        a, b = self.a.new_zeros(rank, self.a.shape[1]), self.b.new_zeros(len(self.b), rank)
+        a[: len(self.a)] = self.a
+        b[:, : len(self.a)] = self.b
+        return Factors(a, b)
+
+    def added(self, base: Tensor, kind: LayerKind) -> Tensor:
+        """`base + b @ a` as the weight is stored, in float32, or float64 where one of them is."""
+        with full_precision(), torch.no_grad():
+            product = kind.weight(self.b.to(base.device) @ self.a.to(base.device), tuple(base.shape))
+        return base.to(torch.promote_types(torch.promote_types(torch.float32, base.dtype), product.dtype)) + product

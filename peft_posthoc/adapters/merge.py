@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_posthoc.adapters.factors import Factors, merged
-from peft_posthoc.adapters.on_model import Deltas, matrices
+from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
-from peft_posthoc.models.kinds import LINEAR
-from peft_posthoc.models.layout import Stack
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,10 +24,9 @@ class Merge:
         CheckpointError: The base is quantized.
     """
 
-    def __init__(self, deltas: Deltas, dtype: torch.dtype | None) -> None:
+    def __init__(self, deltas: AdapterOnModel, dtype: torch.dtype | None) -> None:
         self._deltas = deltas
         self._layout = deltas.layout
-        self._stacks = {stack.name: stack for stack in deltas.stacks}
         self.notes: list[str] = []
         base, names = deltas.base, deltas.base.headers
         if base.sequential:
@@ -76,44 +72,17 @@ class Merge:
         return config
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the merged checkpoint."""
-        deltas, own, header = self._deltas, self._own[name], self.headers[name]
-        if own in deltas.whole:
-            return deltas.folder.tensor(deltas.whole[own]).to(header.dtype).contiguous()
-        module, _, leaf = own.rpartition(".")
-        before = deltas.base.read(self._sources[name])
-        if own in deltas.base_layers:
-            before = deltas.folder.tensor(deltas.base_layers[own])
-        after = before
-        if own in self._stacks:
-            after = self._stacked(before, self._stacks[own], header.dtype)
-        elif leaf == "weight" and deltas.rank_of(module):
-            after = merged(before, self._factors(module, before), deltas.slots[module].kind)
-        elif leaf == "bias" and module in deltas.biases:
-            after = before.double() + deltas.bias(module)
-        after = after.to(header.dtype).contiguous()
+        """One tensor of the merged checkpoint.
+
+        Raises:
+            AdapterError: Its dtype does not hold what the adapter makes of it.
+        """
+        dtype = self.headers[name].dtype
+        before, merged = self._deltas.read(self._own[name], self._sources[name], dtype)
+        after = merged.to(dtype).contiguous()
         if after is not before and not torch.isfinite(after).all() and torch.isfinite(before).all():
-            raise AdapterError(f"`{name}` overflows {header.dtype} with the adapter. Choose another `--dtype`.")
+            raise AdapterError(f"`{name}` overflows {dtype} with the adapter. Choose another `--dtype`.")
         return after
-
-    def _stacked(self, before: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
-        names = matrices(stack)
-        if not any(map(self._deltas.rank_of, names)):
-            return before
-        each = len(names) // len(stack.units)
-        # Some models are stored the other way round than they compute (Qwen3-VL-MoE).
-        turned = tuple(before.shape) != stack.shape
-        after = (before.mT if turned else before).to(torch.promote_types(before.dtype, dtype), copy=True)
-        for index, matrix in enumerate(after if after.ndim == 3 else [after]):
-            rows = stack.kind.matrix(matrix)
-            for part, block in zip(names[index * each : (index + 1) * each], rows.chunk(each), strict=True):
-                block.copy_(merged(block, self._factors(part, before), LINEAR))
-        return after.mT if turned else after
-
-    def _factors(self, name: str, before: Tensor) -> Factors:
-        wide = torch.promote_types(torch.float32, before.dtype)
-        a, b = self._deltas.factors(name)
-        return Factors(a.to(wide), b.to(wide))
 
     def _untied(self) -> dict[str, str]:
         """By the name of each tied weight that the adapter changes otherwise than its owner's, the owner's.
@@ -126,7 +95,7 @@ class Merge:
         config = deltas.base.config or {}
         for owner, users in self._layout.ties.items():
             for user in users:
-                if deltas.alike(owner, user):
+                if deltas.alike(f"{owner}.weight", f"{user}.weight"):
                     continue
                 # T5 scales what goes into a head that is tied.
                 possible = user == self._layout.head and not config.get("is_encoder_decoder")
@@ -166,7 +135,7 @@ class Merge:
                     f"`{label}` adds to the bias of `{module}`, which has none in `{deltas.base.label}`: no checkpoint "
                     "of it holds that. Serve the adapter unmerged."
                 )
-        for name, key in {**deltas.whole, **deltas.base_layers}.items():
+        for name, key in deltas.replaced.items():
             if name not in own:
                 if name.removesuffix(".weight") in tied:
                     continue
@@ -174,7 +143,7 @@ class Merge:
                     f"`{label}` holds `{name}` whole, which the base `{deltas.base.label}` does not have. Give the "
                     "base with the class that the adapter was trained with."
                 )
-            found, wanted = tuple(deltas.folder.tensor(key).shape), self.headers[own[name]].shape
+            found, wanted = deltas.folder.headers[key].shape, self.headers[own[name]].shape
             if found != wanted:
                 raise AdapterError(
                     f"`{label}` holds `{name}` whole as {list(found)}; in the base `{deltas.base.label}` it is "
@@ -182,7 +151,7 @@ class Merge:
                 )
 
 
-def _raw_config(deltas: Deltas) -> dict[str, Any]:
+def _raw_config(deltas: AdapterOnModel) -> dict[str, Any]:
     """The base's configuration as it stands in its file, special numbers and all."""
     folder = deltas.base.folder
     if folder is not None and (folder / "config.json").is_file():

@@ -7,6 +7,14 @@ from collections.abc import Iterable, Mapping
 
 from peft_posthoc.models.layout import GUESSED, Layout, ends
 
+PREFIX = "base_model.model."
+"""What PEFT puts before every name in a file."""
+
+
+def own_name(name: str) -> str:
+    """What the model itself calls a tensor of a file."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
 
 def patterns(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]:
     """The ranks by regular expressions that PEFT finds at the end of a module's name, and of no other's in the file."""

@@ -1,9 +1,10 @@
-"""An adapter held against its base: what it adds to each of the base's matrices, however either stores experts."""
+"""An adapter held against its base: what it adds to each matrix and makes of each tensor, however experts are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,23 +12,17 @@ from torch import Tensor
 
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.experts import places_in_file
-from peft_posthoc.adapters.lora_folder import Factors, LoraFolder
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.factors import Factors
+from peft_posthoc.adapters.names import own_name
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.models.kinds import EMBEDDING, LINEAR, LayerKind
+from peft_posthoc.models.kinds import EMBEDDING, LINEAR
 from peft_posthoc.models.layout import Layout, Stack
+from peft_posthoc.models.slots import Slot
 
 # Of two deltas that a tied weight has under its two names: what float32 leaves of two ways to compute one product.
 _ALIKE = 1e-6
-
-
-class Slot(NamedTuple):
-    """A matrix of the base."""
-
-    kind: LayerKind
-    m: int
-    n: int
 
 
 class Place(NamedTuple):
@@ -39,7 +34,7 @@ class Place(NamedTuple):
     """Which of the rows of the file's delta: gate or up of a fused matrix."""
 
 
-class Deltas:
+class AdapterOnModel:
     """What an adapter adds to the matrices of its base.
 
     Matrices of experts are one for each expert and projection, by the names that their modules have on disk where each
@@ -55,24 +50,26 @@ class Deltas:
         AdapterError: It does not fit the base.
     """
 
-    def __init__(self, folder: LoraFolder, base: Checkpoint, layout: Layout) -> None:
+    def __init__(self, folder: AdapterFile, base: Checkpoint, layout: Layout) -> None:
         self.folder = folder
         self.base = base
         self.stacks = layout.stacks
         modules = {module: LINEAR for stack in self.stacks for parts in stack.parts for module in map(_module, parts)}
         self.layout = replace(layout, kinds={**layout.kinds, **layout.mistaken, **modules})
-        self.slots: Mapping[str, Slot] = _slots(base, self.layout, self.stacks)
+        copies = [name for name in folder.whole if name.endswith(".base_layer.weight")]
+        self.whole = {own_name(name): name for name in folder.whole if name not in copies}
+        """By the model's name, the file's name of what takes the place of the base's tensor."""
+        self.base_layers = {own_name(name): name for name in copies}
+        """The same of what takes its place before the factors are added."""
+        self.replaced = self.base_layers | self.whole
+        """Both."""
+        self.slots: Mapping[str, Slot] = self._slots()
         """Every matrix of the base."""
         self._places = dict(self._find())
         self._last: tuple[str, list[Factors]] = ("", [])
         self._fit()
         self.biases = tuple(name for name, module in folder.modules.items() if module.bias and self.bias(name).any())
         """The modules to whose bias something is added that is not zero."""
-        whole = {name.removeprefix(PREFIX): name for name in folder.whole}
-        self.whole = {name: key for name, key in whole.items() if ".base_layer." not in name}
-        """By the model's name, the file's name of what takes the place of the base's tensor."""
-        self.base_layers = {n.replace(".base_layer.", "."): key for n, key in whole.items() if ".base_layer." in n}
-        """The same of what takes its place before the factors are added."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,9 +91,10 @@ class Deltas:
             _, m, n = self.slots[name]
             return Factors(torch.zeros(0, n, dtype=torch.float64), torch.zeros(m, 0, dtype=torch.float64))
         module, expert, rows = self._places[name]
-        if self._last[0] != module:  # All experts of a layer come from one tensor.
-            self._last = (module, self.folder.factors(module))
-        a, b = self._last[1][expert]
+        last = self._last
+        if last[0] != module:  # All experts of a layer come from one tensor.
+            last = self._last = (module, self.folder.factors(module))
+        a, b = last[1][expert]
         return Factors(a, b if rows is None else b[rows])
 
     def padded(self, name: str, rank: int, dtype: torch.dtype) -> Factors:
@@ -120,15 +118,60 @@ class Deltas:
         return tuple(stack for stack in self.stacks if not names.isdisjoint(matrices(stack)))
 
     def alike(self, owner: str, user: str) -> bool:
-        """Whether the adapter does the same to a weight under each of the names of two tied modules."""
-        whole = [self.whole.get(f"{module}.weight") for module in (owner, user)]
+        """Whether the adapter does the same to a tensor under each of two names that the model has for it."""
+        whole = [self.whole.get(name) for name in (owner, user)]
         if any(whole):
             return all(whole) and torch.equal(*(self.folder.tensor(str(key)) for key in whole))
-        if {owner, user}.isdisjoint(self._places):
+        modules = [_module(name) for name in (owner, user)]
+        if not any(map(self.rank_of, modules)):
             return True
-        one, other = (self._stored(module) for module in (owner, user))
+        if not self.slots.keys() >= {*modules}:
+            return False
+        one, other = map(self._stored, modules)
         apart = Factors(torch.cat([one.a, other.a]), torch.cat([one.b, -other.b], dim=1))
         return _norm(apart) <= _ALIKE * max(_norm(one), _norm(other))
+
+    def changes(self, name: str) -> bool:
+        """Whether the model's tensor of this name is another one with the adapter."""
+        return name in self.replaced or self.adds(name)
+
+    def adds(self, name: str) -> bool:
+        """Whether something is added to the model's tensor of this name."""
+        module, _, leaf = name.rpartition(".")
+        if name in self._stacks:
+            return any(map(self.rank_of, self._matrices(self._stacks[name])))
+        return bool(self.rank_of(module)) if leaf == "weight" else leaf == "bias" and module in self.biases
+
+    def read(self, name: str, source: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What PEFT computes with in place of a tensor of the base.
+
+        Args:
+            name: The model's name of it.
+            source: The base's, on disk; None where it has none.
+            dtype: What the result is to be saved in: stacked experts, which are large, are added to in it.
+
+        Returns:
+            The tensor that takes its place before anything is added, and the sum: float32 or wider, and of stacked
+            experts at least as wide as `dtype`; or the same tensor twice.
+
+        Raises:
+            KeyError: Neither the base nor the adapter has such a tensor.
+        """
+        module, _, leaf = name.rpartition(".")
+        added = self.bias(module) if leaf == "bias" and module in self.biases else None
+        if key := self.replaced.get(name):
+            before = self.folder.tensor(key)
+        elif source is not None:
+            before = self.base.read(source)
+        elif added is not None:
+            return added, added
+        else:
+            raise KeyError(name)
+        if name in self._stacks:
+            return before, self._stacked(before, self._stacks[name], dtype)
+        if leaf == "weight" and self.rank_of(module):
+            return before, self._wide(module, before).added(before, self.slots[module].kind)
+        return before, before if added is None else before.double() + added
 
     def only_factors(self, who: str) -> None:
         """See that nothing but factors is in the file.
@@ -161,6 +204,54 @@ class Deltas:
         a, b = self.factors(module)
         return Factors(b.mT, a.mT) if self.slots[module].kind.transposed else Factors(a, b)
 
+    def _wide(self, name: str, before: Tensor) -> Factors:
+        wide = torch.promote_types(torch.float32, before.dtype)
+        a, b = self.factors(name)
+        return Factors(a.to(wide), b.to(wide))
+
+    def _stacked(self, before: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
+        names = self._matrices(stack)
+        if not any(map(self.rank_of, names)):
+            return before
+        each = len(names) // len(stack.units)
+        # Some models are stored the other way round than they compute (Qwen3-VL-MoE).
+        turned = tuple(before.shape) != stack.shape
+        after = (before.mT if turned else before).to(torch.promote_types(before.dtype, dtype), copy=True)
+        for index, matrix in enumerate(after if after.ndim == 3 else [after]):
+            rows = stack.kind.matrix(matrix)
+            for part, block in zip(names[index * each : (index + 1) * each], rows.chunk(each), strict=True):
+                block.copy_(self._wide(part, before).added(block, LINEAR))
+        return after.mT if turned else after
+
+    @cached_property
+    def _stacks(self) -> dict[str, Stack]:
+        return {stack.name: stack for stack in self.stacks}
+
+    def _matrices(self, stack: Stack) -> tuple[str, ...]:
+        """The matrices of a stack: by expert as the base holds them, where it holds views of one stack."""
+        seen = len(stack.shape) == 3 and stack.units[0] in self.base.headers
+        return stack.units if seen else matrices(stack)
+
+    def _slots(self) -> dict[str, Slot]:
+        slots: dict[str, Slot] = {}
+        for name, header in self.base.headers.items():
+            for own in self.layout.names_of(name):
+                module, _, leaf = own.rpartition(".")
+                module = module if leaf == "weight" else own
+                kind = self.layout.kinds.get(module)
+                if kind is None or kind.stacked != (module == own):
+                    continue
+                copy = self.base_layers.get(own)
+                size = kind.size(header.shape if copy is None else self.folder.headers[copy].shape)
+                if size is not None and 0 not in size:
+                    slots[module] = Slot(kind, *size)
+        for stack in self.stacks:
+            kind, m, n = _slot(stack)
+            names = self._matrices(stack)
+            each = len(names) // len(stack.units)
+            slots |= dict.fromkeys(names, Slot(kind if names == stack.units else LINEAR, m // each, n))
+        return slots
+
     def _find(self) -> Iterable[tuple[str, Place]]:
         ends = tuple(f".{end}" for end in self.folder.config.get("target_parameters") or ())
         meant = [stack for stack in self.stacks if f".{stack.name}".endswith(ends)]
@@ -177,13 +268,13 @@ class Deltas:
                 )
             stack = by_place[module.name]
             _, m, _ = _slot(stack)
-            if module.experts != len(stack.units) or module.b_shape[0] != m:
+            if module.experts != len(stack.units) or module.size[0] != m:
                 raise AdapterError(
-                    f"`{self.folder.label}` has factors for {module.experts} matrices of {module.b_shape[0]} rows in "
+                    f"`{self.folder.label}` has factors for {module.experts} matrices of {module.size[0]} rows in "
                     f"`{module.name}`; the base `{self.base.label}` has {len(stack.units)} of {m}."
                 )
             for expert, unit in enumerate(stack.units):
-                if not stack.parts:
+                if self._matrices(stack) == stack.units:
                     yield unit, Place(module.name, expert, None)
                     continue
                 parts = stack.parts[expert]
@@ -208,23 +299,8 @@ class Deltas:
 
 
 def matrices(stack: Stack) -> tuple[str, ...]:
-    """The matrices that a stack is made of, as `Deltas` names them, by expert and from top to bottom."""
+    """The matrices that a stack is made of, as `AdapterOnModel` names them, by expert and from top to bottom."""
     return tuple(_module(part) for parts in stack.parts for part in parts) if stack.parts else stack.units
-
-
-def _slots(base: Checkpoint, layout: Layout, stacks: Iterable[Stack]) -> dict[str, Slot]:
-    slots: dict[str, Slot] = {}
-    for name, header in base.headers.items():
-        for place in layout.places(name):
-            size = place.kind.size(header.shape)
-            if size is not None:
-                slots[place.module] = Slot(place.kind, *size)
-    for stack in stacks:
-        kind, m, n = _slot(stack)
-        names = matrices(stack)
-        each = len(names) // len(stack.units)
-        slots |= {name: Slot(LINEAR if stack.parts else kind, m // each, n) for name in names}
-    return slots
 
 
 def _slot(stack: Stack) -> Slot:

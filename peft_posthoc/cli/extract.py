@@ -48,7 +48,7 @@ def extract(
     factorization.
     """
     rule = rank.rule()
-    from peft_posthoc.adapters.peft_format import check_target
+    from peft_posthoc.adapters.writer import check_target
     from peft_posthoc.extraction.extract import extract as run
     from peft_posthoc.extraction.preflight import preflight
     from peft_posthoc.extraction.processes import Processes

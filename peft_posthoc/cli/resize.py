@@ -78,7 +78,7 @@ def _write(
     quiet: bool,
     json_to: str | None,
 ) -> None:
-    from peft_posthoc.adapters.peft_format import check_target
+    from peft_posthoc.adapters.writer import check_target
 
     # Bad arguments are told before the work, not after it.
     check_file(json_to, "--json")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_posthoc.adapters.peft_format import Contents, write_folder
+from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import NothingToCarryError
 from peft_posthoc.extraction.findings import Findings

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_posthoc.adapters.peft_format import check_target
+from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.errors import noting
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.spool import finished_layers

@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_posthoc.adapters.cast import cast
-from peft_posthoc.adapters.config import CONFIG, adapter_config
+from peft_posthoc.adapters.config import CONFIG, WEIGHTS, adapter_config
 from peft_posthoc.adapters.experts import pack, places_in_file, target_parameters
-from peft_posthoc.adapters.lora_folder import Factors
-from peft_posthoc.adapters.names import target_modules
-from peft_posthoc.adapters.on_model import Deltas, matrices
-from peft_posthoc.adapters.peft_format import PREFIX, WEIGHTS, Contents, write_folder
+from peft_posthoc.adapters.factors import Factors
+from peft_posthoc.adapters.names import PREFIX, target_modules
+from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
+from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.kinds import LINEAR
@@ -28,7 +28,9 @@ from peft_posthoc.models.layout import Stack, is_of_an_expert
 from peft_posthoc.text import asked
 
 
-def write_per_expert(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
+def write_per_expert(
+    deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool
+) -> Exported:
     """Write experts one by one, all of a layer and of all layers, as vLLM and SGLang read them: zeros where nothing is.
 
     Raises:
@@ -52,7 +54,9 @@ def write_per_expert(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, for
     return _write("vllm-moe", deltas, out, tensors, names, (), rank, dtype, notes, force=force)
 
 
-def write_stacked(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
+def write_stacked(
+    deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool
+) -> Exported:
     """Write experts stacked, as PEFT 0.19 and newer computes with them, padded to one rank; zeros where nothing is.
 
     Raises:
@@ -90,7 +94,7 @@ def write_stacked(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force:
     return _write("peft-moe", deltas, out, tensors, names, stacks, rank, dtype, notes, force=force)
 
 
-def _stacks(deltas: Deltas) -> list[Stack]:
+def _stacks(deltas: AdapterOnModel) -> list[Stack]:
     """The experts to be written: in every layer, every parameter, if some in one have factors.
 
     Raises:
@@ -102,7 +106,7 @@ def _stacks(deltas: Deltas) -> list[Stack]:
     return [stack for stack in deltas.stacks if len(stack.shape) == 3 or stack.name in with_factors]
 
 
-def _others(deltas: Deltas) -> list[str]:
+def _others(deltas: AdapterOnModel) -> list[str]:
     """The matrices with factors that are no expert's."""
     of_stacks = {name for stack in deltas.stacks for name in matrices(stack)}
     return [name for name in deltas.names if name not in of_stacks]
@@ -115,7 +119,7 @@ def _by_unit(stack: Stack) -> Iterable[tuple[str, ...]]:
     return [names[start : start + each] for start in range(0, len(names), each)]
 
 
-def _joined(deltas: Deltas, names: Sequence[str], dtype: torch.dtype) -> Factors:
+def _joined(deltas: AdapterOnModel, names: Sequence[str], dtype: torch.dtype) -> Factors:
     """The factors of one matrix that has these one above the other."""
     parts = [deltas.factors(name) for name in names]
     if all(torch.equal(parts[0].a, part.a) for part in parts[1:]):
@@ -127,7 +131,7 @@ def _joined(deltas: Deltas, names: Sequence[str], dtype: torch.dtype) -> Factors
 
 def _write(
     to: str,
-    deltas: Deltas,
+    deltas: AdapterOnModel,
     out: Out,
     tensors: dict[str, Tensor],
     modules: Iterable[str],
@@ -148,6 +152,7 @@ def _write(
         revision=old.get("revision"),
         task_type=old.get("task_type"),
         fan_in_fan_out=layout.fan_in_fan_out,
+        bias=old.get("bias", "none") if deltas.whole else "none",
         whole=old.get("modules_to_save") or () if deltas.whole else (),
         stacked=target_parameters(stacks),
     )

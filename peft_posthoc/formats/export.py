@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from peft_posthoc.adapters.on_model import Deltas
-from peft_posthoc.adapters.peft_format import check_target
+from peft_posthoc.adapters.on_model import AdapterOnModel
+from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.formats.open import open_deltas
 from peft_posthoc.formats.result import Exported, Out, check_place
 from peft_posthoc.sources import Source
@@ -89,6 +89,5 @@ def export(
     else:
         check_place(out, force=force, is_file=target.shape == "file")
     write: Write = getattr(importlib.import_module(target.module), target.function)
-    deltas: Deltas = open_deltas(adapter, base, values=target.values, revision=base_revision)
-    with deltas.folder:
-        return write(deltas, place, dtype=dtype, force=force, progress=progress)
+    deltas: AdapterOnModel = open_deltas(adapter, base, values=target.values, revision=base_revision)
+    return write(deltas, place, dtype=dtype, force=force, progress=progress)

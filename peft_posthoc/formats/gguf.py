@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_posthoc.adapters.on_model import Deltas, matrices
+from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.errors import AdapterError, MissingExtraError
 from peft_posthoc.files import staged
 from peft_posthoc.formats.result import Exported, Out
@@ -52,7 +52,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 _EXPERT = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
-def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
+def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write the file.
 
     llama.cpp multiplies `b @ a` with `adapter.lora.alpha` over the tensor's own rank, and with one where alpha is zero
@@ -115,7 +115,7 @@ def interleave(b: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _check(deltas: Deltas) -> None:
+def _check(deltas: AdapterOnModel) -> None:
     deltas.only_factors("llama.cpp")
     tied = {module for owner, users in deltas.layout.ties.items() for module in (owner, *users)}
     if stuck := [name for name in deltas.names if name in tied]:
@@ -136,7 +136,7 @@ def _heads(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _modules(
-    deltas: Deltas, rank: int, dtype: torch.dtype, heads: Mapping[str, int]
+    deltas: AdapterOnModel, rank: int, dtype: torch.dtype, heads: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """By module, the factors as llama.cpp has them: of stacked experts, experts x r x n and experts x m x r."""
     stacks = deltas.of_experts()

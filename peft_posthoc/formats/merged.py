@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_posthoc.adapters.merge import Merge
-from peft_posthoc.adapters.on_model import Deltas
-from peft_posthoc.adapters.peft_format import REPORT
+from peft_posthoc.adapters.on_model import AdapterOnModel
+from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.files import SAFETENSORS, SAFETENSORS_INDEX
@@ -39,7 +39,7 @@ _BESIDE = (
 )
 
 
-def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
+def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write the checkpoint: the base's own shards and dtypes, its configuration and tokenizer.
 
     Tied weights that the adapter changes alike stay tied; where it changes them differently, both are written and the
@@ -95,7 +95,7 @@ def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, p
     return exported
 
 
-def _shards(deltas: Deltas, headers: Mapping[str, Header]) -> dict[str, list[str]]:
+def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, list[str]]:
     """By file, the tensors: as the base is divided, if it is so in the usual way."""
     base = deltas.base
     files = base.files if isinstance(base, Folder | hub.OnHub) else {}
@@ -132,7 +132,7 @@ def _room_for(total: int, out: Out) -> None:
         raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} free.")
 
 
-def _copy_beside(deltas: Deltas, merge: Merge, made: Path) -> list[str]:
+def _copy_beside(deltas: AdapterOnModel, merge: Merge, made: Path) -> list[str]:
     """Copy what belongs to the model beside its weights; the tokenizer that is beside the adapter, if one is."""
     base, adapter = deltas.base, deltas.folder.place
     if base.folder is None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_posthoc.adapters.on_model import Deltas, matrices
+from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
@@ -26,7 +26,7 @@ _MODEL_TYPES = (
 _EXPERT_LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
+def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
     """Write the folder.
 
     A linear layer has `lora_a` (n x r) and `lora_b` (r x m), an embedding the same with n its rows, stacked experts
@@ -61,7 +61,7 @@ def write(deltas: Deltas, out: Out, *, dtype: torch.dtype | None, force: bool, p
     return exported
 
 
-def check(deltas: Deltas) -> None:
+def check(deltas: AdapterOnModel) -> None:
     """Whether MLX-LM has a place for all of it.
 
     Raises:
@@ -77,14 +77,14 @@ def check(deltas: Deltas) -> None:
         )
     for owner, users in deltas.layout.ties.items():
         for user in users:
-            if not deltas.alike(owner, user):
+            if not deltas.alike(f"{owner}.weight", f"{user}.weight"):
                 raise AdapterError(
                     f"`{deltas.folder.label}` adds one thing to `{owner}` and another to `{user}`, which are one "
                     f"weight in MLX-LM. Use `{asked('to', 'merged')}`, which unties them."
                 )
 
 
-def _modules(deltas: Deltas, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _modules(deltas: AdapterOnModel, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """By MLX's names, the factors as it stores them."""
     stacks = deltas.of_experts()
     of_stacks = {name for stack in stacks for name in matrices(stack)}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_posthoc.adapters.lora_folder import LoraFolder
-from peft_posthoc.adapters.on_model import Deltas
+from peft_posthoc.adapters.on_model import AdapterOnModel
+from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.files import config_of
 from peft_posthoc.errors import AdapterError, CheckpointError
@@ -20,7 +20,7 @@ from peft_posthoc.text import asked
 
 def open_deltas(
     adapter: str | os.PathLike[str], base: Source | None, *, values: bool, revision: str | None = None
-) -> Deltas:
+) -> AdapterOnModel:
     """Open an adapter and its base.
 
     Args:
@@ -34,21 +34,15 @@ def open_deltas(
         CheckpointError: The base cannot be read.
     """
     folder = LoraFolder(adapter)
-    try:
-        if base is None:
-            base = folder.config.get("base_model_name_or_path")
-            if not (base and isinstance(base, str)):
-                raise AdapterError(
-                    f"`{folder.label}` does not say what its base is. Name it with `{asked('base', None)}`."
-                )
-            revision = revision or folder.config.get("revision")
-            if Path(base).is_dir():
-                revision = None
-        opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
-        return Deltas(folder, opened, layout_of(opened))
-    except BaseException:
-        folder.close()
-        raise
+    if base is None:
+        base = folder.config.get("base_model_name_or_path")
+        if not (base and isinstance(base, str)):
+            raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `{asked('base', None)}`.")
+        revision = revision or folder.config.get("revision")
+        if Path(base).is_dir():
+            revision = None
+    opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
+    return AdapterOnModel(folder, opened, layout_of(opened))
 
 
 def _without_values(base: Source, revision: str | None) -> Checkpoint:

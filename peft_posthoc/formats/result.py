@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_posthoc.adapters.config import CONFIG
-from peft_posthoc.adapters.peft_format import REPORT
+from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in
 from peft_posthoc.json_file import read_json
@@ -20,7 +20,7 @@ from peft_posthoc.text import asked, size
 if TYPE_CHECKING:
     import torch
 
-    from peft_posthoc.adapters.on_model import Deltas
+    from peft_posthoc.adapters.on_model import AdapterOnModel
 
 # What the header of an adapter in GGUF says: the key, the type of its value (a string), and the value.
 _ADAPTER = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
@@ -61,7 +61,7 @@ class Exported:
     def of(
         cls,
         to: str,
-        deltas: Deltas,
+        deltas: AdapterOnModel,
         out: Out,
         dtype: torch.dtype,
         rank: int,

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal, TypeVar
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from peft_posthoc.adapters.cast import cast
-from peft_posthoc.adapters.lora_folder import LoraFolder
+from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.linalg.product import Product, factor_product
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum
@@ -132,10 +131,8 @@ def spectra(*adapters: Folder, weights: Sequence[float] | None = None, progress:
         AdapterError: A folder cannot be read, or holds more than plain LoRA deltas.
         MismatchError: They are not adapters of one model.
     """
-    with ExitStack() as stack:
-        total = LoraSum([stack.enter_context(LoraFolder(one)) for one in adapters], weights or [1.0] * len(adapters))
-
-        return _spectra(total, progress)
+    total = LoraSum([LoraFolder(one) for one in adapters], weights or [1.0] * len(adapters))
+    return _spectra(total, progress)
 
 
 def _spectra(total: LoraSum, progress: bool) -> dict[str, Spectrum]:
@@ -163,38 +160,37 @@ def _run(
 ) -> Resized:
     if form not in (None, "portable", "peft"):
         raise ValueError(f"`form` must be portable or peft. Got {form!r}.")
-    with ExitStack() as stack:
-        folders = [stack.enter_context(LoraFolder(adapter)) for adapter in adapters]
-        total = LoraSum(folders, weights)
-        chosen = form or ("peft" if total.extras() else "portable")
-        if chosen == "portable" and (extras := total.extras()):
-            raise AdapterError(f"{extras}: the portable form has no place for that. Use `{asked('form', 'peft')}`.")
-        saved, whole = dtype or total.dtype(), total.whole()
-        provenance = _provenance(folders, weights, rank, chosen)
-        if isinstance(rank, budget):
-            beside = total.beside(saved, whole) + 2 * len(json.dumps(provenance)) + 512
-            # Stacked experts have one rank in the file, and so has everything in the portable form.
-            padded = chosen == "portable" or total.has_experts()
-            rank = dict(rank.within(_spectra(total, progress), item=saved.itemsize, beside=beside, padded=padded))
-        rule = _rules(total, rank)
+    folders = [LoraFolder(adapter) for adapter in adapters]
+    total = LoraSum(folders, weights)
+    chosen = form or ("peft" if total.extras() else "portable")
+    if chosen == "portable" and (extras := total.extras()):
+        raise AdapterError(f"{extras}: the portable form has no place for that. Use `{asked('form', 'peft')}`.")
+    saved, whole = dtype or total.dtype(), total.whole()
+    provenance = _provenance(folders, weights, rank, chosen)
+    if isinstance(rank, budget):
+        beside = total.beside(saved, whole) + 2 * len(json.dumps(provenance)) + 512
+        # Stacked experts have one rank in the file, and so has everything in the portable form.
+        padded = chosen == "portable" or total.has_experts()
+        rank = dict(rank.within(_spectra(total, progress), item=saved.itemsize, beside=beside, padded=padded))
+    rule = _rules(total, rank)
 
-        def work(name: str) -> Cut:
-            return _cut(total, name, rule, saved)
+    def work(name: str) -> Cut:
+        return _cut(total, name, rule, saved)
 
-        cuts = tuple(_each(work, total.modules, progress, "Resizing" if len(folders) == 1 else "Combining"))
-        if not any(part.norm for cut in cuts for part in cut.parts):
-            labels = " and ".join(f"`{folder.label}`" for folder in folders)
-            told = "hold deltas that cancel, or none" if len(folders) > 1 else "adds nothing: every delta is zero"
-            raise NothingToCarryError(f"{labels} {told}.")
-        return Resized(
-            cuts=cuts,
-            whole=whole,
-            configs=tuple(folder.config for folder in folders),
-            form=chosen,
-            dtype=saved,
-            bytes_before=sum(folder.bytes() for folder in folders),
-            provenance=provenance,
-        )
+    cuts = tuple(_each(work, total.modules, progress, "Resizing" if len(folders) == 1 else "Combining"))
+    if not any(part.norm for cut in cuts for part in cut.parts):
+        labels = " and ".join(f"`{folder.label}`" for folder in folders)
+        told = "hold deltas that cancel, or none" if len(folders) > 1 else "adds nothing: every delta is zero"
+        raise NothingToCarryError(f"{labels} {told}.")
+    return Resized(
+        cuts=cuts,
+        whole=whole,
+        configs=tuple(folder.config for folder in folders),
+        form=chosen,
+        dtype=saved,
+        bytes_before=sum(folder.bytes() for folder in folders),
+        provenance=provenance,
+    )
 
 
 def _cut(total: LoraSum, name: str, rule: Callable[[str], RankRule], dtype: torch.dtype) -> Cut:

@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_posthoc.adapters.cast import cast_biases, pad
+from peft_posthoc.adapters.cast import cast_biases
 from peft_posthoc.adapters.config import adapter_config
-from peft_posthoc.adapters.lora_folder import Factors, Kind, Module
-from peft_posthoc.adapters.names import patterns
-from peft_posthoc.adapters.peft_format import PREFIX, Contents, write_folder
+from peft_posthoc.adapters.factors import Factors
+from peft_posthoc.adapters.module import Kind, Module
+from peft_posthoc.adapters.names import PREFIX, patterns
+from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.layout import is_of_an_expert
 from peft_posthoc.ranks.safe import safe_rank
@@ -178,7 +179,7 @@ class Resized:
         saved = cast_biases(biases, self.dtype)
         for cut in self.cuts:
             rank = self._file_rank(cut)
-            tensors |= cut.module.join([Factors(*pad(part.a, part.b, rank)) for part in cut.parts])
+            tensors |= cut.module.join([Factors(part.a, part.b).padded(rank) for part in cut.parts])
             if self._lora_bias:
                 zeros = torch.zeros(cut.module.size[0], dtype=self.dtype)
                 tensors[f"{PREFIX}{cut.module.name}.lora_B.bias"] = saved.get(cut.module.name, zeros)
@@ -197,6 +198,7 @@ class Resized:
             revision=first.get("revision"),
             task_type=next((own for one in self.configs if (own := one.get("task_type"))), None),
             fan_in_fan_out=any(one.get("fan_in_fan_out") for one in self.configs),
+            bias=next((own for one in self.configs if (own := one.get("bias", "none")) != "none"), "none"),
             whole=self._union("modules_to_save"),
             stacked=self._union("target_parameters"),
             ranks=patterns(others, ranks) if of_peft else None,

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peft_posthoc.adapters.lora_folder import Factors, LoraFolder, Module
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.cast import widest
+from peft_posthoc.adapters.factors import Factors
+from peft_posthoc.adapters.module import Module
+from peft_posthoc.adapters.names import PREFIX
+from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.models.layout import is_of_an_expert
 
@@ -30,8 +33,8 @@ class LoraSum:
         for folder in folders:
             for name, module in folder.modules.items():
                 known = self.modules.setdefault(name, module)
-                same = (known.kind, known.experts, known.a_shape[1:], known.b_shape[0])
-                if same != (module.kind, module.experts, module.a_shape[1:], module.b_shape[0]):
+                same = _form(known)
+                if same != _form(module):
                     raise MismatchError(
                         f"`{name}` is {_shape(known)} in `{folders[0].label}` and {_shape(module)} in `{folder.label}`:"
                         " they are not adapters of one model."
@@ -78,10 +81,7 @@ class LoraSum:
 
     def dtype(self) -> torch.dtype:
         """The widest of the adapters'."""
-        found = self._parts[0][0].dtype()
-        for folder, _ in self._parts[1:]:
-            found = torch.promote_types(found, folder.dtype())
-        return found
+        return widest(folder.dtype() for folder, _ in self._parts)
 
     def has_experts(self) -> bool:
         """Whether some module is of one expert, or stacks them."""
@@ -131,6 +131,10 @@ class LoraSum:
                     "base's is not known without the base. Give those that hold it weights that add up to 1."
                 )
         return found
+
+
+def _form(module: Module) -> tuple[object, ...]:
+    return module.kind, module.experts, module.filed.a_shape[1:], module.filed.m
 
 
 def _shape(module: Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_posthoc.adapters.cast import cast
+from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.config import adapter_config
-from peft_posthoc.adapters.names import target_modules
-from peft_posthoc.adapters.peft_format import PREFIX, Contents, check_target, write_folder
+from peft_posthoc.adapters.names import PREFIX, own_name, target_modules
+from peft_posthoc.adapters.plain import not_plain
 from peft_posthoc.adapters.portable_rules import complete, targeted
+from peft_posthoc.adapters.tensors import Factored
+from peft_posthoc.adapters.writer import Contents, check_target, write_folder
 from peft_posthoc.errors import AdapterError, noting
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import ends
@@ -28,11 +30,8 @@ from peft_posthoc.serving.check import Check, check, chosen
 from peft_posthoc.serving.rules.files import unknown_keys
 from peft_posthoc.serving.rules.names import named_after_adapter, strangers, unfitting, without_prefix
 from peft_posthoc.serving.rules.scale import misranked
-from peft_posthoc.serving.rules.variants import mutating_init
-from peft_posthoc.serving.subject import Factored, Subject
+from peft_posthoc.serving.subject import Subject
 from peft_posthoc.text import asked, size
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,8 @@ class Fixed:
 
     def to_dict(self) -> dict[str, Any]:
         """The account as plain JSON values."""
-        return {"format": 1, **self._account(), "check": self.check.to_dict()}
-
-    def _account(self) -> dict[str, Any]:
-        left_out = [asdict(row) for row in self.left_out]
-        return {
-            **{"adapter": self.adapter, "out": self.out, "rewritten": list(self.rewritten)},
-            **{"left_out": left_out, "rounding": self.rounding},
-        }
+        account = _account(self.adapter, self.rewritten, self.left_out, self.rounding)
+        return {**account, "out": self.out, "check": self.check.to_dict()}
 
     def table(self) -> str:
         """The account for a terminal."""
@@ -122,8 +115,8 @@ def fix(
     subject = Subject.read(adapter, base)
     _refuse(subject)
     rank = safe_rank(max(own.rank for own in subject.modules.values()))
-    kinds = [subject.headers[name].dtype for own in subject.modules.values() for name in (own.a, own.b)]
-    saved = dtype or _widest(kinds)
+    kinds = [subject.headers[name].dtype for own in subject.modules.values() for name in (own.a_name, own.b_name)]
+    saved = dtype or widest(kinds)
     added = _absent(subject)
     tensors: dict[str, Tensor] = {}
     rounding = 0.0
@@ -138,10 +131,7 @@ def fix(
     extras = list(_extras(subject))
     left_out = tuple(row for row in extras if _matters(row))
     rewritten = tuple(_told(subject, rank, saved, added, config, len(extras) - len(left_out)))
-    account: Mapping[str, Any] = {
-        **{"format": 1, "adapter": subject.label, "rewritten": list(rewritten)},
-        **{"left_out": [asdict(row) for row in left_out], "rounding": rounding},
-    }
+    account = _account(subject.label, rewritten, left_out, rounding)
     provenance = {
         "fixed": subject.label,
         "base": config["base_model_name_or_path"],
@@ -153,19 +143,26 @@ def fix(
     return Fixed(subject.label, str(out), rewritten, left_out, rounding, found)
 
 
+def _account(adapter: str, rewritten: Sequence[str], left_out: Sequence[LeftOut], rounding: float) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "adapter": adapter,
+        "rewritten": list(rewritten),
+        "left_out": [asdict(row) for row in left_out],
+        "rounding": rounding,
+    }
+
+
 def _refuse(subject: Subject) -> None:
     """See that base + scale * `b @ a` is what PEFT computes, and that the base is the right one."""
+    if why := not_plain(subject.config):
+        raise AdapterError(f"`{subject.label}` is no plain LoRA delta: {why}. Nothing was written.")
     obstacles = {
-        "sets `use_dora`: the base's weights are rescaled too": subject.setting("use_dora") or subject.magnitudes,
-        "begins with a part of the base, which the served base still has": mutating_init(subject),
-        "computes something else than base + b @ a": subject.setting(
-            *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-            *("trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
-        ),
+        "holds vectors of DoRA (`use_dora`), which also rescales the base's weights": subject.magnitudes,
         "has other ranks than its configuration says, which PEFT does not load": misranked(subject),
         "holds factors of all experts at once": subject.fused_experts,
         "holds factors of convolutions": tuple(
-            module for module, own in subject.modules.items() if len(subject.headers[own.a].shape) > 2
+            module for module, own in subject.modules.items() if len(own.a_shape) > 2
         ),
         "adapts what the base does not have": strangers(subject),
         "does not have the base's shapes": unfitting(subject, larger=True, smaller=True),
@@ -177,21 +174,15 @@ def _refuse(subject: Subject) -> None:
             )
 
 
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    # PyTorch promotes no types of eight bits.
-    known = {dtype if dtype.itemsize > 1 else torch.float32 for dtype in dtypes}
-    first, *others = sorted(known, key=str)
-    for other in others:
-        first = torch.promote_types(first, other)
-    return first if first in _DTYPES else torch.float32
-
-
 def _rewritten(
     subject: Subject, module: str, own: Factored, rank: int, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], float]:
     """The factors at that rank and scale one, and how much of them rounding changed."""
     # In float64 a product of a factor and a scale rounds by less than any saved dtype can tell.
-    wanted = (subject.weights.read(own.a).double(), subject.weights.read(own.b).double() * subject.scale(module))
+    wanted = (
+        subject.weights.read(own.a_name).double(),
+        subject.weights.read(own.b_name).double() * subject.scale(module),
+    )
     if not all(bool(torch.isfinite(exact).all()) for exact in wanted):
         raise AdapterError(f"The factors of `{module}` in `{subject.label}` hold NaN or infinity.")
     saved = cast(*wanted, dtype, module, rank=rank)
@@ -270,7 +261,7 @@ def _before(base: Model | None, name: str) -> Tensor | None:
     """The base's own tensor of that name."""
     if base is None:
         return None
-    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    plain = own_name(name)
     stored = next((disk for disk in base.checkpoint.headers if plain in base.layout.names_of(disk)), None)
     return None if stored is None else base.checkpoint.read(stored).double()
 
@@ -297,7 +288,9 @@ def _told(
         yield f"left behind: {', '.join(behind)}"
     if idle:
         yield f"tensors dropped that change nothing: {idle}"
-    if {subject.headers[name].dtype for own in subject.modules.values() for name in (own.a, own.b)} != {dtype}:
+    if {subject.headers[name].dtype for own in subject.modules.values() for name in (own.a_name, own.b_name)} != {
+        dtype
+    }:
         yield f"factors saved in {str(dtype).removeprefix('torch.')}"
     old = subject.config
     if changed := [key for key in config if key in old and old[key] != config[key]]:

@@ -5,46 +5,29 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from peft_posthoc.adapters.config import by_pattern, read_config
-from peft_posthoc.adapters.peft_format import PREFIX, WEIGHTS
+from peft_posthoc.adapters.config import PICKLE, WEIGHTS, read_config
+from peft_posthoc.adapters.scale import Setting, alpha_of, parameters_of, rank_of, settings
+from peft_posthoc.adapters.tensors import Factored, factored, kept_whole
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.folder import File
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
-from peft_posthoc.models.kinds import EMBEDDING, LINEAR, LayerKind
+from peft_posthoc.models.kinds import EMBEDDING
 from peft_posthoc.models.model import Model
 from peft_posthoc.sources import open_checkpoint
 
-PICKLE = "adapter_model.bin"
-# `module.lora_A.weight`, or with the adapter's name inside, as a state dict that was not saved by PEFT has it.
-FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:\.(?P<adapter>[^.]+))?\.weight")
-EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>A|B)(?:\.(?P<adapter>[^.]+))?")
 _LORA_BIAS = re.compile(r".+\.lora_B(?:\.[^.]+)?\.bias")
 _EMBEDDING_LEAVES = ("embed_tokens", "wte", "word_embeddings")
 _HEAD_LEAVES = ("lm_head", "embed_out")
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
-
-
-class Factored(NamedTuple):
-    """A module with factors: `b` is m x r, `a` is r x n."""
-
-    kind: LayerKind
-    a: str
-    """The tensor's name in the file."""
-    b: str
-    rank: int
-    m: int
-    n: int
 
 
 @dataclass(frozen=True)
@@ -103,29 +86,11 @@ class Subject:
     @cached_property
     def modules(self) -> dict[str, Factored]:
         """By module, without PEFT's prefix, what the file holds for it."""
-        found: dict[tuple[str, LayerKind], dict[str, str]] = defaultdict(dict)
-        for name in self.headers:
-            for pattern, kind in ((FACTOR, LINEAR), (EMBEDDING_FACTOR, EMBEDDING)):
-                if match := pattern.fullmatch(name):
-                    sides = found[match["module"].removeprefix(PREFIX), kind]
-                    if match["side"] in sides:
-                        raise AdapterError(f"`{self.label}` holds both `{sides[match['side']]}` and `{name}`.")
-                    sides[match["side"]] = name
-        modules = {}
-        for (module, kind), sides in found.items():
-            if len(sides) < 2:
-                raise AdapterError(f"`{self.label}` holds `{next(iter(sides.values()))}` without its counterpart.")
-            a, b = self.headers[sides["A"]].shape, self.headers[sides["B"]].shape
-            if len(a) < 2 or len(b) != len(a) or a[0] != b[1] or 0 in (*a, *b):
-                raise AdapterError(f"The factors of `{module}` in `{self.label}` do not fit: {list(b)} and {list(a)}.")
-            if not all(self.headers[name].dtype.is_floating_point for name in sides.values()):
-                raise AdapterError(f"The factors of `{module}` in `{self.label}` are no real numbers.")
-            modules[module] = Factored(kind, sides["A"], sides["B"], a[0], b[0], a[1])
-        return modules
+        return factored(self.headers, self.label)
 
     @cached_property
     def _rest(self) -> tuple[str, ...]:
-        factors = {name for module in self.modules.values() for name in (module.a, module.b)}
+        factors = {name for module in self.modules.values() for name in (module.a_name, module.b_name)}
         return tuple(name for name in self.headers if name not in factors)
 
     @cached_property
@@ -168,13 +133,7 @@ class Subject:
     @cached_property
     def fused_experts(self) -> tuple[str, ...]:
         """Modules that PEFT's `target_parameters` made: one pair of factors for all experts."""
-        parents = {str(name).rpartition(".")[0] for name in self.config.get("target_parameters") or ()}
-
-        def is_one(module: str) -> bool:
-            own = module.removesuffix(".base_layer")
-            return any(own == parent or own.endswith(f".{parent}") for parent in parents)
-
-        return tuple(module for module in self.modules if is_one(module))
+        return tuple(module for module in self.modules if parameters_of(module, self.config))
 
     @cached_property
     def experts(self) -> tuple[str, ...]:
@@ -208,12 +167,12 @@ class Subject:
     @property
     def r(self) -> int:
         """The configuration's rank."""
-        return int(self.config.get("r", 8))
+        return rank_of(self.config)
 
     @property
     def alpha(self) -> float:
         """The configuration's `lora_alpha`."""
-        return float(self.config.get("lora_alpha", 8))
+        return alpha_of(self.config)
 
     @property
     def rslora(self) -> bool:
@@ -233,37 +192,21 @@ class Subject:
 
     def is_kept_whole(self, name: str) -> bool:
         """Whether PEFT takes the tensor to belong to one of `modules_to_save`."""
-        parts = name.removeprefix(PREFIX).split(".")
-        return any(".".join(parts[:depth]).endswith(self._whole_ends) for depth in range(1, len(parts)))
-
-    @cached_property
-    def _whole_ends(self) -> tuple[str, ...]:
-        return self.kept_whole()
+        return kept_whole(name, self.config)
 
     # Rank and scale.
 
     def configured_rank(self, module: str) -> int:
         """The rank that PEFT gives the module."""
-        return self._settings[module][0]
+        return self._settings[module].rank
 
     def scale(self, module: str) -> float:
         """What PEFT multiplies the module's factors with."""
-        return self._settings[module][1]
+        return self._settings[module].scale
 
     @cached_property
-    def _settings(self) -> dict[str, tuple[int, float]]:
-        # Factors of fused experts are named after the module, and the patterns after its parameters.
-        named = {module: module for module in self.modules}
-        for module in self.fused_experts:
-            parameter = "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
-            named[module] = f"{module.removesuffix('.base_layer')}.{parameter}"
-        keys = ("rank_pattern", "alpha_pattern")
-        ranks, alphas = (by_pattern(self.config, key, named.values(), self.label) for key in keys)
-        found = {}
-        for module, name in named.items():
-            rank, alpha = ranks.get(name, self.r), float(alphas.get(name, self.alpha))
-            found[module] = rank, alpha / (math.sqrt(rank) if self.rslora else rank)
-        return found
+    def _settings(self) -> dict[str, Setting]:
+        return settings(self.config, self.modules, self.label)
 
 
 def _opened(folder: str | os.PathLike[str]) -> Model:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_posthoc.adapters.experts import unpacked
 from peft_posthoc.adapters.factors import Factors
-from peft_posthoc.adapters.peft_format import Stored, read_folder
+from peft_posthoc.adapters.names import own_name
+from peft_posthoc.adapters.on_model import AdapterOnModel
+from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError
@@ -133,19 +134,19 @@ def verify(
     """
     where = pick_device(device)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    stored = read_folder(adapter)
+    folder = LoraFolder(adapter)
     found = match(
         *opened,
         rules=[rename] if isinstance(rename, str) else list(rename),
         serve_as=serve_as,
-        experts=experts_in(stored),
-        vocab="extend" if _extends(stored, opened[0]) else "truncate",
-        of_tuned=bool(stored.whole),
+        experts=experts_in(folder),
+        vocab="extend" if _extends(folder, opened[0]) else "truncate",
+        of_tuned=bool(folder.whole),
     )
     before, after = found.base, found.tuned
-    stored = unpacked(stored, found.layout)
     plan = make_plan(before, after, choose=everything, layout=found.layout, whole=found.resized)
-    _fits(stored, plan, adapter)
+    stored = AdapterOnModel(folder, before, found.layout)
+    _fits(stored, plan)
     weights = _compare_weights(before, after, stored, plan, where, progress=progress)
     delta = sum(weight.delta**2 for weight in weights)
     product = sum(weight.product**2 for weight in weights)
@@ -178,44 +179,42 @@ class _Weight(NamedTuple):
     inner: float
 
 
-def _extends(stored: Stored, base: Checkpoint) -> bool:
+def _extends(folder: LoraFolder, base: Checkpoint) -> bool:
     """Whether it holds tensors whole that have other rows than the base's: embeddings of another vocabulary."""
     return any(
-        name in base.headers
-        and base.headers[name].shape[1:] == tensor.shape[1:]
-        and base.headers[name].shape != tensor.shape
-        for name, tensor in stored.whole.items()
-        if tensor.ndim
+        own in base.headers
+        and base.headers[own].shape[1:] == folder.headers[name].shape[1:]
+        and base.headers[own].shape != folder.headers[name].shape
+        for name in folder.whole
+        if folder.headers[name].shape and (own := own_name(name))
     )
 
 
-def _fits(stored: Stored, plan: Plan, adapter: str | PathLike[str]) -> None:
-    for module, (a, b) in stored.factors.items():
-        slot = plan.slots.get(module)
-        if slot is None:
-            raise AdapterError(f"`{adapter}` adapts `{module}`, which the base does not have as a layer.")
-        if (b.shape[0], a.shape[1]) != (slot.m, slot.n):
-            raise AdapterError(
-                f"`{adapter}` adapts `{module}` as {b.shape[0]} x {a.shape[1]}; in the base it is {slot.m} x {slot.n}."
-            )
+def _fits(stored: AdapterOnModel, plan: Plan) -> None:
+    """See that what is held whole has the shapes of the model.
+
+    Raises:
+        AdapterError: It has not.
+    """
     shapes = {own: header.shape for name, header in plan.headers.items() for own in plan.layout.names_of(name)}
-    for name, tensor in stored.whole.items():
-        if shapes.get(name) != tuple(tensor.shape):
+    for name, key in stored.replaced.items():
+        shape = stored.folder.headers[key].shape
+        if shapes.get(name) != shape:
             there = f"in the base it is {list(shapes[name])}" if name in shapes else "the base does not have it"
-            raise AdapterError(f"`{adapter}` holds `{name}` whole, as {list(tensor.shape)}; {there}.")
+            raise AdapterError(f"`{stored.folder.label}` holds `{name}` whole, as {list(shape)}; {there}.")
 
 
 def _compare_weights(
     base: Checkpoint,
     tuned: Checkpoint,
-    stored: Stored,
+    stored: AdapterOnModel,
     plan: Plan,
     device: torch.device,
     *,
     progress: bool,
 ) -> list[_Weight]:
     compared = []
-    new_heads = {name for name in plan.headers if set(plan.layout.names_of(name)) & stored.whole.keys()}
+    new_heads = {name for name in plan.headers if set(plan.layout.names_of(name)) & stored.replaced.keys()}
     with read_pairs(base, tuned, plan.headers) as pairs:
         for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
             if pair.base is None and pair.tuned is not None and pair.name in new_heads:
@@ -224,21 +223,21 @@ def _compare_weights(
                 continue
             if not pair.base.dtype.is_floating_point:
                 continue  # a counter
-            places = [place for place in plan.layout.places(pair.name) if place.module in stored.factors]
+            places = [place for place in plan.layout.places(pair.name) if stored.rank_of(place.module)]
             change = _unfactored(pair, stored, plan)
-            factors = stored.factors[places[0].module] if places else None
+            factors = stored.factors(places[0].module) if places else None
             compared.append(_compare(pair, factors, change, places, device))
     return compared
 
 
-def _unfactored(pair: Pair, stored: Stored, plan: Plan) -> Tensor | None:
+def _unfactored(pair: Pair, stored: AdapterOnModel, plan: Plan) -> Tensor | None:
     """What the adapter adds to a tensor beside factors; None if nothing."""
     names = plan.layout.names_of(pair.name)
-    whole = next((stored.whole[name] for name in names if name in stored.whole), None)
+    whole = next((stored.replaced[name] for name in names if name in stored.replaced), None)
     if whole is not None:
-        return difference(pair._replace(tuned=whole)).values
+        return difference(pair._replace(tuned=stored.folder.tensor(whole))).values
     module, _, leaf = names[0].rpartition(".")
-    return stored.biases.get(module) if leaf == "bias" else None
+    return stored.bias(module) if leaf == "bias" and module in stored.biases else None
 
 
 def _compare(
@@ -294,8 +293,8 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def experts_in(stored: Stored) -> Experts:
+def experts_in(folder: LoraFolder) -> Experts:
     """How an adapter holds experts."""
-    if stored.stacked:
+    if any(module.kind == "experts" for module in folder.modules.values()):
         return "fused"
-    return "per-expert" if any(map(is_of_an_expert, stored.factors)) else "none"
+    return "per-expert" if any(map(is_of_an_expert, folder.modules)) else "none"

@@ -2,45 +2,17 @@
 
 import json
 import shutil
-import warnings
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, CheckpointError, extract, open_checkpoint, verify
-from peft_posthoc.adapters.applied import Adapted
+from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.sources import sides
 from tests.make import architectures, models
-
-LEAVES = ["q_proj", "v_proj", "down_proj"]
-
-
-def trained(base, where, *, dtype=None, **fields):
-    """An adapter that PEFT made for the model in a folder, every tensor of it random; and PEFT's model."""
-    model = models.load(base) if dtype is None else models.load(base).to(dtype)
-    with warnings.catch_warnings():
-        # It remarks on tied weights, on biases where there are none, and that it saves embeddings.
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(**{"target_modules": LEAVES, "r": 4, "init_lora_weights": False} | fields)
-        model = peft.get_peft_model(model, config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and ("lora_" in name or "modules_to_save" in name):
-                    parameter += 0.1 * torch.randn_like(parameter)
-        model.peft_config["default"].base_model_name_or_path = str(base)
-        model.save_pretrained(where)
-    return model.eval()
-
-
-def merged(model):
-    """The weights of PEFT's model once it is merged, tied ones under each of their names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = model.merge_and_unload()
-    return {name: parameter.detach() for name, parameter in plain.named_parameters(remove_duplicate=False)}
+from tests.make.lora import LEAVES, merged, trained
 
 
 def read(checkpoint):
@@ -200,7 +172,7 @@ def test_a_plus_in_a_path_is_part_of_it(base, tmp_path, monkeypatch):
     assert open_checkpoint("c++").label == "c++"
     assert sides("c++") is None
     assert sides("c+++lo+ra") == ("c++", "lo+ra")
-    assert isinstance(open_checkpoint("c+++lo+ra"), Adapted)
+    assert isinstance(open_checkpoint("c+++lo+ra"), Applied)
     assert sides("org/base+org/lora") == ("org/base", "org/lora")
     assert sides("+lo+ra") is None
     with pytest.raises(CheckpointError, match=r"`c\+\+\+\./gone` does not exist.*BASE\+ADAPTER"):
@@ -302,6 +274,17 @@ def test_embeddings_of_a_larger_vocabulary_are_taken_whole(base, tmp_path):
     assert torch.equal(after.read("lm_head.weight"), larger["base_model.model.lm_head.weight"])
 
 
+def test_factors_of_embeddings_of_a_larger_vocabulary_are_added_to_those(base, tmp_path):
+    larger = models.load(base)
+    larger.resize_token_embeddings(99, mean_resizing=False)
+    model = trained(larger, tmp_path / "lora", target_modules=["embed_tokens", "lm_head"])
+    expected = merged(model)
+    after = open_checkpoint(f"{base}+{tmp_path / 'lora'}")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert after.headers[name].shape == (99, 32)
+        torch.testing.assert_close(after.read(name), expected[name], rtol=1e-6, atol=1e-6)
+
+
 # Refused.
 
 UNLIKE = {
@@ -320,7 +303,8 @@ UNLIKE = {
 def test_an_adapter_that_is_more_than_b_a_is_refused_with_the_reason(reason, base, tmp_path):
     trained(base, tmp_path / "lora")
     edit(tmp_path / "lora", **UNLIKE[reason])
-    with pytest.raises(AdapterError, match=rf"`{tmp_path / 'lora'}` is not a readable LoRA adapter: .*{reason}"):
+    what = "is not a readable LoRA adapter" if reason == "peft_type" else "is no plain LoRA delta"
+    with pytest.raises(AdapterError, match=rf"`{tmp_path / 'lora'}` {what}: .*{reason}"):
         open_checkpoint(f"{base}+{tmp_path / 'lora'}")
 
 
@@ -336,10 +320,10 @@ def test_pissa_s_residual_base_is_why(base, tmp_path):
 def test_an_adapter_of_another_model_is_refused(base, tmp_path):
     trained(base, tmp_path / "lora")
     other = models.save(models.llama(hidden_size=48), tmp_path / "wide")
-    with pytest.raises(AdapterError, match=r"factors of `model\.layers\.0.*`.* are .*; the base's weight is"):
+    with pytest.raises(AdapterError, match=r"adapts `model\.layers\.0.*` as .*; in the base `.*` it is"):
         open_checkpoint(f"{other}+{tmp_path / 'lora'}")
     shallow = models.save(models.llama(num_hidden_layers=1), tmp_path / "shallow")
-    with pytest.raises(AdapterError, match=r"adapts `model\.layers\.1.*`, which the base does not have"):
+    with pytest.raises(AdapterError, match=r"adapts `model\.layers\.1.*`, which the base `.*` does not have"):
         open_checkpoint(f"{shallow}+{tmp_path / 'lora'}")
 
 
@@ -351,13 +335,6 @@ def test_factors_of_convolutions_are_read_where_the_class_is_known(tmp_path):
     assert {len(before.headers[name].shape) for name in changed} == {4}
     for name in changed:
         torch.testing.assert_close(after.read(name), expected[name], rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_factors_of_stacked_experts_are_refused(tmp_path):
-    base = models.save(models.qwen3_moe(), tmp_path / "base")
-    trained(base, tmp_path / "lora", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(AdapterError, match=r"stacked experts \(`target_parameters`\).*Merge it into its base first"):
-        open_checkpoint(f"{base}+{tmp_path / 'lora'}")
 
 
 def test_factors_of_a_convolution_are_refused_where_it_is_not(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.serving.subject import Subject
 from tests.make import models, serving
 

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_posthoc import AdapterError, NothingToCarryError, extract
-from peft_posthoc.adapters.peft_format import read_folder
+from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.ranks.safe import safe_rank
 from tests.make import models
 
@@ -86,10 +86,16 @@ def test_a_leaf_name_that_means_other_modules_too_is_spelled_out(tmp_path):
     assert adapter.file.config(adapter.provenance)["target_modules"] == ["layers.0.proj", "layers.1.proj"]
 
 
+def factors_in(folder):
+    """By module, the factors in an adapter folder."""
+    read = LoraFolder(folder)
+    return {module: factors for module in read.modules for factors in read.factors(module)}
+
+
 def test_what_is_written_holds_the_product_to_the_rounding_of_its_dtype(llama_pair, tmp_path):
     adapter = extract(*llama_pair, 8, dtype=torch.bfloat16)
     adapter.save(tmp_path / "out")
-    for module, (a, b) in read_folder(tmp_path / "out").factors.items():
+    for module, (a, b) in factors_in(tmp_path / "out").items():
         own_a, own_b = adapter.factors[module]
         whole = own_b @ own_a
         # Two roundings of relative size eps / 2 in every product.
@@ -183,17 +189,17 @@ def test_force_replaces_an_adapter_and_nothing_else(llama_pair, saved, tmp_path)
 
 def test_scales_of_adapters_from_elsewhere_are_folded_in(llama_pair, saved):
     config = config_of(saved)
-    plain = read_folder(saved).factors
+    plain = factors_in(saved)
     (saved / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
-    halved = read_folder(saved).factors
+    halved = factors_in(saved)
     (saved / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    stabilized = read_folder(saved).factors
+    stabilized = factors_in(saved)
     for module in plain:
         torch.testing.assert_close(halved[module].b, plain[module].b / 2)
         torch.testing.assert_close(stabilized[module].b, plain[module].b * 8**0.5)
     (saved / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(AdapterError, match="use_dora"):
-        read_folder(saved)
+        factors_in(saved)
 
 
 def test_what_a_target_s_name_also_means_is_in_the_file_as_zeros(tmp_path):

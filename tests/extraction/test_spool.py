@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from peft_posthoc import AdapterError, CheckpointError, extract
-from peft_posthoc.adapters import peft_format
+from peft_posthoc.adapters import writer
 from peft_posthoc.extraction import spool as spool_module
 from peft_posthoc.extraction import work as factor_module
 from peft_posthoc.extraction.processes import Processes
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_finished_layer(llama_pair, tmp_
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft_format, "save_file", save_file)
+        patch.setattr(writer, "save_file", save_file)
         with pytest.raises(AdapterError, match="No space left") as full:
             adapter.save(out)
     (kept,) = spools(tmp_path)

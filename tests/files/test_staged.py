@@ -10,9 +10,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from peft_posthoc import extract, open_checkpoint, resize
-from peft_posthoc.adapters import peft_format
-from peft_posthoc.adapters.config import CONFIG
-from peft_posthoc.adapters.peft_format import CARD_MARK, REPORT, WEIGHTS
+from peft_posthoc.adapters import writer
+from peft_posthoc.adapters.config import CONFIG, WEIGHTS
+from peft_posthoc.adapters.writer import CARD_MARK, REPORT
 from peft_posthoc.extraction.forms.layout import FileLayout
 from tests.make.spoiled import contents, moved, refused, run, tensors, write
 
@@ -211,14 +211,14 @@ def test_what_cannot_be_moved_back_is_not_deleted(error, work, monkeypatch):
 
 
 def test_without_force_nothing_takes_the_place_of_what_came_in_the_meantime(work, monkeypatch):
-    save = peft_format.save_file
+    save = writer.save_file
 
     def meanwhile(*given, **named):
         save(*given, **named)
         Path("new").mkdir()
         Path("new", "another").write_text("faster")
 
-    monkeypatch.setattr(peft_format, "save_file", meanwhile)
+    monkeypatch.setattr(writer, "save_file", meanwhile)
     refused(run("extract", "base", "tuned", "new"), "could not be written to `new`", "not empty")
     assert {path.name for path in Path("new").iterdir()} == {"another"}
     assert not list(work.glob(".new*"))

@@ -185,7 +185,7 @@ def test_json_to_no_standard_output_fails_in_one_line(files):
 # The source itself.
 
 # What these write lies in a folder that `staged` moves into its place when all is there.
-STAGED = {"merged.py", "mlx.py", "result.py", "peft_format.py", "writer.py"}
+STAGED = {"merged.py", "mlx.py", "result.py", "writer.py"}
 WRITES = re.compile(r"\.(write_text|write_bytes|dump)$")
 
 

@@ -20,7 +20,7 @@ from hf_callbacks import run as run_module
 from hf_callbacks.plot import plot
 from hf_callbacks.run import Run
 from peft_posthoc import PosthocError, extract
-from peft_posthoc.adapters import peft_format
+from peft_posthoc.adapters import writer
 from peft_posthoc.ranks.rules import keep_energy
 from tests.make import models
 from tests.make.runs import STEPS, adapters, examples, files, here, same_factors, trainer
@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_no_half_adapter(base, tmp_path, log, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(peft_format, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     training = trainer(base, tmp_path, PosthocLoraCallback(8, background=False))
     training.train()
     assert training.state.global_step == STEPS

@@ -16,7 +16,6 @@ from tests.make.adapters import Pixels, adapt, config_of
 REFUSED = {
     "use_dora": (True, "sets `use_dora`: DoRA also rescales the base's weights"),
     "init_lora_weights": ("pissa_niter_4", "`init_lora_weights` to 'pissa_niter_4', which takes a part away"),
-    "bias": ("all", "sets `bias` to 'all'"),
     "alora_invocation_tokens": ([1], "aLoRA is on for some tokens only"),
     "layer_replication": ([[0, 2]], "it repeats layers"),
     "a_key_of_tomorrow": (1, "sets `a_key_of_tomorrow`"),

@@ -20,7 +20,7 @@ from peft_posthoc import (
     spectra,
     verify,
 )
-from peft_posthoc.adapters.lora_folder import LoraFolder
+from peft_posthoc.adapters.reader import LoraFolder
 from tests.make import models
 from tests.make.adapters import LEAVES, Pixels, adapt, best, config_of, copy_of, deltas, same, with_adapter
 

@@ -254,7 +254,7 @@ def not_finite(parts):
 REFUSED = {
     "dora": (serving.DORA, "use_dora"),
     "magnitudes": (serving.MAGNITUDE, "use_dora"),
-    "pissa": (serving.PISSA, "begins with a part of the base"),
+    "pissa": (serving.PISSA, "takes a part away from the base"),
     "replication": (serving.REPLICATION, "layer_replication"),
     "fused experts": (serving.CASES["fused-experts"].spoil, "all experts at once"),
     "convolution": (convolution, "convolutions"),

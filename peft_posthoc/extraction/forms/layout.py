@@ -14,8 +14,8 @@ from torch import Tensor
 from peft_posthoc.adapters.cast import cast, cast_biases
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.experts import Pair, pack, places_in_file, target_parameters
-from peft_posthoc.adapters.names import patterns, target_modules
-from peft_posthoc.adapters.peft_format import PREFIX, metadata
+from peft_posthoc.adapters.names import PREFIX, patterns, target_modules
+from peft_posthoc.adapters.writer import metadata
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.file_header import header_bytes
 from peft_posthoc.models.kinds import LINEAR

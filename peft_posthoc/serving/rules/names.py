@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
-from peft_posthoc.adapters.lora_folder import LoraFolder
-from peft_posthoc.adapters.on_model import Deltas
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.names import PREFIX
+from peft_posthoc.adapters.on_model import AdapterOnModel
+from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.tensors import EMBEDDING_FACTOR, FACTOR
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats import mlx
 from peft_posthoc.serving.rules.rule import BOTH_READ, CONVERT, FIX, REFUSED, SGLANG_RUN, TRT_READ, WRONG, Rule
-from peft_posthoc.serving.subject import EMBEDDING_FACTOR, FACTOR, Subject, leaf_of
+from peft_posthoc.serving.subject import Subject, leaf_of
 
 # `...N.parent.leaf`, `...N.parent.part.leaf` or `...N.parent.experts.N.leaf`.
 _LAYERED = re.compile(r"(.*\.)?\d+\.\w+\.\w+(\.\w+|\.\d+\.\w+)?")
@@ -85,9 +86,9 @@ def new_tokens(subject: Subject) -> tuple[str, ...]:
 def not_for_mlx(subject: Subject) -> tuple[str, ...]:
     """The refusal of `phlora export --to mlx`, if it refuses the adapter."""
     try:
-        with LoraFolder(subject.label) as folder:
-            if subject.base is not None:
-                mlx.check(Deltas(folder, subject.base.checkpoint, subject.base.layout))
+        folder = LoraFolder(subject.label)
+        if subject.base is not None:
+            mlx.check(AdapterOnModel(folder, subject.base.checkpoint, subject.base.layout))
     except AdapterError as error:
         return (str(error),)
     return ()

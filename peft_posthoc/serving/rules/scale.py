@@ -6,9 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 
+from peft_posthoc.adapters.tensors import Factored
 from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.serving.rules.rule import BOTH_READ, FIX, REFUSED, SGLANG_RUN, VLLM_HELPER, WARNING, WRONG, Rule
-from peft_posthoc.serving.subject import Factored, Subject, leaf_of
+from peft_posthoc.serving.subject import Subject, leaf_of
 
 
 def ranked(subject: Subject) -> list[tuple[str, Factored]]:

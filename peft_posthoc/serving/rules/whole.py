@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from peft_posthoc.adapters.peft_format import PREFIX
+from peft_posthoc.adapters.names import PREFIX, own_name
 from peft_posthoc.serving.engines import ENGINES
 from peft_posthoc.serving.rules.rule import (
     BOTH_READ,
@@ -75,7 +75,7 @@ def other_copies(subject: Subject) -> tuple[str, ...]:
     headers, read = subject.base.checkpoint.headers, subject.base.checkpoint.read
 
     def differs(copy: str) -> bool:
-        name = copy.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name = own_name(copy)
         if name not in headers:  # A tied head is stored as the embeddings.
             return False
         return not torch.equal(subject.weights.read(copy).float(), read(name).float())

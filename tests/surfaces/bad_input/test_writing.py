@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from peft_posthoc.adapters import peft_format
+from peft_posthoc.adapters import writer
 from tests.make.limits import HANG
 from tests.make.spoiled import (
     an_adapter_at,
@@ -29,7 +29,7 @@ def weights_fail(patch, error):
         Path(path).write_bytes(b"half of")
         raise error
 
-    patch.setattr(peft_format, "save_file", save_file)
+    patch.setattr(writer, "save_file", save_file)
 
 
 def text_fails(name, patch, error):

@@ -1,0 +1,121 @@
+"""PEFT's LoRA folder, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS
+from peft_posthoc.checkpoints.files import weight_files
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.files import check_apart, check_free, files_in, regular, staged
+from peft_posthoc.text import asked
+
+REPORT = "phlora_report.json"
+_WRITTEN = (CONFIG, WEIGHTS, REPORT)
+_CARD = "README.md"
+CARD_MARK = "<!-- Made with the adapter by phlora, and replaced with it. -->"
+"""In every model card of ours: a card without it is somebody else's."""
+# What engines load with the adapter if it lies beside it.
+_SPOIL = (".safetensors", "added_tokens.json")
+
+
+class Contents(NamedTuple):
+    """What goes into an adapter folder."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    report: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None:
+    """See before the work whether an adapter may be written there.
+
+    Raises:
+        AdapterError: Something is there that must not be replaced, or that would spoil the adapter.
+    """
+    target = Path(folder)
+    if not check_free(target):
+        return
+    if not force:
+        raise AdapterError(
+            f"`{target}` exists and is not empty. Choose another folder, or replace it with `{asked('force')}`."
+        )
+    if not (target / CONFIG).is_file():
+        raise AdapterError(f"`{target}` is not an adapter folder; `{asked('force')}` replaces nothing else.")
+    check_apart(target, _WRITTEN, adapter_files(target), _SPOIL)
+    if model := weight_files({path.name for path in target.iterdir()}):
+        raise AdapterError(
+            f"`{target}` holds the weights of a model (`{model[0]}`), which would be loaded with the adapter on it. "
+            "Choose another folder."
+        )
+
+
+def adapter_files(folder: Path) -> set[str]:
+    """The files of an adapter that is there: what we or PEFT write, by name."""
+    found = files_in(folder, (*_WRITTEN, PICKLE))
+    try:
+        ours = CARD_MARK in regular(folder / _CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return found
+    return found | {_CARD} if ours else found
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    contents: Contents,
+    *,
+    force: bool = False,
+    called: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write an adapter folder: all of it, or nothing.
+
+    Args:
+        folder: A folder that does not exist yet, or is empty.
+        contents: What goes into it.
+        force: Replace an adapter that is there. What else lies in its folder stays.
+        called: What messages call the folder, where that is not its path.
+
+    Raises:
+        AdapterError: The folder holds something, or cannot be written.
+    """
+    place = Path(folder).absolute()
+    check_target(place, force=force)
+    ours = adapter_files(place) if place.is_dir() else ()
+    with staged(place, what="The adapter", called=called or folder, force=force, ours=ours) as made:
+        made.mkdir()
+        save_file(dict(contents.tensors), made / WEIGHTS, metadata=metadata(contents.provenance))
+        _sort_metadata(made / WEIGHTS)
+        _write_json(made / CONFIG, contents.config)
+        _write_json(made / REPORT, contents.report)
+        # safetensors makes files that only their owner can read; servers often run as somebody else.
+        (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
+
+
+def metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What the file with the weights says of itself in its header."""
+    return {"format": "pt", "phlora": json.dumps(provenance, sort_keys=True)}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Make the file's header deterministic: safetensors writes the metadata's keys in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise AdapterError(f"The header of `{path}` has an unknown form.")
+        file.seek(8)
+        file.write(text.ljust(length))
