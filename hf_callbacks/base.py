@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ class Base(NamedTuple):
     revision: str | None
     how: str
     """Why it is this one, for the log."""
+
+
+def given(base: str | PathLike[str], revision: str | None) -> Base:
+    """The base that the user names, wherever the program goes on."""
+    return Base(str(Path(base).absolute()) if Path(base).exists() else str(base), revision, "it was given")
 
 
 def find_base(model: nn.Module, output: Path, work: Path) -> Base:

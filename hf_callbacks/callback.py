@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast
@@ -14,17 +14,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_callbacks.base import Base, find_base
-from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions
-from hf_callbacks.jobs import Done, Job
+from hf_callbacks.base import Base, find_base, given
+from hf_callbacks.ended import Ended
+from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions, trains_adapter
 from hf_callbacks.log import Log, is_summary
-from hf_callbacks.memory import Memory, remember, remembered
-from hf_callbacks.metrics import metrics, read_report
-from hf_callbacks.push import Push, Sent
+from hf_callbacks.memory import Memory, remember
+from hf_callbacks.push import Push
 from hf_callbacks.run import FINAL, Run
 from hf_callbacks.turns import others_wait
 from peft_posthoc.checkpoints.hub import is_repo_id
-from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.errors import one_line
 from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.ranks.rules import Rank, as_rule, several
 from peft_posthoc.sources import open_checkpoint
@@ -51,7 +50,7 @@ def _on_all(event: Event) -> Event:
         **kwargs: Any,
     ) -> None:
         with others_wait(first=state.is_world_process_zero):
-            self._guarded(f"`{event.__name__}` failed", lambda: event(self, args, state, control, **kwargs))
+            self._log.guarded(f"`{event.__name__}` failed", lambda: event(self, args, state, control, **kwargs))
 
     return harmless
 
@@ -113,18 +112,17 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(as_rule(rank), several):
             raise ValueError("One adapter is made of every checkpoint, at one rank. Several are given.")
         self._told_request = self._spelled(background)
-        self._given = None if base is None else _given(base, options.get("base_revision"))
+        self._given = None if base is None else given(base, options.get("base_revision"))
         self._out = None if out is None else Path(out).absolute()
         self._when, self._background, self._strict, self._keep = when, background, strict, keep
         self._repo_id = push_to_hub
         self._log = Log(strict=strict)
+        self._ended = Ended(self._log, by=self)
         self._run: Run | None = None
         self._run_dir = ""
         self._push: Push | None = None
-        self._state: TrainerState | None = None
         self._saves = 0
         self._on_disk: set[int] = set()  # steps whose weights can be read from files
-        self._told = False
         self._idle = False  # there is nothing to extract in this run
 
     def _spelled(self, background: bool) -> dict[str, Any] | None:
@@ -145,10 +143,10 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep hold of the initial weights: a resumed run changes them before its first step."""
         model = cast(nn.Module, kwargs["model"])
-        if state.is_world_process_zero and model is not None and not _trains_adapter(model):
+        if state.is_world_process_zero and model is not None and not trains_adapter(model):
             run = self._opened(args, state)
             if self._given is None and not (run.work / "base.json").is_file():
-                self._guarded("the base was not found", lambda: self._find(model))
+                self._log.guarded("the base was not found", lambda: self._find(model))
 
     @_on_all
     def on_train_begin(
@@ -156,9 +154,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Settle on a base, and catch up with what an interrupted run left."""
         model = cast(nn.Module, kwargs["model"])
-        self._saves, self._on_disk, self._told = 0, set(), False
-        self._log.trackers_are_open = True
-        self._idle = _trains_adapter(model)
+        self._saves, self._on_disk = 0, set()
+        self._log.trackers_are_open, self._ended.is_first = True, True
+        self._idle = trains_adapter(model)
         if not state.is_world_process_zero:
             return
         if self._idle:
@@ -169,13 +167,13 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             return
         run = self._opened(args, state)
         resumed = state.global_step > 0
-        self._guarded("what lies there was not kept apart", lambda: _say(run.begin(state.global_step)))
-        self._guarded("the base was not found", lambda: self._settle(model, args, resumed=resumed))
+        self._log.guarded("what lies there was not kept apart", lambda: _say(run.begin(state.global_step)))
+        self._log.guarded("the base was not found", lambda: self._settle(model, args, resumed=resumed))
         if run.base is None:
             return
         logger.info("phlora: the base is %s: %s.", run.base.source, run.base.how)
         if self._repo_id is not None:
-            self._guarded("adapters are not uploaded", lambda: self._open_hub(args))
+            self._log.guarded("adapters are not uploaded", lambda: self._open_hub(args))
         if resumed and self._when == "save":
             self._catch_up()
 
@@ -196,21 +194,21 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         run = self._opened(args, state)
         source = taken if partitions else run.checkpoints().get(step)
         if source is not None:
-            self._tell(run.make(source, step, background=self._background))
+            self._ended.adapters(self._run, self._push, run.make(source, step, background=self._background))
         elif not partitions:
             self._log.warn(f"no checkpoint of step {step} in `{run.folder}`")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See what has been finished."""
-        self._state = state
-        self._guarded("finished adapters were not looked for", self._look)
+        self._log.state = state
+        self._log.guarded("finished adapters were not looked for", self._look)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """When training is summed up, wait for the adapters of steps: trackers close with the event that follows."""
         if is_summary(kwargs["logs"]) and not self._idle:
-            self._state = state
+            self._log.state = state
             with others_wait(first=state.is_world_process_zero):
-                self._guarded("adapters are missing", self._finish_steps)
+                self._log.guarded("adapters are missing", self._finish_steps)
 
     @_on_all
     def on_train_end(
@@ -229,15 +227,15 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         try:
             if run.base is not None:
                 self._finish_steps()
-                self._guarded(f"there is no adapter `{FINAL}`", lambda: self._finish(args, state, model, taken))
-                self._guarded("there is no picture of the adapters", run.draw)
-                self._guarded("uploads are missing", self._wait_for_hub)
+                self._log.guarded(f"there is no adapter `{FINAL}`", lambda: self._finish(args, state, model, taken))
+                self._log.guarded("there is no picture of the adapters", run.draw)
+                self._log.guarded("uploads are missing", self._wait_for_hub)
         finally:
             run.stop()
 
     def _opened(self, args: TrainingArguments, state: TrainerState) -> Run:
         """The run that the events are about; where its trainer saves checkpoints now."""
-        self._state = state
+        self._log.state = state
         self._log.trainer = _calling_trainer() or self._log.trainer
         folder, trainer = args.output_dir, self._log.trainer
         if trainer is not None:
@@ -264,26 +262,15 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             # What cannot be read is told now, not after the first save.
             open_checkpoint(self._given.source, revision=self._given.revision, role="base")
         elif resumed:
-            self._resume(run)
+            run.resume()
         elif run.base is None:
             self._find(model)
         if run.base is not None:
             best = bool(args.load_best_model_at_end)
-            self._guarded(
+            self._log.guarded(
                 "the run's base and options were not written down",
                 lambda: remember(Memory(cast(Base, run.base), self._told_request, best), run.work),
             )
-
-    def _resume(self, run: Run) -> None:
-        """Take the base that the run began with."""
-        memory = remembered(run.work)
-        found = run.base
-        run.base = memory.base if memory is not None else found
-        # Found when this process began: the model may have been loaded from a checkpoint of this very run.
-        own = found is not None and Path(found.source).is_relative_to(run.work)
-        if memory is None and (found is None or own):
-            run.base = None
-            raise PosthocError("this run was begun without the callback; give `base=`")
 
     def _finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module, taken: Path | None) -> None:
         run = cast(Run, self._run)
@@ -292,11 +279,11 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         # Without a checkpoint, the model as it is: the best one, where that was to be loaded.
         source = taken or run.checkpoints().get(step) or model
         if taken is None and step in run.adapters():
-            self._tell([run.copy(step, name=FINAL)])
+            self._ended.adapters(run, self._push, [run.copy(step, name=FINAL)])
         elif source is model and (is_partitioned(model) or is_sharded(model)):
             self._log.warn(f"there is no adapter `{FINAL}`: the weights are spread over processes, and were not saved")
         else:
-            self._tell(run.make(source, step, name=FINAL, background=self._background))
+            self._ended.adapters(run, self._push, run.make(source, step, name=FINAL, background=self._background))
             self._wait()
 
     def _open_hub(self, args: TrainingArguments) -> None:
@@ -312,14 +299,14 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             gather(model, None)
             return None
         to = run.work / "pinned" / name
-        self._guarded(f"there is no adapter `{name}`", lambda: gather(model, to))
+        self._log.guarded(f"there is no adapter `{name}`", lambda: gather(model, to))
         return to if to.is_dir() else None
 
     def _look(self) -> None:
         if self._run is not None and len(self._run):
-            self._tell(self._run.poll())
+            self._ended.adapters(self._run, self._push, self._run.poll())
         if self._push is not None and len(self._push):
-            self._tell_sent(self._push.poll())
+            self._ended.uploads(self._push, self._push.poll())
 
     def _finish_steps(self) -> None:
         if self._run is not None and self._run.base is not None:
@@ -331,74 +318,22 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         """Checkpoints that were saved without an event, or whose adapter failed, and what an interrupted run held."""
         if self._run is not None:
             for step, folder in self._run.missing().items():
-                self._tell(self._run.make(folder, step, background=self._background))
+                self._ended.adapters(self._run, self._push, self._run.make(folder, step, background=self._background))
 
     def _wait(self) -> None:
         if self._run is not None and len(self._run):
             for done in tqdm(self._run.wait(), total=len(self._run), desc="Adapters", disable=None):
-                self._tell([done])
+                self._ended.adapters(self._run, self._push, [done])
 
     def _wait_for_hub(self) -> None:
         if self._push is not None and len(self._push):
             for sent in tqdm(self._push.wait(), total=len(self._push), desc="Uploads", disable=None):
-                self._tell_sent([sent])
-
-    def _send(self, name: str, step: int) -> None:
-        """Have an adapter uploaded, if that is wanted."""
-        run, push = self._run, self._push
-        if run is not None and push is not None:
-            what = f"`{name}` was not uploaded to `{push.repo_id}`"
-            self._guarded(what, lambda: push.add(run.out / name, step=step))
-
-    def _tell_sent(self, ended: Iterable[Sent]) -> None:
-        """Log which uploads failed."""
-        for name, failure in ended:
-            if failure is not None and self._push is not None:
-                self._log.warn(f"`{name}` was not uploaded to `{self._push.repo_id}`: {failure}")
-
-    def _tell(self, ended: Iterable[Done]) -> None:
-        """Log what has come to its end."""
-        for job, failure, _ in ended:
-            if failure is not None:
-                self._log.warn(f"there is no adapter `{job.name}`: {failure}")
-            else:
-                self._guarded(f"the numbers of `{job.name}` were not logged", functools.partial(self._tell_of, job))
-                self._send(job.name, job.step)
-
-    def _tell_of(self, job: Job) -> None:
-        run = cast(Run, self._run)
-        report = read_report(run.out / job.name)
-        if not self._told or job.name == FINAL:  # they hardly change from one checkpoint to the next
-            for warning in report["warnings"]:
-                logger.warning("phlora: %s: %s", job.name, warning)
-        self._told = True
-        if job.name != FINAL and self._state is not None:
-            self._log.numbers(self._state, metrics(report, step=job.step), by=self)
-        self._guarded("the page of the adapters was not written", run.write_page)
-
-    def _guarded(self, what: str, work: Callable[[], object]) -> None:
-        """Do something that must not end the training."""
-        try:
-            work()
-        except Exception as error:  # whatever it is, it is not worth the training; it is told, or raised by `strict`
-            if self._strict and isinstance(error, PosthocError):
-                raise
-            self._log.warn(f"{what}: {one_line(error)}", error)
+                self._ended.uploads(self._push, [sent])
 
 
 def _say(message: str | None) -> None:
     if message is not None:
         logger.warning("phlora: %s.", message)
-
-
-def _given(base: str | PathLike[str], revision: str | None) -> Base:
-    """The base that the user names, wherever the program goes on."""
-    return Base(str(Path(base).absolute()) if Path(base).exists() else str(base), revision, "it was given")
-
-
-def _trains_adapter(model: nn.Module) -> bool:
-    """Whether a model is PEFT's, or has an adapter of PEFT's in it. The same on every process."""
-    return hasattr(model, "peft_config") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _calling_trainer() -> Trainer | None:

@@ -31,6 +31,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def trains_adapter(model: nn.Module) -> bool:
+    """Whether a model is PEFT's, or has an adapter of PEFT's in it. The same on every process."""
+    return hasattr(model, "peft_config") or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def gather(model: nn.Module, to: Path | None) -> None:
     """Save a model that ZeRO-3 has spread over the processes, as `save_pretrained` saves one that is whole.
 

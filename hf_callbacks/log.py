@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -34,20 +35,22 @@ class Log:
 
     def __init__(self, *, strict: bool) -> None:
         self.trainer: Trainer | None = None
+        self.state: TrainerState | None = None
         self.trackers_are_open = True
         self._strict = strict
 
-    def numbers(self, state: TrainerState, values: dict[str, float], *, by: TrainerCallback) -> None:
+    def numbers(self, values: dict[str, float], *, by: TrainerCallback) -> None:
         """Add a row to the trainer's history, and show it to its trackers.
 
         The row of the training's summary stays the last one.
 
         Args:
-            state: The trainer's.
             values: The row; epoch and step are added.
             by: The callback that says it, which is not told.
         """
-        row = dict(values)
+        row, state = dict(values), self.state
+        if state is None:
+            return
         if state.epoch is not None:
             row["epoch"] = state.epoch
         history = state.log_history
@@ -76,6 +79,23 @@ class Log:
                 )
             except Exception as error:  # a tracker's trouble is not worth the training
                 self.warn(f"`{type(callback).__name__}` did not take the numbers of an adapter: {one_line(error)}")
+
+    def guarded(self, what: str, work: Callable[[], object]) -> None:
+        """Do something that must not end the training.
+
+        Args:
+            what: What is told if it fails, before the reason.
+            work: What is done.
+
+        Raises:
+            PosthocError: It fails, and the log is strict.
+        """
+        try:
+            work()
+        except Exception as error:  # whatever it is, it is not worth the training; it is told, or raised by `strict`
+            if self._strict and isinstance(error, PosthocError):
+                raise
+            self.warn(f"{what}: {one_line(error)}", error)
 
     def warn(self, message: str, cause: Exception | None = None) -> None:
         """Say what did not work.

@@ -14,6 +14,7 @@ from torch import nn
 from hf_callbacks.base import Base
 from hf_callbacks.card import PAGE, card, summary
 from hf_callbacks.jobs import Done, Job, Jobs
+from hf_callbacks.memory import remembered
 from hf_callbacks.metrics import read_report
 from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
@@ -114,6 +115,22 @@ class Run:
                 path.rename(place / path.name)
         names = ", ".join(f"`{path.name}`" for path in sorted(earlier))
         return f"adapters of an earlier run ({names}) were moved to `{place}`"
+
+    def resume(self) -> None:
+        """Take the base that the run began with.
+
+        Raises:
+            CheckpointError: What was written down of it is damaged.
+            PosthocError: It is not known.
+        """
+        memory, found = remembered(self.work), self.base
+        # Found when this process began, it may be a checkpoint of this very run that the model was loaded from.
+        own = found is not None and Path(found.source).is_relative_to(self.work)
+        if memory is not None:
+            self.base = memory.base
+        elif found is None or own:
+            self.base = None
+            raise PosthocError("this run was begun without the callback; give `base=`")
 
     def checkpoints(self) -> dict[int, Path]:
         """The checkpoints of this run that are there, by step."""
