@@ -9,8 +9,11 @@ import pytest
 
 import peft_posthoc
 from peft_posthoc import budget, extract, limited
+from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import one_line
+from peft_posthoc.extraction.request import OPTIONS
 from peft_posthoc.ranks.rules import fixed
+from peft_posthoc.ranks.spelling import LIMITS
 from peft_posthoc.text import as_flag, asked, asked_on
 from tests.make.spoiled import refused, run
 
@@ -109,6 +112,22 @@ def test_a_value_is_quoted_as_the_surface_needs_it():
     with asked_on("mergekit"):
         assert asked("exclude", pattern) == r'exclude: "^q\\.b$"'
     assert as_flag("outputs", False) == "--weights-only"
+
+
+def test_what_is_named_is_an_option_there():
+    flags = {flag for option in cli.main.get_command(None, "extract").params for flag in option.opts}
+    said = [
+        "size",
+        "params",
+        "most",
+        "least",
+        "multiple",
+        *(name for name in OPTIONS if name not in ("choose", "leave_out")),
+    ]
+    assert {as_flag(name) for name in said} <= flags
+    with asked_on("mergekit"):
+        limits = {asked(name, 1).partition(":")[0] for name in ("most", "least", "multiple")}
+    assert limits == set(LIMITS)
 
 
 # What speaks flags for a reason: data for shells, and texts that stand in tables of other programs' commands.
