@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft_posthoc import matcher
+from peft_posthoc.text import asked
 
 SECONDS = 5.0
 """What all patterns of one call may take; honest ones take thousandths."""
@@ -73,7 +74,7 @@ def asked_for(pattern: str, names: Collection[str], option: str) -> set[str]:
     try:
         return matched(pattern, names, "search")
     except PatternError as error:
-        raise ValueError(f"`--{option} {pattern}` {error.problem}.") from error
+        raise ValueError(f"`{asked(option, pattern)}` {error.problem}.") from error
 
 
 def first_matches(patterns: Iterable[str], names: Iterable[str]) -> dict[str, str]:
@@ -104,12 +105,12 @@ def first_matches(patterns: Iterable[str], names: Iterable[str]) -> dict[str, st
     # The `.` of PEFT's pattern matches no line break: what it makes of such names only `re` can tell.
     odd = [name for name in listed if "\n" in name]
     found = {name: number for name, number in found.items() if "\n" not in name}
-    for asked, among in ((unclear, listed), (range(len(keys)) if odd else (), odd)):
-        if not asked:
+    for unsure, among in ((unclear, listed), (range(len(keys)) if odd else (), odd)):
+        if not unsure:
             continue
-        wrapped = [rf"(.*\.)?({keys[number]})$" for number in asked]
-        hits = _ask("match", wrapped, [keys[number] for number in asked], among, first=True)
-        for number, indexes in zip(asked, hits, strict=True):
+        wrapped = [rf"(.*\.)?({keys[number]})$" for number in unsure]
+        hits = _ask("match", wrapped, [keys[number] for number in unsure], among, first=True)
+        for number, indexes in zip(unsure, hits, strict=True):
             for index in indexes:
                 found[among[index]] = min(number, found.get(among[index], number))
     return {name: keys[found[name]] for name in listed if name in found}

@@ -12,6 +12,7 @@ from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
+from peft_posthoc.text import asked
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,7 +82,7 @@ class Merge:
         before, merged = self._deltas.read(self._own[name], self._sources[name], dtype)
         after = merged.to(dtype).contiguous()
         if after is not before and not torch.isfinite(after).all() and torch.isfinite(before).all():
-            raise AdapterError(f"`{name}` overflows {dtype} with the adapter. Choose another `--dtype`.")
+            raise AdapterError(f"`{name}` overflows {dtype} with the adapter. Choose another `{asked('dtype', None)}`.")
         return after
 
     def _untied(self) -> dict[str, str]:

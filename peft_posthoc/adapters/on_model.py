@@ -20,6 +20,7 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.models.kinds import EMBEDDING, LINEAR
 from peft_posthoc.models.layout import Layout, Stack
 from peft_posthoc.models.slots import Slot
+from peft_posthoc.text import asked
 
 # Of two deltas that a tied weight has under its two names: what float32 leaves of two ways to compute one product.
 _ALIKE = 1e-6
@@ -182,17 +183,19 @@ class AdapterOnModel:
         label = self.folder.label
         if self.whole:
             name = next(iter(self.whole))
-            raise AdapterError(f"`{label}` holds `{name}` whole, which {who} does not read. Use `--to merged`.")
+            raise AdapterError(
+                f"`{label}` holds `{name}` whole, which {who} does not read. Use `{asked('to', 'merged')}`."
+            )
         if self.biases:
             raise AdapterError(
                 f"`{label}` adds to the bias of `{self.biases[0]}` (`lora_bias`), which {who} does not read. Use "
-                "`--to merged`."
+                f"`{asked('to', 'merged')}`."
             )
         convolutions = [name for name in self._places if self.slots[name].kind.kernel]
         if convolutions:
             raise AdapterError(
                 f"`{label}` has factors for the convolution `{convolutions[0]}`, which {who} does not read. Use "
-                "`--to merged`."
+                f"`{asked('to', 'merged')}`."
             )
 
     def notes(self) -> list[str]:

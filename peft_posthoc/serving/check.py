@@ -12,7 +12,7 @@ from peft_posthoc.serving.engines import ENGINES
 from peft_posthoc.serving.rules.rule import Rule, Severity
 from peft_posthoc.serving.rules.table import RULES
 from peft_posthoc.serving.subject import Subject
-from peft_posthoc.text import asked, shorten
+from peft_posthoc.text import as_flag, shorten
 
 Verdict = Literal["right", "refused", "silently wrong"]
 _ORDER = {"refused": 0, "silently wrong": 1, "warning": 2}
@@ -100,7 +100,7 @@ class Check:
         if self.base is None:
             lines += [
                 "",
-                f"Without {asked('base', None)}, names and shapes were not held against the model that is served.",
+                f"Without {as_flag('base')}, names and shapes were not held against the model that is served.",
             ]
         return "\n".join(lines)
 

@@ -31,7 +31,7 @@ from peft_posthoc.serving.rules.files import unknown_keys
 from peft_posthoc.serving.rules.names import named_after_adapter, strangers, unfitting, without_prefix
 from peft_posthoc.serving.rules.scale import misranked
 from peft_posthoc.serving.subject import Subject
-from peft_posthoc.text import asked, size
+from peft_posthoc.text import as_flag, size
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Fixed:
         """The account for a terminal."""
         lines = ["Rewritten:", *(f"  {line}" for line in self.rewritten or ("nothing",))]
         if self.rounding:
-            way_out = asked("dtype", "float32")
+            way_out = as_flag("dtype", "float32")
             lines.append(f"  rounded to the saved dtype, by at most {self.rounding:.1e} of a factor (`{way_out}`)")
         if self.left_out:
             lines += ["Left out, as no engine but PEFT loads it rightly:"]

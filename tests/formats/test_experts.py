@@ -122,7 +122,7 @@ def test_whole_tensors_stay_in_peft_s_own_layout_and_go_nowhere_else(mixtral, tm
     export(source, tmp_path / "out", "peft-moe", base=base)
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (source, tmp_path / "out"))
     assert all(torch.equal(one[name], other[name]) for name in whole)
-    with pytest.raises(AdapterError, match=r"whole, which a serving engine does not read\. Use `--to merged`"):
+    with pytest.raises(AdapterError, match=r"whole, which a serving engine does not read\. Use `to='merged'`"):
         export(source, tmp_path / "no", "vllm-moe", base=base)
 
 

@@ -72,7 +72,7 @@ def test_a_language_model_s_fine_tune_is_matched_with_a_base_that_has_images(gem
 @pytest.mark.parametrize(
     ("serve_as", "said"),
     [
-        ("NoSuchModel", "`--serve-as NoSuchModel` is neither a folder nor a class of transformers"),
+        ("NoSuchModel", "`serve_as='NoSuchModel'` is neither a folder nor a class of transformers"),
         ("LlamaForCausalLM", r"needs the configuration of a llama, and the checkpoints have gemma3\."),
     ],
 )

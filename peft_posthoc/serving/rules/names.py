@@ -12,6 +12,7 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats import mlx
 from peft_posthoc.serving.rules.rule import BOTH_READ, CONVERT, FIX, REFUSED, SGLANG_RUN, TRT_READ, WRONG, Rule
 from peft_posthoc.serving.subject import Subject, leaf_of
+from peft_posthoc.text import asked_on
 
 # `...N.parent.leaf`, `...N.parent.part.leaf` or `...N.parent.experts.N.leaf`.
 _LAYERED = re.compile(r"(.*\.)?\d+\.\w+\.\w+(\.\w+|\.\d+\.\w+)?")
@@ -88,7 +89,8 @@ def not_for_mlx(subject: Subject) -> tuple[str, ...]:
     try:
         folder = LoraFolder(subject.label)
         if subject.base is not None:
-            mlx.check(AdapterOnModel(folder, subject.base.checkpoint, subject.base.layout))
+            with asked_on("command line"):  # As all ways out here.
+                mlx.check(AdapterOnModel(folder, subject.base.checkpoint, subject.base.layout))
     except AdapterError as error:
         return (str(error),)
     return ()
