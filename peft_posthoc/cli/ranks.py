@@ -41,6 +41,10 @@ _NAMES = (*_RULES, "weighting", "max_rank", "min_rank", "round_to")
 _SHARED = ("budget", "params")
 
 
+# Bytes of a file of ranks by hand: a pipe or a device may have no end.
+_LARGEST = 10_000_000
+
+
 def RANK(command: F) -> F:
     """The options that ask for ranks. The command gets `rank`, an `Asked`."""
 
@@ -89,15 +93,16 @@ def rule_of(**asked: Any) -> RankRule | Allocation | None:
     """The rule that the options say; None if they say nothing.
 
     Raises:
-        click.UsageError: They contradict one another, or a value makes no sense.
+        click.UsageError: They contradict one another, or are no numbers.
+        ValueError: A value makes no sense.
     """
     if all(value is None for value in asked.values()):
         return None  # and nothing is imported for it
-    from peft_posthoc.ranks.spelling import parse
+    from peft_posthoc.ranks.spelling import Misspelled, parse
 
     try:
         return parse(asked)
-    except ValueError as error:
+    except Misspelled as error:
         raise click.UsageError(str(error)) from error
 
 
@@ -116,9 +121,13 @@ def _text(file: Path) -> str:
         ValueError: It cannot be read.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            content = opened.read(_LARGEST + 1)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
+    if len(content) > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST} bytes")
+    return content.decode()
 
 
 def pattern_of(value: str | None) -> dict[str, int]:

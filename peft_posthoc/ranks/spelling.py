@@ -34,6 +34,10 @@ NAMES = (*RULES, "weighting", *LIMITS)
 _PREFIX = {"rank": "r", "energy": "e", "error": "error"}
 
 
+class Misspelled(ValueError):
+    """Words that say no rank, whatever their values: two that exclude each other, or a number that is none."""
+
+
 def spell(rank: Rank | Mapping[str, Rank]) -> dict[str, Any]:
     """The words for a rank, as plain JSON values.
 
@@ -80,21 +84,22 @@ def parse(said: Mapping[str, Any]) -> RankRule | Allocation | None:
             make one rule of them.
 
     Raises:
-        ValueError: They contradict one another, or a value makes no sense.
+        Misspelled: They contradict one another, or are no numbers.
+        ValueError: A value makes no sense.
     """
     given = {name: value for name in RULES if (value := said.get(name)) is not None}
     limits = {field: value for name, field in LIMITS.items() if (value := said.get(name)) is not None}
     weighting = said.get("weighting")
     if len(given) > 1:
-        raise ValueError(f"Give {' or '.join(asked(name, None) for name in given)}, not both.")
+        raise Misspelled(f"Give {' or '.join(asked(name, None) for name in given)}, not both.")
     if weighting is not None and not given.keys() & set(SHARED):
-        raise ValueError(f"{asked('weighting', None)} is one of {asked('budget', None)} or {asked('params', None)}.")
+        raise Misspelled(f"{asked('weighting', None)} is one of {asked('budget', None)} or {asked('params', None)}.")
     if not given and not limits:
         return None
     name, value = next(iter(given.items()), ("rank", "32"))
     if name in SHARED:
         if (weighting or "balanced") not in WEIGHTINGS:
-            raise ValueError(f"{asked('weighting', None)} must be one of {', '.join(WEIGHTINGS)}. Got {weighting!r}.")
+            raise Misspelled(f"{asked('weighting', None)} must be one of {', '.join(WEIGHTINGS)}. Got {weighting!r}.")
         within: dict[str, Any] = {"size": value} if name == "budget" else {"params": value}
         return budget(**within, weighting=WEIGHTINGS[weighting or "balanced"], **limits)
 
@@ -115,7 +120,7 @@ def _rule(name: str, text: str) -> RankRule:
         number = int(text) if name == "rank" else float(text)
     except ValueError as error:
         what = "integer, nor `auto`" if name == "rank" else "float"
-        raise ValueError(f"{asked(name, None)}: '{text}' is not a valid {what}.") from error
+        raise Misspelled(f"{asked(name, None)}: '{text}' is not a valid {what}.") from error
     if name == "rank":
         return fixed(int(number))
     return keep_energy(number) if name == "energy" else keep_error(number)

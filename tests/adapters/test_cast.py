@@ -197,5 +197,5 @@ def test_exports_see_it_too(to, file, tmp_path):
 
 
 def test_a_type_that_holds_no_fractions_is_refused():
-    with pytest.raises(ValueError, match=r"saved in a floating type. Got `dtype=torch\.int8`"):
+    with pytest.raises(ValueError, match=r"saved in a floating type. Got `dtype=int8`"):
         extract(*pair(1.0), 4, dtype=torch.int8)

@@ -188,7 +188,7 @@ def _with(subject: Subject, base: Path) -> torch.nn.Module | None:
         weight.copy_(subject.weights.read(name))
     for name, own in subject.modules.items():
         weight = weights.get(f"{name}.weight")
-        product = own.kind.matrix(subject.weights.read(own.b).float() @ subject.weights.read(own.a).float())
+        product = own.kind.matrix(subject.weights.read(own.b_name).float() @ subject.weights.read(own.a_name).float())
         if weight is None or weight.shape != product.shape:
             return None
         weight += subject.scale(name) * product
