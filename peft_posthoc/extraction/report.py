@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.text import shorten, size
@@ -18,38 +19,38 @@ MATERIAL = 0.01
 IMPLAUSIBLE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One tensor."""
 
     weight: str
     status: Literal["extracted", "whole", "unchanged", "left out"]
-    reason: str
+    reason: str = ""
     """Why it is not carried; empty where it is."""
     modules: tuple[str, ...]
     """Where PEFT adapts it."""
     shape: tuple[int, ...]
     dtype: str
-    rank: int
+    rank: int = 0
     """Singular triplets kept."""
     energy: float | None
     """E_r (PHLoRA, eq. 5): the share of the delta's energy that is kept."""
-    energy_at: Mapping[int, float]
+    energy_at: Mapping[int, float] = field(default_factory=dict)
     """The same for the powers of two below the kept rank, if the adapter were cut to them."""
     relative_error: float | None
     """`||delta - b @ a|| / ||delta||`, before rounding to the saved dtype."""
     delta_norm: float | None
     base_norm: float | None
-    tuned_norm: float | None
+    tuned_norm: float | None = None
     """Only where there is no delta to take."""
     relative_delta: float | None
     """`||delta|| / ||base||`."""
     bytes: int
     """In the adapter file."""
     seconds: float
-    shortfall: float | None
+    shortfall: float | None = None
     """The certificate of the factorization: energy missed against the best rank-r approximation, relative."""
-    residual: float | None
+    residual: float | None = None
     """Of the worst kept triplet, `||delta v - sigma u||` relative to the largest sigma."""
     noise: float | None = None
     """The share of the delta's energy that rounding to the saved type can account for, at most. None where it was not
@@ -154,90 +155,77 @@ class Report:
 
 
 def _rows(adapter: Findings) -> Iterable[Row]:
-    plan = adapter.plan
-    in_file, whole = adapter.file.bytes_by_module, adapter.file.bytes_of_whole
-    for name, header in plan.headers.items():
-        layer = adapter.layers.get(name)
-        places = plan.carried.get(name) or plan.layout.places(name)
-        modules = tuple(place.module for place in places if place.module in in_file)
-        bytes_in_file = sum(in_file[module] for module in modules)
-        if layer is not None:
-            factors = layer.factors
-            yield Row(
-                weight=name,
-                status="extracted",
-                reason="",
-                modules=modules,
-                shape=header.shape,
-                dtype=str(header.dtype).removeprefix("torch."),
-                rank=len(factors.s),
-                energy=factors.energy,
-                energy_at={rank: factors.cut(rank).energy for rank in _powers_below(len(factors.s))},
-                relative_error=math.sqrt(max(0.0, 1 - factors.energy)),
-                delta_norm=factors.norm,
-                base_norm=layer.base_norm,
-                tuned_norm=None,
-                relative_delta=_ratio(factors.norm, layer.base_norm),
-                bytes=bytes_in_file,
-                seconds=layer.seconds,
-                shortfall=factors.shortfall,
-                residual=float(factors.residual.max()),
-                noise=None if layer.noise is None else min(layer.noise.energy / factors.norm**2, 1.0),
-                signal_rank=layer.signal,
-            )
-            continue
-        if name in adapter.kept:
-            yield _kept_row(adapter, name, whole.get(name, 0))
-            continue
-        skipped = adapter.skipped[name]
-        fate, unchanged = plan.fates[name], skipped.delta_norm == 0
-        left_out = fate if isinstance(fate, LeftOut) and not unchanged else None
-        yield Row(
-            weight=name,
-            status="unchanged" if unchanged else "left out",
-            reason=left_out.text if left_out else "",
-            modules=modules,
-            shape=header.shape,
-            dtype=str(header.dtype).removeprefix("torch."),
-            rank=0,
-            energy=0.0 if skipped.delta_norm else None,
-            energy_at={},
-            relative_error=1.0 if skipped.delta_norm else None,
-            delta_norm=skipped.delta_norm,
-            base_norm=skipped.base_norm,
-            tuned_norm=skipped.tuned_norm,
-            relative_delta=_ratio(skipped.delta_norm, skipped.base_norm),
-            bytes=bytes_in_file,
-            seconds=skipped.seconds,
-            shortfall=None,
-            residual=None,
-            cause=left_out.reason if left_out else None,
-            way_out=left_out.way_out if left_out else {},
-        )
+    for name in adapter.plan.headers:
+        if name in adapter.layers:
+            yield _extracted(adapter, adapter.layers[name])
+        elif name in adapter.kept:
+            yield _kept(adapter, adapter.kept[name])
+        else:
+            yield _skipped(adapter, adapter.skipped[name])
 
 
-def _kept_row(adapter: Findings, name: str, bytes_in_file: int) -> Row:
-    kept, how, header = adapter.kept[name], adapter.plan.kept[name], adapter.plan.headers[name]
+def _known(adapter: Findings, found: Outcome, **more: Any) -> Row:
+    """A row with what the headers tell and what is known of every outcome."""
+    plan, file, name = adapter.plan, adapter.file, found.weight
+    places = plan.carried.get(name) or plan.layout.places(name)
+    modules = tuple(place.module for place in places if place.module in file.bytes_by_module)
+    shown = {
+        "modules": modules,
+        "base_norm": found.base_norm,
+        "relative_delta": _ratio(more["delta_norm"], found.base_norm),
+        "bytes": sum(file.bytes_by_module[module] for module in modules),
+        "seconds": found.seconds,
+    }
+    header = plan.headers[name]
+    return Row(weight=name, shape=header.shape, dtype=str(header.dtype).removeprefix("torch."), **(shown | more))
+
+
+def _extracted(adapter: Findings, layer: Layer) -> Row:
+    factors = layer.factors
+    return _known(
+        adapter,
+        layer,
+        status="extracted",
+        rank=len(factors.s),
+        energy=factors.energy,
+        energy_at={rank: factors.cut(rank).energy for rank in _powers_below(len(factors.s))},
+        relative_error=math.sqrt(max(0.0, 1 - factors.energy)),
+        delta_norm=factors.norm,
+        shortfall=factors.shortfall,
+        residual=float(factors.residual.max()),
+        noise=None if layer.noise is None else min(layer.noise.energy / factors.norm**2, 1.0),
+        signal_rank=layer.signal,
+    )
+
+
+def _kept(adapter: Findings, kept: Kept) -> Row:
     changed = kept.delta_norm > 0
-    return Row(
-        weight=name,
+    return _known(
+        adapter,
+        kept,
         status="whole" if changed else "unchanged",
-        reason="",
-        modules=how.modules if changed else (),
-        shape=header.shape,
-        dtype=str(header.dtype).removeprefix("torch."),
-        rank=0,
+        modules=adapter.plan.kept[kept.weight].modules if changed else (),
         energy=1.0 if changed else None,
-        energy_at={},
         relative_error=0.0 if changed else None,
         delta_norm=kept.delta_norm,
-        base_norm=kept.base_norm,
-        tuned_norm=None,
-        relative_delta=_ratio(kept.delta_norm, kept.base_norm),
-        bytes=bytes_in_file,
-        seconds=kept.seconds,
-        shortfall=None,
-        residual=None,
+        bytes=adapter.file.bytes_of_whole.get(kept.weight, 0),
+    )
+
+
+def _skipped(adapter: Findings, skipped: Skipped) -> Row:
+    fate, unchanged = adapter.plan.fates[skipped.weight], skipped.delta_norm == 0
+    left_out = fate if isinstance(fate, LeftOut) and not unchanged else None
+    return _known(
+        adapter,
+        skipped,
+        status="unchanged" if unchanged else "left out",
+        reason=left_out.text if left_out else "",
+        cause=left_out.reason if left_out else None,
+        way_out=left_out.way_out if left_out else {},
+        energy=0.0 if skipped.delta_norm else None,
+        relative_error=1.0 if skipped.delta_norm else None,
+        delta_norm=skipped.delta_norm,
+        tuned_norm=skipped.tuned_norm,
     )
 
 
