@@ -1,6 +1,6 @@
 """An adapter as the loaders of serving engines see it: its configuration and the headers of its tensors, none read.
 
-`faults` finds what rules ask about in it.
+`rules` find what engines do not take in it.
 """
 
 from __future__ import annotations
