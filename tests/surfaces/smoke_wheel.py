@@ -17,14 +17,29 @@ for folder, tensors in (("base", base), ("tuned", tuned)):
     save_file(tensors, Path(sys.argv[1], folder, "model.safetensors"), metadata={"format": "pt"})
 """
 CHECK = """
-import json, sys
+import importlib, json, pkgutil, sys
 from importlib import resources
-from peft_posthoc import LoraConfig, extract
+import peft_posthoc
+from peft_posthoc import LoraConfig
+for module in pkgutil.walk_packages(peft_posthoc.__path__, "peft_posthoc."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+assert [name for name in peft_posthoc.__all__ if not hasattr(peft_posthoc, name)] == []
 report = json.load(open(sys.argv[1] + "/adapter/phlora_report.json"))
 assert report["totals"]["extracted"] == 2 and report["totals"]["energy"] > 0.999999, report["totals"]
 assert LoraConfig(r=4).r == 4
 assert all((resources.files("peft_posthoc.inspection") / name).is_file() for name in ("page.html.jinja", "page.js"))
 """
+
+# With the adapter, every package does its part.
+LINES = (
+    "inspect base tuned",
+    "verify adapter --base base --tuned tuned --weights-only",
+    "resize adapter small --rank 1",
+    "check adapter --fix fixed",
+    "export adapter merged --to merged --base base",
+    "extract base base+adapter again --rank 2",
+)
 
 
 def main(wheel: str) -> None:
@@ -38,6 +53,8 @@ def main(wheel: str) -> None:
         phlora = [f"{work}/venv/bin/phlora"]
         subprocess.run([*phlora, "--version"], check=True, cwd=work)
         subprocess.run([*phlora, "extract", "base", "tuned", "adapter", "--rank", "2"], check=True, cwd=work)
+        for line in LINES:
+            subprocess.run([*phlora, *line.split(), "--quiet"], check=True, cwd=work)
         subprocess.run([python, "-c", CHECK, work], check=True, cwd=work)
     print(f"{Path(wheel).name}: installs and works in a clean environment")
 
