@@ -36,7 +36,7 @@ LINES = (
     "inspect base tuned",
     "verify adapter --base base --tuned tuned --weights-only",
     "resize adapter small --rank 1",
-    "check adapter --fix fixed",
+    "check adapter --engine peft --fix fixed",
     "export adapter merged --to merged --base base",
     "extract base base+adapter again --rank 2",
 )
