@@ -114,7 +114,10 @@ def _biases(plan: Plan, names: Collection[str]) -> dict[str, str]:
     return {
         name: module
         for name in names
-        if (module := layout.module_of(name)) in with_factors and layout.name_of(name) == f"{module}.bias"
+        if (module := layout.module_of(name)) in with_factors
+        and layout.name_of(name) == f"{module}.bias"
+        # One of another shape, such as a single number, is no bias of LoRA's.
+        and plan.headers[name].shape == (plan.slots[module].m,)
     }
 
 
