@@ -37,7 +37,7 @@ _OPTIONS = (
     ),
 )
 _RULES = ("rank", "energy", "error", "budget", "params")
-_NAMES = (*_RULES, "weighting", "max_rank", "min_rank", "round_to")
+WORDS = (*_RULES, "weighting", "max_rank", "min_rank", "round_to")
 _SHARED = ("budget", "params")
 
 
@@ -50,7 +50,7 @@ def RANK(command: F) -> F:
 
     @functools.wraps(command)
     def told(*args: Any, **options: Any) -> Any:
-        chosen = {name: options.pop(name) for name in _NAMES}
+        chosen = {name: options.pop(name) for name in WORDS}
         return command(*args, rank=Asked(chosen), **options)
 
     for option in reversed(_OPTIONS):

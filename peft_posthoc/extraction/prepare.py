@@ -28,20 +28,9 @@ from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_pair
 
-# Of the options, those that are in the report: all that change the adapter of the same two models.
-_TOLD = (
-    "rank_pattern",
-    "include",
-    "exclude",
-    "embeddings",
-    "head",
-    "conv",
-    "rename",
-    "serve_as",
-    "vocab",
-    "exact",
-    "form",
-)
+# Options that the report, and the key under which finished layers are kept, have in another way: which models, as the
+# identity of the two; what is chosen by Python, as what is carried; how factors are saved. A new option is in both.
+_TOLD_OTHERWISE = {"base_revision", "tuned_revision", "tuned_name", "choose", "leave_out", "experts", "device", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
-        **{name: options[name] for name in _TOLD},  # type: ignore[literal-required]
+        **{name: value for name, value in options.items() if name not in _TOLD_OTHERWISE},
         "experts": mixture,
         "device": where.type,
     }

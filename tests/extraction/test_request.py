@@ -152,6 +152,13 @@ def test_a_value_that_makes_no_sense_is_told_before_any_work(options, said):
         peft_posthoc.extract("nowhere", "nowhere", 4, **options)
 
 
+def test_every_option_that_changes_factors_is_in_the_report_and_so_in_the_key_of_what_is_kept(llama_pair):
+    """A layer that was finished under other options is not taken for one of these."""
+    told = peft_posthoc.extract(*llama_pair, 2).provenance["options"]
+    otherwise = {"base_revision", "tuned_revision", "tuned_name", "choose", "leave_out", "dtype"}
+    assert set(told) == set(OPTIONS) - otherwise | {"rule"}
+
+
 def test_an_option_that_there_is_not_is_a_type_error():
     with pytest.raises(TypeError, match="no option `heads`"):
         peft_posthoc.extract("nowhere", "nowhere", 4, heads=True)
