@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -17,14 +16,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_callbacks.base import Base, find_base, given
 from hf_callbacks.ended import Ended
 from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions, trains_adapter
-from hf_callbacks.log import Log, is_summary
+from hf_callbacks.log import Log, calling_trainer, is_summary
 from hf_callbacks.memory import Memory, remember
 from hf_callbacks.push import Push
 from hf_callbacks.run import FINAL, Run
 from hf_callbacks.turns import others_wait
 from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.errors import one_line
-from peft_posthoc.extraction.request import Options, Request, takes_options
+from peft_posthoc.extraction.request import Options, Request, takes_options, with_options
 from peft_posthoc.ranks.rules import Rank, as_rule, several
 from peft_posthoc.sources import open_checkpoint
 
@@ -124,6 +123,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._saves = 0
         self._on_disk: set[int] = set()  # steps whose weights can be read from files
         self._idle = False  # there is nothing to extract in this run
+        self._is_training = False
 
     def _spelled(self, background: bool) -> dict[str, Any] | None:
         """The request for other processes; None where it is for this one alone."""
@@ -154,7 +154,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Settle on a base, and catch up with what an interrupted run left."""
         model = cast(nn.Module, kwargs["model"])
-        self._saves, self._on_disk = 0, set()
+        self._saves, self._on_disk, self._is_training = 0, set(), True
         self._log.trackers_are_open, self._ended.is_first = True, True
         self._idle = trains_adapter(model)
         if not state.is_world_process_zero:
@@ -205,8 +205,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """When training is summed up, wait for the adapters of steps: trackers close with the event that follows."""
-        if is_summary(kwargs["logs"]) and not self._idle:
-            self._log.state = state
+        # A user may log the same row later, perhaps in one process alone, for which the others would wait.
+        if is_summary(kwargs["logs"]) and self._is_training:
+            self._is_training, self._log.state = False, state
             with others_wait(first=state.is_world_process_zero):
                 self._log.guarded("adapters are missing", self._finish_steps)
 
@@ -220,7 +221,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         last = (args.load_best_model_at_end and state.best_global_step) or state.global_step
         if not self._idle and is_partitioned(model) and last not in self._on_disk:  # the same on every process
             taken = self._take(model, FINAL, first=first)
-        self._log.trackers_are_open = False
+        self._log.trackers_are_open = self._is_training = False
         if not first or self._idle or self._run is None:
             return
         run = self._opened(args, state)
@@ -236,7 +237,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
     def _opened(self, args: TrainingArguments, state: TrainerState) -> Run:
         """The run that the events are about; where its trainer saves checkpoints now."""
         self._log.state = state
-        self._log.trainer = _calling_trainer() or self._log.trainer
+        self._log.trainer = calling_trainer() or self._log.trainer
         folder, trainer = args.output_dir, self._log.trainer
         if trainer is not None:
             # A folder of its own for every trial of a hyperparameter search.
@@ -309,7 +310,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             self._ended.uploads(self._push, self._push.poll())
 
     def _finish_steps(self) -> None:
-        if self._run is not None and self._run.base is not None:
+        if not self._idle and self._run is not None and self._run.base is not None:
             if self._when == "save":
                 self._catch_up()
             self._wait()
@@ -331,17 +332,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
                 self._ended.uploads(self._push, [sent])
 
 
+PosthocLoraCallback.__doc__ = with_options(PosthocLoraCallback.__doc__ or "")
+
+
 def _say(message: str | None) -> None:
     if message is not None:
         logger.warning("phlora: %s.", message)
-
-
-def _calling_trainer() -> Trainer | None:
-    """The trainer whose event this is: it hands over its model and its state, but not itself."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, Trainer):
-            return candidate
-        frame = frame.f_back  # type: ignore[assignment]
-    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,17 @@ _SUMMARY = "train_runtime"
 def is_summary(row: dict[str, Any]) -> bool:
     """Whether a row of the log is the one that the Trainer ends a training with."""
     return _SUMMARY in row
+
+
+def calling_trainer() -> Trainer | None:
+    """The trainer whose event this is: it hands over its model and its state, but not itself."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer):
+            return candidate
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 class Log:

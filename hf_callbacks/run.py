@@ -18,9 +18,10 @@ from hf_callbacks.memory import remembered
 from hf_callbacks.metrics import read_report
 from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
-from hf_callbacks.task import Task, make
+from hf_callbacks.task import Task
 from peft_posthoc.adapters.writer import REPORT, adapter_files
 from peft_posthoc.errors import AdapterError, CheckpointError, MissingExtraError, PosthocError, one_line
+from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.files import staged, write_whole
 
@@ -135,7 +136,8 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """The checkpoints of this run that are there, by step."""
         found = _by_step("checkpoint", self.folder.glob("checkpoint-*"))
-        return {step: path for step, path in found.items() if self._others.get(step) != _written(path)}
+        others = self._others
+        return {step: path for step, path in found.items() if step not in others or others[step] != _written(path)}
 
     def adapters(self) -> dict[int, Path]:
         """The adapters that are there, by step."""
@@ -181,7 +183,7 @@ class Run:
                     task = Task(self.base.source, str(source), str(made), request.to_json())
                     self._jobs.add(Job(name, step, task, made, pinned))
                     return self.poll()
-            make(self.base.source, source, made, request)
+            extract(self.base.source, source, request).save(made, force=True)
         except Exception as error:  # whatever it is, it must not end a training run
             return [self._ended(Done(Job(name, step, None, made, pinned), one_line(error).removesuffix(".")))]
         return [self._ended(Done(Job(name, step, None, made, pinned), None))]

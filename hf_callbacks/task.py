@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.json_file import read_json
 
@@ -35,13 +34,6 @@ class Task:
         return cls(**read_json(Path(file)))
 
     def run(self) -> None:
-        """Extract, and write the adapter."""
-        make(self.base, self.tuned, Path(self.out), Request.from_json(self.request))
-
-
-def make(base: str, tuned: str | Path | nn.Module, out: Path, request: Request, *, progress: bool = False) -> None:
-    """Extract, and write the adapter in place of one that is there."""
-    from peft_posthoc.extraction.extract import extract
-
-    kept = out if isinstance(tuned, str) else None
-    extract(base, tuned, request, out=kept, progress=progress).save(out, force=True)
+        """Extract, and write the adapter in place of one that is there."""
+        request = Request.from_json(self.request)
+        extract(self.base, self.tuned, request, out=self.out).save(self.out, force=True)

@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
 from peft_posthoc.text import asked
@@ -141,7 +142,7 @@ class Request:
         made["leave_out"] = dict(made["leave_out"] or {})
         made["dtype"] = made["dtype"] and str(made["dtype"]).removeprefix("torch.")
         _check(made)
-        return cls(given, cast(Options, made))
+        return cls(given, cast(Options, MappingProxyType(made)))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain JSON values: the rank as `ranks.spelling` has it, and what is not at its default.
@@ -196,13 +197,17 @@ def takes_options(function: F) -> F:
         if name not in signature.parameters
     ]
     function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
-    lines = [
-        textwrap.fill(f"{each.name}: {OPTIONS[each.name].help}", 116, initial_indent="    ", subsequent_indent=" " * 8)
-        for each in shown
-    ]
-    described = inspect.cleandoc(function.__doc__ or "")
-    function.__doc__ = described.replace("    **options: As `Options` has them.", "\n".join(lines))
+    function.__doc__ = with_options(function.__doc__ or "")
     return function
+
+
+def with_options(docstring: str) -> str:
+    """The docstring, with every option where it says `**options: As `Options` has them.`."""
+    lines = [
+        textwrap.fill(f"{name}: {option.help}", 116, initial_indent="    ", subsequent_indent=" " * 8)
+        for name, option in OPTIONS.items()
+    ]
+    return inspect.cleandoc(docstring).replace("    **options: As `Options` has them.", "\n".join(lines))
 
 
 def _written(name: str) -> Any:

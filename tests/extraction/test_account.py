@@ -151,9 +151,7 @@ def test_a_bias_of_another_shape_than_its_layer_is_no_bias_of_loras():
     ]
     adapter, file = extracted(*checkpoints(tensors, 0), form="peft")
     assert adapter.report.totals.bytes == sum(tensor.nbytes for tensor in file.values())
-    assert f"{PREFIX}visual.blocks.0.conv.lora_B.bias" not in file or file[
-        f"{PREFIX}visual.blocks.0.conv.lora_B.bias"
-    ].shape == (5,)
+    assert not any(name.endswith("conv.lora_B.bias") for name in file)
 
 
 @settings(deadline=None, max_examples=60)

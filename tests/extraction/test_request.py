@@ -102,6 +102,7 @@ def test_signature_and_help_show_every_option_with_its_default(function):
 
 def test_the_callback_shows_them_too():
     assert set(OPTIONS) <= set(inspect.signature(PosthocLoraCallback).parameters)
+    assert [name for name in OPTIONS if f"\n    {name}: " not in PosthocLoraCallback.__doc__] == []
     with pytest.raises(ValueError, match="`tuned_name` is known of every checkpoint"):
         PosthocLoraCallback(4, tuned_name="mine")
 
@@ -162,6 +163,14 @@ def test_every_option_that_changes_factors_is_in_the_report_and_so_in_the_key_of
 def test_an_option_that_there_is_not_is_a_type_error():
     with pytest.raises(TypeError, match="no option `heads`"):
         peft_posthoc.extract("nowhere", "nowhere", 4, heads=True)
+
+
+def test_a_request_does_not_change():
+    request = Request.of(4, head=True)
+    with pytest.raises(TypeError):
+        request.options["head"] = False
+    with pytest.raises(AttributeError):
+        request.rank = 5
 
 
 def test_a_type_is_named_or_given():

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from hf_callbacks import PosthocLoraCallback
-from hf_callbacks.task import make
+from hf_callbacks.task import Task
 from peft_posthoc import (
     AdapterError,
     Series,
@@ -244,7 +244,7 @@ def test_the_command_and_python_give_the_same_ranks(flags, llama_pair, tmp_path)
 
 @pytest.mark.parametrize("rule", [budget("60kB"), above_noise(), limited(keep_error(0.3), most=8)], ids=str)
 def test_a_trainers_checkpoint_gets_the_rank_that_python_gives(rule, llama_pair, tmp_path):
-    make(llama_pair[0], llama_pair[1], tmp_path / "out", Request.of(rule))
+    Task(*map(str, llama_pair), str(tmp_path / "out"), Request.of(rule).to_json()).run()
     told = json.loads((tmp_path / "out/phlora_report.json").read_text())["provenance"]["options"]["rule"]
     assert told == repr(rule)
     ranks = [

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from hf_callbacks import PosthocLoraCallback
+from hf_callbacks import PosthocLoraCallback, turns
 from hf_callbacks.jobs import Jobs
 from hf_callbacks.turns import others_wait
 from peft_posthoc import PosthocError, extract
@@ -233,6 +233,15 @@ def test_trackers_have_the_numbers_before_they_close_and_the_summary_is_the_last
     assert tracker.late == []
     assert "train_runtime" in training.state.log_history[-1]
     assert sum("phlora/energy" in row for row in training.state.log_history) == 3
+
+
+def test_the_summary_that_a_user_logs_again_is_nobodys_turn(base, tmp_path):
+    """In one process alone it would be: a turn that the others do not take lets all that follow go wrong."""
+    training = trainer(base, tmp_path, lenient())
+    training.train()
+    before = repr(turns._turns)
+    training.log({"train_runtime": 1.0})
+    assert repr(turns._turns) == before
 
 
 def test_a_tracker_that_fails_at_our_numbers_is_told(base, tmp_path, log):

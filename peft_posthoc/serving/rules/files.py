@@ -122,9 +122,7 @@ RULES: tuple[Rule, ...] = (
         name="float-alpha",
         engines=("llamacpp",),
         severity=WARNING,
-        finds=lambda s: (
-            (f"lora_alpha={s.config['lora_alpha']}",) if isinstance(s.config.get("lora_alpha"), float) else ()
-        ),
+        finds=float_alpha,
         message="Ollama's own import of safetensors parses an unsigned integer",
         way_out=f"{FIX}; or give Ollama a GGUF",
         source="read: Ollama's convert/convert.go, git fb30760",
