@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import in_stored_order
+from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.delta import Pair
@@ -205,22 +205,11 @@ def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Ite
     """The tensors of these names in both checkpoints, one pair at a time, the next one read ahead.
 
     They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
-    and Ctrl-C only ever comes to the main thread. The thread ends with the `with` block, however that ends: left to a
-    generator's end, it would be joined by the garbage collector at a moment when Python's own locks may be held.
+    and Ctrl-C only ever comes to the main thread.
     """
 
     def read(name: str) -> Pair:
         return Pair(name, *(side.read(name) if name in side.headers else None for side in (base, tuned)))
 
-    def ahead(reader: ThreadPoolExecutor) -> Iterator[Pair]:
-        earlier: Future[Pair] | None = None
-        for name in names:
-            later = reader.submit(read, name)
-            if earlier is not None:
-                yield earlier.result()
-            earlier = later
-        if earlier is not None:
-            yield earlier.result()
-
-    with ThreadPoolExecutor(1) as reader:
-        yield ahead(reader)
+    with Workers(waiting=1) as reader:
+        yield reader.map(read, names)
