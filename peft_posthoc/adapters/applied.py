@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_posthoc.adapters.config import CONFIG, WEIGHTS
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.files import state_of
 from peft_posthoc.models.find import layout_of
@@ -44,12 +43,12 @@ class Applied:
         self.revision = revision
         self.config = base.config
         self.sequential = base.sequential
-        self._on = AdapterOnModel(LoraFolder(adapter), base, layout_of(base))
+        self._on = AdapterOnModel(open_adapter(adapter), base, layout_of(base))
         self._made = self._changed()
         self.headers: Mapping[str, Header] = dict(base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
-        states = [[str(adapter.resolve()), file, *state_of(adapter / file)[1:]] for file in (CONFIG, WEIGHTS)]
+        states = [[str(adapter.resolve()), file.name, *state_of(file)[1:]] for file in self._on.folder.files]
         self.identity: Any = [base.identity, states] if base.identity is not None else None
 
     def read(self, name: str) -> Tensor:
@@ -61,7 +60,7 @@ class Applied:
         return after.to(dtype)
 
     def _changed(self) -> dict[str, tuple[str, str | None]]:
-        """By name here, the tensors that are made: the model's name, and the base's tensor that each is made from."""
+        """Names of the tensors that are made; each with the model's own name, and the base's tensor it is made from."""
         on, layout = self._on, self._on.layout
         made: dict[str, tuple[str, str | None]] = {}
         used: set[str] = set()
