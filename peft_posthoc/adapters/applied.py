@@ -7,26 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_posthoc.adapters.config import CONFIG, WEIGHTS
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
-from peft_posthoc.checkpoints.files import state_of
+from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.models.find import layout_of
 
 
-class Applied:
+class Applied(Checkpoint):
     """A checkpoint with a PEFT LoRA adapter on it. What it changes is in float32, not rounded to the base's dtype.
 
     A tensor that two modules share, of which the adapter changes one, or each in its own way, is no longer shared: the
     second one's is a new tensor.
     """
-
-    module: nn.Module | None = None
-    # transformers alone cannot load a model from it.
-    folder: Path | None = None
 
     def __init__(self, base: Checkpoint, adapter: Path, *, label: str, revision: str | None = None) -> None:
         """Put an adapter on a checkpoint.

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Header, once
-from peft_posthoc.checkpoints.files import (
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, once
+from peft_posthoc.checkpoints.model_files import (
     config_of,
     file_state,
     is_index,
@@ -45,12 +45,8 @@ _DTYPES = {
 }
 
 
-class Folder:
+class Folder(Checkpoint):
     """A folder as `save_pretrained` writes it. Tensors are mapped from disk, and read when asked for."""
-
-    revision: str | None = None
-    module: nn.Module | None = None
-    sequential = False
 
     def __init__(self, folder: Path, *, label: str, revision: str | None = None) -> None:
         self.folder: Path = folder.absolute()
@@ -97,14 +93,8 @@ class Folder:
         return self._files[name].read(name)
 
 
-class File:
+class File(Checkpoint):
     """A single file of weights, as models are passed around without a folder. It brings no configuration."""
-
-    revision: str | None = None
-    folder: Path | None = None
-    module: nn.Module | None = None
-    config: Mapping[str, Any] | None = None
-    sequential = False
 
     def __init__(self, path: Path, *, label: str) -> None:
         self.label = label
@@ -229,7 +219,7 @@ class _Pickle:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor with a value for each of its elements."""
+    """Tell whether it is a tensor with a value for each of its elements."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
