@@ -14,6 +14,8 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.model_files import state_of
+from peft_posthoc.checkpoints.quantized import quantized
+from peft_posthoc.errors import CheckpointError
 from peft_posthoc.models.find import layout_of
 
 
@@ -35,12 +37,21 @@ class Applied(Checkpoint):
 
         Raises:
             AdapterError: It does not fit, or is more than base + b @ a.
+            CheckpointError: The base holds quantized what it changes.
         """
         self.label = label
         self.revision = revision
         self.config = base.config
         self.sequential = base.sequential
-        self._on = AdapterOnModel(LoraFolder(adapter), base, layout_of(base))
+        folder, layout = LoraFolder(adapter), layout_of(base)
+        coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
+        if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
+            name, how = coded[adapted]
+            raise CheckpointError(
+                f"`{adapter}` adds to `{name}`, which `{base.label}` holds quantized ({how}); its numbers need their "
+                "scales. Give the model that it was made from."
+            )
+        self._on = AdapterOnModel(folder, base, layout)
         self._made = self._changed()
         self.headers: Mapping[str, Header] = dict(base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()

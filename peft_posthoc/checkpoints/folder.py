@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, once
+from peft_posthoc.checkpoints.file_header import TYPES
 from peft_posthoc.checkpoints.model_files import (
     config_of,
     file_state,
@@ -29,20 +30,7 @@ from peft_posthoc.checkpoints.model_files import (
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import regular
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {code: dtype for dtype, code in TYPES.items()}
 
 
 class Folder(Checkpoint):

@@ -18,10 +18,11 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.extraction.delta import Pair, difference
 from peft_posthoc.extraction.extract import read_pairs
 from peft_posthoc.extraction.plan import Plan, everything, make_plan
+from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import Place, is_of_an_expert
 from peft_posthoc.pairing.experts import Experts
@@ -224,6 +225,11 @@ def _compare_weights(
             if not pair.base.dtype.is_floating_point:
                 continue  # a counter
             places = [place for place in plan.layout.places(pair.name) if stored.rank_of(place.module)]
+            left_out = plan.left_out.get(pair.name)
+            if left_out is not None and left_out.reason is Reason.QUANTIZED:
+                if places:
+                    raise CheckpointError(f"`{pair.name}`, which the adapter changes, is {left_out.text}.")
+                continue
             change = _unfactored(pair, stored, plan)
             factors = stored.factors(places[0].module) if places else None
             compared.append(_compare(pair, factors, change, places, device))
