@@ -7,8 +7,10 @@ import math
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeGuard
 
 import torch
+from torch import Tensor
 
 from peft_posthoc.compute.precision import full_precision
 from peft_posthoc.compute.workers import Workers
@@ -16,7 +18,7 @@ from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.extraction.delta import Delta, Pair, difference, not_finite
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
-from peft_posthoc.extraction.reasons import LeftOut
+from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.linalg.noise import rounding
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
@@ -119,6 +121,10 @@ def _keep(pair: Pair, fate: Whole) -> Kept:
 
 def _leave_out(pair: Pair, fate: LeftOut) -> Skipped:
     start = time.perf_counter()
+    if fate.reason is Reason.QUANTIZED:
+        lost = 0.0 if _same_bits(pair.base, pair.tuned) else None
+        norm = frobenius(pair.tuned) if _is_plain(pair.tuned) and not _is_plain(pair.base) else None
+        return Skipped(pair.name, fate.text, lost, None, norm, time.perf_counter() - start)
     if pair.base is not None and pair.tuned is not None and pair.base.shape == pair.tuned.shape:
         delta = difference(pair)
         return Skipped(pair.name, fate.text, delta.norm, delta.base_norm, None, time.perf_counter() - start)
@@ -126,3 +132,14 @@ def _leave_out(pair: Pair, fate: LeftOut) -> Skipped:
     if not all(math.isfinite(norm) for norm in (base_norm, tuned_norm) if norm is not None):
         raise CheckpointError(not_finite(pair))
     return Skipped(pair.name, fate.text, None, base_norm, tuned_norm, time.perf_counter() - start)
+
+
+def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Tell whether a tensor holds numbers, and no codes."""
+    return tensor is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+
+
+def _same_bits(base: Tensor | None, tuned: Tensor | None) -> bool:
+    if base is None or tuned is None or base.shape != tuned.shape or base.dtype is not tuned.dtype:
+        return False
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (base, tuned)))
