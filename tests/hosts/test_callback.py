@@ -23,7 +23,7 @@ from peft_posthoc import PosthocError, extract
 from peft_posthoc.adapters import writer
 from peft_posthoc.ranks.rules import keep_energy
 from tests.make import models
-from tests.make.runs import STEPS, adapters, examples, files, here, same_factors, trainer
+from tests.make.trainer_runs import STEPS, adapters, examples, files, here, same_factors, trainer
 
 
 @pytest.fixture

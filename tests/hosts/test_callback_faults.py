@@ -19,7 +19,7 @@ from hf_callbacks.jobs import Jobs
 from hf_callbacks.turns import others_wait
 from peft_posthoc import PosthocError, extract
 from tests.make import models
-from tests.make.runs import STEPS, WEIGHTS, adapters, files, here, same_factors, trainer
+from tests.make.trainer_runs import STEPS, WEIGHTS, adapters, files, here, same_factors, trainer
 
 
 @pytest.fixture

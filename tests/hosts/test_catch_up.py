@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hf_callbacks import PosthocLoraCallback
 from hf_callbacks.catch_up import main as catch_up
 from peft_posthoc import extract
-from tests.make.runs import WEIGHTS, adapters, here, same_factors, trainer
+from tests.make.trainer_runs import WEIGHTS, adapters, here, same_factors, trainer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hf_callbacks.jobs import Job, Jobs
 from hf_callbacks.task import Task
 from peft_posthoc.extraction.request import Request
 from tests.make.limits import HANG
-from tests.make.runs import adapters
+from tests.make.trainer_runs import adapters
 
 
 def test_jobs_run_one_at_a_time_in_order(llama_pair, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mergekit_plugin.autoload import MODULE
-from tests.make import merges
+from tests.make import mergekit_runs
 
 HERE = Path(__file__).parents[2]
 LIBRARIES = sysconfig.get_path("purelib")
@@ -49,13 +49,13 @@ def enabled(tmp_path_factory):
 
 
 def test_mergekits_own_commands_take_the_method_once_enabled(enabled, llama_pair, tmp_path):
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(merges.config(*llama_pair, parameters={"rank": 8})))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(mergekit_runs.config(*llama_pair, parameters={"rank": 8})))
     ran = enabled("-m", "mergekit.scripts.run_yaml", "config.yml", "out", "--quiet", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    got, wanted = merges.tensors(tmp_path / "out"), merges.expected(*llama_pair, 8)
+    got, wanted = mergekit_runs.tensors(tmp_path / "out"), mergekit_runs.expected(*llama_pair, 8)
     assert all((got[name] == wanted[name]).all() for name in wanted)
     # And a misspelt parameter is seen there too.
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(merges.config(*llama_pair, parameters={"rnk": 8})))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(mergekit_runs.config(*llama_pair, parameters={"rnk": 8})))
     ran = enabled("-m", "mergekit.scripts.run_yaml", "config.yml", "again", "--quiet", cwd=tmp_path)
     assert ran.returncode != 0
     assert "no parameter `rnk`" in ran.stderr.splitlines()[-1]
@@ -152,7 +152,7 @@ def test_without_mergekit_the_command_says_what_to_install(tmp_path):
     start = (
         "import runpy, sys; sys.modules['mergekit'] = None; runpy.run_module('mergekit_plugin', run_name='__main__')"
     )
-    ran = merges.run("-c", start, cwd=tmp_path)
+    ran = mergekit_runs.run("-c", start, cwd=tmp_path)
     assert ran.returncode == 1
     assert ran.stderr == (
         "mergekit-phlora: error: mergekit is not installed. Use `pip install 'peft-posthoc[mergekit]'`.\n"

@@ -16,7 +16,7 @@ from peft_posthoc.files import write_whole
 from peft_posthoc.inspection.answers import of
 from peft_posthoc.inspection.grid import Cell, cells
 from peft_posthoc.inspection.inspection import Inspection, inspect
-from tests.make import inspections, models
+from tests.make import llama_spectra, models
 from tests.make.diagonal import diagonal, pair_with
 
 
@@ -133,7 +133,7 @@ def test_the_table_has_a_row_for_every_layer_and_every_rule(rounded_pair):
 
 
 def test_every_layer_of_a_large_model_is_in_the_table_and_what_is_too_small_is_said():
-    inspection = inspections.llama(layers=4, width=256, inner=512, rank=64)
+    inspection = llama_spectra.llama(layers=4, width=256, inner=512, rank=64)
     assert len(inspection.rows) == 4 * 7
     assert inspection.cells["model.layers.3.self_attn.q_proj.weight"] == Cell("q_proj", 3)
     assert "--budget 1% " in inspection.table()
@@ -191,7 +191,7 @@ def test_without_matplotlib_one_line_says_so_before_the_work(command, rounded_pa
     assert result.stderr == "phlora: error: Plots need matplotlib: `pip install 'peft-posthoc[plot]'`.\n"
     assert not list(tmp_path.iterdir())
     with pytest.raises(MissingExtraError):
-        inspections.llama(layers=1, width=128, inner=128, rank=8).plot("plot.png")
+        llama_spectra.llama(layers=1, width=128, inner=128, rank=8).plot("plot.png")
 
 
 def test_a_format_that_matplotlib_does_not_know_is_refused_before_the_work(rounded_pair, tmp_path):
