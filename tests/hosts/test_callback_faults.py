@@ -22,11 +22,6 @@ from tests.make import models
 from tests.make.trainer_runs import STEPS, WEIGHTS, adapters, files, here, same_factors, trainer
 
 
-@pytest.fixture
-def base(llama_pair):
-    return llama_pair[0]
-
-
 def lenient(**options):
     """A callback that works in this process, and warns as a user's does."""
     return PosthocLoraCallback(**{"rank": 4, "background": False, **options})

@@ -13,11 +13,6 @@ from peft_posthoc import extract
 from tests.make.trainer_runs import WEIGHTS, adapters, here, same_factors, trainer
 
 
-@pytest.fixture
-def base(llama_pair):
-    return llama_pair[0]
-
-
 def run_catch_up(*arguments):
     return CliRunner().invoke(catch_up, [str(argument) for argument in arguments])
 

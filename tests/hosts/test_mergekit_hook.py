@@ -117,10 +117,9 @@ def test_another_mergekit_than_ours_goes_on_with_its_own_methods(enabled, tmp_pa
 def test_a_folder_that_cannot_be_written_is_told_in_a_line(monkeypatch, tmp_path):
     from click.testing import CliRunner
 
-    from mergekit_plugin import autoload
     from peft_posthoc.cli import main as cli
 
-    monkeypatch.setattr(autoload, "_folder", lambda: tmp_path / "nowhere")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
     result = CliRunner().invoke(cli.main, ["mergekit", "enable"])
     assert result.exit_code == 1
     assert result.stderr.startswith("phlora: error: `" + str(tmp_path / "nowhere"))
@@ -131,10 +130,9 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_line(monkeypatch, tmp_path
 def test_what_cannot_be_written_again_stays_as_it_is(monkeypatch, tmp_path):
     from click.testing import CliRunner
 
-    from mergekit_plugin import autoload
     from peft_posthoc.cli import main as cli
 
-    monkeypatch.setattr(autoload, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert CliRunner().invoke(cli.main, ["mergekit", "enable"]).exit_code == 0
     move, before = os.replace, {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
