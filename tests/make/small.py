@@ -89,21 +89,49 @@ def _of_list(name: str, value: int) -> int:
 _COMMON = {"chunk_size_feed_forward", "transformers_version"}
 
 
+def of_signature(cls: type) -> dict[str, Any]:
+    """The arguments of a small model of diffusers, by the names and defaults of its parameters."""
+    made: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        value = parameter.default
+        if isinstance(value, bool) or name in ("self", "in_channels", "out_channels"):
+            continue
+        if re.search("norm.*groups|num_groups", name):
+            made[name] = 4
+        elif name == "cross_attention_dim" or (value is None and re.search("(caption|joint).*dim", name)):
+            made[name] = 32
+        elif isinstance(value, int):
+            made[name] = shrunk(name, value)
+        elif isinstance(value, list | tuple) and value and all(type(one) is int for one in value):
+            made[name] = type(value)(_of_list(name, one) for one in value)
+    return {**made, **EXTRAS.get(cls.__name__, {})}
+
+
 def classes() -> list[str]:
-    """The model classes of transformers, one for each configuration: that with the most parts."""
+    """The model classes of transformers, one for each configuration (that with the most parts), and of diffusers."""
+    import diffusers
     from transformers.models.auto import configuration_auto, modeling_auto
 
     kinds = [name for name in vars(modeling_auto) if re.fullmatch(r"MODEL_.*MAPPING_NAMES", name)]
-    first = ["ZERO_SHOT_IMAGE", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "SEQ_TO_SEQ", "SPEECH_SEQ", "MASKED_LM", "CTC", "IMAGE_CLASSIFICATION"]
+    first = ["ZERO_SHOT_IMAGE", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "SEQ_TO_SEQ", "SPEECH_SEQ"]
+    first += ["MASKED_LM", "CTC", "IMAGE_CLASSIFICATION"]
     order = {kind: next((i for i, part in enumerate(first) if part in kind), len(first)) for kind in kinds}
     order["MODEL_MAPPING_NAMES"] = len(first) + 1
-    found = {}
+    kinds.sort(key=order.__getitem__)
+    found = []
     for model_type in configuration_auto.CONFIG_MAPPING_NAMES:
-        for kind in sorted(kinds, key=order.__getitem__):
-            if one := getattr(modeling_auto, kind).get(model_type):
-                found.setdefault(one if isinstance(one, str) else one[0], None)
-                break
-    return list(found)
+        names = [name for kind in kinds if (name := getattr(modeling_auto, kind).get(model_type))]
+        found += [name if isinstance(name, str) else name[0] for name in names[:1]]
+    # Not those that are made of others, nor any that has another name.
+    ours = (name for name in sorted(dir(diffusers)) if re.search(r"Model$|Net$|^Autoencoder|^VQ|Transformer", name))
+    found += [name for name in ours if "Multi" not in name and _is_model(getattr(diffusers, name, None))]
+    return list(dict.fromkeys(found))
+
+
+def _is_model(one: Any) -> bool:
+    import diffusers
+
+    return isinstance(one, type) and issubclass(one, diffusers.ModelMixin) and one is not diffusers.ModelMixin
 
 
 def kind(name: str) -> Any:
@@ -124,14 +152,15 @@ def make(name: str) -> torch.nn.Module:
         NotBuilt: It needs what is not installed, or more than the recipe knows.
     """
     try:
-        cls = kind(name)
-        config = small(cls.config_class())
         with torch.device("meta"):
-            size = sum(values.numel() for values in cls(config).parameters())
-        if size > LARGEST:
-            raise NotBuilt(f"{size:,} parameters")
-        return cls(small(cls.config_class())).eval()
-    except NotBuilt:
-        raise
+            size = sum(values.numel() for values in _made(name).parameters())
+        if size <= LARGEST:
+            return _made(name).eval()
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from error
+    raise NotBuilt(f"{size:,} parameters")
+
+
+def _made(name: str) -> torch.nn.Module:
+    cls = kind(name)
+    return cls(small(cls.config_class())) if hasattr(cls, "config_class") else cls(**of_signature(cls))
