@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
+from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
 from peft_posthoc.checkpoints.folder import File, Folder
@@ -133,6 +134,7 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         ValueError: `revision` is given for something that has none.
     """
     checkpoint: Checkpoint
+    beside = None
     if isinstance(source, nn.DataParallel | nn.parallel.DistributedDataParallel):
         source = source.module
     if isinstance(source, nn.Module):
@@ -145,9 +147,9 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
     elif isinstance(source, str | PathLike):
         path = Path(source)
         if path.is_dir():
-            checkpoint = _of_folder(path, label=str(source))
+            checkpoint, beside = _of_folder(path, label=str(source)), path
         elif path.is_file() and path.suffix in SUFFIXES:
-            checkpoint = File(path, label=str(source))
+            checkpoint, beside = File(path, label=str(source)), path.parent
         elif is_repo_id(str(source)) and not path.exists():
             found = find(str(source), revision=revision, role=role)
             headers = found.headers()
@@ -155,6 +157,7 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
                 checkpoint = _of_folder(found.get(), label=str(source), commit=found.commit)
             else:
                 checkpoint = OnHub(found, headers)
+            beside = found.folder
             revision = None
         elif not path.exists() and (both := sides(str(source))):
             checkpoint = adapted(*both, role=role)
@@ -176,4 +179,4 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:
         raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
-    return unwrapped(checkpoint)
+    return as_computed(unwrapped(checkpoint), beside)

@@ -26,12 +26,14 @@ class Applied(Checkpoint):
     second one's is a new tensor.
     """
 
-    def __init__(self, base: Checkpoint, adapter: Path, *, label: str, revision: str | None = None) -> None:
+    def __init__(
+        self, base: Checkpoint, adapter: Path | LoraFolder, *, label: str, revision: str | None = None
+    ) -> None:
         """Put an adapter on a checkpoint.
 
         Args:
             base: The model.
-            adapter: The adapter's folder.
+            adapter: The adapter, or its folder.
             label: What messages and reports call the two.
             revision: The adapter's commit, if it is from the hub.
 
@@ -43,20 +45,22 @@ class Applied(Checkpoint):
         self.revision = revision
         self.config = base.config
         self.sequential = base.sequential
-        folder, layout = LoraFolder(adapter), layout_of(base)
+        folder = LoraFolder(adapter) if isinstance(adapter, Path) else adapter
+        layout = layout_of(base)
         coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
             name, how = coded[adapted]
             raise CheckpointError(
-                f"`{adapter}` adds to `{name}`, which `{base.label}` holds quantized ({how}); its numbers need their "
-                "scales. Give the model that it was made from."
+                f"`{folder.label}` adds to `{name}`, which `{base.label}` holds quantized ({how}); its numbers need "
+                "their scales. Give the model that it was made from."
             )
         self._on = AdapterOnModel(folder, base, layout)
         self._made = self._changed()
         self.headers: Mapping[str, Header] = dict(base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
-        states = [[str(adapter.resolve()), file, *state_of(adapter / file)[1:]] for file in (CONFIG, WEIGHTS)]
+        files = [path for file in (CONFIG, WEIGHTS) if (path := folder.place / file).is_file()]
+        states = [[str(path.parent.resolve()), path.name, *state_of(path)[1:]] for path in files]
         self.identity: Any = [base.identity, states] if base.identity is not None else None
 
     def read(self, name: str) -> Tensor:

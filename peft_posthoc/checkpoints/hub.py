@@ -128,7 +128,7 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
         indexed = is_index(wanted[0])
-        small = [escape(file) for file in ("config.json", *(wanted if indexed else ()))]
+        small = [escape(file) for file in ("config.json", _ADAPTER[0], *(wanted if indexed else ()))]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=small))
         if indexed:
             wanted = sorted(set(shards_of(folder / wanted[0]).values()))
