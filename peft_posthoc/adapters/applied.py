@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_posthoc.adapters.config import CONFIG, WEIGHTS
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.checkpoints.quantized import quantized
@@ -27,7 +27,7 @@ class Applied(Checkpoint):
     """
 
     def __init__(
-        self, base: Checkpoint, adapter: Path | LoraFolder, *, label: str, revision: str | None = None
+        self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None
     ) -> None:
         """Put an adapter on a checkpoint.
 
@@ -45,7 +45,7 @@ class Applied(Checkpoint):
         self.revision = revision
         self.config = base.config
         self.sequential = base.sequential
-        folder = LoraFolder(adapter) if isinstance(adapter, Path) else adapter
+        folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
         layout = layout_of(base)
         coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
@@ -59,8 +59,7 @@ class Applied(Checkpoint):
         self.headers: Mapping[str, Header] = dict(base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
-        files = [path for file in (CONFIG, WEIGHTS) if (path := folder.place / file).is_file()]
-        states = [[str(path.parent.resolve()), path.name, *state_of(path)[1:]] for path in files]
+        states = [[str(file.parent.resolve()), file.name, *state_of(file)[1:]] for file in folder.files]
         self.identity: Any = [base.identity, states] if base.identity is not None else None
 
     def read(self, name: str) -> Tensor:
@@ -72,7 +71,7 @@ class Applied(Checkpoint):
         return after.to(dtype)
 
     def _changed(self) -> dict[str, tuple[str, str | None]]:
-        """By name here, the tensors that are made: the model's name, and the base's tensor that each is made from."""
+        """Names of the tensors that are made; each with the model's own name, and the base's tensor it is made from."""
         on, layout = self._on, self._on.layout
         made: dict[str, tuple[str, str | None]] = {}
         used: set[str] = set()

@@ -36,6 +36,7 @@ class _Within(LoraFolder):
             AdapterError: The adapter is more than factors and whole modules.
         """
         self.label, self.place, self.config = checkpoint.label, beside.absolute(), read_config(beside)
+        self.files = (beside / CONFIG,)
         # What an adapter took from its base at the start is missing in the base that lies beside it here.
         if (why := not_plain({**self.config, "init_lora_weights": True})) is not None:
             raise CheckpointError(f"The adapter in `{self.label}` is no plain LoRA delta: {why}. {_MERGE}")
