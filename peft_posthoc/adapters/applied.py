@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.files import state_of
 from peft_posthoc.models.find import layout_of
@@ -41,9 +42,10 @@ class Applied:
         """
         self.label = label
         self.revision = revision
-        self.config = base.config
         self.sequential = base.sequential
         self._on = AdapterOnModel(open_adapter(adapter), base, layout_of(base))
+        size = resize_of(self._on)
+        self.config = base.config if size is None or base.config is None else size.config(base.config)
         self._made = self._changed()
         self.headers: Mapping[str, Header] = dict(base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
