@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS
-from peft_posthoc.checkpoints.files import weight_files
+from peft_posthoc.checkpoints.model_files import weight_files
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in, regular, staged
 from peft_posthoc.text import asked

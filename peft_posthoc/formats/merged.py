@@ -18,8 +18,8 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.checkpoints.files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report

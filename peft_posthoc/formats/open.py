@@ -10,7 +10,7 @@ from typing import Any
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.checkpoints.files import config_of
+from peft_posthoc.checkpoints.model_files import config_of
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.find import layout_of

@@ -14,9 +14,11 @@ from tqdm import tqdm
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.errors import CheckpointError
 from peft_posthoc.extraction.delta import Pair, difference
 from peft_posthoc.extraction.extract import read_pairs
 from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.linalg.norms import energy_of
 from peft_posthoc.models.layout import Place
 
@@ -77,9 +79,18 @@ class Sums(NamedTuple):
 
 
 def comparable(base: Checkpoint, tuned: Checkpoint, stored: AdapterOnModel, plan: Plan) -> list[str]:
-    """The tensors that both checkpoints have in one shape, or the adapter whole: counters are none."""
+    """The tensors that both checkpoints have in one shape, or the adapter whole: counters and codes are none.
+
+    Raises:
+        CheckpointError: The adapter changes a tensor that is quantized.
+    """
     found = []
     for name in plan.headers:
+        left_out = plan.left_out.get(name)
+        if left_out is not None and left_out.reason is Reason.QUANTIZED:
+            if any(stored.rank_of(place.module) for place in plan.layout.places(name)):
+                raise CheckpointError(f"`{name}`, which the adapter changes, is {left_out.text}.")
+            continue
         before, after = base.headers.get(name), tuned.headers.get(name)
         if before is None and after is not None and _whole(name, stored, plan):
             before = after
