@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
+from peft_posthoc.adapters.foreign import format_of, refuse_foreign
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
@@ -37,7 +38,7 @@ def sides(source: str) -> tuple[str, str] | None:
     parts = source.split("+")
     for at in range(len(parts) - 1, 0, -1):
         base, adapter = "+".join(parts[:at]), "+".join(parts[at:])
-        if base and adapter and (Path(adapter).is_dir() or is_repo_id(adapter)):
+        if base and adapter and (Path(adapter).exists() or is_repo_id(adapter)):
             return base, adapter
     return None
 
@@ -54,7 +55,8 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
         AdapterError: The adapter is none, does not fit, or is more than base + b @ a.
         CheckpointError: One of them cannot be read.
     """
-    folder = Path(adapter) if Path(adapter).is_dir() else find(adapter, role=role, adapter=True).get()
+    folder = Path(adapter) if Path(adapter).exists() else find(adapter, role=role, adapter=True).get()
+    refuse_foreign(folder)
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
     return Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
@@ -201,4 +203,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:
         raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
+    if (form := format_of(checkpoint.headers)) is not None:
+        raise CheckpointError(
+            f"The {role} `{checkpoint.label}` is no model but an adapter in the format of {form.owner}. {form.advice}"
+        )
     return as_computed(unwrapped(checkpoint), beside)

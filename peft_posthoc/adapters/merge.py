@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
+from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
@@ -47,11 +48,10 @@ class Merge:
         for user, owner in untied.items():
             name = stored.get(user, user)
             self._sources[name], self._own[name] = stored[owner], user
-        self.headers: dict[str, Header] = {}
-        for name, source in self._sources.items():
-            header = names[source]
-            wide = dtype is not None and header.dtype in _FLOATS
-            self.headers[name] = Header(header.shape, dtype) if wide and dtype is not None else header
+        self._size = resize_of(deltas)
+        self.headers = {
+            name: self._header(self._own[name], names[source], dtype) for name, source in self._sources.items()
+        }
         self._check()
         self._dtype, self._is_untied = dtype, bool(untied)
 
@@ -60,6 +60,7 @@ class Merge:
         if self._deltas.base.config is None:
             return None
         config = _raw_config(self._deltas)
+        config = config if self._size is None else self._size.config(config)
         parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
         if self._is_untied:
             config["tie_word_embeddings"] = False
@@ -84,6 +85,13 @@ class Merge:
         if after is not before and not torch.isfinite(after).all() and torch.isfinite(before).all():
             raise AdapterError(f"`{name}` overflows {dtype} with the adapter. Choose another `{asked('dtype', None)}`.")
         return after
+
+    def _header(self, own: str, header: Header, dtype: torch.dtype | None) -> Header:
+        """The shape that the base's tensor has with the adapter, and the type that it is written in."""
+        shape, size = header.shape, self._size
+        if size is not None and own in size.names:
+            shape = (size.after, *shape[1:])
+        return Header(shape, header.dtype if dtype is None or header.dtype not in _FLOATS else dtype)
 
     def _untied(self) -> dict[str, str]:
         """The owner of each tied weight that the adapter changes otherwise than its owner, by names.
@@ -148,7 +156,7 @@ class Merge:
             if found != wanted:
                 raise AdapterError(
                     f"`{label}` holds `{name}` whole as {list(found)}; in the base `{deltas.base.label}` it is "
-                    f"{list(wanted)}. Resize the base's vocabulary first."
+                    f"{list(wanted)}. Give the base with the class that the adapter was trained with."
                 )
 
 
