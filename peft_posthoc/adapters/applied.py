@@ -46,7 +46,7 @@ class Applied:
         self.sequential = base.sequential
         self._on = AdapterOnModel(LoraFolder(adapter), base, layout_of(base))
         self._made = self._changed()
-        self.headers: Mapping[str, Header] = dict(base.headers) | {
+        self.headers: Mapping[str, Header] = dict(self._on.base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
         states = [[str(adapter.resolve()), file, *state_of(adapter / file)[1:]] for file in (CONFIG, WEIGHTS)]

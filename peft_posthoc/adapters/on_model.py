@@ -17,6 +17,7 @@ from peft_posthoc.adapters.names import own_name
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.kinds import EMBEDDING, LINEAR
 from peft_posthoc.models.layout import Layout, Stack
 from peft_posthoc.models.slots import Slot
@@ -53,7 +54,10 @@ class AdapterOnModel:
 
     def __init__(self, folder: AdapterFile, base: Checkpoint, layout: Layout) -> None:
         self.folder = folder
-        self.base = base
+        self.stored = base
+        """The base as it was given."""
+        self.base = as_model(base, layout)
+        """The same in the model's own tensors."""
         self.stacks = layout.stacks
         modules = {module: LINEAR for stack in self.stacks for parts in stack.parts for module in map(_module, parts)}
         self.layout = replace(layout, kinds={**layout.kinds, **layout.mistaken, **modules})
