@@ -1,4 +1,4 @@
-"""What each tensor of base + adapter is, one at a time; and the configuration of a model that has them."""
+"""Tensors of base + adapter, one at a time, and the configuration of a model that has them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Merge:
-    """What each tensor of the merged checkpoint is made of.
+    """A merged checkpoint, tensor by tensor, each made of the base's and the adapter's.
 
     Raises:
         AdapterError: The adapter changes something that has no place in it.
@@ -32,6 +32,7 @@ class Merge:
         self._deltas = deltas
         self._layout = deltas.layout
         self.notes: list[str] = []
+        self._used: dict[str, str] = {}
         base, names = deltas.base, deltas.base.headers
         if base.sequential:
             raise CheckpointError(f"`{base.label}` can be read once only. Write it to a folder first.")
@@ -42,11 +43,10 @@ class Merge:
             )
         untied = self._untied()
         stored = {self._layout.name_of(name): name for name in names}
-        ties = self._layout.ties.items()
-        users = {f"{user}.weight" for owner, users in ties if f"{owner}.weight" in stored for user in users}
+        users = {user for owner, users in self._layout.shared.items() if owner in stored for user in users}
         # A loader that ties them does not read what else is stored under a tied name.
         self._sources = {name: name for name in names if self._layout.name_of(name) not in users}
-        self._own = {name: self._layout.name_of(name) for name in self._sources}
+        self._own = {name: self._used.get(own := self._layout.name_of(name), own) for name in self._sources}
         for user, owner in untied.items():
             name = stored.get(user, user)
             self._sources[name], self._own[name] = stored[owner], user
@@ -135,26 +135,31 @@ class Merge:
         return after
 
     def _untied(self) -> dict[str, str]:
-        """By the name of each tied weight that the adapter changes otherwise than its owner's, the owner's.
+        """The owner of each tied weight that the adapter changes otherwise than its owner, by names.
 
         Raises:
-            AdapterError: It is not the head's, or the model computes otherwise when its head is not tied.
+            AdapterError: Such a weight is not the head's, or the model computes otherwise when its head is not tied.
         """
         deltas, found = self._deltas, {}
         stored = {self._layout.name_of(name) for name in deltas.base.headers}
+        stacks = {stack.name for stack in deltas.stacks}
         config = deltas.base.config or {}
-        for owner, users in self._layout.ties.items():
+        for owner, users in self._layout.shared.items():
             for user in users:
-                if deltas.alike(f"{owner}.weight", f"{user}.weight"):
+                if deltas.alike(owner, user):
+                    continue
+                # A parameter that no module uses but by the name that the adapter has: BERT's `cls.predictions.bias`.
+                if not (owner.endswith(".weight") or owner in stacks or deltas.changes(owner)):
+                    self._used[owner] = user
                     continue
                 # T5 scales what goes into a head that is tied.
-                possible = user == self._layout.head and not config.get("is_encoder_decoder")
-                if not possible or f"{owner}.weight" not in stored:
+                possible = user == f"{self._layout.head}.weight" and not config.get("is_encoder_decoder")
+                if not possible or owner not in stored:
                     raise AdapterError(
                         f"`{deltas.folder.label}` changes `{owner}` and `{user}` differently, which are one weight in "
                         f"`{deltas.base.label}`: no checkpoint of it holds that. Serve the adapter unmerged."
                     )
-                found[f"{user}.weight"] = f"{owner}.weight"
+                found[user] = owner
                 self.notes.append(
                     f"`{owner}` and `{user}` are no longer tied: the adapter changes them differently. Both are "
                     "written, and the configuration says `tie_word_embeddings: false`."

@@ -60,12 +60,10 @@ def second_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
     """By name on disk, the first of a tied weight's names, where only another one is stored."""
     stored = {layout.name_of(name): name for name in checkpoint.headers}
     found: dict[str, str] = {}
-    for module, users in layout.ties.items():
-        # Ties are told of modules by their weight, and of whatever else by its own name.
-        suffix = ".weight" if module in layout.classes else ""
-        user = next((f"{user}{suffix}" for user in users if f"{user}{suffix}" in stored), None)
-        if f"{module}{suffix}" not in stored and user is not None:
-            found[stored[user]] = f"{module}{suffix}"
+    for owner, users in layout.shared.items():
+        user = next((user for user in users if user in stored), None)
+        if owner not in stored and user is not None:
+            found[stored[user]] = owner
     return found
 
 

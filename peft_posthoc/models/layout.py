@@ -117,10 +117,16 @@ class Layout:
     def names_of(self, weight: str) -> tuple[str, ...]:
         """The same, and the names of those that share the tensor."""
         own = self.name_of(weight)
-        module, _, leaf = own.rpartition(".")
-        # Ties are told of modules by their weight, and of whatever else by its own name.
-        shared = [f"{user}.weight" for user in self.ties.get(module, ())] if leaf == "weight" else []
-        return own, *shared, *self.ties.get(own, ())
+        return own, *self.shared.get(own, ())
+
+    @cached_property
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """Ties by the names of tensors: they are told of modules by their weight, of whatever else by its own name."""
+        found: dict[str, tuple[str, ...]] = {}
+        for owner, users in self.ties.items():
+            suffix = ".weight" if owner in self.classes else ""
+            found[f"{owner}{suffix}"] = tuple(f"{user}{suffix}" for user in users)
+        return found
 
     def places(self, weight: str) -> list[Place]:
         """Where the weight lives; none if it is not the weight of a module that PEFT can adapt."""
