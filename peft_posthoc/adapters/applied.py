@@ -58,7 +58,7 @@ class Applied(Checkpoint):
         size = resize_of(self._on)
         self.config = base.config if size is None or base.config is None else size.config(base.config)
         self._made = self._changed()
-        self.headers: Mapping[str, Header] = dict(base.headers) | {
+        self.headers: Mapping[str, Header] = dict(self._on.base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
         states = [[str(file.parent.resolve()), file.name, *state_of(file)[1:]] for file in folder.files]

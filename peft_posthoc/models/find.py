@@ -30,12 +30,13 @@ def layout_of(*checkpoints: Checkpoint, of_tuned: bool = False) -> Layout:
 
 
 def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
-    from peft_posthoc.models.by_class import build, layout_of_module
+    from peft_posthoc.models.by_class import build
+    from peft_posthoc.models.of_module import layout_of_module
 
-    names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
+    files = [checkpoint.headers for checkpoint in checkpoints]
     for checkpoint in checkpoints:
         if checkpoint.module is not None:
-            return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, names)
+            return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, files)
     for checkpoint in checkpoints:
         config = checkpoint.config or {}
         plain = config.get("model_type") in PLAIN_DECODERS and architecture(config).endswith("ForCausalLM")
@@ -43,5 +44,5 @@ def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
             return of_plain_decoder(checkpoint, config)
         built = build(config)
         if built is not None:
-            return layout_of_module(built, type(built).__name__, names)
+            return layout_of_module(built, type(built).__name__, files)
     return of_names(checkpoints[0])
