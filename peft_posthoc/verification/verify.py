@@ -24,6 +24,8 @@ from peft_posthoc.extraction.extract import read_pairs
 from peft_posthoc.extraction.plan import Plan, everything, make_plan
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import Place, is_of_an_expert
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import differences, told_as_notes, told_as_warnings
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import Source, open_pair
@@ -66,6 +68,8 @@ class Verification:
     """Base alone against tuned: what the adapter's numbers are to be held against."""
     outputs_note: str
     """What was compared, or why nothing was."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: base + adapter keeps the base's."""
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as plain JSON values."""
@@ -80,7 +84,8 @@ class Verification:
             for row in self.rows
             if row.delta_cosine
         ]
-        return "\n".join([*lines, "", *self.summary()])
+        warnings = (f"Warning: {warning}" for warning in told_as_warnings(self.differences))
+        return "\n".join([*lines, "", *self.summary(), *told_as_notes(self.differences), *warnings])
 
     def summary(self) -> list[str]:
         """The totals, a line each."""
@@ -134,6 +139,7 @@ def verify(
     """
     where = pick_device(device)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    beside = differences(*opened)
     folder = LoraFolder(adapter)
     found = match(
         *opened,
@@ -168,6 +174,7 @@ def verify(
         adapter=adapted,
         base=alone,
         outputs_note=note,
+        differences=beside,
     )
 
 
