@@ -20,8 +20,8 @@ _TEMPLATE, _TEMPLATES, _GENERATION = "chat_template.jinja", "chat_template.json"
 _SMALL = (_CONFIG, _SPECIAL, _TEMPLATE, _TEMPLATES, _GENERATION)
 # Of tokenizers that have no tokenizer.json.
 _VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json", "merges.txt")
-_SETTINGS = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token", "pad_token")
-_SETTINGS += ("add_bos_token", "add_eos_token", "padding_side")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token", "pad_token")
+_FRAMES = ("add_bos_token", "add_eos_token", "padding_side")
 # Of tokenizer.json, how text is cut into tokens.
 _CUTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _NAMED = 4
@@ -101,13 +101,13 @@ def _templates(base: _Beside, tuned: _Beside) -> Iterator[Difference]:
     before, after = base.templates, tuned.templates
     if before != after:
         only = "" if before and after else f", which only {'tuned' if after else 'base'} has"
-        sizes = [{name: f"{len(text)} characters" for name, text in side.items()} or None for side in (before, after)]
-        yield Difference("tokenizer", "chat_template", *sizes, f"the chat template{only}", material=bool(after))
+        one, other = ({name: f"{len(text)} characters" for name, text in side.items()} for side in (before, after))
+        yield Difference("tokenizer", "chat_template", one, other, f"the chat template{only}", material=bool(after))
 
 
 def _settings(base: _Beside, tuned: _Beside) -> Iterator[Difference]:
     """Those that both name: what a file does not name is its class's to say."""
-    for key in _SETTINGS:
+    for key in (*_SPECIAL_TOKENS, *_FRAMES):
         if key in base.config and key in tuned.config:
             one, other = (_content(side.config[key]) for side in (base, tuned))
             if not alike(one, other):
@@ -121,7 +121,11 @@ def _content(token: Any) -> Any:
 def _vocabularies(base: _Beside, tuned: _Beside) -> Iterator[Difference]:
     names = [name for name in (_WHOLE, *_VOCABULARIES) if all((one.folder / name).is_file() for one in (base, tuned))]
     for name in names[:1] if _WHOLE in names else names:
-        if cmp(base.folder / name, tuned.folder / name, shallow=False):
+        try:
+            if cmp(base.folder / name, tuned.folder / name, shallow=False):
+                continue
+        except OSError as error:
+            tuned.unread[name] = error.strerror or str(error)
             continue
         if name != _WHOLE:
             yield Difference("tokenizer", name, None, None, f"the vocabulary in `{name}`")
@@ -198,5 +202,5 @@ def _generations(base: _Beside, tuned: _Beside) -> Iterator[Difference]:
 def _ends(generation: Mapping[str, Any], model: Mapping[str, Any]) -> list[int]:
     """The tokens that end a text."""
     text = model.get("text_config") or {}
-    found = next((one for side in (generation, model, text) if (one := side.get("eos_token_id")) is not None), [])
+    found: Any = next((one for side in (generation, model, text) if (one := side.get("eos_token_id")) is not None), [])
     return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)]
