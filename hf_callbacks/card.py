@@ -13,7 +13,6 @@ from peft_posthoc.adapters.config import read_config
 from peft_posthoc.adapters.writer import CARD_MARK, REPORT
 from peft_posthoc.text import size
 
-PAGE = "# Adapters of this run"
 _SERVE = """
 ```sh
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}
@@ -86,7 +85,7 @@ def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
         picture: The file, beside the page, that shows them all.
     """
     lines = [
-        PAGE,
+        "# Adapters of this run",
         "",
         "Energies are shares, of the weights that are carried and of the whole fine-tune; `|d|/|w|` is the size of the "
         "delta against the base.",
@@ -102,4 +101,4 @@ def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
             f"| {step} | {totals['rank']} | {totals['energy']:.1%} | {totals['energy_of_all']:.1%} "
             f"| {totals['relative_error']:.1%} | {moved} | {size(totals['bytes'])} | `{folder.name}` |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", CARD_MARK, ""])

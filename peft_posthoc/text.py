@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +41,8 @@ Surface = Literal["python", "command line", "mergekit"]
 _SURFACE: ContextVar[Surface] = ContextVar("surface", default="python")
 # Options whose flag, and whose key in YAML, is not called as the keyword is.
 _FLAGS = {"rename": "map", "size": "budget", "most": "max-rank", "least": "min-rank", "multiple": "round-to"}
+# Keys of a merge's `parameters`. What else is asked of an adapter are flags of `mergekit-phlora`.
+_OF_A_MERGE = ("rank", "energy", "error", "max_rank", "min_rank", "round_to", "embeddings", "head", "exact")
 # Flags that switch a keyword off.
 _OFF = {"outputs": "weights-only"}
 
@@ -66,12 +67,11 @@ def asked(option: str, value: Any = True) -> str:
         value: True for a switch that is on; None where it is the user's to find.
     """
     surface = _SURFACE.get()
-    if surface == "command line":
+    key = _FLAGS.get(option, option).replace("-", "_")
+    if surface == "command line" or (surface == "mergekit" and key not in _OF_A_MERGE):
         return as_flag(option, value)
     if surface == "mergekit":
-        plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
-        shown = "..." if value is None else value if plain else json.dumps(value)
-        return f"{_FLAGS.get(option, option).replace('-', '_')}: {shown}"
+        return f"{key}: {'...' if value is None else value if isinstance(value, str) else json.dumps(value)}"
     return f"{option}={'...' if value is None else repr(value)}"
 
 
