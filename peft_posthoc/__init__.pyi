@@ -21,6 +21,10 @@ from .linalg.svd import truncated_svd
 from .lora_config import LoraConfig, get_peft_model, patch_peft
 from .ranks.budget import budget
 from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
+from .refinement.distil import distil
+from .refinement.refine import refine
+from .refinement.refined import Refined
+from .refinement.texts import Given, Prompts, Sampled
 from .resizing.resize import combine, resize, spectra
 from .resizing.resized import Resized, ResizeReport
 from .serving.check import Check, check
@@ -36,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "Exported",
     "Fixed",
+    "Given",
     "Inspection",
     "LoraConfig",
     "LowRank",
@@ -44,10 +49,13 @@ __all__ = [
     "NothingToCarryError",
     "PosthocError",
     "Preflight",
+    "Prompts",
     "RankRule",
+    "Refined",
     "Report",
     "ResizeReport",
     "Resized",
+    "Sampled",
     "Series",
     "Spectrum",
     "Verification",
@@ -55,6 +63,7 @@ __all__ = [
     "budget",
     "check",
     "combine",
+    "distil",
     "export",
     "extract",
     "fix",
@@ -67,6 +76,7 @@ __all__ = [
     "open_checkpoint",
     "patch_peft",
     "preflight",
+    "refine",
     "resize",
     "several",
     "spectra",

@@ -97,6 +97,17 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
         _print(printable("\n".join([result.table(), *more])))
 
 
+def quiet_hosts() -> None:
+    """Keep the progress bars and the advice of the libraries that load the models from burying ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def _print(text: str) -> None:
     try:
         click.echo(text)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from peft_posthoc.cli.options import MODELS, NAMES, OUTPUT
-from peft_posthoc.cli.output import check_file, show
+from peft_posthoc.cli.output import check_file, quiet_hosts, show
 from peft_posthoc.errors import PosthocError
 
 
@@ -45,7 +45,7 @@ def verify(
 
     ids = [_token_ids(text) for text in token_ids]
     if not weights_only:
-        _quiet_hosts()
+        quiet_hosts()
     result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
     show(result, json_to, quiet=quiet)
     if result.failure:
@@ -61,17 +61,6 @@ def verify(
             raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
     if not result.nearer:
         raise PosthocError(result.verdict())
-
-
-def _quiet_hosts() -> None:
-    """Keep the progress bars and the advice of the libraries that load the models from burying ours."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _token_ids(text: str) -> list[int]:

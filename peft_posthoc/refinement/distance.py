@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_posthoc.refinement.sequences import Batch, Kind, Tokens, batches
+from peft_posthoc.refinement.sequences import KINDS, Batch, Kind, Tokens, batches
 
 Model = Callable[[Batch], Tensor]
 """From a batch to logits, `texts x tokens x vocabulary`."""
@@ -44,12 +44,12 @@ def distances(
 ) -> dict[Kind, Distance]:
     """The distance on the texts of each kind that is among them."""
     found: dict[Kind, Distance] = {}
-    for kind in ("task", "general"):
+    for kind in KINDS:
         kl, same, count = 0.0, 0, 0
         own = sorted((text for text in texts if text.kind == kind), key=lambda text: len(text.ids))
         for batch in batches(own, size, device=device):
             mine, theirs = model(batch), wanted(batch)
-            kl += float(divergence(mine, theirs, batch.mask))
+            kl += divergence(mine, theirs, batch.mask).item()
             same += int(((mine.argmax(-1) == theirs.argmax(-1)) & batch.mask.bool()).sum())
             count += int(batch.mask.sum())
         if count:

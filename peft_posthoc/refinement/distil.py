@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class distil:
         passes: Over the texts.
     """
 
-    lr: float = 0.02
+    lr: float = 0.05
     size: int = 8
     passes: float = 1.0
 
@@ -75,7 +74,7 @@ class distil:
             progress: Show a progress bar on stderr.
 
         Raises:
-            PosthocError: A loss is not finite.
+            PosthocError: The outputs of a model are not finite.
         """
         start = time.monotonic()
 
@@ -83,17 +82,24 @@ class distil:
             return distances(model, wanted, texts.held_out, size=self.size, device=device)
 
         before = judge()
+        if not all(math.isfinite(distance.kl) for distance in before.values()):
+            raise PosthocError("The tuned model, or base + adapter, says what is no number on the held-out text.")
         best, best_factors, kept = before, _copies(factors), True
         steps = max(1, math.ceil(self.passes * len(texts.fitted) / self.size))
-        every = max(1, steps // 8)
+        every = max(1, steps // 6)
         optimizer = torch.optim.Adam(
             [{"params": [own], "size": _size(own)} for own in factors.values() if own.any()], lr=0.0
         )
-        done, interrupted = 0, False
+        done = judged = 0
+        interrupted = False
         bar = tqdm(total=steps, desc="Fitting", unit=" steps", disable=not progress)
         try:
-            for part in islice(shuffled(texts.fitted, self.size, seed), steps):
+            for part in shuffled(texts.fitted, self.size, seed):
                 share = done / steps if seconds is None else max(done / steps, (time.monotonic() - start) / seconds)
+                if done - judged == every or share >= 1:
+                    judged = done
+                    if _better(now := judge(), best, before):
+                        best, best_factors, kept = now, _copies(factors), False
                 if share >= 1:
                     break
                 for group in optimizer.param_groups:
@@ -102,18 +108,14 @@ class distil:
                 with torch.no_grad():
                     theirs = wanted(batch)
                 loss = divergence(model(batch), theirs, batch.mask) / batch.mask.sum()
-                if not math.isfinite(float(loss)):
-                    raise PosthocError(f"The loss is {float(loss)} after {done} steps: lower the learning rate.")
+                if not math.isfinite(value := loss.item()):
+                    break  # The steps were too large: what was best before is kept.
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 done += 1
                 bar.update()
-                bar.set_postfix(kl=f"{float(loss):.3g}")
-                if done % every == 0 or done == steps:
-                    now = judge()
-                    if _better(now, best, before):
-                        best, best_factors, kept = now, _copies(factors), False
+                bar.set_postfix(kl=f"{value:.3g}")
         except KeyboardInterrupt:
             interrupted = True
         finally:

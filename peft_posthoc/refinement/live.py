@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
@@ -57,6 +58,9 @@ def load_live(base: Checkpoint, tuned: Checkpoint, adapter: str | PathLike[str],
             raise CheckpointError(f"{names[0]} says no next tokens of a text: only causal language models are refined.")
     rows = [rows_of(model) for model in (before, after)]
     if rows[0] != rows[1]:
+        file = open_adapter(adapter)
+        if not any(file.headers[name].shape[:1] == (rows[1],) for name in file.whole):
+            raise MismatchError(f"`{base.label}` knows {rows[0]} tokens, `{tuned.label}` {rows[1]}.")
         before.resize_token_embeddings(rows[1], mean_resizing=False)
     adapted = with_adapter(before, adapter)
     tokenizer = tokenizer_of(tuned) or tokenizer_of(base)

@@ -10,6 +10,7 @@ from typing import Any
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.files import regular
 from peft_posthoc.json_file import read_json
+from peft_posthoc.text import asked
 
 FIELDS = ("prompt", "messages", "conversations", "question", "instruction", "input", "text")
 """Fields that hold a prompt, the likeliest first."""
@@ -41,6 +42,19 @@ def read_prompts(path: str | Path, field: str | None = None) -> list[Any]:
     return prompts
 
 
+def read_texts(path: str | Path, field: str | None = None) -> list[str]:
+    """The texts in a file, as `read_prompts` takes it.
+
+    Raises:
+        PosthocError: The file cannot be read, or holds no texts.
+    """
+    found = read_prompts(path, field)
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise PosthocError(f"`{path}`, text {i + 1} is a list of messages: give it as `{asked('prompts', None)}`.")
+    return found
+
+
 def _records(file: Path) -> Iterable[Any]:
     match file.suffix:
         case ".jsonl" | ".ndjson":
@@ -53,7 +67,7 @@ def _records(file: Path) -> Iterable[Any]:
             yield from content
         case ".parquet":
             try:
-                from pyarrow import parquet
+                from pyarrow import parquet  # type: ignore[import-untyped]
             except ImportError as error:
                 raise PosthocError("Parquet files need pyarrow: `pip install pyarrow`.") from error
             yield from parquet.read_table(file).to_pylist()

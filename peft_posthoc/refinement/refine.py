@@ -9,11 +9,13 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.module import Module
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError, PosthocError
@@ -22,7 +24,7 @@ from peft_posthoc.refinement.distance import distances
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.live import Live, factors_of, load_live, says
 from peft_posthoc.refinement.refined import Refined
-from peft_posthoc.refinement.sequences import Split, split
+from peft_posthoc.refinement.sequences import Batch, Split, split
 from peft_posthoc.refinement.texts import Sampled, Texts, Writers
 from peft_posthoc.sources import Source, open_pair
 
@@ -78,9 +80,10 @@ def refine(
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
-    where, source = pick_device(device), LoraFolder(adapter)
+    where, source = pick_device(device), open_adapter(adapter)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    live = load_live(*opened, adapter, where)
+    with torch.random.fork_rng():  # PEFT draws what it then replaces.
+        live = load_live(*opened, adapter, where)
     factors = factors_of(live.adapted)
     _check_names(source, factors)
     chosen, given = method or distil(), texts or Sampled()
@@ -132,6 +135,7 @@ def _texts(live: Live, given: Texts, sequences: int, length: int, seed: int, pro
         PosthocError: They are too few.
     """
     with live.adapted.disable_adapter():
+        _check_finite(live)
         writers = Writers(live.adapted, live.tuned, live.tokenizer, live.vocabulary)
         written = given.write(writers, count=sequences, length=length, seed=seed, progress=progress)
     parts = split([text for text in written if len(text.ids) > 1])
@@ -142,7 +146,20 @@ def _texts(live: Live, given: Texts, sequences: int, length: int, seed: int, pro
     return parts
 
 
-def _check_names(source: LoraFolder, factors: Mapping[str, Tensor]) -> None:
+@torch.no_grad()
+def _check_finite(live: Live) -> None:
+    """See that there is something to draw from.
+
+    Raises:
+        PosthocError: A model's outputs are no numbers.
+    """
+    for name, model in (("tuned model", live.tuned), ("base", live.adapted)):
+        ids = torch.arange(min(live.vocabulary, 8), device=model.device)[None]
+        if not torch.isfinite(says(model)(Batch(ids, torch.ones_like(ids)))).all():
+            raise PosthocError(f"The {name} says what is no number: there is nothing to fit to.")
+
+
+def _check_names(source: AdapterFile, factors: Mapping[str, Tensor]) -> None:
     """See that the model holds every factor of the file as it is.
 
     Raises:
@@ -162,7 +179,7 @@ def _saved(module: Module, factors: Mapping[str, Tensor], stored: Mapping[str, T
     return {name: tensor.to(stored[name].dtype).reshape(stored[name].shape) for name, tensor in joined.items()}
 
 
-def _report(source: LoraFolder) -> Any:
+def _report(source: AdapterFile) -> Any:
     """The account of the adapter before, if it has one: what it says of weights holds of that."""
     try:
         return read_json(source.place / REPORT)

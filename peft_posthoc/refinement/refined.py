@@ -13,7 +13,7 @@ from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.refinement.distance import Distance
 from peft_posthoc.refinement.sequences import Kind
 
-_SAID = {"task": "like the task's", "general": "general"}
+_SAID: dict[Kind, str] = {"task": "like the task's", "general": "general"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["task", "general"]
+KINDS: tuple[Kind, ...] = ("task", "general")
 
 
 class Tokens(NamedTuple):
@@ -37,22 +38,19 @@ class Split(NamedTuple):
 
 
 def split(texts: Sequence[Tokens], share: float = 0.1) -> Split:
-    """Hold out every tenth text of each kind, and at least one; a text that stands there twice is on one side only.
+    """Hold out every tenth text of each kind, and at least one; the same text is never on both sides.
 
     Args:
-        texts: In any order; of one token or more.
+        texts: In any order; a text may stand there more than once.
         share: How many are held out.
     """
-    fitted: list[Tokens] = []
     held_out: list[Tokens] = []
-    for kind in ("task", "general"):
+    for kind in KINDS:
         own = [text for text in dict.fromkeys(texts) if text.kind == kind]
-        count = min(len(own) - 1, max(1, round(share * len(own)))) if len(own) > 1 else 0
-        step = len(own) / count if count else 0.0
-        chosen = {int(step * i) for i in range(count)}
-        held_out += [text for i, text in enumerate(own) if i in chosen]
-        fitted += [text for i, text in enumerate(own) if i not in chosen]
-    return Split(fitted, held_out)
+        count = max(1, round(share * len(own))) if len(own) > 1 else 0
+        held_out += [own[i * len(own) // count] for i in range(count)]
+    judges = set(held_out)
+    return Split([text for text in texts if text not in judges], held_out)
 
 
 def batches(texts: Iterable[Tokens], size: int, *, device: torch.device) -> Iterator[Batch]:
