@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def write_on(
     """
     from transformers import GenerationConfig
 
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
     order = sorted(range(len(starts)), key=lambda i: (len(starts[i]), tokens[i]))
     added: list[list[int]] = [[] for _ in starts]
@@ -47,12 +49,12 @@ def write_on(
             mask[row, longest - len(starts[i]) :] = 1
         config = GenerationConfig(
             do_sample=True,
-            top_k=0,
+            top_k=0,  # PyTorch draws from all tokens; 50 is transformers' default.
             max_new_tokens=max(tokens[i] for i in part),
             eos_token_id=list(ends) or None,
             pad_token_id=0,
         )
-        with torch.no_grad():
+        with torch.no_grad(), _without_settings(model):
             written = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
         for row, i in enumerate(part):
             new = written[row, longest:].tolist()[: tokens[i]]
@@ -61,3 +63,15 @@ def write_on(
             if progress is not None:
                 progress.update()
     return added
+
+
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """The model without what its checkpoint says of generation: transformers fills in whatever a call leaves open."""
+    from transformers import GenerationConfig
+
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
