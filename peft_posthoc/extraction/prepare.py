@@ -16,6 +16,7 @@ from peft_posthoc.extraction.forms.layout import Form
 from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
+from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule
@@ -145,7 +146,9 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
     if kind == "peft":
-        plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out))
+        coded = (name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED)
+        but = {*leave_out, *coded}
+        plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=but))
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         **{name: value for name, value in options.items() if name not in _TOLD_OTHERWISE},
