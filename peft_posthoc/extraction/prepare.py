@@ -22,6 +22,8 @@ from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.layout import GUESSED, Layout
 from peft_posthoc.models.part import is_rest
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import differences
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.pairing.vocabulary import Vocab
@@ -53,6 +55,8 @@ class Prepared:
     """What shares ranks out among all layers, once they are factored as far as the rules say."""
     by_hand: frozenset[str] = frozenset()
     """Weights whose rank it does not change."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
 
     @property
     def rules(self) -> dict[str, RankRule]:
@@ -86,6 +90,7 @@ class Prepared:
             options=self.options,
             form=self.form,
             notes=self.notes,
+            differences=self.differences,
         )
 
 
@@ -166,6 +171,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         notes,
         allocation,
         frozenset(by_hand),
+        differences(*opened),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.models.by_name import of_names
-from peft_posthoc.models.config import architecture, task_type
+from peft_posthoc.models.config import architecture, auto_mapping, task_type
 from peft_posthoc.models.decoders import PLAIN_DECODERS, of_plain_decoder
 from peft_posthoc.models.layout import Layout
 
@@ -26,16 +26,22 @@ def layout_of(*checkpoints: Checkpoint, of_tuned: bool = False) -> Layout:
     last = checkpoints[-1]
     name = type(last.module).__name__ if last.module is not None else architecture(last.config or {})
     other = bool(name) and name != layout.origin and task_type(name, encoder_decoder=True) is None
-    return replace(layout, task_type=None) if other else layout
+    if not other:
+        return layout
+    from peft_posthoc.models.by_class import class_of
+
+    cls = class_of(name)
+    return replace(layout, task_type=None, auto_mapping=auto_mapping(cls) if cls else None)
 
 
 def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
-    from peft_posthoc.models.by_class import build, layout_of_module
+    from peft_posthoc.models.by_class import build
+    from peft_posthoc.models.of_module import layout_of_module
 
-    names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
+    files = [checkpoint.headers for checkpoint in checkpoints]
     for checkpoint in checkpoints:
         if checkpoint.module is not None:
-            return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, names)
+            return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, files)
     for checkpoint in checkpoints:
         config = checkpoint.config or {}
         plain = config.get("model_type") in PLAIN_DECODERS and architecture(config).endswith("ForCausalLM")
@@ -43,5 +49,5 @@ def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
             return of_plain_decoder(checkpoint, config)
         built = build(config)
         if built is not None:
-            return layout_of_module(built, type(built).__name__, names)
+            return layout_of_module(built, type(built).__name__, files)
     return of_names(checkpoints[0])

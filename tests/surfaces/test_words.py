@@ -18,7 +18,7 @@ from peft_posthoc.text import as_flag, asked, asked_on
 from tests.make.spoiled import refused, run
 
 LIBRARY = Path(peft_posthoc.__file__).parent
-# By name: what asks in Python; what asks on the command line; the option as these two and a merge say it.
+# By name: what asks in Python; on the command line; the option as Python, the command line and a merge say it.
 FAULTS = {
     "include": (
         {"include": "nowhere"},
@@ -132,7 +132,7 @@ def test_what_is_named_is_an_option_there():
 
 
 # What speaks flags for a reason: data for shells, and texts that stand in tables of other programs' commands.
-ELSEWHERE = ("cli/", "serving/rules", "serving/engines.py", "checkpoints/zero.py")
+ELSEWHERE = ("cli/", "serving/rules", "serving/engines.py", "checkpoints/zero.py", "pairing/differences.py")
 
 
 def literals(path):
