@@ -173,7 +173,7 @@ def verify(
             known = isinstance(error, PosthocError | ValueError)
             failure = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
             note = "they could not be"
-    doubt = another_base(folder.config, opened[0])
+    doubt = another_base(folder.config.get("base_model_name_or_path"), opened[0].label)
     return Verification(
         rows=rows,
         cosine=whole.cosine,
