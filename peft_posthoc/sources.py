@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from glob import escape
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
@@ -16,9 +17,10 @@ from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
 from peft_posthoc.checkpoints.folder import File, Folder
-from peft_posthoc.checkpoints.hub import OnHub, find, is_repo_id
+from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
+from peft_posthoc.checkpoints.modules import listed_modules, with_modules
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
 from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
@@ -107,8 +109,8 @@ def open_pair(
     Raises:
         CheckpointError: One of them cannot be read.
     """
-    before = open_checkpoint(base, revision=base_revision, role="base")
-    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+    before = open_checkpoint(base, revision=base_revision, role="base", modules=True)
+    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned", modules=True)
     return before, without_second_names(after, before) if isinstance(after, Distcp) else after
 
 
@@ -140,7 +142,9 @@ def _of_file(path: Path, *, label: str) -> File:
     return found
 
 
-def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
+def open_checkpoint(
+    source: Source, *, revision: str | None = None, role: str = "source", modules: bool = False
+) -> Checkpoint:
     """Open a folder, a file, a hub id, a module, a state dict or another checkpoint for reading.
 
     Args:
@@ -150,6 +154,7 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
+        modules: Show the weights of modules beside the model too, which SentenceTransformers has.
 
     Raises:
         CheckpointError: There is no such folder or repository, or its files cannot be read as plain tensors.
@@ -180,6 +185,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             else:
                 checkpoint = OnHub(found, headers)
             beside = found.folder
+            if modules and (listed := listed_modules(beside)):
+                fetch_beside(label, [f"{escape(path)}/*" for path in listed], revision=found.commit)
             revision = None
         elif not path.exists() and (both := sides(label)):
             checkpoint = adapted(*both, role=role)
@@ -201,4 +208,6 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:
         raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
+    if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
+        checkpoint = with_modules(checkpoint, beside)
     return as_computed(unwrapped(checkpoint), beside)

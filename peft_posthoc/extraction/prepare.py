@@ -146,8 +146,8 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
     if kind == "peft":
-        coded = (name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED)
-        but = {*leave_out, *coded}
+        never = (Reason.QUANTIZED, Reason.BESIDE_MODEL)
+        but = {*leave_out, *(name for name, fate in plan.left_out.items() if fate.reason in never)}
         plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=but))
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
