@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
+from peft_posthoc.adapters.foreign import format_of, refuse_foreign
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
@@ -39,7 +40,7 @@ def sides(source: str) -> tuple[str, str] | None:
     parts = source.split("+")
     for at in range(len(parts) - 1, 0, -1):
         base, adapter = "+".join(parts[:at]), "+".join(parts[at:])
-        if base and adapter and (Path(adapter).is_dir() or is_repo_id(adapter)):
+        if base and adapter and (Path(adapter).exists() or is_repo_id(adapter)):
             return base, adapter
     return None
 
@@ -56,7 +57,8 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
         AdapterError: The adapter is none, does not fit, or is more than base + b @ a.
         CheckpointError: One of them cannot be read.
     """
-    folder = Path(adapter) if Path(adapter).is_dir() else find(adapter, role=role, adapter=True).get()
+    folder = Path(adapter) if Path(adapter).exists() else find(adapter, role=role, adapter=True).get()
+    refuse_foreign(folder)
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
     return Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
@@ -129,17 +131,14 @@ def _of_file(path: Path, *, label: str) -> File:
     """The model in a single file.
 
     Raises:
-        CheckpointError: The file holds a part of a model, or an adapter's factors.
+        CheckpointError: The file holds a part of a model.
     """
     count = _SHARD.search(path.name)
     if count and int(count[1]) > 1:
         raise CheckpointError(
             f"`{label}` is one of {int(count[1])} shards of a model. Give their folder: `{path.parent}`."
         )
-    found = File(path, label=label)
-    if found.headers and all(".lora_" in name for name in found.headers):
-        raise CheckpointError(f"`{label}` holds factors of an adapter, and no model. Give its folder: `{path.parent}`.")
-    return found
+    return File(path, label=label)
 
 
 def open_checkpoint(
@@ -208,6 +207,10 @@ def open_checkpoint(
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:
         raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
+    if (form := format_of(checkpoint.headers)) is not None:
+        raise CheckpointError(
+            f"The {role} `{checkpoint.label}` is no model but an adapter in the format of {form.owner}. {form.advice}"
+        )
     if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
         checkpoint = with_modules(checkpoint, beside)
     return as_computed(unwrapped(checkpoint), beside)

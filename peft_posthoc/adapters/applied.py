@@ -12,6 +12,7 @@ from torch import Tensor
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
+from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.checkpoints.quantized import quantized
@@ -43,7 +44,6 @@ class Applied(Checkpoint):
         """
         self.label = label
         self.revision = revision
-        self.config = base.config
         self.sequential, self.to_fetch = base.sequential, base.to_fetch
         folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
         layout = layout_of(base)
@@ -55,8 +55,10 @@ class Applied(Checkpoint):
                 "their scales. Give the model that it was made from."
             )
         self._on = AdapterOnModel(folder, base, layout)
+        size = resize_of(self._on)
+        self.config = base.config if size is None or base.config is None else size.config(base.config)
         self._made = self._changed()
-        self.headers: Mapping[str, Header] = dict(base.headers) | {
+        self.headers: Mapping[str, Header] = dict(self._on.base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
         states = [[str(file.parent.resolve()), file.name, *state_of(file)[1:]] for file in folder.files]

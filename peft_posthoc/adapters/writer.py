@@ -61,11 +61,15 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
 def adapter_files(folder: Path) -> set[str]:
     """The files of an adapter that is there: what we or PEFT write, by name."""
     found = files_in(folder, (*_WRITTEN, PICKLE))
+    return found | {_CARD} if is_our_card(folder / _CARD) else found
+
+
+def is_our_card(page: Path) -> bool:
+    """Tell whether a page is there and was made by this program."""
     try:
-        ours = CARD_MARK in regular(folder / _CARD).read_text(encoding="utf-8", errors="replace")
+        return CARD_MARK in regular(page).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return found
-    return found | {_CARD} if ours else found
+        return False
 
 
 def write_folder(

@@ -67,12 +67,24 @@ class Asked(NamedTuple):
         """Whether ranks are shared out among all layers."""
         return any(self.options[name] is not None for name in SHARED)
 
-    def rule(self) -> Any:
-        """The rule; None if there is none. Raises as `rule_of`."""
-        return rule_of(**self.options)
+    def rule(self) -> RankRule | Allocation | None:
+        """The rule; None if the options say nothing.
 
-    def one(self) -> Any:
-        """The same, where only one adapter is made.
+        Raises:
+            click.UsageError: They contradict one another, or are no numbers.
+            ValueError: A value makes no sense.
+        """
+        if not self.given():
+            return None  # and nothing is imported for it
+        from peft_posthoc.ranks.spelling import Misspelled, parse
+
+        try:
+            return parse(self.options)
+        except Misspelled as error:
+            raise click.UsageError(str(error)) from error
+
+    def one(self) -> RankRule | Allocation | None:
+        """The rule, where only one adapter is made.
 
         Raises:
             click.UsageError: Several are asked for.
@@ -83,23 +95,6 @@ class Asked(NamedTuple):
         if isinstance(rule, several):
             raise click.UsageError("Only `phlora extract` makes several adapters at once. Give one rank.")
         return rule
-
-
-def rule_of(**asked: Any) -> RankRule | Allocation | None:
-    """The rule that the options say; None if they say nothing.
-
-    Raises:
-        click.UsageError: They contradict one another, or are no numbers.
-        ValueError: A value makes no sense.
-    """
-    if all(value is None for value in asked.values()):
-        return None  # and nothing is imported for it
-    from peft_posthoc.ranks.spelling import Misspelled, parse
-
-    try:
-        return parse(asked)
-    except Misspelled as error:
-        raise click.UsageError(str(error)) from error
 
 
 RANK_PATTERN = click.option(

@@ -88,7 +88,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
 
 def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, list[str]]:
     """The tensors of each file: divided as the base is, if that is done in the usual way."""
-    base = deltas.base
+    base = deltas.stored
     files = base.files if isinstance(base, Folder | hub.OnHub) else {}
     usual = {*files.values()} == {SAFETENSORS} or (
         base.folder is not None
