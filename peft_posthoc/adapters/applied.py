@@ -44,7 +44,7 @@ class Applied(Checkpoint):
         """
         self.label = label
         self.revision = revision
-        self.sequential = base.sequential
+        self.sequential, self.to_fetch = base.sequential, base.to_fetch
         folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
         layout = layout_of(base)
         coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
