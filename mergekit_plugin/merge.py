@@ -23,7 +23,7 @@ from mergekit_plugin.recipe import slices_of
 from mergekit_plugin.settings import Settings
 from mergekit_plugin.stream import Stream, Taken, aligned
 from peft_posthoc.adapters.config import try_patterns
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.hub import is_repo_id
@@ -289,7 +289,7 @@ def _open(model: ModelReference) -> Folder:
         raise CheckpointError(f"`{model.model.path}` does not exist. Give a model's folder, or a hub id.")
     if model.lora is not None and Path(model.lora.path).is_dir():
         # mergekit gives it to PEFT, which tells less of what is wrong with it, or never ends.
-        adapter = LoraFolder(model.lora.path)
+        adapter = open_adapter(model.lora.path)
         try_patterns(adapter.config, list(adapter.modules), model.lora.path)
     folder = Path(folder_of(model) or "")
     check_folder(folder)  # mergekit reads more of it than we do.

@@ -13,17 +13,17 @@ from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
-from peft_posthoc.checkpoints.files import SUFFIXES, weight_files
 from peft_posthoc.checkpoints.folder import File, Folder
 from peft_posthoc.checkpoints.hub import OnHub, find, is_repo_id
 from peft_posthoc.checkpoints.memory import InMemory, of_module
+from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
 from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and no whole weights beside it."""
+    """Tell whether a folder holds an adapter, and no whole weights beside it."""
     return (folder / CONFIG).is_file() and not weight_files({path.name for path in folder.iterdir()})
 
 
@@ -64,8 +64,8 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> App
         revision: Its commit, if it is from the hub.
 
     Raises:
-        AdapterError: It does not say, or it is no LoRA adapter or more than base + b @ a.
-        CheckpointError: The model is not there or cannot be read.
+        AdapterError: The adapter names no base, is no LoRA adapter, or is more than base + b @ a.
+        CheckpointError: The base is not there or cannot be read.
     """
     config = read_config(folder)
     name, commit = (config.get(key) or None for key in ("base_model_name_or_path", "revision"))
@@ -107,7 +107,7 @@ def open_pair(
 
 
 def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoint:
-    """What a folder holds: whole weights, an adapter, or what a training run left of each process."""
+    """The model in a folder: whole weights, an adapter, or the partitions of a training run."""
     if is_adapter(path):
         return on_its_base(path, label=label, revision=commit)
     if (shards := find_shards(path)) is not None:

@@ -1,4 +1,4 @@
-"""What each tensor of base + adapter is, one at a time; and the configuration of a model that has them."""
+"""Tensors of base + adapter, one at a time, and the configuration of a model that has them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Merge:
-    """What each tensor of the merged checkpoint is made of.
+    """A merged checkpoint, tensor by tensor, each made of the base's and the adapter's.
 
     Raises:
         AdapterError: The adapter changes something that has no place in it.
@@ -86,10 +86,10 @@ class Merge:
         return after
 
     def _untied(self) -> dict[str, str]:
-        """By the name of each tied weight that the adapter changes otherwise than its owner's, the owner's.
+        """The owner of each tied weight that the adapter changes otherwise than its owner, by names.
 
         Raises:
-            AdapterError: It is not the head's, or the model computes otherwise when its head is not tied.
+            AdapterError: Such a weight is not the head's, or the model computes otherwise when its head is not tied.
         """
         deltas, found = self._deltas, {}
         stored = {self._layout.name_of(name) for name in deltas.base.headers}

@@ -1,4 +1,4 @@
-"""What an adapter must have for every engine to read it alike."""
+"""Rules for an adapter that every engine reads alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Adapters as they lie on disk, read one module at a time: modules, their factors, and tensors kept whole.
-
-`LoraFolder` reads PEFT's folder. Another format is another class with the attributes of `AdapterFile`.
-"""
+"""Adapters as they lie on disk, read one module at a time: modules, their factors, and tensors kept whole."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.adapters.cast import widest
-from peft_posthoc.adapters.config import PICKLE, WEIGHTS, read_config
+from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS, read_config
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.module import Kind, Module
 from peft_posthoc.adapters.names import PREFIX
@@ -30,27 +27,29 @@ class AdapterFile(Protocol):
     """An adapter in any format: what it adds to the modules of a model, and what takes the place of its tensors."""
 
     label: str
-    """What messages call it."""
+    """Its name in messages."""
     place: Path
     config: Mapping[str, Any]
     """In PEFT's words."""
     modules: Mapping[str, Module]
-    """By the model's names, what is known of each module with factors."""
+    """The modules with factors, by the model's names."""
     whole: tuple[str, ...]
     """Names of the tensors that take the place of the base's: the model's, behind PEFT's prefix."""
     headers: Mapping[str, Header]
+    files: tuple[Path, ...]
+    """Those that it is read from."""
 
     def factors(self, module: str) -> list[Factors]:
         """The factors of each of a module's deltas, their scale folded into `b`, in float64."""
 
     def bias(self, module: str) -> Tensor | None:
-        """What is added to a module's bias, the scale folded in, in float64; None where LoRA has none."""
+        """The summand of a module's bias, the scale folded in, in float64; None where LoRA has none."""
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that is kept whole, as it is in the file."""
 
     def dtype(self) -> torch.dtype:
-        """Of the factors: the widest."""
+        """The widest type of the factors."""
 
 
 class LoraFolder:
@@ -68,6 +67,7 @@ class LoraFolder:
         self.label = str(folder)
         where = Path(folder)
         self.place = where.absolute()
+        self.files: tuple[Path, ...] = (where / CONFIG, where / WEIGHTS)
         if not (where / WEIGHTS).exists() and (where / PICKLE).is_file():
             raise AdapterError(
                 f"`{where}` holds a pickle, `{PICKLE}`, which is not executed here. Load it with PEFT where you trust "
@@ -97,7 +97,7 @@ class LoraFolder:
         return [Factors(one.a, one.b * found.scale) for one in found.split(a, b)]
 
     def bias(self, module: str) -> Tensor | None:
-        """What is added to a module's bias, the scale folded in, in float64; None where LoRA has none."""
+        """The summand of a module's bias, the scale folded in, in float64; None where LoRA has none."""
         found = self.modules[module]
         return self._file.read(found.bias_name).double() * found.scale if found.bias else None
 
@@ -106,16 +106,8 @@ class LoraFolder:
         return self._file.read(name)
 
     def dtype(self) -> torch.dtype:
-        """Of the factors: the widest."""
+        """The widest type of the factors."""
         return widest(self.headers[key].dtype for module in self.modules.values() for key in module.tensor_names())
-
-    def bytes(self) -> int:
-        """What its tensors take."""
-        return sum(header.bytes for header in self.headers.values())
-
-    def bytes_of(self, name: str) -> int:
-        """What one tensor takes."""
-        return self.headers[name].bytes
 
     def _modules(self) -> Iterator[Module]:
         found = {

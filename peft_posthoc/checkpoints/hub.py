@@ -11,16 +11,14 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.checkpoints.files import config_of, is_index, no_weights, shards_of, weight_files
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder, dtype_of
+from peft_posthoc.checkpoints.model_files import config_of, is_index, no_weights, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
 # An adapter's files, as PEFT names them.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -80,11 +78,8 @@ class Repository:
         return found
 
 
-class OnHub:
+class OnHub(Checkpoint):
     """A repository's weights: the headers at once, the files when the first tensor is read."""
-
-    module: nn.Module | None = None
-    sequential = False
 
     def __init__(self, repository: Repository, headers: Mapping[str, Header]) -> None:
         self.label = repository.repo_id
@@ -110,14 +105,14 @@ class OnHub:
         return self._fetched.read(name)
 
 
-def find(repo_id: str, *, revision: str | None = None, role: str = "source", adapter: bool | None = None) -> Repository:
+def find(repo_id: str, *, revision: str | None = None, role: str = "source", adapter: bool = False) -> Repository:
     """See what of a hub repository is needed, and fetch its small files: the configuration, an index of shards.
 
     Args:
         repo_id: `org/name`.
         revision: Branch, tag or commit; the default branch if None.
         role: What messages call it.
-        adapter: Whether it is the LoRA adapter that is wanted; if None, where the repository has no whole weights.
+        adapter: Take the LoRA adapter; otherwise only where the repository has no whole weights.
 
     Raises:
         CheckpointError: No such repository or revision, no access, no connection, or no weights in it.
@@ -128,7 +123,7 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
         info = HfApi().model_info(repo_id, revision=revision)
         names = {entry.rfilename for entry in info.siblings or ()}
         wanted = [] if adapter else weight_files(names)
-        if not wanted and (adapter or (adapter is None and _ADAPTER[0] in names)):
+        if not wanted and (adapter or _ADAPTER[0] in names):
             wanted = [file for file in _ADAPTER if file in names]
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))

@@ -12,6 +12,7 @@ import click
 from peft_posthoc.extraction.request import OPTIONS
 from peft_posthoc.json_file import parse_json
 from peft_posthoc.patterns import PatternError, check_patterns
+from peft_posthoc.ranks.words import SHARED, WORDS
 
 if TYPE_CHECKING:
     from peft_posthoc.linalg.spectrum import RankRule
@@ -36,11 +37,6 @@ _OPTIONS = (
         "--round-to", type=int, metavar="R", help="Ranks are multiples of this: rounded up, in a budget down."
     ),
 )
-_RULES = ("rank", "energy", "error", "budget", "params")
-WORDS = (*_RULES, "weighting", "max_rank", "min_rank", "round_to")
-_SHARED = ("budget", "params")
-
-
 # Bytes of a file of ranks by hand: a pipe or a device may have no end.
 _LARGEST = 10_000_000
 
@@ -69,7 +65,7 @@ class Asked(NamedTuple):
 
     def shares_out(self) -> bool:
         """Whether ranks are shared out among all layers."""
-        return any(self.options[name] is not None for name in _SHARED)
+        return any(self.options[name] is not None for name in SHARED)
 
     def rule(self) -> Any:
         """The rule; None if there is none. Raises as `rule_of`."""

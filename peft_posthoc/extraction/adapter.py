@@ -41,7 +41,7 @@ class Adapter(Findings):
         outcomes: Iterable[Outcome],
         *,
         tuned_name: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
         options: Mapping[str, Any],
         form: Form = "portable",
         notes: Sequence[str] = (),
@@ -65,7 +65,7 @@ class Adapter(Findings):
             plan=plan,
             form=form,
             notes=tuple(notes),
-            dtype=dtype or tuned.headers[next(iter(layers or kept))].dtype,
+            dtype=dtype,
             provenance={
                 "base": base.label,
                 "base_revision": base.revision,

@@ -18,6 +18,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
+from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
@@ -149,7 +150,10 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
-    names = _may_be_kept(before, after, plan.layout, include, exclude, but=leave_out) if kind == "peft" else ()
+    coded = (name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED)
+    but = {*leave_out, *coded}
+    names = _may_be_kept(before, after, plan.layout, include, exclude, but=but) if kind == "peft" else ()
+    # Of experts taken apart much is for serving engines only, and of common decoders PEFT loads all.
     known = mixture != "per-expert" and not any(map(is_plain_decoder, (before, after)))
     models = (after, before) if kind == "peft" else (before, after)
     plan, refused = arriving(

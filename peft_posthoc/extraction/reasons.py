@@ -16,6 +16,7 @@ class Reason(StrEnum):
     ONLY_IN_BASE = "only-in-base", "only in base"
     ONLY_IN_TUNED = "only-in-tuned", "only in tuned"
     OTHER_SHAPE = "other-shape", "shapes differ ({exclude})", {"exclude": None}
+    QUANTIZED = "quantized", "quantized ({0}): its numbers need their scales"
     NOT_FLOATING = "not-floating", "not a floating-point tensor"
     EMPTY = "empty", "holds no values"
     BIAS = "bias", "bias (LoRA has no portable form for it)"

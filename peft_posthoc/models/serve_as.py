@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.checkpoints.files import config_of
+from peft_posthoc.checkpoints.model_files import config_of
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.remote_code import not_run

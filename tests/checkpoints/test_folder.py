@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_posthoc import CheckpointError, extract, open_checkpoint
-from peft_posthoc.checkpoints import files, folder
+from peft_posthoc.checkpoints import folder, model_files
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from tests.make import models
 from tests.make.same import same
@@ -89,7 +89,7 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("suffix", files.SUFFIXES)
+@pytest.mark.parametrize("suffix", model_files.SUFFIXES)
 def test_a_single_file_is_a_checkpoint_without_a_configuration(suffix, weights, tmp_path):
     path = tmp_path / f"any-name{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(weights, path)

@@ -13,7 +13,7 @@ from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import one_line
 from peft_posthoc.extraction.request import OPTIONS
 from peft_posthoc.ranks.rules import fixed
-from peft_posthoc.ranks.spelling import LIMITS
+from peft_posthoc.ranks.words import LIMITS
 from peft_posthoc.text import as_flag, asked, asked_on
 from tests.make.spoiled import refused, run
 

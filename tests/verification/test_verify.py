@@ -181,7 +181,7 @@ def test_an_adapter_that_does_not_fit_is_refused(pair, whole, tmp_path):
 
 
 def test_prompts_need_a_tokenizer(pair, whole):
-    with pytest.raises(CheckpointError, match="No tokenizer beside"):
+    with pytest.raises(CheckpointError, match="There is no tokenizer beside"):
         verify(whole, *pair, prompts=["hello"])
 
 
