@@ -216,7 +216,11 @@ def in_a_process(name: str, folder: str, pipe: Any) -> None:
             row = {"class": name, "not_built": str(error)}
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        row = {"class": name, "crashed": f"{type(error).__name__}: {error}"[:300], "at": f"{last.filename}:{last.lineno}"}
+        row = {
+            "class": name,
+            "crashed": f"{type(error).__name__}: {error}"[:300],
+            "at": f"{last.filename}:{last.lineno}",
+        }
     pipe.send(row)
 
 

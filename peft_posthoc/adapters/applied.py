@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError
@@ -42,6 +42,8 @@ class Applied(Checkpoint):
         self.revision = revision
         self.config = base.config
         self.sequential = base.sequential
+        # A tokenizer that was changed lies beside the adapter.
+        self.beside = adapter if (adapter / "tokenizer_config.json").is_file() else place_of(base)
         folder, layout = open_adapter(adapter), layout_of(base)
         coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
