@@ -52,6 +52,14 @@ class Checkpoint(Protocol):
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
 
 
+def place_of(checkpoint: Checkpoint) -> Path | None:
+    """The folder with what lies beside the weights, such as a tokenizer.
+
+    It is the `folder`, or what a checkpoint has as `beside` where transformers cannot load the model from it.
+    """
+    return getattr(checkpoint, "beside", None) or checkpoint.folder
+
+
 def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without those that are another one under a second name: tied weights, as safetensors stores them."""
     seen: set[tuple[object, ...]] = set()

@@ -104,6 +104,11 @@ def _special_float(read: dict[str, Any]) -> Any:
     return float(read["__float__"]) if read.keys() == {"__float__"} else read
 
 
+def home_of(folder: Path, parts: Path) -> Path:
+    """The model's own folder, where what the user gave may be the one within it that holds its weights in parts."""
+    return folder.absolute().parent if folder == parts and not (folder / "config.json").exists() else folder
+
+
 def config_of(folder: Path) -> Mapping[str, Any] | None:
     """The model's configuration in a folder, if there is one.
 

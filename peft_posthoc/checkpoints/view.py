@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 
 
 class Piece(NamedTuple):
@@ -44,6 +44,7 @@ class View(Checkpoint):
         self._pieces = pieces
         # Its own, if its files still fit.
         self.folder = checkpoint.folder if loadable else None
+        self.beside = place_of(checkpoint)
         self.module = module
         self.label = checkpoint.label
         self.revision = checkpoint.revision
