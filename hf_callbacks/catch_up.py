@@ -17,10 +17,11 @@ from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.run import FINAL, Run
 from peft_posthoc.cli.options import CHOICE, NAMES, option
 from peft_posthoc.cli.output import one_line_errors
-from peft_posthoc.cli.ranks import RANK, WORDS, Asked
+from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.json_file import read_json
+from peft_posthoc.ranks.words import WORDS
 
 
 class _AsTheRun(click.Command):

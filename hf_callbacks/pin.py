@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft_posthoc.checkpoints.files import is_index, shards_of, weight_files
+from peft_posthoc.checkpoints.model_files import is_index, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import staged
 

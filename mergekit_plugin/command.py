@@ -30,8 +30,10 @@ from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import PosthocError, noting
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.prepare import prepare
-from peft_posthoc.extraction.request import Options, Request
+from peft_posthoc.extraction.request import OPTIONS, Options, Request
 from peft_posthoc.models.remote_code import no_prompts
+from peft_posthoc.ranks.rules import Rank
+from peft_posthoc.text import asked_on
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +71,7 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
     "vocab",
     default=None,
     show_default=False,
-    help="Where the merge has more tokens, or fewer: stop, compare what both have, or keep its embeddings whole "
-    "(in the peft form).  [default: leave them out]",
+    help=f"{OPTIONS['vocab'].help}  [default: leave embeddings out]",
 )
 @add_merge_options  # type: ignore[untyped-decorator]
 def main(
@@ -135,7 +136,7 @@ def main(
             _only_parameters({"rank_pattern": rank_pattern, **choice}, form)
             _as_merged({"serve-as": serve_as, "vocab": vocab, **beyond})
             choice = {"choose": merge.choose, "exact": merge.exact}
-            rule = rank.one() if rank.shares_out() else merge.ranks
+            rule: Rank | Mapping[str, Rank] = (rank.one() or 32) if rank.shares_out() else merge.ranks
         else:
             choice |= {"rank_pattern": rank_pattern, "serve_as": serve_as, "vocab": vocab or "error"}
             rule = rank.one() or 32
@@ -151,6 +152,8 @@ def main(
         progress = not merge_options.quiet
         model = noting(f"The merged model is in `{out_path}`, without an adapter.")
         if merge.by_phlora or no_model:
+            if merge.by_phlora:  # What is carried is said in CONFIG.
+                done.enter_context(asked_on("mergekit"))
             adapter = extract(merge.base, merge.result, request, progress=progress)
         if merge.by_phlora and not no_model:
             factors = {name: layer.lowrank for name, layer in adapter.layers.items()}

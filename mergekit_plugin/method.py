@@ -20,7 +20,7 @@ from mergekit.merge_methods import (
 from torch import Tensor
 
 from mergekit_plugin.models import folder_of, plan_of
-from mergekit_plugin.parameters import refuse_unknown
+from mergekit_plugin.patch_resolver import patch_resolver
 from mergekit_plugin.settings import PARAMETERS, Settings
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.checkpoints.memory import InMemory
@@ -71,7 +71,7 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
 
     def validate_inputs(self, *inputs: Any, **named: Any) -> None:
         """As mergekit does it, before anything is planned."""
-        refuse_unknown(NAME)
+        patch_resolver(NAME)
         super().validate_inputs(*inputs, **named)
 
     @asked_on("mergekit")

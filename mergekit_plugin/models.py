@@ -50,7 +50,7 @@ def described(headers: Mapping[str, Header], label: str, config: Mapping[str, An
     return checkpoint
 
 
-class Stored:
+class AsMerged(Checkpoint):
     """A model on disk under the names, and in the type, in which a merge reads it.
 
     mergekit finds a weight under its name or another one, or makes it from several as transformers does (the experts of
@@ -61,10 +61,6 @@ class Stored:
         weights: What the merge asks for.
         dtype: What it casts to, if it does.
     """
-
-    module = None
-    folder = None  # transformers would load it under its own names, in its own type
-    sequential = False
 
     def __init__(self, checkpoint: Checkpoint, weights: Iterable[WeightInfo], dtype: torch.dtype | None) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype

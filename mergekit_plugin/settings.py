@@ -11,7 +11,9 @@ from pydantic import Field
 
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.ranks.rules import fixed
-from peft_posthoc.ranks.spelling import LIMITS, parse
+from peft_posthoc.ranks.spelling import parse
+from peft_posthoc.ranks.words import LIMITS, OF_ONE
+from peft_posthoc.text import asked_on
 
 _WHOLE = ("rank", *LIMITS)
 # Of the non-base input: mergekit then looks for a value at the model too, then at the slice, the module and the top.
@@ -57,18 +59,19 @@ class Settings:
     exact: bool
 
     def __post_init__(self) -> None:
-        given = [f"`{name}`" for name in ("rank", "energy", "error") if getattr(self, name) is not None]
+        given = [f"`{name}`" for name in OF_ONE if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(
                 f"`parameters` of `merge_method: phlora` give both {' and '.join(given)}. Give one of them."
             )
 
     @property
+    @asked_on("mergekit")
     def rule(self) -> RankRule | None:
         """The rank rule; None if the weight is not to be carried."""
         if self.rank is not None and self.rank != "auto" and not round(self.rank):
             return None
-        said = {name: getattr(self, name) for name in ("rank", "energy", "error", *LIMITS)}
+        said = {name: getattr(self, name) for name in (*OF_ONE, *LIMITS)}
         # A gradient over layers gives numbers between two whole ones.
         whole = {name: round(value) for name, value in said.items() if isinstance(value, float) and name in _WHOLE}
         return cast(RankRule, parse(said | whole) or fixed(32))

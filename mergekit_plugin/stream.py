@@ -40,7 +40,7 @@ class Taken(Task[Tensor | None], frozen=True):  # type: ignore[misc, call-arg]
         return tensor if tensor is None or wanted is None else tensor.to(wanted)
 
 
-class Stream:
+class Stream(Checkpoint):
     """A checkpoint (`peft_posthoc.Checkpoint`) that mergekit makes, in its own order, as it is read.
 
     Args:
@@ -52,10 +52,6 @@ class Stream:
         beside: What mergekit does not make, and is read from where it is.
     """
 
-    revision = None
-    folder = None
-    module = None
-    identity = None
     sequential = True
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree.
+"""Errors, as one tree.
 
     PosthocError                    everything below; the command line prints it as one line
     ├── CheckpointError             a checkpoint cannot be found, read or trusted

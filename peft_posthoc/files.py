@@ -43,7 +43,7 @@ def staged(
         A path in a new folder beside the target: moving it is a rename within one file system.
 
     Raises:
-        AdapterError: It cannot be written, or without `force` something is there by now.
+        AdapterError: The output cannot be written, or without `force` something is there by now.
     """
     place, label = Path(os.path.realpath(target)), target if called is None else called
     missing = [path for path in place.parents if not path.exists()]
@@ -90,7 +90,7 @@ def check_free(target: str | os.PathLike[str], *, is_file: bool = False) -> bool
         Whether something is there that would have to be replaced.
 
     Raises:
-        AdapterError: It cannot be written there, whatever is replaced.
+        AdapterError: Nothing can be written there, whatever is replaced.
     """
     place = Path(target)
     above = next((path for path in place.parents if path.exists()), place.parent)
@@ -132,8 +132,23 @@ def check_apart(folder: Path, files: Collection[str], ours: Collection[str], spo
             )
 
 
+def free_at(path: Path) -> int:
+    """Free bytes on the disk of a path, which need not be there yet."""
+    return shutil.disk_usage(_above(path)).free
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Tell whether what is written to two paths, which need not be there yet, takes the same disk's room."""
+    return _above(one).stat().st_dev == _above(other).stat().st_dev
+
+
+def _above(path: Path) -> Path:
+    path = path.absolute()
+    return next(there for there in (path, *path.parents) if there.exists())
+
+
 def files_in(folder: Path, names: Collection[str]) -> set[str]:
-    """Those of the names that are files or links in the folder."""
+    """The names that are files or links in the folder."""
     return {name for name in names if (folder / name).is_file() or (folder / name).is_symlink()}
 
 
@@ -150,7 +165,7 @@ def _bring_back(old: Path, place: Path, ours: Collection[str]) -> None:
     """Move what is not of the earlier output into the new one.
 
     Raises:
-        AdapterError: It cannot be moved. It is where it was moved to first.
+        AdapterError: A file cannot be moved, and stays in `old`.
     """
     try:
         try:
@@ -194,7 +209,7 @@ def regular(path: Path) -> Path:
     """The path itself, seen not to be a pipe, a socket or a device before anybody opens it.
 
     Raises:
-        OSError: It is one, or is not there.
+        OSError: The path is one of these, or is not there.
     """
     if kind := _KINDS.get(stat.S_IFMT(path.stat().st_mode)):
         raise OSError(f"it is {kind}, not a regular file")
@@ -225,7 +240,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
         content: All of it; text becomes UTF-8.
 
     Raises:
-        OutputError: It cannot be written. What was there still is.
+        OutputError: The file cannot be written. An earlier one is still there.
     """
     content = content.encode() if isinstance(content, str) else content
     try:

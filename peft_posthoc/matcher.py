@@ -28,7 +28,7 @@ def limit_memory() -> None:
 
 
 def answer(how: str, patterns: Sequence[str], names: Sequence[str], replacement: str, first: bool) -> dict[str, Any]:
-    """What each pattern matches, as numbers of names; or, in the place of each name, what it becomes.
+    """The matches of each pattern, as numbers of names; or the names with the matches replaced.
 
     Args:
         how: The function of a compiled pattern: `search`, `match`, `fullmatch`, or `sub`.

@@ -19,7 +19,7 @@ from peft_posthoc import matcher
 from peft_posthoc.text import asked
 
 SECONDS = 5.0
-"""What all patterns of one call may take; honest ones take thousandths."""
+"""Time for all patterns of one call; honest ones take thousandths."""
 
 # Nothing that means anything but itself: letters, digits, `_`, `-`, and whatever else with a backslash before it.
 _PLAIN = re.compile(r"(?:[\w-]|\\\W)*")
@@ -51,7 +51,7 @@ def matched(pattern: str, names: Collection[str], how: How) -> set[str]:
     """The names that a pattern is found in (`search`), that begin with it (`match`) or that it is (`fullmatch`).
 
     Raises:
-        PatternError: It is no regular expression, or takes too long.
+        PatternError: The pattern is no regular expression, or takes too long.
     """
     text = _plain(pattern)
     if text is not None and how == "search":
@@ -69,7 +69,7 @@ def asked_for(pattern: str, names: Collection[str], option: str) -> set[str]:
     """The names that a pattern of the user's is found in.
 
     Raises:
-        ValueError: It is no regular expression, or takes too long.
+        ValueError: The pattern is no regular expression, or takes too long.
     """
     try:
         return matched(pattern, names, "search")
@@ -81,7 +81,7 @@ def first_matches(patterns: Iterable[str], names: Iterable[str]) -> dict[str, st
     """By name, the first of the patterns that it ends in, as PEFT reads the keys of `rank_pattern` and `alpha_pattern`.
 
     Raises:
-        PatternError: One is no regular expression, or they take too long.
+        PatternError: A pattern is no regular expression, or all take too long.
     """
     keys, listed = list(patterns), list(names)
     if not keys or not listed:
@@ -117,7 +117,7 @@ def first_matches(patterns: Iterable[str], names: Iterable[str]) -> dict[str, st
 
 
 def replaced(pattern: str, replacement: str, names: Sequence[str]) -> list[str]:
-    """What becomes of each name where the replacement takes the place of what the pattern matches.
+    """The names, with the replacement in place of each match of the pattern.
 
     Raises:
         PatternError: They are no regular expression and its replacement, or take too long.
@@ -149,7 +149,7 @@ def _ask(
     replacement: str = "",
     first: bool = False,
 ) -> Any:
-    """What `matcher.answer` says.
+    """The answer of `matcher.answer`.
 
     Args:
         how: As there.
@@ -160,7 +160,7 @@ def _ask(
         first: As there.
 
     Raises:
-        PatternError: One is no regular expression, or they take too long.
+        PatternError: A pattern is no regular expression, or all take too long.
     """
     listed = list(names)
     asked = {"how": how, "patterns": patterns, "names": listed, "replacement": replacement, "first": first}

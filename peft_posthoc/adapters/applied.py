@@ -7,49 +7,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_posthoc.adapters.config import CONFIG, WEIGHTS
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.reader import AdapterFile
+from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
-from peft_posthoc.checkpoints.files import state_of
+from peft_posthoc.checkpoints.model_files import state_of
+from peft_posthoc.checkpoints.quantized import quantized
+from peft_posthoc.errors import CheckpointError
 from peft_posthoc.models.find import layout_of
 
 
-class Applied:
+class Applied(Checkpoint):
     """A checkpoint with a PEFT LoRA adapter on it. What it changes is in float32, not rounded to the base's dtype.
 
     A tensor that two modules share, of which the adapter changes one, or each in its own way, is no longer shared: the
     second one's is a new tensor.
     """
 
-    module: nn.Module | None = None
-    # transformers alone cannot load a model from it.
-    folder: Path | None = None
-
-    def __init__(self, base: Checkpoint, adapter: Path, *, label: str, revision: str | None = None) -> None:
+    def __init__(
+        self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None
+    ) -> None:
         """Put an adapter on a checkpoint.
 
         Args:
             base: The model.
-            adapter: The adapter's folder.
+            adapter: The adapter, or its folder.
             label: What messages and reports call the two.
             revision: The adapter's commit, if it is from the hub.
 
         Raises:
             AdapterError: It does not fit, or is more than base + b @ a.
+            CheckpointError: The base holds quantized what it changes.
         """
         self.label = label
         self.revision = revision
-        self.config = base.config
         self.sequential = base.sequential
-        self._on = AdapterOnModel(LoraFolder(adapter), base, layout_of(base))
+        folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
+        layout = layout_of(base)
+        coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
+        if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
+            name, how = coded[adapted]
+            raise CheckpointError(
+                f"`{folder.label}` adds to `{name}`, which `{base.label}` holds quantized ({how}); its numbers need "
+                "their scales. Give the model that it was made from."
+            )
+        self._on = AdapterOnModel(folder, base, layout)
+        size = resize_of(self._on)
+        self.config = base.config if size is None or base.config is None else size.config(base.config)
         self._made = self._changed()
-        self.headers: Mapping[str, Header] = dict(base.headers) | {
+        self.headers: Mapping[str, Header] = dict(self._on.base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
-        states = [[str(adapter.resolve()), file, *state_of(adapter / file)[1:]] for file in (CONFIG, WEIGHTS)]
+        states = [[str(file.parent.resolve()), file.name, *state_of(file)[1:]] for file in folder.files]
         self.identity: Any = [base.identity, states] if base.identity is not None else None
 
     def read(self, name: str) -> Tensor:
@@ -61,7 +73,7 @@ class Applied:
         return after.to(dtype)
 
     def _changed(self) -> dict[str, tuple[str, str | None]]:
-        """By name here, the tensors that are made: the model's name, and the base's tensor that each is made from."""
+        """Names of the tensors that are made; each with the model's own name, and the base's tensor it is made from."""
         on, layout = self._on, self._on.layout
         made: dict[str, tuple[str, str | None]] = {}
         used: set[str] = set()

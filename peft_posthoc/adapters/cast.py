@@ -61,7 +61,7 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def cast_biases(biases: Mapping[str, Float[Tensor, " m"]], dtype: torch.dtype) -> dict[str, Float[Tensor, " m"]]:
-    """What is added to the biases of modules, in a type.
+    """Sums for the biases of modules, in a type.
 
     One that is nothing beside the others may be nothing in the type: of a key's bias, softmax sees nothing, and so
     training moves it by rounding alone.
@@ -94,7 +94,7 @@ def _overflow(x: Tensor, saved: Tensor) -> bool:
 
 
 def _held(a: Tensor, b: Tensor, saved_a: Tensor, saved_b: Tensor) -> bool:
-    """Whether a type holds the product up to its rounding."""
+    """Tell whether a type holds the product up to its rounding."""
     if not len(a):
         return True
     size, lost = _sizes(a, b, saved_a, saved_b)
@@ -105,7 +105,7 @@ def _held(a: Tensor, b: Tensor, saved_a: Tensor, saved_b: Tensor) -> bool:
 
 
 def _sizes(a: Tensor, b: Tensor, saved_a: Tensor, saved_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every row of `a` with its column of `b`: the norm of their product, and a bound on what casting changed."""
+    """Norms of the product of every row of `a` with its column of `b`, and bounds on what casting changed."""
     sizes, losses = [], []
     for start in range(0, len(a), 64):  # Copies in float64 of all at once would be as large as the delta.
         part = slice(start, start + 64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft_posthoc.patterns import PatternError, check_patterns, first_matches, m
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-"""What PEFT once wrote instead."""
+"""The file that PEFT once wrote instead."""
 # No weight has as many rows.
 _LARGEST_RANK = 2**31 - 1
 
@@ -134,7 +135,7 @@ _VALUES: Mapping[str, Callable[[Any], bool]] = {
 
 
 def read_config(where: Path) -> dict[str, Any]:
-    """What the configuration in an adapter folder says: the one reader of it, whoever wrote it.
+    """The configuration in an adapter folder: the one reader of it, whoever wrote it.
 
     Raises:
         AdapterError: It is not readable, not a LoRA adapter's, or sets a key to what is no value for it.
@@ -152,10 +153,8 @@ def read_config(where: Path) -> dict[str, Any]:
         if key in config and not fits(config[key]):
             raise _unreadable(where, f"its configuration {_no_value(key, config[key], fits)}")
     for key, patterns in patterns_of(config).items():
-        try:
+        with _wording(key, where):
             check_patterns(patterns)
-        except PatternError as error:
-            raise AdapterError(_wrong_pattern(key, where, error)) from error
     return config
 
 
@@ -173,7 +172,7 @@ def _no_value(key: str, value: Any, fits: Callable[[Any], bool]) -> str:
 
 
 def patterns_of(config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """By key, what PEFT reads as regular expressions."""
+    """The values that PEFT reads as regular expressions, by key."""
     found = {key: list(config.get(key) or ()) for key in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     found |= {key: [config[key]] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)}
     layers = config.get("layers_pattern") or []
@@ -181,16 +180,14 @@ def patterns_of(config: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def by_pattern(config: Mapping[str, Any], key: str, names: Iterable[str], where: object) -> dict[str, Any]:
-    """By name, what `rank_pattern` or `alpha_pattern` gives it; not of those that have what all others have.
+    """The value that `rank_pattern` or `alpha_pattern` gives each of these names that a pattern matches.
 
     Raises:
         AdapterError: A pattern takes too long.
     """
     own = config.get(key) or {}
-    try:
+    with _wording(key, where):
         return {name: own[pattern] for name, pattern in first_matches(own, names).items()}
-    except PatternError as error:
-        raise AdapterError(_wrong_pattern(key, where, error)) from error
 
 
 def meant(config: Mapping[str, Any], key: str, names: Collection[str], where: object) -> set[str]:
@@ -203,10 +200,8 @@ def meant(config: Mapping[str, Any], key: str, names: Collection[str], where: ob
     if not isinstance(target, str):
         ends = tuple(f".{name}" for name in target or ())
         return {name for name in names if f".{name}".endswith(ends)}
-    try:
+    with _wording(key, where):
         return matched(target, names, "fullmatch")
-    except PatternError as error:
-        raise AdapterError(_wrong_pattern(key, where, error)) from error
 
 
 def in_layers_named(config: Mapping[str, Any], names: Collection[str], where: object) -> set[str]:
@@ -220,12 +215,9 @@ def in_layers_named(config: Mapping[str, Any], names: Collection[str], where: ob
         return set(names)
     inside = "|".join([patterns] if isinstance(patterns, str) else patterns) or "[^.]*"
     listed, wanted = list(names), {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
-    try:
+    with _wording("layers_pattern", where, inside):
         # The first number that there is, as PEFT 0.21 has it.
         made = replaced(rf"(?s)\A.*?\.(?:{inside})\.(?P<layer>\d+)\..*\Z", r"=\g<layer>", listed)
-    except PatternError as error:
-        told = PatternError(inside, error.problem)
-        raise AdapterError(_wrong_pattern("layers_pattern", where, told)) from error
     return {name for name, own in zip(listed, made, strict=True) if own[:1] == "=" and _number(own[1:]) in wanted}
 
 
@@ -237,7 +229,7 @@ def try_patterns(config: Mapping[str, Any], names: Collection[str], where: objec
     """See before PEFT does whether its patterns take too long for the names of a model's modules: PEFT would wait.
 
     Raises:
-        AdapterError: One does.
+        AdapterError: One of them takes too long.
     """
     for key in ("rank_pattern", "alpha_pattern"):
         by_pattern(config, key, names, where)
@@ -245,13 +237,24 @@ def try_patterns(config: Mapping[str, Any], names: Collection[str], where: objec
         meant(config, key, names, where)
     in_layers_named(config, names, where)
     for name in config.get("modules_to_save") or ():
-        try:
+        with _wording("modules_to_save", where, name):
             matched(rf"(^|.*\.){name}($|\..*)", names, "match")
-        except PatternError as error:
-            told = PatternError(name, error.problem)
-            raise AdapterError(_wrong_pattern("modules_to_save", where, told)) from error
 
 
-def _wrong_pattern(key: str, where: object, error: PatternError) -> str:
-    problem = error.problem.replace("is not a regular expression", "is no regular expression")
-    return f"`{key}` of `{where}` holds `{error.pattern}`, which {problem}."
+@contextmanager
+def _wording(key: str, where: object, pattern: str | None = None) -> Iterator[None]:
+    """Word the error of a pattern as one of the adapter's configuration.
+
+    Args:
+        key: In the configuration.
+        where: The adapter.
+        pattern: The pattern as the configuration has it, if another one is tried.
+
+    Raises:
+        AdapterError: The pattern is none, or takes too long.
+    """
+    try:
+        yield
+    except PatternError as error:
+        problem = error.problem.replace("is not a regular expression", "is no regular expression")
+        raise AdapterError(f"`{key}` of `{where}` holds `{pattern or error.pattern}`, which {problem}.") from error

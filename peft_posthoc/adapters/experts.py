@@ -26,7 +26,7 @@ def targeted_stacks(modules: Collection[str], layout: Layout) -> list[Stack]:
 
 
 def target_parameters(stacks: Iterable[Stack]) -> list[str]:
-    """What PEFT calls them."""
+    """PEFT's names for stacks."""
     return sorted({_suffix(stack) for stack in stacks})
 
 
@@ -36,7 +36,7 @@ def _suffix(stack: Stack) -> str:
 
 
 def places_in_file(stacks: Iterable[Stack]) -> dict[str, str]:
-    """By stack, the module that holds its factors in the file."""
+    """The module that holds each stack's factors in the file."""
     by_module: dict[str, list[str]] = {}
     for stack in stacks:
         by_module.setdefault(stack.name.rpartition(".")[0], []).append(stack.name)

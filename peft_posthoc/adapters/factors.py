@@ -25,8 +25,16 @@ class Factors(NamedTuple):
         b[:, : len(self.a)] = self.b
         return Factors(a, b)
 
+    def to(self, like: Tensor | torch.dtype | torch.device) -> Factors:
+        """The same on another device, or of another type."""
+        return Factors(self.a.to(like), self.b.to(like))
+
+    def product(self) -> Float[Tensor, "m n"]:
+        """`b @ a`."""
+        with full_precision(), torch.no_grad():
+            return self.b @ self.a
+
     def added(self, base: Tensor, kind: LayerKind) -> Tensor:
         """`base + b @ a` as the weight is stored, in float32, or float64 where one of them is."""
-        with full_precision(), torch.no_grad():
-            product = kind.weight(self.b.to(base.device) @ self.a.to(base.device), tuple(base.shape))
+        product = kind.weight(self.to(base.device).product(), tuple(base.shape))
         return base.to(torch.promote_types(torch.promote_types(torch.float32, base.dtype), product.dtype)) + product

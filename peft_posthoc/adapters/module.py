@@ -17,14 +17,14 @@ Kind = Literal["linear", "embedding", "convolution", "experts"]
 
 @dataclass(frozen=True)
 class Module:
-    """What an adapter file says of one module that has factors."""
+    """One module of an adapter file that has factors."""
 
     name: str
     """PEFT's, without the prefix."""
     kind: Kind
     rank: int
     scale: float
-    """What PEFT multiplies the product with."""
+    """The number that PEFT multiplies the product with."""
     filed: Factored
     """Names and shapes of its tensors."""
     experts: int = 1
@@ -37,12 +37,12 @@ class Module:
         return self.filed.size
 
     def tensor_names(self) -> tuple[str, str]:
-        """What its factors are called in the file."""
+        """Names of its factors in the file."""
         return self.filed.a_name, self.filed.b_name
 
     @property
     def bias_name(self) -> str:
-        """What is added to its bias is called so in the file."""
+        """Name in the file of what is added to its bias."""
         return f"{PREFIX}{self.name}.lora_B.bias"
 
     def split(self, a: Tensor, b: Tensor) -> list[Factors]:

@@ -1,4 +1,4 @@
-"""What PEFT takes names of modules to mean."""
+"""Names of modules, as PEFT takes them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from peft_posthoc.models.layout import GUESSED, Layout, ends
 
 PREFIX = "base_model.model."
-"""What PEFT puts before every name in a file."""
+"""PEFT's beginning of every name in a file."""
 
 
 def own_name(name: str) -> str:
-    """What the model itself calls a tensor of a file."""
+    """The model's own name of a tensor in a file."""
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 

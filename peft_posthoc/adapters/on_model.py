@@ -17,6 +17,7 @@ from peft_posthoc.adapters.names import own_name
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.kinds import EMBEDDING, LINEAR
 from peft_posthoc.models.layout import Layout, Stack
 from peft_posthoc.models.slots import Slot
@@ -36,7 +37,7 @@ class Place(NamedTuple):
 
 
 class AdapterOnModel:
-    """What an adapter adds to the matrices of its base.
+    """An adapter on its base: what is added to each matrix.
 
     Matrices of experts are one for each expert and projection, by the names that their modules have on disk where each
     expert has modules of its own; where it has none (gpt-oss), one for each expert of the model's parameter:
@@ -53,15 +54,18 @@ class AdapterOnModel:
 
     def __init__(self, folder: AdapterFile, base: Checkpoint, layout: Layout) -> None:
         self.folder = folder
-        self.base = base
+        self.stored = base
+        """The base as it was given."""
+        self.base = as_model(base, layout)
+        """The same in the model's own tensors."""
         self.stacks = layout.stacks
         modules = {module: LINEAR for stack in self.stacks for parts in stack.parts for module in map(_module, parts)}
         self.layout = replace(layout, kinds={**layout.kinds, **layout.mistaken, **modules})
         copies = [name for name in folder.whole if name.endswith(".base_layer.weight")]
         self.whole = {own_name(name): name for name in folder.whole if name not in copies}
-        """By the model's name, the file's name of what takes the place of the base's tensor."""
+        """The file's names of tensors that take the place of the base's, by the model's names."""
         self.base_layers = {own_name(name): name for name in copies}
-        """The same of what takes its place before the factors are added."""
+        """The same of those that take its place before the factors are added."""
         self.replaced = self.base_layers | self.whole
         """Both."""
         self.slots: Mapping[str, Slot] = self._slots()
@@ -99,7 +103,7 @@ class AdapterOnModel:
         return Factors(a, b if rows is None else b[rows])
 
     def padded(self, name: str, rank: int, dtype: torch.dtype) -> Factors:
-        """The same, padded with zeros to a rank, in a dtype.
+        """The factors of a matrix padded with zeros to a rank, in a dtype.
 
         Raises:
             AdapterError: The dtype does not hold a factor.
@@ -107,7 +111,7 @@ class AdapterOnModel:
         return Factors(*cast(*self.factors(name), dtype, name, rank=rank))
 
     def bias(self, module: str) -> Tensor:
-        """What is added to a module's bias, in float64."""
+        """The summand of a module's bias, in float64."""
         found = self.folder.bias(module)
         if found is None:
             raise KeyError(module)
@@ -119,32 +123,37 @@ class AdapterOnModel:
         return tuple(stack for stack in self.stacks if not names.isdisjoint(matrices(stack)))
 
     def alike(self, owner: str, user: str) -> bool:
-        """Whether the adapter does the same to a tensor under each of two names that the model has for it."""
+        """Tell whether the adapter does the same to a tensor under each of two names that the model has for it."""
         whole = [self.whole.get(name) for name in (owner, user)]
         if any(whole):
             return all(whole) and torch.equal(*(self.folder.tensor(str(key)) for key in whole))
-        modules = [_module(name) for name in (owner, user)]
-        if not any(map(self.rank_of, modules)):
+        if owner in self._stacks and user in self._stacks:
+            both = zip(*(self._matrices(self._stacks[name]) for name in (owner, user)), strict=True)
+            return all(self._add_alike(*pair) for pair in both)
+        return self._add_alike(_module(owner), _module(user))
+
+    def _add_alike(self, owner: str, user: str) -> bool:
+        if not any(map(self.rank_of, (owner, user))):
             return True
-        if not self.slots.keys() >= {*modules}:
+        if not self.slots.keys() >= {owner, user}:
             return False
-        one, other = map(self._stored, modules)
+        one, other = map(self._stored, (owner, user))
         apart = Factors(torch.cat([one.a, other.a]), torch.cat([one.b, -other.b], dim=1))
         return _norm(apart) <= _ALIKE * max(_norm(one), _norm(other))
 
     def changes(self, name: str) -> bool:
-        """Whether the model's tensor of this name is another one with the adapter."""
+        """Tell whether the model's tensor of this name is another one with the adapter."""
         return name in self.replaced or self.adds(name)
 
     def adds(self, name: str) -> bool:
-        """Whether something is added to the model's tensor of this name."""
+        """Tell whether something is added to the model's tensor of this name."""
         module, _, leaf = name.rpartition(".")
         if name in self._stacks:
             return any(map(self.rank_of, self._matrices(self._stacks[name])))
         return bool(self.rank_of(module)) if leaf == "weight" else leaf == "bias" and module in self.biases
 
     def read(self, name: str, source: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What PEFT computes with in place of a tensor of the base.
+        """The tensor that PEFT computes with in place of one of the base.
 
         Args:
             name: The model's name of it.
@@ -199,7 +208,7 @@ class AdapterOnModel:
             )
 
     def notes(self) -> list[str]:
-        """What of the file is the base's own and is left out."""
+        """Sentences about tensors in the file that are the base's own and are left out."""
         return [f"`{name}` in the file is the base's own and was left out." for name in self.base_layers]
 
     def _stored(self, module: str) -> Factors:
@@ -208,9 +217,7 @@ class AdapterOnModel:
         return Factors(b.mT, a.mT) if self.slots[module].kind.transposed else Factors(a, b)
 
     def _wide(self, name: str, before: Tensor) -> Factors:
-        wide = torch.promote_types(torch.float32, before.dtype)
-        a, b = self.factors(name)
-        return Factors(a.to(wide), b.to(wide))
+        return self.factors(name).to(torch.promote_types(torch.float32, before.dtype))
 
     def _stacked(self, before: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
         names = self._matrices(stack)

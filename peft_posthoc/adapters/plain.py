@@ -1,4 +1,4 @@
-"""Whether what an adapter adds to the weights is the product of its factors and nothing else, by its configuration."""
+"""Adapters that are more than the product of their factors, found by their configuration."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Adapters as they lie on disk, read one module at a time: modules, their factors, and tensors kept whole.
-
-`LoraFolder` reads PEFT's folder. Another format is another class with the attributes of `AdapterFile`.
-"""
+"""Adapters as they lie on disk, read one module at a time: modules, their factors, and tensors kept whole."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.adapters.cast import widest
-from peft_posthoc.adapters.config import PICKLE, WEIGHTS, read_config
+from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS, read_config
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.module import Kind, Module
 from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.adapters.plain import not_plain
 from peft_posthoc.adapters.scale import parameters_of, settings
 from peft_posthoc.adapters.tensors import Factored, factored, is_whole
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import File
 from peft_posthoc.errors import AdapterError, CheckpointError
 
@@ -30,27 +27,29 @@ class AdapterFile(Protocol):
     """An adapter in any format: what it adds to the modules of a model, and what takes the place of its tensors."""
 
     label: str
-    """What messages call it."""
+    """Its name in messages."""
     place: Path
     config: Mapping[str, Any]
     """In PEFT's words."""
     modules: Mapping[str, Module]
-    """By the model's names, what is known of each module with factors."""
+    """The modules with factors, by the model's names."""
     whole: tuple[str, ...]
     """Names of the tensors that take the place of the base's: the model's, behind PEFT's prefix."""
     headers: Mapping[str, Header]
+    files: tuple[Path, ...]
+    """Those that it is read from."""
 
     def factors(self, module: str) -> list[Factors]:
         """The factors of each of a module's deltas, their scale folded into `b`, in float64."""
 
     def bias(self, module: str) -> Tensor | None:
-        """What is added to a module's bias, the scale folded in, in float64; None where LoRA has none."""
+        """The summand of a module's bias, the scale folded in, in float64; None where LoRA has none."""
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that is kept whole, as it is in the file."""
 
     def dtype(self) -> torch.dtype:
-        """Of the factors: the widest."""
+        """The widest type of the factors."""
 
 
 class LoraFolder:
@@ -68,6 +67,7 @@ class LoraFolder:
         self.label = str(folder)
         where = Path(folder)
         self.place = where.absolute()
+        self.files: tuple[Path, ...] = (where / CONFIG, where / WEIGHTS)
         if not (where / WEIGHTS).exists() and (where / PICKLE).is_file():
             raise AdapterError(
                 f"`{where}` holds a pickle, `{PICKLE}`, which is not executed here. Load it with PEFT where you trust "
@@ -77,9 +77,13 @@ class LoraFolder:
         if (why := not_plain(self.config)) is not None:
             raise AdapterError(f"`{where}` is no plain LoRA delta: {why}.")
         try:
-            self._file = File(where / WEIGHTS, label=self.label)
+            self._file: Checkpoint = File(where / WEIGHTS, label=self.label)
         except CheckpointError as error:
             raise AdapterError(f"`{where}` is not a readable LoRA adapter: {str(error).removesuffix('.')}.") from error
+        self._sort()
+
+    def _sort(self) -> None:
+        """Sort the file's tensors into modules with factors and what is kept whole."""
         self.headers: Mapping[str, Header] = self._file.headers
         self.modules: Mapping[str, Module] = {module.name: module for module in self._modules()}
         taken = {key for module in self.modules.values() for key in module.tensor_names()}
@@ -88,7 +92,7 @@ class LoraFolder:
         strangers = [name for name in self.whole if not is_whole(name, self.config, self.modules)]
         if strangers or not self.modules:
             what = f"tensors that are no LoRA factors: {', '.join(strangers[:5])}" if strangers else "no LoRA factors"
-            raise AdapterError(f"`{where}` holds {what}.")
+            raise AdapterError(f"`{self.label}` holds {what}.")
 
     def factors(self, module: str) -> list[Factors]:
         """The factors of each of a module's deltas, their scale folded into `b`, in float64."""
@@ -97,7 +101,7 @@ class LoraFolder:
         return [Factors(one.a, one.b * found.scale) for one in found.split(a, b)]
 
     def bias(self, module: str) -> Tensor | None:
-        """What is added to a module's bias, the scale folded in, in float64; None where LoRA has none."""
+        """The summand of a module's bias, the scale folded in, in float64; None where LoRA has none."""
         found = self.modules[module]
         return self._file.read(found.bias_name).double() * found.scale if found.bias else None
 
@@ -106,16 +110,8 @@ class LoraFolder:
         return self._file.read(name)
 
     def dtype(self) -> torch.dtype:
-        """Of the factors: the widest."""
+        """The widest type of the factors."""
         return widest(self.headers[key].dtype for module in self.modules.values() for key in module.tensor_names())
-
-    def bytes(self) -> int:
-        """What its tensors take."""
-        return sum(header.bytes for header in self.headers.values())
-
-    def bytes_of(self, name: str) -> int:
-        """What one tensor takes."""
-        return self.headers[name].bytes
 
     def _modules(self) -> Iterator[Module]:
         found = {

@@ -13,7 +13,7 @@ _RANK, _ALPHA = 8, 8
 
 
 class Setting(NamedTuple):
-    """What a configuration says of one module or parameter."""
+    """Rank and scale of one module or parameter."""
 
     rank: int
     scale: float
@@ -30,7 +30,7 @@ def alpha_of(config: Mapping[str, Any]) -> float:
 
 
 def settings(config: Mapping[str, Any], names: Collection[str], where: object) -> dict[str, Setting]:
-    """By module or parameter, its rank and scale.
+    """Ranks and scales by module or parameter.
 
     Args:
         config: The adapter's.

@@ -52,7 +52,7 @@ class Factored(NamedTuple):
 
 
 def factored(headers: Mapping[str, Header], label: str) -> dict[str, Factored]:
-    """By module, without PEFT's prefix, the factors in a file, whatever tool named them.
+    """Factors in a file by module, without PEFT's prefix, whatever tool named them.
 
     Raises:
         AdapterError: Two tensors that are no factors of one matrix are called so.
@@ -82,14 +82,14 @@ def factored(headers: Mapping[str, Header], label: str) -> dict[str, Factored]:
 
 
 def kept_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT takes a tensor to belong to one of `modules_to_save`: by the end of a module's name."""
+    """Tell whether PEFT takes a tensor to belong to one of `modules_to_save`: by the end of a module's name."""
     ends = tuple(config.get("modules_to_save") or ())
     parts = name.removeprefix(PREFIX).split(".")
     return any(".".join(parts[:depth]).endswith(ends) for depth in range(1, len(parts)))
 
 
 def is_whole(name: str, config: Mapping[str, Any], modules: Collection[str]) -> bool:
-    """Whether a tensor takes the place of the base's, by what the configuration says or PEFT does unasked.
+    """Tell whether a tensor takes the place of the base's, by what the configuration says or PEFT does unasked.
 
     It belongs to a module kept whole; or it is what PEFT saves beside factors: embeddings and head, the base's own
     weight of an adapted module, and all biases where the configuration says so. PEFT loads them without asking.

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS
-from peft_posthoc.checkpoints.files import weight_files
+from peft_posthoc.checkpoints.model_files import weight_files
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in, regular, staged
 from peft_posthoc.text import asked
@@ -27,7 +27,7 @@ _SPOIL = (".safetensors", "added_tokens.json")
 
 
 class Contents(NamedTuple):
-    """What goes into an adapter folder."""
+    """The contents of an adapter folder."""
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
@@ -61,11 +61,15 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
 def adapter_files(folder: Path) -> set[str]:
     """The files of an adapter that is there: what we or PEFT write, by name."""
     found = files_in(folder, (*_WRITTEN, PICKLE))
+    return found | {_CARD} if is_our_card(folder / _CARD) else found
+
+
+def is_our_card(page: Path) -> bool:
+    """Tell whether a page is there and was made by this program."""
     try:
-        ours = CARD_MARK in regular(folder / _CARD).read_text(encoding="utf-8", errors="replace")
+        return CARD_MARK in regular(page).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return found
-    return found | {_CARD} if ours else found
+        return False
 
 
 def write_folder(
@@ -100,7 +104,7 @@ def write_folder(
 
 
 def metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """What the file with the weights says of itself in its header."""
+    """Metadata for the header of the file with the weights."""
     return {"format": "pt", "phlora": json.dumps(provenance, sort_keys=True)}
 
 

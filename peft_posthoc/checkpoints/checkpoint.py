@@ -27,39 +27,24 @@ class Header(NamedTuple):
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """Named tensors, read one at a time."""
+    """Named tensors, read one at a time. A class derived from it names only what it has of what is None here."""
 
-    @property
-    def label(self) -> str:
-        """The user's own name for it: a path, a hub id, or the class of a live object."""
-
-    @property
-    def revision(self) -> str | None:
-        """The resolved commit of a hub id; None elsewhere."""
-
-    @property
-    def folder(self) -> Path | None:
-        """A folder that transformers can load it from, if there is one; a hub id's has the weights once one is read."""
-
-    @property
-    def identity(self) -> Any:
-        """Plain JSON values that change when the tensors do; None for tensors in memory."""
-
-    @property
-    def config(self) -> Mapping[str, Any] | None:
-        """The model's configuration (`config.json`), if there is one."""
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The live module, if it is one."""
-
-    @property
-    def headers(self) -> Mapping[str, Header]:
-        """Shape and dtype of every tensor, without reading one."""
-
-    @property
-    def sequential(self) -> bool:
-        """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
+    label: str
+    """The user's own name for it: a path, a hub id, or the class of a live object."""
+    headers: Mapping[str, Header]
+    """Shape and dtype of every tensor, without reading one."""
+    config: Mapping[str, Any] | None = None
+    """The model's configuration (`config.json`), if there is one."""
+    revision: str | None = None
+    """The resolved commit of a hub id; None elsewhere."""
+    identity: Any = None
+    """Plain JSON values that change when the tensors do; None for tensors in memory."""
+    folder: Path | None = None
+    """A folder that transformers can load it from, if there is one; a hub id's has the weights once one is read."""
+    module: nn.Module | None = None
+    """The live module, if it is one."""
+    sequential: bool = False
+    """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""

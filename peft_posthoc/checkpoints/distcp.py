@@ -14,11 +14,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.checkpoints.files import config_of, state_of, weight_files
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import is_plain
+from peft_posthoc.checkpoints.model_files import config_of, state_of, weight_files
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import regular
 
@@ -109,14 +109,8 @@ def _holds_shards(folder: Path) -> bool:
     return folder.is_dir() and any(True for pattern in (METADATA, "*.distcp") for _ in folder.glob(pattern))
 
 
-class Distcp:
+class Distcp(Checkpoint):
     """A folder of shards. Each tensor is put together from its pieces when it is asked for."""
-
-    revision: str | None = None
-    module: nn.Module | None = None
-    sequential = False
-    # transformers cannot load a model from it.
-    folder: Path | None = None
 
     def __init__(self, folder: Path, shards: Path, *, label: str) -> None:
         """Open the shards of a model.

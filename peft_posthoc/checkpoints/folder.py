@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Header, once
-from peft_posthoc.checkpoints.files import (
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, once
+from peft_posthoc.checkpoints.file_header import TYPES
+from peft_posthoc.checkpoints.model_files import (
     config_of,
     file_state,
     is_index,
@@ -29,28 +30,11 @@ from peft_posthoc.checkpoints.files import (
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import regular
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {code: dtype for dtype, code in TYPES.items()}
 
 
-class Folder:
+class Folder(Checkpoint):
     """A folder as `save_pretrained` writes it. Tensors are mapped from disk, and read when asked for."""
-
-    revision: str | None = None
-    module: nn.Module | None = None
-    sequential = False
 
     def __init__(self, folder: Path, *, label: str, revision: str | None = None) -> None:
         self.folder: Path = folder.absolute()
@@ -97,14 +81,8 @@ class Folder:
         return self._files[name].read(name)
 
 
-class File:
+class File(Checkpoint):
     """A single file of weights, as models are passed around without a folder. It brings no configuration."""
-
-    revision: str | None = None
-    folder: Path | None = None
-    module: nn.Module | None = None
-    config: Mapping[str, Any] | None = None
-    sequential = False
 
     def __init__(self, path: Path, *, label: str) -> None:
         self.label = label
@@ -229,7 +207,7 @@ class _Pickle:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor with a value for each of its elements."""
+    """Tell whether it is a tensor with a value for each of its elements."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from peft_posthoc.checkpoints.checkpoint import Header, once
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, once
 from peft_posthoc.errors import CheckpointError
 
 
-class InMemory:
+class InMemory(Checkpoint):
     """Tensors that are already there: a state dict or a module's."""
-
-    revision: str | None = None
-    folder: Path | None = None
-    identity: Any = None
-    sequential = False
 
     def __init__(self, tensors: Mapping[str, Tensor], *, label: str, module: nn.Module | None = None) -> None:
         self.label = label

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ class Piece(NamedTuple):
     """From the sources, in their order."""
 
 
-class View:
+class View(Checkpoint):
     """Another checkpoint, with other tensors made of its own."""
 
     def __init__(
@@ -43,21 +42,17 @@ class View:
         """
         self._checkpoint = checkpoint
         self._pieces = pieces
-        self._loadable = loadable
+        # Its own, if its files still fit.
+        self.folder = checkpoint.folder if loadable else None
         self.module = module
         self.label = checkpoint.label
         self.revision = checkpoint.revision
-        self.identity: Any = checkpoint.identity
+        self.identity = checkpoint.identity
         self.config = checkpoint.config
         self.sequential = checkpoint.sequential
         self.headers = {name: piece.header for name, piece in pieces.items()}
         self._held: dict[str, Tensor] = {}
         self._to_come = Counter(source for piece in pieces.values() for source in piece.sources)
-
-    @property
-    def folder(self) -> Path | None:
-        """The checkpoint's own, if its files still fit."""
-        return self._checkpoint.folder if self._loadable else None
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name."""
@@ -82,6 +77,11 @@ class View:
         if self._to_come[name] > 0:
             self._held[name] = tensor
         return tensor
+
+
+def seen(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint that a view, or a view of views, shows."""
+    return seen(checkpoint._checkpoint) if isinstance(checkpoint, View) else checkpoint
 
 
 def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:

@@ -16,11 +16,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.checkpoints.files import config_of, weight_files
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import is_plain
+from peft_posthoc.checkpoints.model_files import config_of, weight_files
 from peft_posthoc.errors import CheckpointError, MissingExtraError
 from peft_posthoc.files import check_folder
 
@@ -70,18 +70,12 @@ def _holds_partitions(folder: Path) -> bool:
     return any(True for pattern in (_OPTIMIZER, _MODEL) for _ in folder.glob(pattern))
 
 
-class Zero:
+class Zero(Checkpoint):
     """A folder of partitions. Tensors are the optimizer's float32, not their rounding to the model's dtype.
 
     Of stage 3 each tensor is put together when it is asked for. DeepSpeed's converter puts together all of stages 1 and
     2 at once: they take the whole model's size in memory.
     """
-
-    revision: str | None = None
-    module: nn.Module | None = None
-    sequential = False
-    # transformers cannot load a model from it.
-    folder: Path | None = None
 
     def __init__(self, folder: Path, partitions: Path, *, label: str) -> None:
         """Open the partitions of a model.

@@ -12,6 +12,7 @@ import click
 from peft_posthoc.extraction.request import OPTIONS
 from peft_posthoc.json_file import parse_json
 from peft_posthoc.patterns import PatternError, check_patterns
+from peft_posthoc.ranks.words import SHARED, WORDS
 
 if TYPE_CHECKING:
     from peft_posthoc.linalg.spectrum import RankRule
@@ -36,11 +37,6 @@ _OPTIONS = (
         "--round-to", type=int, metavar="R", help="Ranks are multiples of this: rounded up, in a budget down."
     ),
 )
-_RULES = ("rank", "energy", "error", "budget", "params")
-WORDS = (*_RULES, "weighting", "max_rank", "min_rank", "round_to")
-_SHARED = ("budget", "params")
-
-
 # Bytes of a file of ranks by hand: a pipe or a device may have no end.
 _LARGEST = 10_000_000
 
@@ -69,14 +65,26 @@ class Asked(NamedTuple):
 
     def shares_out(self) -> bool:
         """Whether ranks are shared out among all layers."""
-        return any(self.options[name] is not None for name in _SHARED)
+        return any(self.options[name] is not None for name in SHARED)
 
-    def rule(self) -> Any:
-        """The rule; None if there is none. Raises as `rule_of`."""
-        return rule_of(**self.options)
+    def rule(self) -> RankRule | Allocation | None:
+        """The rule; None if the options say nothing.
 
-    def one(self) -> Any:
-        """The same, where only one adapter is made.
+        Raises:
+            click.UsageError: They contradict one another, or are no numbers.
+            ValueError: A value makes no sense.
+        """
+        if not self.given():
+            return None  # and nothing is imported for it
+        from peft_posthoc.ranks.spelling import Misspelled, parse
+
+        try:
+            return parse(self.options)
+        except Misspelled as error:
+            raise click.UsageError(str(error)) from error
+
+    def one(self) -> RankRule | Allocation | None:
+        """The rule, where only one adapter is made.
 
         Raises:
             click.UsageError: Several are asked for.
@@ -87,23 +95,6 @@ class Asked(NamedTuple):
         if isinstance(rule, several):
             raise click.UsageError("Only `phlora extract` makes several adapters at once. Give one rank.")
         return rule
-
-
-def rule_of(**asked: Any) -> RankRule | Allocation | None:
-    """The rule that the options say; None if they say nothing.
-
-    Raises:
-        click.UsageError: They contradict one another, or are no numbers.
-        ValueError: A value makes no sense.
-    """
-    if all(value is None for value in asked.values()):
-        return None  # and nothing is imported for it
-    from peft_posthoc.ranks.spelling import Misspelled, parse
-
-    try:
-        return parse(asked)
-    except Misspelled as error:
-        raise click.UsageError(str(error)) from error
 
 
 RANK_PATTERN = click.option(

@@ -25,6 +25,7 @@ from peft_posthoc.extraction.reasons import LeftOut
 from peft_posthoc.extraction.report import Report
 from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
+from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
 
 
@@ -41,10 +42,11 @@ class Adapter(Findings):
         outcomes: Iterable[Outcome],
         *,
         tuned_name: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
         options: Mapping[str, Any],
         form: Form = "portable",
         notes: Sequence[str] = (),
+        differences: Sequence[Difference] = (),
     ) -> Adapter:
         """Put together what the loop found.
 
@@ -65,7 +67,8 @@ class Adapter(Findings):
             plan=plan,
             form=form,
             notes=tuple(notes),
-            dtype=dtype or tuned.headers[next(iter(layers or kept))].dtype,
+            differences=tuple(differences),
+            dtype=dtype,
             provenance={
                 "base": base.label,
                 "base_revision": base.revision,

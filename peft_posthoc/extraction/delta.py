@@ -19,6 +19,11 @@ class Pair(NamedTuple):
     base: Tensor | None
     tuned: Tensor | None
 
+    @property
+    def bytes(self) -> int:
+        """Of one of them."""
+        return next(one.nbytes for one in (self.tuned, self.base) if one is not None)
+
 
 class Delta(NamedTuple):
     """The difference of two weights, and the norms that were taken on the way."""

@@ -6,8 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Unpack
@@ -17,20 +15,21 @@ from tqdm import tqdm
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import in_stored_order
+from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.delta import Pair
 from peft_posthoc.extraction.outcomes import Layer, Outcome
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.preflight import check
-from peft_posthoc.extraction.prepare import prepare
+from peft_posthoc.extraction.prepare import Prepared, prepare
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.extraction.spool import Spool
 from peft_posthoc.extraction.work import factor_pairs
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
 from peft_posthoc.linalg.svd import cost
-from peft_posthoc.ranks.rules import Rank
+from peft_posthoc.ranks.rules import Rank, is_value
 from peft_posthoc.sources import Source, sides
 
 
@@ -56,7 +55,7 @@ def extract(
             all layers together. Or one of these, but for a budget, by the name of the weight: weights that have none
             are not carried. Or a `Request`, which holds the options too.
         out: Where the adapter will be saved. Finished layers are kept beside it until it is: an interrupted run with
-            the same inputs and options goes on from there.
+            the same inputs and options goes on from there, but for a rule that is a function.
         processes: Those that share the work, as `Processes.from_environment()` finds them.
         progress: Show a progress bar on stderr.
         keep_factors: Without them the adapter can be looked at, not saved: of every layer only the spectrum is held.
@@ -81,14 +80,15 @@ def extract(
     prepared = prepare(base, tuned, request)
     before, after, plan, rules = prepared.base, prepared.tuned, prepared.plan, prepared.rules
     check(prepared, out)
-    spool = None
-    # A rule that is any function has no name that tells it from others.
-    if place is not None and before.identity and after.identity and all(is_dataclass(rule) for rule in rules.values()):
+    spool, nothing_kept = None, _why_nothing_is_kept(prepared, place)
+    if nothing_kept:
+        if processes.size > 1:
+            raise ValueError(f"Several processes hand over what they did beside the adapter, and {nothing_kept}.")
+    elif place is not None:
         carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
-        patience = {"patience": 0.0} if processes.size > 1 else {}
-        spool = Spool(place, [before.identity, after.identity, prepared.options, carried], **patience)
-    elif processes.size > 1:
-        raise ValueError("Several processes need `out`, and models on disk: beside it they hand over what they did.")
+        spool = Spool(place, [before.identity, after.identity, prepared.options, carried])
+        if processes.size > 1:
+            spool.patience = 0.0
     try:
         outcomes = _outcomes(
             before,
@@ -110,11 +110,24 @@ def extract(
                 f"{len(spool)} of {len(plan.headers)} weights are done and kept in `{spool.folder}`. "
                 "The same command goes on from there."
             )
+        elif nothing_kept and place is not None:
+            interrupt.add_note(f"Nothing is kept of what is done: {nothing_kept}.")
         raise
     except (PosthocError, ValueError) as error:
         if spool is not None and not isinstance(error, ShareDone):
             spool.remove()
         raise
+
+
+def _why_nothing_is_kept(prepared: Prepared, out: Path | None) -> str | None:
+    """Why another process, or a later one, could not go on from finished layers; None if it can."""
+    if out is None:
+        return "there is no `out`"
+    if not (prepared.base.identity and prepared.tuned.identity):
+        return "a model that is not on disk has nothing to know it by"
+    if not all(map(is_value, (*prepared.rules.values(), prepared.allocation))):
+        return "a rank rule that is no dataclass, such as a function, has nothing to know it by"
+    return None
 
 
 def _check_not_read(out: Path, *sources: Source) -> None:
@@ -205,22 +218,11 @@ def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Ite
     """The tensors of these names in both checkpoints, one pair at a time, the next one read ahead.
 
     They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
-    and Ctrl-C only ever comes to the main thread. The thread ends with the `with` block, however that ends: left to a
-    generator's end, it would be joined by the garbage collector at a moment when Python's own locks may be held.
+    and Ctrl-C only ever comes to the main thread.
     """
 
     def read(name: str) -> Pair:
         return Pair(name, *(side.read(name) if name in side.headers else None for side in (base, tuned)))
 
-    def ahead(reader: ThreadPoolExecutor) -> Iterator[Pair]:
-        earlier: Future[Pair] | None = None
-        for name in names:
-            later = reader.submit(read, name)
-            if earlier is not None:
-                yield earlier.result()
-            earlier = later
-        if earlier is not None:
-            yield earlier.result()
-
-    with ThreadPoolExecutor(1) as reader:
-        yield ahead(reader)
+    with Workers(waiting=1) as reader:
+        yield reader.map(read, names)

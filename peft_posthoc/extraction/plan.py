@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
-
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.reasons import LeftOut, Reason, told
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout, Place, Role
+from peft_posthoc.models.part import Part
 from peft_posthoc.models.slots import Slot, slots_of
 from peft_posthoc.pairing.vocabulary import resized, way_out
 from peft_posthoc.patterns import asked_for
 from peft_posthoc.text import asked
-
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 Choice = Callable[[Sequence[Place]], "tuple[Place, ...] | LeftOut"]
 """Of the places a weight lives in, those to adapt; or why none is."""
@@ -37,6 +35,8 @@ class Plan:
     """Every module of the base that could hold factors."""
     headers: Mapping[str, Header]
     """Of every tensor, the tuned one's where both have it."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """By module, the name that its factors must have in a file for PEFT to load them, where it is another."""
 
     @cached_property
     def factored(self) -> dict[str, Factored]:
@@ -138,11 +138,11 @@ def make_plan(
 
     Raises:
         MismatchError: The two are not states of one model; every tensor whose shapes differ is named.
+        CheckpointError: No weight is left to carry, and some are quantized.
         NothingToCarryError: No weight is left to carry.
         ValueError: A regular expression is malformed or matches nothing.
     """
-    _plain(base, "base")
-    _plain(tuned, "tuned")
+    packed = [quantized(side) for side in (base, tuned)]
     _same_model(base, tuned)
     names = list(dict.fromkeys([*base.headers, *tuned.headers]))
     included = _matches(include, names, "include")
@@ -150,11 +150,15 @@ def make_plan(
     unwanted = leave_out or {}
     choose = choose or by_flags()
     layout = (layout or layout_of(base, tuned)).without_ties(set(tuned.headers) - set(base.headers))
-    _same_shapes(base, tuned, layout, {*(excluded or ()), *unwanted})
+    _same_shapes(base, tuned, layout, {*(excluded or ()), *unwanted, *packed[0], *packed[1]})
 
     def fate_of(name: str) -> Fate:
         if name in unwanted:
             return told(unwanted[name])
+        part = Part.named(name)
+        for side in packed:
+            if format := side.get(name) or side.get(part.tensor if part else name):
+                return LeftOut(Reason.QUANTIZED, (format,))
         fate = _fate(name, base.headers, tuned.headers, layout, choose)
         if name in whole:
             return LeftOut(Reason.OTHER_ROWS)
@@ -164,23 +168,29 @@ def make_plan(
     plan = Plan(
         {name: fate_of(name) for name in names},
         layout,
-        slots_of(base.headers, layout),
+        slots_of(_headers_of_weights(base, tuned, packed), layout),
         {**base.headers, **tuned.headers},
     )
     if not plan.factored:
+        for side, found, role in ((base, packed[0], "base"), (tuned, packed[1], "tuned")):
+            if first := next((name for name in side.headers if name in found), None):
+                raise CheckpointError(
+                    f"The {role} `{side.label}` is quantized (`{first}` is {side.headers[first].dtype}: "
+                    f"{found[first]}); its numbers need their scales. Give the checkpoint it was made from, or "
+                    "dequantize it first."
+                )
         reasons = ", ".join(sorted({fate.hint for fate in plan.left_out.values()}))
         raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
     return plan
 
 
-def _plain(checkpoint: Checkpoint, role: str) -> None:
-    packed = [name for name, header in checkpoint.headers.items() if header.dtype in _EIGHT_BITS]
-    if packed or (checkpoint.config or {}).get("quantization_config"):
-        what = f"`{packed[0]}` is {checkpoint.headers[packed[0]].dtype}" if packed else "its config.json says so"
-        raise CheckpointError(
-            f"The {role} `{checkpoint.label}` is quantized ({what}); its numbers need their scales. Give "
-            "the checkpoint it was made from, or dequantize it first."
-        )
+def _headers_of_weights(base: Checkpoint, tuned: Checkpoint, packed: Sequence[Collection[str]]) -> dict[str, Header]:
+    """The headers of the base's tensors; of those that it holds as codes, the tuned one's, which have the shapes."""
+    shown = [
+        {name: header for name, header in side.headers.items() if name not in coded}
+        for side, coded in zip((base, tuned), packed, strict=True)
+    ]
+    return {name: found for name in base.headers if (found := shown[0].get(name) or shown[1].get(name))}
 
 
 def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:

@@ -30,13 +30,15 @@ class Spool:
     Args:
         out: Where the adapter will be.
         identity: What the layers depend on, as plain JSON values.
-        patience: Seconds of work to hold in memory before the first result is written. What is done again sooner than
-            that is not worth a folder.
     """
 
-    def __init__(self, out: str | os.PathLike[str], identity: Any, *, patience: float = 10.0) -> None:
+    patience = 10.0
+    """Seconds of work to hold in memory before the first result is written: what is done again sooner is not worth a
+    folder."""
+
+    def __init__(self, out: str | os.PathLike[str], identity: Any) -> None:
         self._pending: list[Outcome] = []
-        self._start, self._patience = time.monotonic(), patience
+        self._start = time.monotonic()
         key = hashlib.sha256(json.dumps([identity, torch.__version__], sort_keys=True).encode()).hexdigest()
         target = Path(out).absolute()
         self.folder = target.parent / f"{_prefix(target)}{key[:16]}"
@@ -54,7 +56,7 @@ class Spool:
             AdapterError: It cannot be written.
         """
         self._pending.append(outcome)
-        if time.monotonic() - self._start >= self._patience:
+        if time.monotonic() - self._start >= self.patience:
             while self._pending:
                 self._write(self._pending.pop())
 

@@ -7,16 +7,18 @@ import math
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeGuard
 
 import torch
+from torch import Tensor
 
 from peft_posthoc.compute.precision import full_precision
+from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.extraction.delta import Delta, Pair, difference, not_finite
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
-from peft_posthoc.extraction.reasons import LeftOut
+from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.linalg.noise import rounding
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
@@ -63,48 +65,15 @@ def factor_pairs(
             error.add_note(f"While extracting `{pair.name}`.")
             raise
 
-    on_gpu = device is not None and device.type != "cpu"
-    workers = 1 if on_gpu else torch.get_num_threads()
     # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
     # takes three times as much beside each, so that one must do.
     room = (1 if exact else 2) * largest
-    running: dict[Future[Outcome], int] = {}
-
-    def results(pool: ThreadPoolExecutor) -> Iterator[Outcome]:
-        for pair in pairs:
-            size = next(weight.nbytes for weight in (pair.tuned, pair.base) if weight is not None)
-            while len(running) >= workers or (running and sum(running.values()) + size > room):
-                yield from _finished(running)
-            running[pool.submit(work, pair)] = size
-        while running:
-            yield from _finished(running)
-
+    on_gpu = device is not None and device.type != "cpu"
     with (
         full_precision(),
-        _one_thread_each(),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        Workers(1 if on_gpu else torch.get_num_threads(), room=room, torch_threads=1) as workers,
     ):
-        try:
-            yield results(pool)
-        finally:
-            for future in running:
-                future.cancel()
-
-
-def _finished(running: dict[Future[Outcome], int]) -> Iterator[Outcome]:
-    """Wait until something is finished, and take it out."""
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        del running[future]
-        yield future.result()
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        yield workers.map(work, pairs, size=lambda pair: pair.bytes)
 
 
 def _factor(pair: Pair, fate: Factored, *, exact: bool, device: torch.device | None) -> Layer | Skipped:
@@ -115,30 +84,29 @@ def _factor(pair: Pair, fate: Factored, *, exact: bool, device: torch.device | N
     if delta.norm == 0:
         return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
     matrix = fate.kind.matrix(delta.values)
-    noisy = _Noisy(rule, pair, delta) if getattr(rule, "measures_noise", False) else None
+    told = _Told(rule, pair, delta)
     # A rank that is known in advance makes the first block wide enough; noise is then told of what was found.
-    asks = noisy if noisy and in_advance(rule) is None else rule
+    asks = told if in_advance(rule) is None else rule
     # The seed depends on the name alone: same inputs, same factors, in whatever order weights come.
     found = truncated_svd(matrix, asks, exact=exact, seed=zlib.crc32(pair.name.encode()), norm=delta.norm)
-    if noisy and asks is rule:
-        noisy(Spectrum(found.s, found.norm**2, (matrix.shape[0], matrix.shape[1])))
+    if asks is rule:
+        told(Spectrum(found.s, found.norm**2, (matrix.shape[0], matrix.shape[1])))
     found = found._replace(a=found.a.cpu(), b=found.b.cpu())
-    noise, signal = (noisy.noise, noisy.signal) if noisy else (None, None)
-    return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start, noise, signal)
+    return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start, told.noise, told.signal)
 
 
-class _Noisy:
-    """A rule that is told of the noise on its delta."""
+class _Told:
+    """A rule that is told of the base's norm, and of the noise on the delta where it asks for that."""
 
     def __init__(self, rule: RankRule, pair: Pair, delta: Delta) -> None:
+        self._rule, self._base_norm, self._measures = rule, delta.base_norm, getattr(rule, "measures_noise", False)
         both = pair.base is not None and pair.tuned is not None
-        self._rule = rule
-        self.noise = rounding(pair.base, pair.tuned, delta.values) if both else None  # type: ignore[arg-type]
-        self.signal = 0
+        self.noise = rounding(pair.base, pair.tuned, delta.values) if self._measures and both else None  # type: ignore[arg-type]
+        self.signal: int | None = None
 
     def __call__(self, spectrum: Spectrum) -> int:
-        told = spectrum._replace(noise=self.noise)
-        self.signal = signal_rank(told)
+        told = spectrum._replace(noise=self.noise, base_norm=self._base_norm)
+        self.signal = signal_rank(told) if self._measures else None
         return self._rule(told)
 
 
@@ -153,6 +121,10 @@ def _keep(pair: Pair, fate: Whole) -> Kept:
 
 def _leave_out(pair: Pair, fate: LeftOut) -> Skipped:
     start = time.perf_counter()
+    if fate.reason is Reason.QUANTIZED:
+        lost = 0.0 if _same_bits(pair.base, pair.tuned) else None
+        norm = frobenius(pair.tuned) if _is_plain(pair.tuned) and not _is_plain(pair.base) else None
+        return Skipped(pair.name, fate.text, lost, None, norm, time.perf_counter() - start)
     if pair.base is not None and pair.tuned is not None and pair.base.shape == pair.tuned.shape:
         delta = difference(pair)
         return Skipped(pair.name, fate.text, delta.norm, delta.base_norm, None, time.perf_counter() - start)
@@ -160,3 +132,14 @@ def _leave_out(pair: Pair, fate: LeftOut) -> Skipped:
     if not all(math.isfinite(norm) for norm in (base_norm, tuned_norm) if norm is not None):
         raise CheckpointError(not_finite(pair))
     return Skipped(pair.name, fate.text, None, base_norm, tuned_norm, time.perf_counter() - start)
+
+
+def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Tell whether a tensor holds numbers, and no codes."""
+    return tensor is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+
+
+def _same_bits(base: Tensor | None, tuned: Tensor | None) -> bool:
+    if base is None or tuned is None or base.shape != tuned.shape or base.dtype is not tuned.dtype:
+        return False
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (base, tuned)))

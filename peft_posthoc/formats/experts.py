@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def write_per_expert(
     notes = deltas.notes()
     if deltas.layout.mistaken or not deltas.layout.peft_takes_experts:
         notes.append("For serving engines only: PEFT on transformers 5 drops some or all of these factors in silence.")
-    return _write("vllm-moe", deltas, out, tensors, names, (), rank, dtype, notes, force=force)
+    config = _config(deltas, names, (), rank)
+    return _write("vllm-moe", deltas, out, tensors, config, dtype=dtype, notes=notes, force=force)
 
 
 def write_stacked(
@@ -91,14 +93,15 @@ def write_stacked(
             0, f"The rank is {rank} and not {deltas.rank}: gate and up of an expert are two blocks of one matrix."
         )
     tensors |= {key: deltas.folder.tensor(key) for key in (*deltas.whole.values(), *deltas.base_layers.values())}
-    return _write("peft-moe", deltas, out, tensors, names, stacks, rank, dtype, notes, force=force)
+    config = _config(deltas, names, stacks, rank)
+    return _write("peft-moe", deltas, out, tensors, config, dtype=dtype, notes=notes, force=force)
 
 
 def _stacks(deltas: AdapterOnModel) -> list[Stack]:
     """The experts to be written: in every layer, every parameter, if some in one have factors.
 
     Raises:
-        AdapterError: None have.
+        AdapterError: No expert has factors.
     """
     if not deltas.of_experts():
         raise AdapterError(f"`{deltas.folder.label}` has no factors for experts: it is the same in both layouts.")
@@ -113,7 +116,7 @@ def _others(deltas: AdapterOnModel) -> list[str]:
 
 
 def _by_unit(stack: Stack) -> Iterable[tuple[str, ...]]:
-    """By expert, the matrices that its matrix in the stack is made of."""
+    """The matrices that each expert's matrix in the stack is made of."""
     names = matrices(stack)
     each = len(names) // len(stack.units)
     return [names[start : start + each] for start in range(0, len(names), each)]
@@ -129,23 +132,11 @@ def _joined(deltas: AdapterOnModel, names: Sequence[str], dtype: torch.dtype) ->
     return Factors(*cast(a, b, dtype, names[0]))
 
 
-def _write(
-    to: str,
-    deltas: AdapterOnModel,
-    out: Out,
-    tensors: dict[str, Tensor],
-    modules: Iterable[str],
-    stacks: Sequence[Stack],
-    rank: int,
-    dtype: torch.dtype,
-    notes: Sequence[str],
-    *,
-    force: bool,
-) -> Exported:
+def _config(deltas: AdapterOnModel, modules: Iterable[str], stacks: Sequence[Stack], rank: int) -> dict[str, Any]:
     old, layout = deltas.folder.config, deltas.layout
     if stacks:  # Stacked, the experts have no modules of their own.
         layout = replace(layout, kinds={n: kind for n, kind in layout.kinds.items() if not is_of_an_expert(n)})
-    config = adapter_config(
+    return adapter_config(
         rank,
         target_modules(modules, layout),
         base=old.get("base_model_name_or_path") or deltas.base.label,
@@ -156,8 +147,21 @@ def _write(
         whole=old.get("modules_to_save") or () if deltas.whole else (),
         stacked=target_parameters(stacks),
     )
-    count = sum(tensor.nbytes for tensor in tensors.values())
-    exported = Exported.of(to, deltas, out, dtype, rank, (WEIGHTS, CONFIG), count, notes)
+
+
+def _write(
+    to: str,
+    deltas: AdapterOnModel,
+    out: Out,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    notes: Sequence[str],
+    force: bool,
+) -> Exported:
+    count, files = sum(tensor.nbytes for tensor in tensors.values()), (WEIGHTS, CONFIG)
+    exported = Exported.of(to, deltas, out, dtype=dtype, rank=config["r"], files=files, size=count, notes=notes)
     provenance = {
         "adapter": exported.adapter,
         "base": exported.base,

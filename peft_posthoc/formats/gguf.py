@@ -101,7 +101,9 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
             writer.write_tensors_to_file()
         finally:
             writer.close()
-    return Exported.of("gguf", deltas, out, dtype, rank, (out.place.name,), size, deltas.notes())
+    return Exported.of(
+        "gguf", deltas, out, dtype=dtype, rank=rank, files=[out.place.name], size=size, notes=deltas.notes()
+    )
 
 
 def interleave(b: Tensor, heads: int) -> Tensor:
@@ -130,7 +132,7 @@ def _check(deltas: AdapterOnModel) -> None:
 
 
 def _heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """By the end of the module's name, how many heads its rows are of."""
+    """Numbers of heads that the rows of modules are of, by the end of the module's name."""
     heads = int(config["num_attention_heads"])
     return {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
 
@@ -138,7 +140,7 @@ def _heads(config: Mapping[str, Any]) -> dict[str, int]:
 def _modules(
     deltas: AdapterOnModel, rank: int, dtype: torch.dtype, heads: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """By module, the factors as llama.cpp has them: of stacked experts, experts x r x n and experts x m x r."""
+    """Factors as llama.cpp has them, by module: of stacked experts, experts x r x n and experts x m x r."""
     stacks = deltas.of_experts()
     of_stacks = {name for stack in stacks for name in matrices(stack)}
     for name in deltas.names:
@@ -158,7 +160,7 @@ def _modules(
 
 
 def _plain(module: str) -> str:
-    """The name without what a model that also sees puts before its language model's."""
+    """The name of a language model's module without the beginning that it has in a model that also sees."""
     return re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", module, count=1)
 
 

@@ -18,10 +18,10 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.checkpoints.files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.files import staged
+from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.text import size
 
@@ -75,18 +75,9 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             (made / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             files.append(SAFETENSORS_INDEX)
-        exported = Exported(
-            to="merged",
-            adapter=deltas.folder.label,
-            base=deltas.base.label,
-            out=out.called,
-            dtype=", ".join(sorted({str(h.dtype).removeprefix("torch.") for h in merge.headers.values()})),
-            matrices=len(deltas.names),
-            rank_before=deltas.rank,
-            rank=None,
-            files=tuple(files),
-            bytes=total,
-            notes=tuple(merge.notes),
+        dtypes = ", ".join(sorted({str(h.dtype).removeprefix("torch.") for h in merge.headers.values()}))
+        exported = Exported.of(
+            "merged", deltas, out, dtype=dtypes, rank=None, files=files, size=total, notes=merge.notes
         )
         write_report(made, exported)
         # safetensors makes files that only their owner can read; servers often run as somebody else.
@@ -96,8 +87,8 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
 
 
 def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, list[str]]:
-    """By file, the tensors: as the base is divided, if it is so in the usual way."""
-    base = deltas.base
+    """The tensors of each file: divided as the base is, if that is done in the usual way."""
+    base = deltas.stored
     files = base.files if isinstance(base, Folder | hub.OnHub) else {}
     usual = {*files.values()} == {SAFETENSORS} or (
         base.folder is not None
@@ -124,10 +115,9 @@ def _room_for(total: int, out: Out) -> None:
     """See before the work whether the disk holds it.
 
     Raises:
-        AdapterError: It does not.
+        AdapterError: The disk is too full.
     """
-    above = next(path for path in out.place.parents if path.exists())
-    free = shutil.disk_usage(above).free
+    free = free_at(out.place)
     if total > free:
         raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} free.")
 

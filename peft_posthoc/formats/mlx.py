@@ -50,7 +50,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
     }
     files = ("adapters.safetensors", "adapter_config.json")
     count = sum(tensor.nbytes for tensor in tensors.values())
-    exported = Exported.of("mlx", deltas, out, dtype, rank, files, count, deltas.notes())
+    exported = Exported.of("mlx", deltas, out, dtype=dtype, rank=rank, files=files, size=count, notes=deltas.notes())
     ours = files_of(out.place)
     with staged(out.place, what="The MLX adapter", called=out.called, force=force, ours=ours) as made:
         made.mkdir()
@@ -62,10 +62,10 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
 
 
 def check(deltas: AdapterOnModel) -> None:
-    """Whether MLX-LM has a place for all of it.
+    """See that MLX-LM has a place for all of an adapter.
 
     Raises:
-        AdapterError: It has not.
+        AdapterError: Something in the adapter has none.
     """
     deltas.only_factors("MLX-LM")
     kind = (deltas.base.config or {}).get("model_type")
@@ -85,7 +85,7 @@ def check(deltas: AdapterOnModel) -> None:
 
 
 def _modules(deltas: AdapterOnModel, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """By MLX's names, the factors as it stores them."""
+    """The factors as MLX-LM stores them, by its names."""
     stacks = deltas.of_experts()
     of_stacks = {name for stack in stacks for name in matrices(stack)}
     # MLX has one module for both.

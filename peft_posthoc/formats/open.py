@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.checkpoints.files import config_of
+from peft_posthoc.checkpoints.model_files import config_of
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.find import layout_of
@@ -33,7 +33,7 @@ def open_deltas(
         AdapterError: The adapter cannot be read, or does not fit the base.
         CheckpointError: The base cannot be read.
     """
-    folder = LoraFolder(adapter)
+    folder = open_adapter(adapter)
     if base is None:
         base = folder.config.get("base_model_name_or_path")
         if not (base and isinstance(base, str)):

@@ -1,4 +1,4 @@
-"""What an export wrote, and where it may be written."""
+"""The account of an export, and the check of the place where it is written."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Out(NamedTuple):
     """Where an export is to be written."""
 
     called: str
-    """By whoever asked for it."""
+    """The path as it was given."""
     place: Path
-    """From the root, however often the current directory changes."""
+    """The same from the root, however often the current directory changes."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote."""
+    """The account of an export."""
 
     to: str
     """The target."""
@@ -55,7 +55,7 @@ class Exported:
     files: tuple[str, ...]
     bytes: int
     notes: tuple[str, ...] = ()
-    """What is other than one would expect."""
+    """Differences from what one would expect."""
 
     @classmethod
     def of(
@@ -63,13 +63,14 @@ class Exported:
         to: str,
         deltas: AdapterOnModel,
         out: Out,
-        dtype: torch.dtype,
-        rank: int,
-        files: tuple[str, ...],
-        count: int,
+        *,
+        dtype: torch.dtype | str,
+        rank: int | None,
+        files: Sequence[str],
+        size: int,
         notes: Sequence[str],
     ) -> Exported:
-        """The account of factors that were written, `count` bytes of them."""
+        """The account of what was written, `size` bytes of tensors."""
         return cls(
             to=to,
             adapter=deltas.folder.label,
@@ -79,8 +80,8 @@ class Exported:
             matrices=len(deltas.names),
             rank_before=deltas.rank,
             rank=rank,
-            files=files,
-            bytes=count,
+            files=tuple(files),
+            bytes=size,
             notes=tuple(notes),
         )
 

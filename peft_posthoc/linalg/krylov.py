@@ -45,6 +45,7 @@ def block_krylov(
     *,
     most: float = 1.0,
     max_steps: int | None = None,
+    clusters: bool = True,
 ) -> Triplets | None:
     """Iterate until the certificate holds. If `rank` is None, blocks widen as the rule asks for more.
 
@@ -54,7 +55,10 @@ def block_krylov(
         tolerance: The certificate to be reached.
         seed: Of the random start.
         most: Of the smaller side, the largest share that the basis may take; None is returned where that is not enough.
-        max_steps: End there, certified or not: a setting too weak, for tests that must see it fail.
+        max_steps: End there, certified or not.
+        clusters: Look for values that are alike in greater number than a block has columns.
+
+    Both of the last are for tests that must see a setting fail that is too weak.
     """
     k = problem.tall.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +89,7 @@ def block_krylov(
             theta, y = (x.flip(-1) for x in torch.linalg.eigh(t))
             r = problem.rank(theta)
             proven = _SAFETY * outside <= tolerance * float(theta[:r].sum())  # too little is left to matter
-            crowded = ripe and not proven and _crowded(theta, r, width)
+            crowded = clusters and ripe and not proven and _crowded(theta, r, width)
             if last or not (block(r) > width or crowded):
                 due = last or (basis.shape[1] >= r and (ripe or proven))
             else:

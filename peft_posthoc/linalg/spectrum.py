@@ -23,7 +23,7 @@ class Spectrum(NamedTuple):
     noise: Noise | None = None
     """What rounding put on the delta, where a rule asked for it (`measures_noise`) and the saved type tells it."""
     base_norm: float | None = None
-    """`||base||_F`, once the delta is factored."""
+    """`||base||_F`; None of a delta that is no difference of two weights, such as an adapter's own."""
 
 
 RankRule = Callable[[Spectrum], int]

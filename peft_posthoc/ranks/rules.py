@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -258,6 +258,13 @@ def each(rank: Rank) -> RankRule:
     if isinstance(rule, Allocation):
         raise ValueError(f"{describe(rule)} shares ranks out among all layers: it is no rank of one.")
     return rule
+
+
+def is_value(rule: object) -> bool:
+    """Whether a rule, with all that it holds, says by its fields what it does: a function does not."""
+    if isinstance(rule, tuple):
+        return all(map(is_value, rule))
+    return all(is_value(getattr(rule, one.name)) for one in fields(rule)) if is_dataclass(rule) else not callable(rule)
 
 
 def describe(rule: RankRule | Allocation) -> str:

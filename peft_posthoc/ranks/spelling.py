@@ -23,14 +23,9 @@ from peft_posthoc.ranks.rules import (
     several,
 )
 from peft_posthoc.ranks.weighting import WEIGHTINGS
+from peft_posthoc.ranks.words import LIMITS, RULES, SHARED
 from peft_posthoc.text import asked
 
-RULES = ("rank", "energy", "error", "budget", "params")
-SHARED = ("budget", "params")
-"""Those that share ranks out among all layers."""
-LIMITS = {"max_rank": "most", "min_rank": "least", "round_to": "multiple"}
-"""By name, the field of the rule."""
-NAMES = (*RULES, "weighting", *LIMITS)
 _PREFIX = {"rank": "r", "energy": "e", "error": "error"}
 
 

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from peft_posthoc.adapters.cast import cast
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.linalg.product import Product, factor_product
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum
@@ -131,7 +132,7 @@ def spectra(*adapters: Folder, weights: Sequence[float] | None = None, progress:
         AdapterError: A folder cannot be read, or holds more than plain LoRA deltas.
         MismatchError: They are not adapters of one model.
     """
-    total = LoraSum([LoraFolder(one) for one in adapters], weights or [1.0] * len(adapters))
+    total = LoraSum([open_adapter(one) for one in adapters], weights or [1.0] * len(adapters))
     return _spectra(total, progress)
 
 
@@ -145,7 +146,7 @@ def _spectra(total: LoraSum, progress: bool) -> dict[str, Spectrum]:
 
 
 def deltas(module: str, count: int) -> list[str]:
-    """What each delta of a module is called: the module, or each of its experts."""
+    """The names of a module's deltas: the module's own, or one for each of its experts."""
     return [module] if count == 1 else [f"{module}[{expert}]" for expert in range(count)]
 
 
@@ -160,7 +161,7 @@ def _run(
 ) -> Resized:
     if form not in (None, "portable", "peft"):
         raise ValueError(f"`form` must be portable or peft. Got {form!r}.")
-    folders = [LoraFolder(adapter) for adapter in adapters]
+    folders = [open_adapter(adapter) for adapter in adapters]
     total = LoraSum(folders, weights)
     chosen = form or ("peft" if total.extras() else "portable")
     if chosen == "portable" and (extras := total.extras()):
@@ -188,7 +189,7 @@ def _run(
         configs=tuple(folder.config for folder in folders),
         form=chosen,
         dtype=saved,
-        bytes_before=sum(folder.bytes() for folder in folders),
+        bytes_before=sum(header.bytes for folder in folders for header in folder.headers.values()),
         provenance=provenance,
     )
 
@@ -221,7 +222,7 @@ def _products(total: LoraSum, name: str) -> list[Product]:
 
 
 def _rules(total: LoraSum, rank: Rank | Mapping[str, Rank]) -> Callable[[str], RankRule]:
-    """By the name of a delta, its rule."""
+    """The rule of each delta, by its name."""
     if not isinstance(rank, Mapping):
         rule = each(rank)
         return lambda _: rule
@@ -237,7 +238,7 @@ def _rules(total: LoraSum, rank: Rank | Mapping[str, Rank]) -> Callable[[str], R
 
 
 def _each(work: Callable[[str], T], names: Iterable[str], progress: bool, title: str) -> Iterator[T]:
-    """What becomes of each module, in order: as many at a time as PyTorch may use threads, one thread for each.
+    """The results for all modules, in order: as many at a time as PyTorch may use threads, one thread for each.
 
     The bits of a result do not depend on how many threads there are, and no more modules than those are in memory.
     """
@@ -263,7 +264,7 @@ def _each(work: Callable[[str], T], names: Iterable[str], progress: bool, title:
 
 
 def _provenance(
-    folders: Sequence[LoraFolder], weights: Sequence[float], rank: Rank | Mapping[str, Rank], form: str
+    folders: Sequence[AdapterFile], weights: Sequence[float], rank: Rank | Mapping[str, Rank], form: str
 ) -> dict[str, object]:
     told: object = {name: describe(each(one)) for name, one in rank.items()} if isinstance(rank, Mapping) else None
     config = folders[0].config

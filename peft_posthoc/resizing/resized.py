@@ -1,4 +1,4 @@
-"""What resizing made: the smaller factors, their layout in a file, and an account of what they keep."""
+"""The result of resizing: the smaller factors, their layout in a file, and an account of what they keep."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.layout import is_of_an_expert
 from peft_posthoc.ranks.safe import safe_rank
-from peft_posthoc.text import as_flag, shorten, size
+from peft_posthoc.text import as_flag, percent, shorten, size
 
 
 class Cut(NamedTuple):
-    """What is kept of one module."""
+    """The part of one module that is kept."""
 
     module: Module
     parts: list[LowRank]
-    """Of each of its deltas, the factors in the saved dtype."""
+    """The factors of each of its deltas, in the saved dtype."""
     bias: Tensor | None
-    """What is added to the module's bias, in float64."""
+    """The sum for the module's bias, in float64."""
     rank_before: int
     """Pairs in the input, padding included."""
     true_rank: int
@@ -48,7 +48,7 @@ class Cut(NamedTuple):
 
     @property
     def norm(self) -> float:
-        """Of all its deltas."""
+        """Norm of all its deltas together."""
         return math.hypot(*(part.norm for part in self.parts))
 
     @property
@@ -106,7 +106,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """What a resized or combined adapter keeps of the deltas it was made from."""
+    """An account of what a resized or combined adapter keeps of the deltas it was made from."""
 
     rows: tuple[Row, ...]
     totals: Totals
@@ -115,20 +115,14 @@ class ResizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {
-            "format": 1,
-            "totals": asdict(self.totals),
-            "warnings": list(self.warnings),
-            "provenance": dict(self.provenance),
-            "rows": [asdict(row) for row in self.rows],
-        }
+        return {"format": 1, **asdict(self)}
 
     def table(self) -> str:
         """The report for a terminal: the modules, the totals and the warnings."""
         lines = [f"{'module':<52} {'from':>5} {'true':>5} {'rank':>5} {'E_r':>7} {'error':>7} {'size':>9}"]
         lines += [
             f"{shorten(row.module):<52} {row.rank_before:>5} {row.true_rank:>5} {row.rank:>5} "
-            f"{_percent(row.energy):>7} {_percent(row.relative_error):>7} {size(row.bytes):>9}"
+            f"{percent(row.energy):>7} {percent(row.relative_error):>7} {size(row.bytes):>9}"
             for row in self.rows
         ]
         totals = self.totals
@@ -136,7 +130,7 @@ class ResizeReport:
         up_to = "up to " if len({row.rank for row in self.rows if row.rank}) > 1 else ""
         lines += [
             "",
-            f"{totals.modules} modules at rank {up_to}{totals.rank}{padded} hold {_percent(totals.energy)} of their "
+            f"{totals.modules} modules at rank {up_to}{totals.rank}{padded} hold {percent(totals.energy)} of their "
             f"deltas' energy; {size(totals.bytes)} on disk, of {size(totals.bytes_before)}.",
         ]
         if totals.zero:
@@ -152,9 +146,9 @@ class Resized:
 
     cuts: tuple[Cut, ...]
     whole: Mapping[str, Tensor]
-    """By the file's name, what takes the place of the base's tensors."""
+    """Tensors that take the place of the base's, by the file's names."""
     configs: tuple[Mapping[str, Any], ...]
-    """Of the adapters it was made from."""
+    """The configurations of the adapters it was made from."""
     form: Literal["portable", "peft"]
     dtype: torch.dtype
     bytes_before: int
@@ -208,7 +202,7 @@ class Resized:
 
     @cached_property
     def report(self) -> ResizeReport:
-        """What is kept, and how well."""
+        """The account: a row for each module, and the totals."""
         rows = tuple(self._row(cut) for cut in self.cuts)
         total = sum(cut.norm**2 for cut in self.cuts)
         energy = min(sum((cut.energy or 0.0) * cut.norm**2 for cut in self.cuts) / total, 1.0)
@@ -302,7 +296,3 @@ class Resized:
 
 def _of_experts(module: Module) -> bool:
     return module.kind == "experts" or is_of_an_expert(module.name)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"

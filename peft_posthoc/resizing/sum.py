@@ -11,7 +11,7 @@ from peft_posthoc.adapters.cast import widest
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.module import Module
 from peft_posthoc.adapters.names import PREFIX
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.models.layout import is_of_an_expert
 
@@ -27,7 +27,7 @@ class LoraSum:
         MismatchError: They are not adapters of one model, or PEFT has no adapter that is their sum.
     """
 
-    def __init__(self, folders: Sequence[LoraFolder], weights: Sequence[float]) -> None:
+    def __init__(self, folders: Sequence[AdapterFile], weights: Sequence[float]) -> None:
         self._parts = list(zip(folders, weights, strict=True))
         self.modules: dict[str, Module] = {}
         for folder in folders:
@@ -75,16 +75,16 @@ class LoraSum:
         return sum(folder.modules[name].rank for folder, _ in self._parts if name in folder.modules)
 
     def bytes(self, name: str) -> int:
-        """What the module takes in the files."""
+        """Size of the module in the files."""
         held = [folder for folder, _ in self._parts if name in folder.modules]
-        return sum(f.bytes_of(one) for f in held for one in f.modules[name].tensor_names())
+        return sum(f.headers[one].bytes for f in held for one in f.modules[name].tensor_names())
 
     def dtype(self) -> torch.dtype:
         """The widest of the adapters'."""
         return widest(folder.dtype() for folder, _ in self._parts)
 
     def has_experts(self) -> bool:
-        """Whether some module is of one expert, or stacks them."""
+        """True if some module is of one expert, or stacks them."""
         return any(module.kind == "experts" or is_of_an_expert(name) for name, module in self.modules.items())
 
     def beside(self, dtype: torch.dtype, whole: Mapping[str, Tensor]) -> int:
@@ -97,7 +97,7 @@ class LoraSum:
         return header + dtype.itemsize * sum(biases) + sum(tensor.nbytes for tensor in whole.values())
 
     def extras(self) -> str | None:
-        """What there is beside factors, in words."""
+        """Something in the adapters beside factors, in words; None if there is nothing."""
         for folder, _ in self._parts:
             for module in folder.modules.values():
                 if module.bias:

@@ -27,7 +27,7 @@ from peft_posthoc.models.model import Model
 from peft_posthoc.models.slots import Slot
 from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.serving.check import Check, check, chosen
-from peft_posthoc.serving.rules.files import unknown_keys
+from peft_posthoc.serving.rules.adapter_files import unknown_keys
 from peft_posthoc.serving.rules.names import named_after_adapter, strangers, unfitting, without_prefix
 from peft_posthoc.serving.rules.scale import misranked
 from peft_posthoc.serving.subject import Subject

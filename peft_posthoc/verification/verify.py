@@ -2,60 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from peft_posthoc.adapters.factors import Factors
+from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.names import own_name
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
-from peft_posthoc.errors import AdapterError
-from peft_posthoc.extraction.delta import Pair, difference
-from peft_posthoc.extraction.extract import read_pairs
+from peft_posthoc.errors import AdapterError, PosthocError, one_line
 from peft_posthoc.extraction.plan import Plan, everything, make_plan
-from peft_posthoc.linalg.norms import frobenius
-from peft_posthoc.models.layout import Place, is_of_an_expert
+from peft_posthoc.models.layout import is_of_an_expert
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import differences, told_as_notes, told_as_warnings
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import asked, shorten
 from peft_posthoc.verification.outputs import Outputs, compare_outputs
+from peft_posthoc.verification.weights import Sums, WeightRow, comparable, compare_weights
 
-# Values of a weight compared at a time.
-_BLOCK = 1 << 21
-
-
-@dataclass(frozen=True)
-class WeightRow:
-    """One weight: how near base + b @ a comes to tuned, and b @ a to the delta."""
-
-    weight: str
-    relative_error: float | None
-    """`||base + b @ a - tuned|| / ||tuned||`."""
-    cosine: float | None
-    """Of base + b @ a and tuned."""
-    delta_relative_error: float | None
-    """`||b @ a - delta|| / ||delta||`; 1 for what the adapter does not carry, None where nothing changed."""
-    delta_cosine: float | None
-    """Of b @ a and delta; 0 for what the adapter does not carry, None where nothing changed."""
+# A distance of outputs that rounding alone makes.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found."""
+    """The findings of `verify`."""
 
     rows: tuple[WeightRow, ...]
     cosine: float
-    """Of the adapter with the whole fine-tune's delta, what is left out included."""
+    """Cosine of the adapter with the whole fine-tune's delta, what is left out included."""
     energy: float
     """Share of the whole delta's energy that the adapter, as saved, explains."""
     worst: str
@@ -65,11 +46,37 @@ class Verification:
     base: Outputs | None
     """Base alone against tuned: what the adapter's numbers are to be held against."""
     outputs_note: str
-    """What was compared, or why nothing was."""
+    """The inputs that were compared on, or why nothing was."""
+    failure: str = ""
+    """The reason why outputs could not be compared as asked; empty where nothing failed."""
+    uncompared: tuple[str, ...] = ()
+    """Tensors that one checkpoint alone has, or both in other shapes or as whole numbers."""
+    notes: tuple[str, ...] = ()
+    """Doubts about the models that were given."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: base + adapter keeps the base's."""
+
+    @property
+    def nearer(self) -> bool:
+        """True if base + adapter is nearer to tuned than base is, by all that was compared."""
+        return not self._no_nearer()
+
+    def verdict(self) -> str:
+        """The findings in one sentence."""
+        if where := self._no_nearer():
+            return f"Base + adapter is no nearer to tuned than base is: not in its {' and not in its '.join(where)}."
+        return f"Base + adapter is nearer to tuned than base is{'' if self.adapter else ', by its weights'}."
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as plain JSON values."""
-        return {"format": 1, **asdict(self)}
+        return {"format": 1, "nearer": self.nearer, **asdict(self)}
+
+    def _no_nearer(self) -> list[str]:
+        found = [] if self.energy > 0 else ["weights"]
+        if self.adapter is not None and self.base is not None:
+            adapted, alone = self.adapter.distance, self.base.distance
+            found += [] if adapted < alone or adapted <= _SAME else ["outputs"]
+        return found
 
     def table(self) -> str:
         """The findings for a terminal."""
@@ -80,7 +87,8 @@ class Verification:
             for row in self.rows
             if row.delta_cosine
         ]
-        return "\n".join([*lines, "", *self.summary()])
+        warnings = (f"Warning: {warning}" for warning in told_as_warnings(self.differences))
+        return "\n".join([*lines, "", *self.summary(), *told_as_notes(self.differences), *warnings])
 
     def summary(self) -> list[str]:
         """The totals, a line each."""
@@ -88,12 +96,16 @@ class Verification:
             f"Weights: the adapter has cosine {self.cosine:.4f} with the whole delta and explains {self.energy:.1%} "
             f"of its energy; of what it carries, `{self.worst}` comes out worst."
         ]
+        if self.uncompared:
+            some = ", ".join(self.uncompared[:3]) + (", ..." if len(self.uncompared) > 3 else "")
+            lines.append(f"Not compared, as base and tuned hold them differently: {len(self.uncompared)} ({some}).")
         if self.adapter is None or self.base is None:
-            return [*lines, f"Outputs not compared: {self.outputs_note}."]
+            lines.append(f"Outputs not compared: {(self.failure or self.outputs_note).removesuffix('.')}.")
+            return [*lines, *self.notes, self.verdict()]
         for name, outputs in (("base", self.base), ("base + adapter", self.adapter)):
             said = "" if outputs.kl is None else f"KL {outputs.kl:.5f} nats, top-1 agreement {outputs.top1:.1%}, "
             lines.append(f"{name + ' against tuned:':<29} {said}relative error {outputs.relative_error:.4f}")
-        return [*lines, f"({self.outputs_note})"]
+        return [*lines, f"({self.outputs_note})", *self.notes, self.verdict()]
 
 
 def verify(
@@ -111,7 +123,9 @@ def verify(
     device: str = "cpu",
     progress: bool = False,
 ) -> Verification:
-    """Compare base + adapter with the tuned model.
+    """Compare base + adapter with the tuned model: weights, then outputs.
+
+    Weights are compared first, and stay compared: where outputs cannot be, the result says why (`failure`).
 
     Args:
         adapter: A PEFT LoRA folder.
@@ -134,7 +148,8 @@ def verify(
     """
     where = pick_device(device)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    folder = LoraFolder(adapter)
+    beside = differences(*opened)
+    folder = open_adapter(adapter)
     found = match(
         *opened,
         rules=[rename] if isinstance(rename, str) else list(rename),
@@ -147,40 +162,41 @@ def verify(
     plan = make_plan(before, after, choose=everything, layout=found.layout, whole=found.resized)
     stored = AdapterOnModel(folder, before, found.layout)
     _fits(stored, plan)
-    weights = _compare_weights(before, after, stored, plan, where, progress=progress)
-    delta = sum(weight.delta**2 for weight in weights)
-    product = sum(weight.product**2 for weight in weights)
-    residual = sum(weight.residual**2 for weight in weights)
-    inner = sum(weight.inner for weight in weights)
-    carried = [weight.row for weight in weights if weight.row.delta_cosine is not None and weight.product > 0]
-    adapted, alone, note = None, None, "not asked for"
+    names = comparable(before, after, stored, plan)
+    sums = compare_weights(before, after, stored, plan, names, where, progress=progress)
+    whole = Sums(*map(sum, zip(*sums.values(), strict=True))) if sums else Sums(*[0.0] * 7)
+    rows = tuple(own.row(name) for name, own in sums.items())
+    carried = [row for row in rows if row.delta_cosine is not None and sums[row.weight].product > 0]
+    adapted, alone, note, failure = None, None, "not asked for", ""
     if serve_as is not None:
         note = f"with {asked('serve_as', None)} only weights are compared"
     elif outputs:
-        adapted, alone, note = compare_outputs(
-            before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
-        )
+        try:
+            adapted, alone, note = compare_outputs(
+                before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
+            )
+        except Exception as error:  # Whatever it is, what is known of the weights is worth keeping.
+            known = isinstance(error, PosthocError | ValueError)
+            failure = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+            note = "they could not be"
+    doubt = another_base(folder.config, opened[0])
     return Verification(
-        rows=tuple(weight.row for weight in weights),
-        cosine=inner / math.sqrt(delta * product) if delta and product else 0.0,
-        energy=1 - residual / delta if delta else 1.0,
+        rows=rows,
+        cosine=whole.cosine,
+        energy=whole.energy,
         worst=min(carried, key=lambda row: row.delta_cosine or 0.0).weight if carried else "",
         adapter=adapted,
         base=alone,
         outputs_note=note,
+        failure=failure,
+        uncompared=tuple(name for name in plan.headers if name not in sums),
+        notes=() if doubt is None else (doubt,),
+        differences=beside,
     )
 
 
-class _Weight(NamedTuple):
-    row: WeightRow
-    delta: float
-    product: float
-    residual: float
-    inner: float
-
-
-def _extends(folder: LoraFolder, base: Checkpoint) -> bool:
-    """Whether it holds tensors whole that have other rows than the base's: embeddings of another vocabulary."""
+def _extends(folder: AdapterFile, base: Checkpoint) -> bool:
+    """Tell whether an adapter holds whole embeddings of another vocabulary than the base's."""
     return any(
         own in base.headers
         and base.headers[own].shape[1:] == folder.headers[name].shape[1:]
@@ -191,10 +207,10 @@ def _extends(folder: LoraFolder, base: Checkpoint) -> bool:
 
 
 def _fits(stored: AdapterOnModel, plan: Plan) -> None:
-    """See that what is held whole has the shapes of the model.
+    """See that tensors held whole have the shapes of the model.
 
     Raises:
-        AdapterError: It has not.
+        AdapterError: One of them has another.
     """
     shapes = {own: header.shape for name, header in plan.headers.items() for own in plan.layout.names_of(name)}
     for name, key in stored.replaced.items():
@@ -204,96 +220,11 @@ def _fits(stored: AdapterOnModel, plan: Plan) -> None:
             raise AdapterError(f"`{stored.folder.label}` holds `{name}` whole, as {list(shape)}; {there}.")
 
 
-def _compare_weights(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    stored: AdapterOnModel,
-    plan: Plan,
-    device: torch.device,
-    *,
-    progress: bool,
-) -> list[_Weight]:
-    compared = []
-    new_heads = {name for name in plan.headers if set(plan.layout.names_of(name)) & stored.replaced.keys()}
-    with read_pairs(base, tuned, plan.headers) as pairs:
-        for pair in tqdm(pairs, total=len(plan.headers), desc="Weights", disable=not progress):
-            if pair.base is None and pair.tuned is not None and pair.name in new_heads:
-                pair = pair._replace(base=torch.zeros_like(pair.tuned))
-            if pair.base is None or pair.tuned is None or pair.base.shape != pair.tuned.shape:
-                continue
-            if not pair.base.dtype.is_floating_point:
-                continue  # a counter
-            places = [place for place in plan.layout.places(pair.name) if stored.rank_of(place.module)]
-            change = _unfactored(pair, stored, plan)
-            factors = stored.factors(places[0].module) if places else None
-            compared.append(_compare(pair, factors, change, places, device))
-    return compared
-
-
-def _unfactored(pair: Pair, stored: AdapterOnModel, plan: Plan) -> Tensor | None:
-    """What the adapter adds to a tensor beside factors; None if nothing."""
-    names = plan.layout.names_of(pair.name)
-    whole = next((stored.replaced[name] for name in names if name in stored.replaced), None)
-    if whole is not None:
-        return difference(pair._replace(tuned=stored.folder.tensor(whole))).values
-    module, _, leaf = names[0].rpartition(".")
-    return stored.bias(module) if leaf == "bias" and module in stored.biases else None
-
-
-def _compare(
-    pair: Pair, factors: Factors | None, added: Tensor | None, places: Sequence[Place], device: torch.device
-) -> _Weight:
-    if pair.base is None or pair.tuned is None:
-        raise ValueError("`_compare(pair=...)` needs both weights.")
-    delta = difference(pair, device=device)
-    # All that is asked for is the same for a weight and for its matrix; by blocks of rows, no other copy is as large.
-    as_matrix = places[0].kind.matrix if factors is not None else torch.atleast_1d
-    direct = None if added is None else as_matrix(added.to(delta.values))
-    rows = max(1, _BLOCK // max(1, delta.values[0].numel() if delta.values.ndim else 1))
-    blocks = zip(*(torch.split(as_matrix(x), rows) for x in (delta.values, pair.base, pair.tuned)), strict=True)
-    sums = torch.zeros(6, dtype=torch.float64)
-    for index, (change, base, tuned) in enumerate(blocks):
-        start = index * rows
-        product = torch.zeros_like(change)
-        if factors is not None:
-            product = factors.b[start : start + rows].to(change) @ factors.a.to(change)
-        if direct is not None:
-            product = product + direct[start : start + rows]
-        after = tuned.to(change)
-        merged = base.to(change) + product
-        sums += torch.tensor(
-            [
-                *(frobenius(x) ** 2 for x in (product, change - product, after, merged)),
-                _inner(product, change),
-                _inner(merged, after),
-            ],
-            dtype=torch.float64,
-        )
-    product_energy, residual, after_energy, merged_energy, inner, merged_inner = sums.tolist()
-    row = WeightRow(
-        weight=pair.name,
-        relative_error=math.sqrt(residual / after_energy) if after_energy else None,
-        cosine=merged_inner / math.sqrt(merged_energy * after_energy) if merged_energy * after_energy else None,
-        delta_relative_error=math.sqrt(residual) / delta.norm if delta.norm else None,
-        delta_cosine=_over(inner, delta.norm * math.sqrt(product_energy)) if delta.norm else None,
-    )
-    return _Weight(row, delta.norm, math.sqrt(product_energy), math.sqrt(residual), inner)
-
-
-def _over(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _inner(x: Tensor, y: Tensor) -> float:
-    """The sum of products, in float64."""
-    return float(torch.dot(x.reshape(-1).double(), y.reshape(-1).double()))
-
-
 def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def experts_in(folder: LoraFolder) -> Experts:
+def experts_in(folder: AdapterFile) -> Experts:
     """How an adapter holds experts."""
     if any(module.kind == "experts" for module in folder.modules.values()):
         return "fused"

@@ -243,13 +243,3 @@ def test_layers_that_peft_takes_for_experts_are_left_out_and_counted(tmp_path):
     assert any("layer beside experts" in warning for warning in adapter.report.warnings)
     deltas = models.lora_deltas(models.load_adapter(base, adapter.save(tmp_path / "out")))
     assert all(delta.any() for delta in deltas.values())
-
-
-def test_quantized_checkpoints_are_refused():
-    from peft_posthoc import CheckpointError
-
-    packed = {"layer.weight": torch.zeros(16, 16).to(torch.float8_e4m3fn)}
-    with pytest.raises(
-        CheckpointError, match=r"tuned `state dict` is quantized \(`layer.weight` is torch.float8_e4m3fn"
-    ):
-        extract({"layer.weight": torch.zeros(16, 16)}, packed, 4)

@@ -101,3 +101,16 @@ def test_a_sequential_source_is_read_in_its_own_order():
     assert not once.order
     wanted = extract(base, tuned, 4)
     assert all(torch.equal(adapter.layers[n].factors.b, layer.factors.b) for n, layer in wanted.layers.items())
+
+
+def test_a_rule_knows_the_same_of_a_delta_while_it_is_factored_and_afterwards():
+    base, tuned = stack(layers=2), stack(layers=2)
+    norms = {}
+
+    def rule(spectrum):
+        norms.setdefault(spectrum.shape, set()).add(spectrum.base_norm)
+        return 2
+
+    adapter = extract(base, tuned, rule)
+    adapter.at(rule)
+    assert norms == {(12, 12): {layer.base_norm for layer in adapter.layers.values()}}

@@ -23,7 +23,7 @@ from peft_posthoc import (
     several,
 )
 from peft_posthoc.cli.main import main
-from peft_posthoc.cli.ranks import RANK, pattern_of, rule_of
+from peft_posthoc.cli.ranks import RANK, Asked, pattern_of
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.linalg import svd
 from peft_posthoc.linalg.spectrum import in_advance
@@ -205,13 +205,13 @@ def test_a_rule_that_no_option_says_stays_in_its_process():
 def test_options_that_contradict_one_another_are_refused():
     for asked in ({"rank": "8", "budget": "1MB"}, {"error": "0.1", "params": 9}, {"energy": "0.9", "error": "0.1"}):
         with pytest.raises(click.UsageError, match="not both"):
-            rule_of(**asked)
+            Asked(asked).rule()
     with pytest.raises(click.UsageError, match=r"weighting.* is one of budget"):
-        rule_of(rank="8", weighting="energy")
+        Asked({"rank": "8", "weighting": "energy"}).rule()
     with pytest.raises(click.UsageError, match="must be one of uniform, energy, relative, balanced, early"):
-        rule_of(budget="1MB", weighting="mine")
-    assert rule_of() is None
-    assert rule_of(max_rank=8) == limited(fixed(32), most=8)
+        Asked({"budget": "1MB", "weighting": "mine"}).rule()
+    assert Asked({}).rule() is None
+    assert Asked({"max_rank": 8}).rule() == limited(fixed(32), most=8)
 
 
 def test_a_rank_pattern_is_read_from_a_file(llama_pair, tmp_path):

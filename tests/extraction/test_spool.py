@@ -17,6 +17,7 @@ from peft_posthoc.extraction import work as factor_module
 from peft_posthoc.extraction.processes import Processes
 from peft_posthoc.extraction.spool import Spool
 from peft_posthoc.linalg import svd as svd_module
+from peft_posthoc.ranks.rules import limited
 from tests.make import architectures, models
 from tests.make.limits import HANG
 
@@ -33,12 +34,12 @@ def spools(folder):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(Spool.__init__, "__kwdefaults__", {"patience": 0.0})
+    monkeypatch.setattr(Spool, "patience", 0.0)
 
 
-def test_what_is_kept_comes_back_bit_for_bit(llama_pair, tmp_path):
+def test_what_is_kept_comes_back_bit_for_bit(llama_pair, tmp_path, impatient):
     adapter = extract(*llama_pair, 4)
-    spool = Spool(tmp_path / "out", "identity", patience=0)
+    spool = Spool(tmp_path / "out", "identity")
     for outcome in [*adapter.layers.values(), *adapter.skipped.values()]:
         spool.put(outcome)
     back = {outcome.weight: outcome for outcome in spool.outcomes([*adapter.layers, *adapter.skipped, "another"])}
@@ -52,9 +53,9 @@ def test_what_is_kept_comes_back_bit_for_bit(llama_pair, tmp_path):
         assert (back[name].base_norm, back[name].seconds) == (layer.base_norm, layer.seconds)
 
 
-def test_what_is_whole_comes_back_bit_for_bit(tmp_path):
+def test_what_is_whole_comes_back_bit_for_bit(tmp_path, impatient):
     adapter = extract(*architectures.pair_of("resnet", tmp_path), 4, form="peft")
-    spool = Spool(tmp_path / "out", "identity", patience=0)
+    spool = Spool(tmp_path / "out", "identity")
     for kept in adapter.kept.values():
         spool.put(kept)
     back = spool.outcomes(adapter.kept)
@@ -112,6 +113,24 @@ def test_other_inputs_and_other_options_start_anew(llama_pair, tied_pair, tmp_pa
 def test_a_short_run_keeps_nothing(llama_pair, tmp_path):
     extract(*llama_pair, 4, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_rule_that_is_a_function_is_named_where_nothing_can_be_kept_for_it(llama_pair, tmp_path, hidden, impatient):
+    def rule(spectrum):
+        raise KeyboardInterrupt
+
+    rank, out = (limited(rule, most=4) if hidden else rule), tmp_path / "out"
+    with pytest.raises(ValueError, match="a rank rule that is no dataclass, such as a function"):
+        extract(*llama_pair, rank, out=out, processes=Processes(0, 2))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        extract(*llama_pair, rank, out=out)
+    assert "Nothing is kept of what is done: a rank rule that is no dataclass" in interrupt.value.__notes__[-1]
+    assert list(tmp_path.iterdir()) == []
+    live = [{"a.weight": torch.eye(4) * i} for i in (1, 2)]
+    for sides, place, why in ((live, out, "not on disk"), (llama_pair, None, "no `out`")):
+        with pytest.raises(ValueError, match=why):
+            extract(*sides, 2, out=place, processes=Processes(0, 2))
 
 
 def test_a_run_that_fails_keeps_nothing(tmp_path, impatient):
@@ -260,7 +279,7 @@ def test_a_terminated_run_leaves_no_adapter_and_can_go_on(wide_pair, tmp_path):
 import time
 from peft_posthoc.extraction import work as factor
 from peft_posthoc.extraction import spool
-spool.Spool.__init__.__kwdefaults__["patience"] = 0.0
+spool.Spool.patience = 0.0
 real = factor.truncated_svd
 def svd(*args, **kwargs):
     time.sleep(0.5)

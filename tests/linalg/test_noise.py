@@ -170,7 +170,8 @@ def test_equal_singular_values_stand_out_together():
 def test_noise_survives_an_interruption(tmp_path):
     from peft_posthoc.extraction.spool import Spool
 
-    spool = Spool(tmp_path / "out", "any", patience=0)
+    spool = Spool(tmp_path / "out", "any")
+    spool.patience = 0.0
     layers = [
         layer_of(extract(*planted((30, 20), 2, 4.0, 0, dtype=dtype, start="exact"), "auto"))
         for dtype in (torch.bfloat16, torch.float32)

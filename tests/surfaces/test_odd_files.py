@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import patterns
 from peft_posthoc.adapters.config import read_config, try_patterns
-from peft_posthoc.checkpoints.files import config_of, shards_of
+from peft_posthoc.checkpoints.model_files import config_of, shards_of
 from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import parse_json, read_json

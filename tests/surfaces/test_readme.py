@@ -12,7 +12,7 @@ import transformers
 from click.testing import CliRunner
 
 from peft_posthoc.cli import main as cli
-from tests.make import models, runs
+from tests.make import models, trainer_runs
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(m[1], m[2]) for m in re.finditer(r"```(\w+)\n(.*?)```", README, re.DOTALL)]
@@ -46,8 +46,8 @@ def training():
     return {
         "Trainer": transformers.Trainer,
         "model": models.load("base"),
-        "args": runs.arguments("run", max_steps=2, save_steps=1),
-        "data": runs.examples(),
+        "args": trainer_runs.arguments("run", max_steps=2, save_steps=1),
+        "data": trainer_runs.examples(),
     }
 
 

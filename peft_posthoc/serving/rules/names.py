@@ -6,7 +6,7 @@ import re
 
 from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.reader import LoraFolder
+from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.tensors import EMBEDDING_FACTOR, FACTOR
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats import mlx
@@ -84,16 +84,16 @@ def new_tokens(subject: Subject) -> tuple[str, ...]:
     return tuple(token for token, number in subject.added_tokens.items() if size is None or number >= size)
 
 
-def not_for_mlx(subject: Subject) -> tuple[str, ...]:
-    """The refusal of `phlora export --to mlx`, if it refuses the adapter."""
+def not_for_mlx(subject: Subject) -> str:
+    """The words with which `phlora export --to mlx` refuses the adapter; nothing if it does not."""
     try:
-        folder = LoraFolder(subject.label)
+        folder = open_adapter(subject.label)
         if subject.base is not None:
             with asked_on("command line"):  # As all ways out here.
                 mlx.check(AdapterOnModel(folder, subject.base.checkpoint, subject.base.layout))
     except AdapterError as error:
-        return (str(error),)
-    return ()
+        return str(error)
+    return ""
 
 
 RULES: tuple[Rule, ...] = (

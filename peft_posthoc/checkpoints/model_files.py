@@ -48,12 +48,12 @@ def weight_files(names: Collection[str]) -> list[str]:
 
 
 def is_index(name: str) -> bool:
-    """Whether the file of that name is an index of shards; a variant's is `.safetensors.index.fp16.json`."""
+    """Tell by its name whether a file is an index of shards; a variant's is `.safetensors.index.fp16.json`."""
     return ".index." in name and name.endswith(".json")
 
 
 def no_weights(what: str, names: Collection[str], *, parts: Collection[str] = ()) -> str:
-    """What to say of a place that holds these files, none of them with weights; `parts` of it are models."""
+    """A sentence about a place that holds these files and no weights; `parts` of it are models."""
     if PIPELINE in names:
         choice = f": {', '.join(f'`{part}`' for part in parts)}" if parts else ", from a local folder"
         return f"{what} is a diffusers pipeline of several models; an adapter is for one. Give one of them{choice}."
@@ -86,17 +86,17 @@ def shards_of(index: Path) -> dict[str, str]:
 
 
 def state_of(path: Path) -> tuple[int, int, int]:
-    """What is no longer the same once a file was replaced or written to."""
+    """Values that change when a file is replaced or written to."""
     return file_state(path.stat())
 
 
 def file_state(found: os.stat_result) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written to."""
+    """The same of a file that is open."""
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _special_float(read: dict[str, Any]) -> Any:
-    """What transformers 5 writes for infinity: `{"__float__": "Infinity"}` (Mamba2's configuration has one)."""
+    """Infinity, as transformers 5 writes it: `{"__float__": "Infinity"}` (Mamba2's configuration has one)."""
     return float(read["__float__"]) if read.keys() == {"__float__"} else read
 
 

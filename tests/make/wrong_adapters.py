@@ -353,7 +353,7 @@ In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` 
 
 Adapters of `phlora extract` in the portable form, of dense language models, without `--embeddings` and `--head`, at
 ranks up to 128, break none of these rules (but for the note on rank 8). This page is made by
-`python -m docs.make serving`; for every rule there is an adapter that breaks it in `tests/make/serving.py`; what
+`python -m docs.make serving`; for every rule there is an adapter that breaks it in `tests/make/wrong_adapters.py`; what
 engines did with these, run here, is in [`engines.md`](engines.md).
 
 ## The engines

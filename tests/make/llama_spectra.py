@@ -44,4 +44,4 @@ def llama(layers=32, width=4096, inner=11008, *, rank=512, dtype=torch.bfloat16,
         known = Triplets((m, n), held, share, energy**0.5, 0.0, held * 0)
         spectrum = Spectrum(held, energy, (m, n), noise)
         outcomes.append(Layer(name, known, 20 * energy**0.5, 0.0, noise, signal_rank(spectrum) if measured else None))
-    return Inspection.of(Adapter.of(base, tuned, plan, outcomes, options={}))
+    return Inspection.of(Adapter.of(base, tuned, plan, outcomes, dtype=dtype, options={}))

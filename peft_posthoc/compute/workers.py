@@ -1,0 +1,62 @@
+"""Threads that work ahead of who takes their results, with a bound on what is in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Self, TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Workers:
+    """Threads that end with the `with` block, however that ends.
+
+    Left to a generator's end, they would be joined by the garbage collector at a moment when Python's own locks may be
+    held.
+
+    Args:
+        threads: How many.
+        waiting: Items that may wait for a thread.
+        room: The sum of sizes that may be in work at a time; an item that is larger is worked on alone.
+        torch_threads: Of each thread, those that PyTorch may use; None: as many as it does.
+    """
+
+    def __init__(
+        self, threads: int = 1, *, waiting: int = 0, room: float = math.inf, torch_threads: int | None = None
+    ) -> None:
+        self._most, self._room, self._before = threads + waiting, room, torch_threads and torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads if torch_threads else None, initargs=(torch_threads,)
+        )
+
+    def __enter__(self) -> Self:
+        """Nothing starts before there is work."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the threads; what waits is not begun."""
+        self._pool.shutdown(cancel_futures=True)
+        if self._before:  # Setting them in one thread changes what others find.
+            torch.set_num_threads(self._before)
+
+    def map(self, work: Callable[[T], R], items: Iterable[T], size: Callable[[T], int] = lambda _: 0) -> Iterator[R]:
+        """The results, each as it is ready: those of one thread in the items' order. Raises what the work raises."""
+        running: dict[Future[R], int] = {}
+
+        def first() -> R:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            future = next(future for future in running if future in done)
+            del running[future]
+            return future.result()
+
+        for item in items:
+            while running and (len(running) >= self._most or sum(running.values()) + size(item) > self._room):
+                yield first()
+            running[self._pool.submit(work, item)] = size(item)
+        while running:
+            yield first()

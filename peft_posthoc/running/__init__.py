@@ -1,0 +1,1 @@
+"""Checkpoints as live models of transformers, and something to say to them."""
