@@ -18,10 +18,10 @@ def test_numbers_in_names_sort_as_numbers():
     [
         lambda: models.llama(num_hidden_layers=11),
         lambda: models.gemma2(num_hidden_layers=11),
-        models.gpt2,
+        lambda: models.mixtral(num_hidden_layers=11),
         models.t5,
     ],
-    ids=["llama", "gemma2", "gpt2", "t5"],
+    ids=["llama", "gemma2", "mixtral", "t5"],
 )
 def test_rows_are_in_the_order_of_the_class_and_without_one_by_number(tmp_path, model, known):
     """The files of these folders are sorted by name, layer 10 before layer 2."""
