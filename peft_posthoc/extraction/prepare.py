@@ -34,11 +34,13 @@ from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_pair
-from peft_posthoc.text import shorten
+from peft_posthoc.text import asked, shorten
 
 # Options that the report, and the key under which finished layers are kept, have in another way: which models, as the
-# identity of the two; what is chosen by Python, as what is carried; how factors are saved. A new option is in both.
-_TOLD_OTHERWISE = {"base_revision", "tuned_revision", "tuned_name", "choose", "leave_out", "experts", "device", "dtype"}
+# identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
+# A new option is in both.
+_MODELS = {"base_revision", "tuned_revision", "tuned_name"}
+_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy"}
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,14 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:
         raise ValueError(f"`rank_pattern`: {error}.") from error
+
+    for pattern in own:
+        # One that a pattern before it hides has met its modules.
+        if pattern not in by_hand.values() and not first_matches([pattern], modules.values()):
+            raise ValueError(
+                f"`{asked('rank_pattern', {pattern: rank_pattern[pattern]})}` ends the name of no module that is "
+                f"carried. Names look like `{next(iter(modules.values()))}`."
+            )
 
     def of(weight: str, module: str) -> RankRule | None:
         if module in by_hand:
