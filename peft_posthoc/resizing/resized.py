@@ -187,12 +187,13 @@ class Resized:
         of_peft = self.form == "peft"
         ranks = {cut.module.name: self._file_rank(cut) for cut in self.cuts}
         others = {module: rank for module, rank in ranks.items() if rank != self.rank}
-        config = adapter_config(
+        return adapter_config(
             self.rank,
             self._target_modules(),
             base=first.get("base_model_name_or_path"),
             revision=first.get("revision"),
             task_type=next((own for one in self.configs if (own := one.get("task_type"))), None),
+            auto_mapping=first.get("auto_mapping"),
             fan_in_fan_out=any(one.get("fan_in_fan_out") for one in self.configs),
             bias=next((own for one in self.configs if (own := one.get("bias", "none")) != "none"), "none"),
             whole=self._union("modules_to_save"),
@@ -200,7 +201,6 @@ class Resized:
             ranks=patterns(others, ranks) if of_peft else None,
             lora_bias=self._lora_bias if of_peft else None,
         )
-        return {**config, "auto_mapping": first["auto_mapping"]} if first.get("auto_mapping") else config
 
     @cached_property
     def report(self) -> ResizeReport:
