@@ -20,9 +20,8 @@ from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
-from peft_posthoc.checkpoints.view import seen
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.files import free_at, on_one_disk, staged
+from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.text import size
 
@@ -117,12 +116,12 @@ def _room_for(total: int, base: Checkpoint, out: Out) -> None:
 
     Raises:
         AdapterError: The disk is too full.
+        CheckpointError: The disk of the hub's cache is.
     """
-    free, source = free_at(out.place), seen(base)
-    if isinstance(source, hub.OnHub) and on_one_disk(out.place, source.repository.folder):
-        free = max(0, free - source.repository.to_fetch)
+    free = free_at(out.place)
     if total > free:
-        raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} for it.")
+        raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} free.")
+    hub.check_room(base.to_fetch, base.label, out=out.place, taken=total)
 
 
 def _copy_beside(deltas: AdapterOnModel, merge: Merge, made: Path) -> list[str]:

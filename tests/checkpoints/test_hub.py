@@ -344,7 +344,7 @@ def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tm
     hub.repository("org/exported").claimed = {"model.safetensors": HUGE}
     status, _, stderr = phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")
     assert status == 1
-    assert "kB; the disk has 0 B for it." in stderr
+    assert "To download `org/exported` takes 100000000.0 GB" in stderr
     hub.repository("org/exported").claimed = {}
     assert phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")[0] == 0
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}

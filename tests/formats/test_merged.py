@@ -248,7 +248,7 @@ def test_a_full_disk_is_seen_before_the_work_and_survived_during_it(llama_pair, 
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
-        with pytest.raises(AdapterError, match=r"needs .* kB; the disk has 1.0 kB for it"):
+        with pytest.raises(AdapterError, match=r"needs .* kB; the disk has 1.0 kB free"):
             export(adapter, tmp_path / "deep" / "out", "merged", base=base)
 
     def full_disk(*_, **__):

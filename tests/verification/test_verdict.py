@@ -134,7 +134,7 @@ def test_one_base_has_many_names(place):
 
 
 def test_another_base_than_the_adapter_names_is_told(place):
-    for named in ("tuned", "org/other", "/elsewhere/other"):
+    for named in ("x" * 1000, "a\0b", "tuned", "org/other", "/elsewhere/other"):
         assert doubts(named, "base") == (f"The adapter names `{named}` as its base, and `base` was given.",)
     assert f"The adapter names `{named}` as its base" in run("--weights-only").stdout
 
