@@ -79,8 +79,15 @@ def check_drawing(path: Path | None, option: str) -> None:
         check_format(path.suffix if option == "--plot" else ".svg")
 
 
-def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:
+def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = (), table: str | None = None) -> None:
     """Print a result as a table, and what more there is to say; or as JSON, or write that.
+
+    Args:
+        result: Of a command.
+        json_to: A file for the JSON, `-` for standard output, None for none.
+        quiet: Print no table.
+        more: Lines behind it.
+        table: To print in place of the result's own.
 
     Raises:
         OutputError: It cannot be printed or written.
@@ -94,7 +101,7 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
             return
         write_whole(json_to, text + "\n")
     if not quiet:
-        _print(printable("\n".join([result.table(), *more])))
+        _print(printable("\n".join([result.table() if table is None else table, *more])))
 
 
 def quiet_hosts() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from peft_posthoc.cli.options import MODELS, NAMES, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
 from peft_posthoc.errors import PosthocError
+
+if TYPE_CHECKING:
+    from peft_posthoc.verification.findings import Verification
 
 
 @click.command()
@@ -46,8 +49,14 @@ def verify(
     ids = [_token_ids(text) for text in token_ids]
     if not weights_only:
         quiet_hosts()
-    result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
-    show(result, json_to, quiet=quiet)
+
+    def show_weights(found: Verification) -> None:
+        if json_to != "-":
+            show(found, json_to, quiet=quiet, table=found.weights())
+
+    options |= {"outputs": not weights_only, "progress": not quiet, "weights_done": show_weights}
+    result = run(out, base, tuned, token_ids=ids, **options)
+    show(result, json_to, quiet=quiet, table=result.rest())
     if result.failure:
         raise PosthocError(
             f"The weights were compared, the outputs were not: {result.failure} With `--weights-only` that is enough."
