@@ -26,7 +26,8 @@ from .resizing.resized import Resized, ResizeReport
 from .serving.check import Check, check
 from .serving.fix import Fixed, fix
 from .sources import open_checkpoint
-from .verification.verify import Verification, verify
+from .verification.findings import Verification
+from .verification.verify import verify
 
 __all__ = [
     "Adapter",

@@ -16,6 +16,7 @@ class Reason(StrEnum):
     ONLY_IN_BASE = "only-in-base", "only in base"
     ONLY_IN_TUNED = "only-in-tuned", "only in tuned"
     OTHER_SHAPE = "other-shape", "shapes differ ({exclude})", {"exclude": None}
+    BESIDE_MODEL = "beside-model", "a module beside the model, in a folder of its own ({0})"
     QUANTIZED = "quantized", "quantized ({0}): its numbers need their scales"
     NOT_FLOATING = "not-floating", "not a floating-point tensor"
     EMPTY = "empty", "holds no values"
@@ -36,6 +37,8 @@ class Reason(StrEnum):
     OF_THE_MODEL = "of-the-model", "a parameter of the model itself ({0})"
     BESIDE_FACTORS = "beside-factors", "a parameter of a module that holds layers with factors ({0})"
     MISREAD = "misread", "PEFT would take the name of its module, `{0}`, to mean `{1}` too"
+    DROPPED = "dropped", "PEFT drops its factors when it loads them (carried with {form})", {"form": "peft"}
+    NOT_LOADED = "not-loaded", "PEFT does not load its module, `{0}`, or not without what is missing of it"
     TOLD = "told", "{0}"
     """The caller's own, in its words."""
 
