@@ -12,14 +12,20 @@ from peft_posthoc.serving.subject import Subject
 
 def another(subject: Subject) -> str:
     """The words for a base that has other tensors than the one which the adapter names."""
-    found = another_base(subject.config, subject.base.checkpoint) if subject.base is not None else None
-    return found or "" if Path(str(subject.config.get("base_model_name_or_path"))).is_dir() else ""
+    return _doubt(subject) if Path(_named(subject)).is_dir() else ""
 
 
 def maybe_another(subject: Subject) -> str:
     """The words for a base that is called otherwise than the one which the adapter names, and which is not here."""
-    found = another_base(subject.config, subject.base.checkpoint) if subject.base is not None else None
-    return "" if another(subject) else found or ""
+    return "" if Path(_named(subject)).is_dir() else _doubt(subject)
+
+
+def _named(subject: Subject) -> str:
+    return str(subject.config.get("base_model_name_or_path") or "")
+
+
+def _doubt(subject: Subject) -> str:
+    return (another_base(_named(subject), subject.base.checkpoint.label) if subject.base is not None else None) or ""
 
 
 RULES: tuple[Rule, ...] = (
