@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from peft_posthoc.adapters.applied import Applied
+from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
 from peft_posthoc.compute.device import pick_device
@@ -41,7 +43,7 @@ from peft_posthoc.text import asked, shorten
 # identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
 # A new option is in both.
 _MODELS = {"base_revision", "tuned_revision", "tuned_name"}
-_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy"}
+_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy", "with_tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Prepared:
     """Weights whose rank it does not change."""
     differences: tuple[Difference, ...] = ()
     """Of configuration and tokenizer: what no adapter carries."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """By name: files of the tuned model that are copied beside the adapter."""
 
     @property
     def rules(self) -> dict[str, RankRule]:
@@ -99,6 +103,7 @@ class Prepared:
             form=self.form,
             notes=self.notes,
             differences=self.differences,
+            beside=self.beside,
         )
 
 
@@ -173,6 +178,9 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     )
     if refused:
         notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
+    beside = files_of_text(opened[1]) if options["with_tokenizer"] else {}
+    if options["with_tokenizer"] and not beside:
+        notes = (*notes, f"There is no tokenizer beside `{opened[1].label}`: none is copied.")
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         **{name: value for name, value in options.items() if name not in _TOLD_OTHERWISE},
@@ -191,6 +199,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         allocation,
         frozenset(by_hand),
         differences(*opened),
+        beside,
     )
 
 
