@@ -15,6 +15,12 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
+def share_of_all(energy: float, unknown: float) -> str:
+    """What is held of a whole fine-tune, and what share of its values that cannot be told of."""
+    # Below this they are a few counters, or buffers that one side does not save.
+    return percent(energy) if unknown < 1e-4 else f"about {percent(energy)} ({percent(unknown)} unknown)"
+
+
 def sized(count: int | None) -> str:
     """A number of bytes for people."""
     return "-" if count is None else size(count)

@@ -17,6 +17,8 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder, dtype_of
 from peft_posthoc.checkpoints.model_files import config_of, is_index, no_weights, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
+from peft_posthoc.files import free_at
+from peft_posthoc.text import size
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # An adapter's files, as PEFT names them.
@@ -38,16 +40,33 @@ class Repository:
     """In the hub's own cache, with the small files."""
     files: tuple[str, ...]
     """The files with the weights."""
+    sizes: Mapping[str, int]
+    """Their bytes, as far as the hub says."""
     role: str
+
+    @property
+    def missing(self) -> list[str]:
+        """The files that are not in the cache."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = ((file, try_to_load_from_cache(self.repo_id, file, revision=self.commit)) for file in self.files)
+        return [file for file, path in found if not isinstance(path, str)]
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes of the files that are not in the cache."""
+        return sum(self.sizes.get(file, 0) for file in self.missing)
 
     def get(self) -> Path:
         """Fetch the weights.
 
         Raises:
-            CheckpointError: The files cannot be fetched.
+            CheckpointError: The files cannot be fetched, or the disk of the cache has no room for them.
         """
         from huggingface_hub import snapshot_download
 
+        if (needed := self.to_fetch) > (free := free_at(self.folder)):
+            raise CheckpointError(no_room(self.repo_id, needed, free, self.folder))
         with _told(self.repo_id, self.commit, self.role):
             patterns = [escape(file) for file in self.files]
             return Path(snapshot_download(self.repo_id, revision=self.commit, allow_patterns=patterns))
@@ -58,14 +77,9 @@ class Repository:
         Raises:
             CheckpointError: The files cannot be fetched, or are no safetensors.
         """
-        from huggingface_hub import HfApi, try_to_load_from_cache
+        from huggingface_hub import HfApi
 
-        missing = [
-            file
-            for file in self.files
-            if not isinstance(try_to_load_from_cache(self.repo_id, file, revision=self.commit), str)
-        ]
-        if not missing or not all(file.endswith(".safetensors") for file in self.files):
+        if not self.missing or not all(file.endswith(".safetensors") for file in self.files):
             return None
         found: dict[str, Header] = {}
         with _told(self.repo_id, self.commit, self.role):
@@ -89,11 +103,11 @@ class OnHub(Checkpoint):
         self.headers = headers
         self.folder: Path | None = repository.folder
         """In the hub's own cache; with the weights once one is read."""
-        self._repository = repository
+        self.repository = repository
 
     @cached_property
     def _fetched(self) -> Folder:
-        return Folder(self._repository.get(), label=self.label, revision=self.revision)
+        return Folder(self.repository.get(), label=self.label, revision=self.revision)
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -120,15 +134,16 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
     from huggingface_hub import HfApi, snapshot_download
 
     with _told(repo_id, revision, role):
-        info = HfApi().model_info(repo_id, revision=revision)
-        names = {entry.rfilename for entry in info.siblings or ()}
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
+        names = sizes.keys()
         wanted = [] if adapter else weight_files(names)
         if not wanted and (adapter or _ADAPTER[0] in names):
             wanted = [file for file in _ADAPTER if file in names]
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
         indexed = is_index(wanted[0])
-        small = [escape(file) for file in ("config.json", *(wanted if indexed else ()))]
+        small = [escape(file) for file in ("config.json", _ADAPTER[0], *(wanted if indexed else ()))]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=small))
         if indexed:
             wanted = sorted(set(shards_of(folder / wanted[0]).values()))
@@ -137,7 +152,16 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
                 raise CheckpointError(
                     f"The index of `{repo_id}` names shards that are not there: {', '.join(missing)}."
                 )
-        return Repository(repo_id, str(info.sha), folder, tuple(wanted), role)
+        return Repository(repo_id, str(info.sha), folder, tuple(wanted), sizes, role)
+
+
+def no_room(what: str, needed: int, free: int, folder: Path) -> str:
+    """A sentence about weights that the disk of the cache does not hold."""
+    cache = folder.parent.parent.parent
+    return (
+        f"To download `{what}` takes {size(needed)}, and {size(free)} are free at `{cache}`. Make room, or set "
+        "`HF_HOME` to a folder on another disk."
+    )
 
 
 def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base") -> Mapping[str, Any] | None:
@@ -148,6 +172,7 @@ def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base
     """
     from huggingface_hub import snapshot_download
 
+    repo_id = repo_id.rstrip("/")
     if not is_repo_id(repo_id):
         raise CheckpointError(f"The {role} `{repo_id}` is neither a folder nor a hub id such as `org/name`.")
     with _told(repo_id, revision, role):

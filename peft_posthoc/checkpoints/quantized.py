@@ -32,18 +32,19 @@ def quantized(checkpoint: Checkpoint) -> dict[str, str]:
     headers = checkpoint.headers
     said = (checkpoint.config or {}).get("quantization_config")
     method = str(said.get("quant_method") or "quantized") if isinstance(said, Mapping) else None
-    codes = {name: found for name, header in headers.items() if (found := _codes(name, header, method))}
-    modules = {name.rpartition(".")[0] for name in codes}
+    codes = {name: held for name, header in headers.items() if (held := _codes(name, header, method))}
     found: dict[str, str] = {}
+    by_module: dict[str, str] = {}
     for name, (weight, form) in codes.items():
         form = method or _by_companions(name, headers) or form
         found |= {name: form, weight: form}
-    for name in headers:
+        by_module[name.rpartition(".")[0]] = form
+    for name in headers.keys() - found.keys():
         module, _, leaf = name.rpartition(".")
-        owner = next((code for code in _owners(name) if code in codes), None)
-        beside = module in modules and not leaf.endswith("bias") and _BESIDE.search(leaf)
-        if name not in found and (owner or beside):
-            found[name] = method or found[owner or next(code for code in codes if code.rpartition(".")[0] == module)]
+        beside = not leaf.endswith("bias") and _BESIDE.search(leaf)
+        owner = next((found[own] for own in _owners(name) if own in codes), by_module.get(module) if beside else None)
+        if owner:
+            found[name] = owner
     return found
 
 

@@ -80,6 +80,11 @@ class View(Checkpoint):
         return tensor
 
 
+def seen(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint that a view, or a view of views, shows."""
+    return seen(checkpoint._checkpoint) if isinstance(checkpoint, View) else checkpoint
+
+
 def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:
     """The tensors that one is made of, by the names that they are stored under."""
     return checkpoint.stored_names(name) if isinstance(checkpoint, View) else {name}

@@ -36,7 +36,10 @@ def verify(
     json_to: str | None,
     **options: Any,
 ) -> None:
-    """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs."""
+    """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs.
+
+    Fails if base + adapter is no nearer to TUNED than BASE is.
+    """
     check_file(json_to, "--json")
     from peft_posthoc.verification.verify import verify as run
 
@@ -45,6 +48,10 @@ def verify(
         _quiet_hosts()
     result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
     show(result, json_to, quiet=quiet)
+    if result.failure:
+        raise PosthocError(
+            f"The weights were compared, the outputs were not: {result.failure} With `--weights-only` that is enough."
+        )
     if min_cosine is not None and result.cosine < min_cosine:
         raise PosthocError(f"The cosine with the whole delta is {result.cosine:.4f}, below --min-cosine {min_cosine}.")
     if max_kl is not None:
@@ -52,6 +59,8 @@ def verify(
             raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
         if result.adapter.kl > max_kl:
             raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
+    if not result.nearer:
+        raise PosthocError(result.verdict())
 
 
 def _quiet_hosts() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
@@ -35,6 +35,8 @@ class Plan:
     """Every module of the base that could hold factors."""
     headers: Mapping[str, Header]
     """Of every tensor, the tuned one's where both have it."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """By module, the name that its factors must have in a file for PEFT to load them, where it is another."""
 
     @cached_property
     def factored(self) -> dict[str, Factored]:

@@ -21,7 +21,7 @@ from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.files import staged
+from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.text import size
 
@@ -88,7 +88,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
 
 def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, list[str]]:
     """The tensors of each file: divided as the base is, if that is done in the usual way."""
-    base = deltas.base
+    base = deltas.stored
     files = base.files if isinstance(base, Folder | hub.OnHub) else {}
     usual = {*files.values()} == {SAFETENSORS} or (
         base.folder is not None
@@ -117,8 +117,7 @@ def _room_for(total: int, out: Out) -> None:
     Raises:
         AdapterError: The disk is too full.
     """
-    above = next(path for path in out.place.parents if path.exists())
-    free = shutil.disk_usage(above).free
+    free = free_at(out.place)
     if total > free:
         raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} free.")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.serve_as import layout_to_serve
@@ -65,9 +66,14 @@ def match(
         base, told, _ = as_named(base, wanted, layout)
         notes += told
         layout, _ = layout_to_serve(serve_as, base, tuned)  # Experts are found by the new names.
-    tuned, told, _ = as_named(tuned, {name: header.shape for name, header in base.headers.items()}, layout)
+    stored = base.headers
+    base, tuned = as_model(base, layout), as_model(tuned, layout)
+    wanted = {name: header.shape for name, header in {**stored, **base.headers}.items()}
+    tuned, told, _ = as_named(tuned, wanted, layout)
     if told and serve_as is None:
-        layout = layout_of(base, tuned, of_tuned=of_tuned)  # It knows experts by their names.
+        # By the new names it knows experts, and what is stored in other pieces.
+        layout = layout_of(base, tuned, of_tuned=of_tuned)
+        tuned = as_model(tuned, layout)
     base, tuned, layout = see_experts(base, tuned, layout, experts)
     base, tuned, resized, said = see_vocabulary(base, tuned, layout, vocab)
     return Match(base, tuned, layout, resized, (*notes, *told, *said))

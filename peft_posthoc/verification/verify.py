@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
+from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.names import own_name
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, PosthocError, one_line
 from peft_posthoc.extraction.plan import Plan, everything, make_plan
 from peft_posthoc.models.layout import is_of_an_expert
 from peft_posthoc.pairing.difference import Difference
@@ -24,6 +25,9 @@ from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import asked, shorten
 from peft_posthoc.verification.outputs import Outputs, compare_outputs
 from peft_posthoc.verification.weights import Sums, WeightRow, comparable, compare_weights
+
+# A distance of outputs that rounding alone makes.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,36 @@ class Verification:
     """Base alone against tuned: what the adapter's numbers are to be held against."""
     outputs_note: str
     """The inputs that were compared on, or why nothing was."""
+    failure: str = ""
+    """The reason why outputs could not be compared as asked; empty where nothing failed."""
+    uncompared: tuple[str, ...] = ()
+    """Tensors that one checkpoint alone has, or both in other shapes or as whole numbers."""
+    notes: tuple[str, ...] = ()
+    """Doubts about the models that were given."""
     differences: tuple[Difference, ...] = ()
     """Of configuration and tokenizer: base + adapter keeps the base's."""
 
+    @property
+    def nearer(self) -> bool:
+        """True if base + adapter is nearer to tuned than base is, by all that was compared."""
+        return not self._no_nearer()
+
+    def verdict(self) -> str:
+        """The findings in one sentence."""
+        if where := self._no_nearer():
+            return f"Base + adapter is no nearer to tuned than base is: not in its {' and not in its '.join(where)}."
+        return f"Base + adapter is nearer to tuned than base is{'' if self.adapter else ', by its weights'}."
+
     def to_dict(self) -> dict[str, Any]:
         """The findings as plain JSON values."""
-        return {"format": 1, **asdict(self)}
+        return {"format": 1, "nearer": self.nearer, **asdict(self)}
+
+    def _no_nearer(self) -> list[str]:
+        found = [] if self.energy > 0 else ["weights"]
+        if self.adapter is not None and self.base is not None:
+            adapted, alone = self.adapter.distance, self.base.distance
+            found += [] if adapted < alone or adapted <= _SAME else ["outputs"]
+        return found
 
     def table(self) -> str:
         """The findings for a terminal."""
@@ -68,12 +96,16 @@ class Verification:
             f"Weights: the adapter has cosine {self.cosine:.4f} with the whole delta and explains {self.energy:.1%} "
             f"of its energy; of what it carries, `{self.worst}` comes out worst."
         ]
+        if self.uncompared:
+            some = ", ".join(self.uncompared[:3]) + (", ..." if len(self.uncompared) > 3 else "")
+            lines.append(f"Not compared, as base and tuned hold them differently: {len(self.uncompared)} ({some}).")
         if self.adapter is None or self.base is None:
-            return [*lines, f"Outputs not compared: {self.outputs_note}."]
+            lines.append(f"Outputs not compared: {(self.failure or self.outputs_note).removesuffix('.')}.")
+            return [*lines, *self.notes, self.verdict()]
         for name, outputs in (("base", self.base), ("base + adapter", self.adapter)):
             said = "" if outputs.kl is None else f"KL {outputs.kl:.5f} nats, top-1 agreement {outputs.top1:.1%}, "
             lines.append(f"{name + ' against tuned:':<29} {said}relative error {outputs.relative_error:.4f}")
-        return [*lines, f"({self.outputs_note})"]
+        return [*lines, f"({self.outputs_note})", *self.notes, self.verdict()]
 
 
 def verify(
@@ -91,7 +123,9 @@ def verify(
     device: str = "cpu",
     progress: bool = False,
 ) -> Verification:
-    """Compare base + adapter with the tuned model.
+    """Compare base + adapter with the tuned model: weights, then outputs.
+
+    Weights are compared first, and stay compared: where outputs cannot be, the result says why (`failure`).
 
     Args:
         adapter: A PEFT LoRA folder.
@@ -133,13 +167,19 @@ def verify(
     whole = Sums(*map(sum, zip(*sums.values(), strict=True))) if sums else Sums(*[0.0] * 7)
     rows = tuple(own.row(name) for name, own in sums.items())
     carried = [row for row in rows if row.delta_cosine is not None and sums[row.weight].product > 0]
-    adapted, alone, note = None, None, "not asked for"
+    adapted, alone, note, failure = None, None, "not asked for", ""
     if serve_as is not None:
         note = f"with {asked('serve_as', None)} only weights are compared"
     elif outputs:
-        adapted, alone, note = compare_outputs(
-            before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
-        )
+        try:
+            adapted, alone, note = compare_outputs(
+                before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
+            )
+        except Exception as error:  # Whatever it is, what is known of the weights is worth keeping.
+            known = isinstance(error, PosthocError | ValueError)
+            failure = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+            note = "they could not be"
+    doubt = another_base(folder.config, opened[0])
     return Verification(
         rows=rows,
         cosine=whole.cosine,
@@ -148,6 +188,9 @@ def verify(
         adapter=adapted,
         base=alone,
         outputs_note=note,
+        failure=failure,
+        uncompared=tuple(name for name in plan.headers if name not in sums),
+        notes=() if doubt is None else (doubt,),
         differences=beside,
     )
 

@@ -348,3 +348,45 @@ def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tm
     status, _, stderr = phlora("export", adapter, tmp_path / "no", "--to", "mlx", "--base", "org/nowhere")
     assert status == 1
     assert "neither a local folder nor a repository on the hub" in stderr
+
+
+HUGE = 10**17
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_nothing_is_fetched_that_the_disk_of_the_cache_does_not_hold(kind, hub, phlora, pair, work):
+    files = ["model.safetensors", "model.safetensors"]
+    if kind == "pickle":
+        torch.save(load_file(pair[0] / files[0]), pair[0] / "pytorch_model.bin")
+        (pair[0] / files[0]).unlink()
+        files[0] = "pytorch_model.bin"
+    for path, file in zip(pair, files, strict=True):
+        hub.repository(f"huge/{kind}-{path.name}").commit(path, "main")
+        hub.repository(f"huge/{kind}-{path.name}").claimed = {file: HUGE}
+    command = ["extract", f"huge/{kind}-base", f"huge/{kind}-tuned", work / "out"]
+    line = refused(phlora(*command), work, "are free at", "HF_HOME")
+    assert "200000000.0 GB" in line if kind == "safetensors" else "100000000.0 GB" in line
+    assert hub.fetched == []
+
+
+def test_what_is_in_the_cache_needs_no_room(hub, phlora, pair, work):
+    for path in pair:
+        hub.repository(f"cached/{path.name}").commit(path, "main")
+    status, said, stderr = phlora("extract", "cached/base", "cached/tuned", work / "out", "--dry-run", "--json")
+    assert status == 0, stderr
+    assert json.loads(said)["download_bytes"] == sum((path / "model.safetensors").stat().st_size for path in pair)
+    assert phlora("extract", "cached/base", "cached/tuned", work / "out")[0] == 0
+    for path in pair:
+        hub.repository(f"cached/{path.name}").claimed = {"model.safetensors": HUGE}
+    status, _, stderr = phlora("extract", "cached/base", "cached/tuned", work / "again")
+    assert status == 0, stderr
+
+
+def test_a_slash_behind_a_hub_id_or_a_folder_is_no_part_of_its_name(hub, phlora, pair, work):
+    for path in pair:
+        hub.repository(f"slash/{path.name}").commit(path, "main")
+    status, _, stderr = phlora("extract", "slash/base/", f"{pair[1]}/", work / "out")
+    assert status == 0, stderr
+    _, config, provenance = adapter_of(work / "out")
+    assert config["base_model_name_or_path"] == "slash/base"
+    assert provenance["tuned"] == str(pair[1])

@@ -50,7 +50,7 @@ def shrunk(name: str, value: int) -> int:
     return min(value, found) if value > 0 else value
 
 
-def small(config: Any, more: Mapping[str, Any] = {}) -> Any:  # noqa: B006
+def small(config: Any, more: Mapping[str, Any] = {}) -> Any:
     """A configuration like this one, with every size shrunk, and those of its parts.
 
     Args:

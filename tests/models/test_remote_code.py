@@ -179,7 +179,7 @@ def test_verify_says_why_there_is_no_tokenizer(plain, tmp_path):
     why = f"the tokenizer of `{tuned}` is code that comes with it, which is not run"
     assert f"on 8 sequences of 32 random tokens: {why})" in run(*line).stdout
     failed = run(*line, "--prompt", "Once", "--quiet")
-    assert failed.stderr == (f"phlora: error: There is no tokenizer for the prompts: {why}. Give token ids.\n")
+    assert f"There is no tokenizer for the prompts: {why}. Give `--token-ids`." in failed.stderr
 
 
 def test_a_class_that_is_only_to_be_had_by_its_code_is_told_in_a_line(plain, tmp_path):

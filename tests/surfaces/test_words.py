@@ -18,7 +18,7 @@ from peft_posthoc.text import as_flag, asked, asked_on
 from tests.make.spoiled import refused, run
 
 LIBRARY = Path(peft_posthoc.__file__).parent
-# By name: what asks in Python; what asks on the command line; the option as Python, the command line and a merge say it.
+# By name: what asks in Python; on the command line; the option as Python, the command line and a merge say it.
 FAULTS = {
     "include": (
         {"include": "nowhere"},
