@@ -44,11 +44,12 @@ class Applied(Checkpoint):
         """
         self.label = label
         self.revision = revision
-        self.sequential = base.sequential
+        self.sequential, self.to_fetch = base.sequential, base.to_fetch
         folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
-        # A tokenizer that was changed lies beside the adapter.
-        self.beside = folder.place if (folder.place / "tokenizer_config.json").is_file() else place_of(base)
         layout = layout_of(base)
+        # A tokenizer that was changed lies beside the adapter.
+        own = (folder.place / "tokenizer_config.json").is_file()
+        self.beside = folder.place if own else place_of(base)
         coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
             name, how = coded[adapted]

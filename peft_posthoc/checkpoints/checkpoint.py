@@ -43,6 +43,8 @@ class Checkpoint(Protocol):
     """A folder that transformers can load it from, if there is one; a hub id's has the weights once one is read."""
     module: nn.Module | None = None
     """The live module, if it is one."""
+    to_fetch: int = 0
+    """Bytes that are downloaded when the first tensor is read."""
     sequential: bool = False
     """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
 

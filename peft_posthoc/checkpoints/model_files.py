@@ -76,13 +76,17 @@ def shards_of(index: Path) -> dict[str, str]:
         raise CheckpointError(f"`{index}` is not a valid index of shards: it has no object `weight_map`.")
     pairs = {tensor: str(file) for tensor, file in weight_map.items()}
     for tensor, file in pairs.items():
-        outside = PurePosixPath(file).name != file or PureWindowsPath(file).name != file or file in ("", ".", "..")
-        if outside:
+        if not is_plain_name(file):
             raise CheckpointError(
                 f"`{index}` places `{tensor}` in `{file}`, which is not a file of its own folder. Refused: only files "
                 "beside the index are read."
             )
     return pairs
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name is one of a folder's own files or folders, by the rules of every system."""
+    return PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
 
 
 def state_of(path: Path) -> tuple[int, int, int]:

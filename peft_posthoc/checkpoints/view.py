@@ -50,7 +50,7 @@ class View(Checkpoint):
         self.revision = checkpoint.revision
         self.identity = checkpoint.identity
         self.config = checkpoint.config
-        self.sequential = checkpoint.sequential
+        self.sequential, self.to_fetch = checkpoint.sequential, checkpoint.to_fetch
         self.headers = {name: piece.header for name, piece in pieces.items()}
         self._held: dict[str, Tensor] = {}
         self._to_come = Counter(source for piece in pieces.values() for source in piece.sources)
@@ -78,11 +78,6 @@ class View(Checkpoint):
         if self._to_come[name] > 0:
             self._held[name] = tensor
         return tensor
-
-
-def seen(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint that a view, or a view of views, shows."""
-    return seen(checkpoint._checkpoint) if isinstance(checkpoint, View) else checkpoint
 
 
 def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:
