@@ -265,7 +265,7 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:
-        raise ValueError(f"`rank_pattern`: {error}.") from error
+        raise ValueError(f"`{asked('rank_pattern', None)}`: {error}.") from error
 
     for pattern in own:
         # One that a pattern before it hides has met its modules.
