@@ -102,15 +102,20 @@ def arrived(name: str, base: Path, adapter: Path, before: Any, after: Any) -> di
 
 
 def without_us(name: str, base: Path, out: Path) -> str:
-    """What PEFT raises with an adapter of its own, of one layer of this model: nothing where it takes that."""
+    """What PEFT raises with an adapter of its own, of a layer of each kind of this model."""
     import peft
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = load(name, base)[0]
-        layers = [name for name, module in model.named_modules() if type(module) in (torch.nn.Linear, torch.nn.Conv2d)]
+        kinds = {
+            (type(module), getattr(module, "kernel_size", None)): layer
+            for layer, module in model.named_modules()
+            if type(module) in (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+        }
         try:
-            peft.get_peft_model(model, peft.LoraConfig(target_modules=layers[:1])).save_pretrained(out / "theirs")
+            config = peft.LoraConfig(target_modules=list(kinds.values()))
+            peft.get_peft_model(model, config).save_pretrained(out / "theirs")
             peft.PeftModel.from_pretrained(load(name, base)[0], out / "theirs").merge_and_unload()
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:300]
