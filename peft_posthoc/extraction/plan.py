@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from peft_posthoc.adapters.names import misread
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.modules import module_of
 from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
@@ -14,6 +16,7 @@ from peft_posthoc.extraction.reasons import LeftOut, Reason, told
 from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout, Place, Role
+from peft_posthoc.models.order import in_order
 from peft_posthoc.models.part import Part
 from peft_posthoc.models.slots import Slot, slots_of
 from peft_posthoc.pairing.vocabulary import resized, way_out
@@ -152,6 +155,9 @@ def make_plan(
     layout = (layout or layout_of(base, tuned)).without_ties(set(tuned.headers) - set(base.headers))
     _same_shapes(base, tuned, layout, {*(excluded or ()), *unwanted, *packed[0], *packed[1]})
 
+    slots = slots_of(_headers_of_weights(base, tuned, packed), layout)
+    meant_too = misread(slots, layout)
+
     def fate_of(name: str) -> Fate:
         if name in unwanted:
             return told(unwanted[name])
@@ -159,18 +165,22 @@ def make_plan(
         for side in packed:
             if format := side.get(name) or side.get(part.tensor if part else name):
                 return LeftOut(Reason.QUANTIZED, (format,))
+        if (folder := module_of(name)) and name in base.headers and name in tuned.headers:
+            return LeftOut(Reason.BESIDE_MODEL, (folder,))
         fate = _fate(name, base.headers, tuned.headers, layout, choose)
         if name in whole:
             return LeftOut(Reason.OTHER_ROWS)
         outside = (included is not None and name not in included) or (excluded and name in excluded)
-        return LeftOut(Reason.NOT_CHOSEN) if isinstance(fate, Factored) and outside else fate
+        if isinstance(fate, Factored):
+            if outside:
+                return LeftOut(Reason.NOT_CHOSEN)
+            if stuck := next((place.module for place in fate.places if place.module in meant_too), None):
+                return LeftOut(Reason.MISREAD, (stuck, meant_too[stuck]))
+        return fate
 
-    plan = Plan(
-        {name: fate_of(name) for name in names},
-        layout,
-        slots_of(_headers_of_weights(base, tuned, packed), layout),
-        {**base.headers, **tuned.headers},
-    )
+    headers = {**base.headers, **tuned.headers}
+    ordered = in_order(headers, layout)
+    plan = Plan({name: fate_of(name) for name in ordered}, layout, slots, {name: headers[name] for name in ordered})
     if not plan.factored:
         for side, found, role in ((base, packed[0], "base"), (tuned, packed[1], "tuned")):
             if first := next((name for name in side.headers if name in found), None):

@@ -34,11 +34,13 @@ from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_pair
-from peft_posthoc.text import shorten
+from peft_posthoc.text import asked, shorten
 
 # Options that the report, and the key under which finished layers are kept, have in another way: which models, as the
-# identity of the two; what is chosen by Python, as what is carried; how factors are saved. A new option is in both.
-_TOLD_OTHERWISE = {"base_revision", "tuned_revision", "tuned_name", "choose", "leave_out", "experts", "device", "dtype"}
+# identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
+# A new option is in both.
+_MODELS = {"base_revision", "tuned_revision", "tuned_name"}
+_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy"}
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,10 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
-    coded = {name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED}
-    names = (
-        _may_be_kept(before, after, plan.layout, include, exclude, but={*leave_out, *coded}) if kind == "peft" else ()
-    )
+    never = (Reason.QUANTIZED, Reason.BESIDE_MODEL)
+    but = {*leave_out, *(name for name, fate in plan.left_out.items() if fate.reason in never)}
+    names = _may_be_kept(before, after, plan.layout, include, exclude, but=but) if kind == "peft" else ()
+    # Of experts taken apart much is for serving engines only, and of common decoders PEFT loads all.
     known = mixture != "per-expert" and not any(map(is_plain_decoder, (before, after)))
     models = (after, before) if kind == "peft" else (before, after)
     plan, refused = arriving(
@@ -253,6 +255,14 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:
         raise ValueError(f"`rank_pattern`: {error}.") from error
+
+    for pattern in own:
+        # One that a pattern before it hides has met its modules.
+        if pattern not in by_hand.values() and not first_matches([pattern], modules.values()):
+            raise ValueError(
+                f"`{asked('rank_pattern', {pattern: rank_pattern[pattern]})}` ends the name of no module that is "
+                f"carried. Names look like `{next(iter(modules.values()))}`."
+            )
 
     def of(weight: str, module: str) -> RankRule | None:
         if module in by_hand:
