@@ -65,7 +65,7 @@ def outcome(
     name: str, base: Path, tuned: Path, out: Path, before: Any, after: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is told and what is true of one adapter, or what went wrong."""
-    stage = "extract"
+    stage, told = "extract", None
     try:
         try:
             adapter = peft_posthoc.extract(base, tuned, RANK, **options)
@@ -77,7 +77,7 @@ def outcome(
         return {"told": told, **arrived(name, base, out, before, after)}
     except Exception as error:
         if stage == "peft" and (theirs := without_us(name, base, out)):
-            return {"host": theirs}
+            return {"told": told, "host": theirs}
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).parent.name}/{Path(last.filename).name}:{last.lineno}"
         return {"failed": f"{stage}: {type(error).__name__}: {error}"[:500], "at": where}

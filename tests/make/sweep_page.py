@@ -21,6 +21,12 @@ are more than one per cent apart, where PEFT misses a key, and where anything ra
 |---|--:|--:|--:|--:|
 """
 
+_MARKS = """
+-: nothing of what changed has a form that these options allow. †: PEFT does the same with an adapter of its own: it
+finds no embeddings in the model and raises, or cannot merge a convolution of this kind.
+
+"""
+
 
 def write(rows: Iterable[Mapping[str, Any]], rank: int, page: Path = PAGE) -> None:
     """Put the table of these rows at the end of the page."""
@@ -45,12 +51,13 @@ def section(rows: Iterable[Mapping[str, Any]], rank: int) -> str:
     versions = {one.__name__: one.__version__ for one in (peft, transformers, diffusers)}
     head = _TEXT.format(count=len(swept), all=len(rows), rank=rank, **versions)
     lines = "".join(f"| {row['class']} | {row['parameters']:,} | {' | '.join(_cells(row))} |\n" for row in swept)
-    return f"{HEADING}{head}{lines}\n-: nothing of what changed has a form that the options allow.\n\n{_others(rows)}"
+    return f"{HEADING}{head}{lines}{_MARKS}{_others(rows)}"
 
 
 def _cells(row: Mapping[str, Any]) -> Iterable[str]:
     for found in row["forms"].values():
-        yield f"{found['told']:.1%} {found['true']:.1%}".replace("%", "") if "true" in found else "-"
+        true = "†" if "host" in found else f"{100 * found.get('true', 0):.1f}"
+        yield f"{100 * found['told']:.1f} {true}" if "told" in found else "-"
 
 
 def _others(rows: Iterable[Mapping[str, Any]]) -> str:
