@@ -14,8 +14,8 @@ by shrinking their configurations. Of each every parameter moved, as above; adap
 PEFT loads and merges them, and every parameter is compared with the tuned model's. The first number is what the report
 tells of the whole fine-tune's energy, the second what PEFT's model has of it, in per cent; a weight that is used in
 several places counts by the place where least of it arrived. `make sweep` makes this table, and fails where the two
-are more than one per cent apart, where PEFT misses a key, and where anything raises. They are {apart:.2f} per cent apart
-at most ({furthest}). PEFT {peft}, transformers {transformers}, diffusers {diffusers}.
+are more than one per cent apart, where PEFT misses a key, and where anything raises. They are {apart:.2f} per cent
+apart at most ({furthest}). PEFT {peft}, transformers {transformers}, diffusers {diffusers}.
 
 | class | parameters | portable | with all options | peft |
 |---|--:|--:|--:|--:|
