@@ -146,6 +146,7 @@ def make_plan(
         ValueError: A regular expression is malformed or matches nothing.
     """
     packed = [quantized(side) for side in (base, tuned)]
+    stored = {_stored(name) for side in (base, tuned) for name in side.headers}
     _same_model(base, tuned)
     names = list(dict.fromkeys([*base.headers, *tuned.headers]))
     included = _matches(include, names, "include")
@@ -161,10 +162,11 @@ def make_plan(
     def fate_of(name: str) -> Fate:
         if name in unwanted:
             return told(unwanted[name])
-        part = Part.named(name)
         for side in packed:
-            if format := side.get(name) or side.get(part.tensor if part else name):
-                return LeftOut(Reason.QUANTIZED, (format,))
+            if one := side.get(name) or side.get(_stored(name)):
+                # A weight is told once: by its own name, where one of the two has it.
+                is_part = one.is_part or (one.weight != _stored(name) and one.weight in stored)
+                return LeftOut(Reason.OF_QUANTIZED if is_part else Reason.QUANTIZED, (one.format,))
         if (folder := module_of(name)) and name in base.headers and name in tuned.headers:
             return LeftOut(Reason.BESIDE_MODEL, (folder,))
         fate = _fate(name, base.headers, tuned.headers, layout, choose)
@@ -178,7 +180,8 @@ def make_plan(
                 return LeftOut(Reason.MISREAD, (stuck, meant_too[stuck]))
         return fate
 
-    headers = {**base.headers, **tuned.headers}
+    plain = [name for name in packed[1] if name in base.headers and name not in packed[0]]
+    headers = {**base.headers, **tuned.headers, **{name: base.headers[name] for name in plain}}
     ordered = in_order(headers, layout)
     plan = Plan({name: fate_of(name) for name in ordered}, layout, slots, {name: headers[name] for name in ordered})
     if not plan.factored:
@@ -186,12 +189,18 @@ def make_plan(
             if first := next((name for name in side.headers if name in found), None):
                 raise CheckpointError(
                     f"The {role} `{side.label}` is quantized (`{first}` is {side.headers[first].dtype}: "
-                    f"{found[first]}); its numbers need their scales. Give the checkpoint it was made from, or "
+                    f"{found[first].format}); its numbers need their scales. Give the checkpoint it was made from, or "
                     "dequantize it first."
                 )
         reasons = ", ".join(sorted({fate.hint for fate in plan.left_out.values()}))
         raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
     return plan
+
+
+def _stored(name: str) -> str:
+    """The name of the tensor that one is a part of, or its own."""
+    part = Part.named(name)
+    return part.tensor if part else name
 
 
 def _headers_of_weights(base: Checkpoint, tuned: Checkpoint, packed: Sequence[Collection[str]]) -> dict[str, Header]:

@@ -21,7 +21,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
-from peft_posthoc.extraction.reasons import Reason
+from peft_posthoc.extraction.reasons import CODED, Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
@@ -164,7 +164,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
-    never = (Reason.QUANTIZED, Reason.BESIDE_MODEL)
+    never = (*CODED, Reason.BESIDE_MODEL)
     but = {*leave_out, *(name for name, fate in plan.left_out.items() if fate.reason in never)}
     names = _may_be_kept(before, after, plan.layout, include, exclude, but=but) if kind == "peft" else ()
     # Of experts taken apart much is for serving engines only, and of common decoders PEFT loads all.
