@@ -21,22 +21,30 @@ _TOGETHER = (
 _OF_AN_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
+class Misread(AdapterError):
+    """PEFT would take the name of a module that is adapted to mean another one too, which has no LoRA form."""
+
+    def __init__(self, module: str, other: str) -> None:
+        pattern = rf"^{re.escape(module)}\."
+        super().__init__(
+            f"PEFT would take `{module}`, which is adapted, to mean `{other}` too, which has no LoRA form. Leave the "
+            f"first one out: `{asked('exclude', pattern)}`."
+        )
+        self.module, self.other = module, other
+
+
 def targeted(chosen: Iterable[str], slots: Mapping[str, Slot], layout: Layout) -> list[str]:
     """The chosen modules, and those that PEFT takes their names to mean too.
 
     Raises:
-        AdapterError: One of these has no LoRA form.
+        Misread: One of these has no LoRA form.
     """
     modules = set(chosen)
     while extra := matched(target_modules(modules, layout), layout) - modules:
         stuck = sorted(module for module in extra if module not in slots)
         if stuck:
             adapted = next((m for m in sorted(modules) if stuck[0] in matched([m], layout)), stuck[0])
-            pattern = rf"^{re.escape(adapted)}\."
-            raise AdapterError(
-                f"PEFT would take `{adapted}`, which is adapted, to mean `{stuck[0]}` too, which has no LoRA form. "
-                f"Leave the first one out: `{asked('exclude', pattern)}`."
-            )
+            raise Misread(adapted, stuck[0])
         modules |= extra
     return [module for module in slots if module in modules]
 

@@ -25,6 +25,7 @@ from peft_posthoc.extraction.reasons import LeftOut
 from peft_posthoc.extraction.report import Report
 from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
+from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
 
 
@@ -45,6 +46,7 @@ class Adapter(Findings):
         options: Mapping[str, Any],
         form: Form = "portable",
         notes: Sequence[str] = (),
+        differences: Sequence[Difference] = (),
     ) -> Adapter:
         """Put together what the loop found.
 
@@ -65,6 +67,7 @@ class Adapter(Findings):
             plan=plan,
             form=form,
             notes=tuple(notes),
+            differences=tuple(differences),
             dtype=dtype,
             provenance={
                 "base": base.label,

@@ -16,6 +16,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.outcomes import Kept, Layer, Skipped
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.linalg.spectrum import Spectrum
+from peft_posthoc.pairing.difference import Difference
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Findings:
     """By weight name: what is in the file without factors."""
     notes: tuple[str, ...] = ()
     """What was decided to compare the two checkpoints: of their names, and the like."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
 
     @property
     def spectra(self) -> dict[str, Spectrum]:

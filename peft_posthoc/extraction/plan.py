@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from peft_posthoc.adapters.names import misread
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
@@ -37,6 +36,8 @@ class Plan:
     """Every module of the base that could hold factors."""
     headers: Mapping[str, Header]
     """Of every tensor, the tuned one's where both have it."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """By module, the name that its factors must have in a file for PEFT to load them, where it is another."""
 
     @cached_property
     def factored(self) -> dict[str, Factored]:
@@ -153,7 +154,6 @@ def make_plan(
     _same_shapes(base, tuned, layout, {*(excluded or ()), *unwanted, *packed[0], *packed[1]})
 
     slots = slots_of(_headers_of_weights(base, tuned, packed), layout)
-    meant_too = misread(slots, layout)
 
     def fate_of(name: str) -> Fate:
         if name in unwanted:
@@ -166,12 +166,7 @@ def make_plan(
         if name in whole:
             return LeftOut(Reason.OTHER_ROWS)
         outside = (included is not None and name not in included) or (excluded and name in excluded)
-        if isinstance(fate, Factored):
-            if outside:
-                return LeftOut(Reason.NOT_CHOSEN)
-            if stuck := next((place.module for place in fate.places if place.module in meant_too), None):
-                return LeftOut(Reason.MISREAD, (stuck, meant_too[stuck]))
-        return fate
+        return LeftOut(Reason.NOT_CHOSEN) if isinstance(fate, Factored) and outside else fate
 
     headers = {**base.headers, **tuned.headers}
     ordered = in_order(headers, layout)

@@ -21,6 +21,8 @@ from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.files import free_at, on_one_disk
 from peft_posthoc.linalg.spectrum import in_advance
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source
 from peft_posthoc.text import shorten, size
@@ -77,6 +79,8 @@ class Preflight:
     layout: str
     """Where the kinds of the layers come from."""
     notes: tuple[str, ...]
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -117,7 +121,8 @@ class Preflight:
             f"Adapter: at most {size(self.adapter_bytes)}{at}. To read: {size(self.read_bytes)}{fetch}. Disk needed: "
             f"{size(self.disk_bytes)}{free}. Memory: about {size(self.memory_bytes)}.",
         ]
-        return [*lines, *self.notes]
+        warnings = (f"Warning: {warning}" for warning in told_as_warnings(self.differences))
+        return [*lines, *self.notes, *told_as_notes(self.differences), *warnings]
 
 
 @takes_options
@@ -192,6 +197,7 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
         notes=prepared.notes,
+        differences=prepared.differences,
     )
 
 

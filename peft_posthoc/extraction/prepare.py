@@ -12,23 +12,29 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.extraction.forms.layout import Form
+from peft_posthoc.extraction.forms.arriving import arriving
+from peft_posthoc.extraction.forms.lay_out import lay_out
+from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
-from peft_posthoc.linalg.spectrum import RankRule
+from peft_posthoc.linalg.spectrum import RankRule, in_advance
+from peft_posthoc.models.decoders import is_plain_decoder
+from peft_posthoc.models.find import model_of
 from peft_posthoc.models.layout import GUESSED, Layout
 from peft_posthoc.models.part import is_rest
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import differences
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
-from peft_posthoc.text import asked
 from peft_posthoc.sources import Source, open_pair
+from peft_posthoc.text import asked, shorten
 
 # Options that the report, and the key under which finished layers are kept, have in another way: which models, as the
 # identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
@@ -56,6 +62,8 @@ class Prepared:
     """What shares ranks out among all layers, once they are factored as far as the rules say."""
     by_hand: frozenset[str] = frozenset()
     """Weights whose rank it does not change."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
 
     @property
     def rules(self) -> dict[str, RankRule]:
@@ -89,6 +97,7 @@ class Prepared:
             options=self.options,
             form=self.form,
             notes=self.notes,
+            differences=self.differences,
         )
 
 
@@ -148,10 +157,20 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
-    if kind == "peft":
-        coded = (name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED)
-        but = {*leave_out, *coded}
-        plan = keeping(plan, _may_be_kept(before, after, plan.layout, include, exclude, but=but))
+    coded = {name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED}
+    names = (
+        _may_be_kept(before, after, plan.layout, include, exclude, but={*leave_out, *coded}) if kind == "peft" else ()
+    )
+    known = mixture != "per-expert" and not any(map(is_plain_decoder, (before, after)))
+    models = (after, before) if kind == "peft" else (before, after)
+    plan, refused = arriving(
+        plan,
+        lambda: model_of(plan.layout, *models) if known else None,
+        lambda plan: _file_of(plan, kind, dtype),
+        lambda plan, but: keeping(plan, [name for name in names if name not in but]) if kind == "peft" else plan,
+    )
+    if refused:
+        notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         **{name: value for name, value in options.items() if name not in _TOLD_OTHERWISE},
@@ -169,7 +188,15 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         notes,
         allocation,
         frozenset(by_hand),
+        differences(*opened),
     )
+
+
+def _file_of(plan: Plan, form: Form, dtype: torch.dtype) -> FileLayout:
+    """The layout of the file, if everything has changed."""
+    rules = {name: in_advance(fate.rule) if fate.rule else None for name, fate in plan.factored.items()}
+    ranks = {name: min(rank or 1, *plan.slot(name)[1:]) for name, rank in rules.items()}
+    return lay_out(form, plan, ranks, plan.kept.keys(), dtype)
 
 
 def _as_compared(leave_out: Mapping[str, str], *sides: Checkpoint) -> dict[str, str]:

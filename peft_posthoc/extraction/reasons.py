@@ -36,6 +36,8 @@ class Reason(StrEnum):
     OF_THE_MODEL = "of-the-model", "a parameter of the model itself ({0})"
     BESIDE_FACTORS = "beside-factors", "a parameter of a module that holds layers with factors ({0})"
     MISREAD = "misread", "PEFT would take the name of its module, `{0}`, to mean `{1}` too"
+    DROPPED = "dropped", "PEFT drops its factors when it loads them (carried with {form})", {"form": "peft"}
+    NOT_LOADED = "not-loaded", "PEFT does not load its module, `{0}`, or not without what is missing of it"
     TOLD = "told", "{0}"
     """The caller's own, in its words."""
 

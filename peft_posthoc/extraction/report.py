@@ -11,6 +11,8 @@ from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.models.layout import GUESSED
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
 from peft_posthoc.text import percent, share_of_all, shorten, size
 
 # Shares of the whole delta's energy from which leaving something out is worth a warning.
@@ -109,14 +111,17 @@ class Report:
     notes: tuple[str, ...]
     """What was decided to compare the two checkpoints: of their names, and the like."""
     provenance: Mapping[str, Any]
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
 
     @classmethod
     def of(cls, adapter: Findings) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
         totals = _totals(rows, adapter.file.rank, adapter.file.padding)
-        warnings = (*adapter.file.warnings, *_warnings(rows, totals))
-        return cls(rows, totals, warnings, adapter.notes, adapter.provenance)
+        beside = adapter.differences
+        warnings = (*adapter.file.warnings, *_warnings(rows, totals), *told_as_warnings(beside))
+        return cls(rows, totals, warnings, (*adapter.notes, *told_as_notes(beside)), adapter.provenance, beside)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -125,6 +130,7 @@ class Report:
             "totals": asdict(self.totals),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
+            "differences": [asdict(one) for one in self.differences],
             "provenance": dict(self.provenance),
             "rows": [asdict(row) for row in self.rows],
         }

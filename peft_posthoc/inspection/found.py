@@ -117,6 +117,7 @@ class Found:
             "rules": [one.to_dict() for one in self.candidates],
             "warnings": list(self.report.warnings),
             "notes": list(self.report.notes),
+            "differences": self.report.to_dict()["differences"],
             "provenance": dict(self.report.provenance),
         }
 

@@ -34,6 +34,13 @@ PLAIN_DECODERS: Mapping[str, bool] = {
 }
 
 
+def is_plain_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether it is one of `PLAIN_DECODERS`, on disk."""
+    config = checkpoint.config or {}
+    plain = config.get("model_type") in PLAIN_DECODERS and architecture(config).endswith("ForCausalLM")
+    return plain and "model.embed_tokens.weight" in checkpoint.headers and checkpoint.module is None
+
+
 def of_plain_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     """The layout of a decoder of `PLAIN_DECODERS`."""
     matrices = {name.removesuffix(".weight") for name, header in checkpoint.headers.items() if len(header.shape) == 2}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
+
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.models.by_name import of_names
 from peft_posthoc.models.config import architecture, task_type
-from peft_posthoc.models.decoders import PLAIN_DECODERS, of_plain_decoder
+from peft_posthoc.models.decoders import is_plain_decoder, of_plain_decoder
 from peft_posthoc.models.layout import Layout
 
 
@@ -29,6 +31,24 @@ def layout_of(*checkpoints: Checkpoint, of_tuned: bool = False) -> Layout:
     return replace(layout, task_type=None) if other else layout
 
 
+def model_of(layout: Layout, *checkpoints: Checkpoint) -> nn.Module | None:
+    """The model that a layout is of, without values; None where transformers and diffusers have no such class.
+
+    Args:
+        layout: As `layout_of` found it.
+        *checkpoints: Those that may have its configuration, the best first.
+    """
+    from peft_posthoc.models.by_class import build
+
+    for checkpoint in checkpoints:
+        config = checkpoint.config or {}
+        if checkpoint.module is not None and type(checkpoint.module).__name__ == layout.origin:
+            config = {**config, "architectures": [layout.origin]}
+        if layout.origin in (architecture(config), config.get("_class_name")):
+            return build(config)
+    return None
+
+
 def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
     from peft_posthoc.models.by_class import build
     from peft_posthoc.models.of_module import layout_of_module
@@ -39,8 +59,7 @@ def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
             return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, files)
     for checkpoint in checkpoints:
         config = checkpoint.config or {}
-        plain = config.get("model_type") in PLAIN_DECODERS and architecture(config).endswith("ForCausalLM")
-        if plain and "model.embed_tokens.weight" in checkpoint.headers:
+        if is_plain_decoder(checkpoint):
             return of_plain_decoder(checkpoint, config)
         built = build(config)
         if built is not None:

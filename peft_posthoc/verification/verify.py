@@ -17,6 +17,8 @@ from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError, PosthocError, one_line
 from peft_posthoc.extraction.plan import Plan, everything, make_plan
 from peft_posthoc.models.layout import is_of_an_expert
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import differences, told_as_notes, told_as_warnings
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import Source, open_pair
@@ -51,6 +53,8 @@ class Verification:
     """Tensors that one checkpoint alone has, or both in other shapes or as whole numbers."""
     notes: tuple[str, ...] = ()
     """Doubts about the models that were given."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: base + adapter keeps the base's."""
 
     @property
     def nearer(self) -> bool:
@@ -83,7 +87,8 @@ class Verification:
             for row in self.rows
             if row.delta_cosine
         ]
-        return "\n".join([*lines, "", *self.summary()])
+        warnings = (f"Warning: {warning}" for warning in told_as_warnings(self.differences))
+        return "\n".join([*lines, "", *self.summary(), *told_as_notes(self.differences), *warnings])
 
     def summary(self) -> list[str]:
         """The totals, a line each."""
@@ -143,6 +148,7 @@ def verify(
     """
     where = pick_device(device)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    beside = differences(*opened)
     folder = open_adapter(adapter)
     found = match(
         *opened,
@@ -185,6 +191,7 @@ def verify(
         failure=failure,
         uncompared=tuple(name for name in plan.headers if name not in sums),
         notes=() if doubt is None else (doubt,),
+        differences=beside,
     )
 
 

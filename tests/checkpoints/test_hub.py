@@ -124,7 +124,8 @@ def test_the_command_extracts_from_two_repositories_what_it_extracts_from_two_fo
     assert config["base_model_name_or_path"] == provenance["base"] == "first/base"
     assert config["revision"] == provenance["base_revision"] == v1
     assert (provenance["tuned"], provenance["tuned_revision"]) == ("first/tuned", commit)
-    needed = {(repo, file) for repo in ("first/base", "first/tuned") for file in ("config.json", "model.safetensors")}
+    files = ("config.json", "model.safetensors", "generation_config.json")
+    needed = {(repo, file) for repo in ("first/base", "first/tuned") for file in files}
     assert set(hub.fetched) == needed
     assert len(hub.fetched) == len(needed)
 
@@ -157,11 +158,23 @@ def test_of_a_sharded_repository_the_index_and_its_shards_are_fetched(hub, phlor
     hub.repository("sharded/tuned").commit(tuned, "main")
     status, _, stderr = phlora("extract", "sharded/base", "sharded/tuned", tmp_path / "out")
     assert status == 0, stderr
-    needed = {"config.json", "model.safetensors.index.json", *shards}
+    needed = {"config.json", "generation_config.json", "model.safetensors.index.json", *shards}
     assert {file for repo, file in hub.fetched if repo == "sharded/base"} == needed
     extract(str(base), str(tuned)).save(tmp_path / "expected")
     tensors, expected = adapter_of(tmp_path / "out")[0], adapter_of(tmp_path / "expected")[0]
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_of_tokenizers_the_small_files_are_fetched_and_compared(hub, phlora, pair):
+    for folder, end in zip(pair, ("</s>", "<|im_end|>"), strict=True):
+        (folder / "tokenizer.json").write_text("large")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        hub.repository(f"worded/{folder.name}").commit(folder, "main")
+    status, said, stderr = phlora("inspect", "worded/base", "worded/tuned", "--max-rank", "2", "--json")
+    assert status == 0, stderr
+    assert [one["told"] for one in json.loads(said)["differences"]] == ['`eos_token` "</s>" -> "<|im_end|>"']
+    assert "tokenizer.json" not in {file for _, file in hub.fetched}
 
 
 def test_a_dry_run_fetches_no_weights(hub, phlora, tmp_path):
@@ -174,7 +187,8 @@ def test_a_dry_run_fetches_no_weights(hub, phlora, tmp_path):
         json.loads(said)["rows"]
         == json.loads(json.dumps(preflight(tmp_path / "base", tmp_path / "tuned").to_dict()))["rows"]
     )
-    assert {file for _, file in hub.fetched} == {"config.json", "model.safetensors.index.json"}
+    small = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert {file for _, file in hub.fetched} == small
     assert {file for _, file in hub.begun} == {path.name for path in (tmp_path / "base").glob("model-*.safetensors")}
 
 

@@ -46,6 +46,14 @@ def qwen3_moe(**changes):
     return decoder("Qwen3Moe", **{"head_dim": 8} | experts | changes)
 
 
+def laguna(**changes):
+    """A mixture with shared experts, which PEFT 0.21 with transformers 5 renames when it loads an adapter."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "mlp_layer_types": ["sparse"]}
+    kinds = {"layer_types": ["full_attention"], "sliding_window": 8, "num_attention_heads_per_layer": None}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8, "num_hidden_layers": 1}
+    return decoder("Laguna", **experts | kinds | special | {"shared_expert_intermediate_size": 16} | changes)
+
+
 def gpt2(**changes):
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, **changes)

@@ -42,6 +42,8 @@ class FileLayout:
     model: Layout
     dtype: torch.dtype
     """Of factors and biases."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """By module with factors, what it is called in the file, where PEFT renames what it loads."""
     padding: int = 0
     """Bytes of zeros: what the file takes beyond every layer at its own rank."""
     biases: Mapping[str, str] | None = None
@@ -71,10 +73,10 @@ class FileLayout:
         found: dict[str, Header] = {}
         for module, rank in self.ranks.items():
             kind, m, n = self.slots[module]
-            shapes = kind.shapes(f"{PREFIX}{module}", rank, m, n)
+            shapes = kind.shapes(self._key(module), rank, m, n)
             found |= {name: Header(shape, self.dtype) for name, shape in shapes.items()}
             if self.biases is not None:
-                found[_bias(module)] = Header((m,), self.dtype)
+                found[self._bias(module)] = Header((m,), self.dtype)
         for weight, names in self.whole.items():
             found |= {f"{PREFIX}{name}": self.headers[weight] for name in names}
         for stack, place in self._stacks_by_place:
@@ -82,6 +84,17 @@ class FileLayout:
             shapes = {"a": (count * self.rank, n), "b": (m, self.rank * count)}
             names = (f"{PREFIX}{place}.{LINEAR.a_key}", f"{PREFIX}{place}.{LINEAR.b_key}")
             found |= {name: Header(shape, self.dtype) for name, shape in zip(names, shapes.values(), strict=True)}
+        return found
+
+    @property
+    def of_factors(self) -> dict[str, tuple[str, ...]]:
+        """By tensor with factors, the modules, or the matrices of stacked experts, that they are of."""
+        found: dict[str, tuple[str, ...]] = {}
+        for module in self.ranks:
+            names = [*self.slots[module].kind.shapes(self._key(module), 1, 1, 1), self._bias(module)]
+            found |= {name: (module,) for name in names if name in self.tensors}
+        for stack, place in self._stacks_by_place:
+            found |= {f"{PREFIX}{place}.{key}": stack.units for key in (LINEAR.a_key, LINEAR.b_key)}
         return found
 
     @property
@@ -117,7 +130,9 @@ class FileLayout:
     def config(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration beside the file."""
         of_peft = self.form == "peft"
-        own = {module: rank for module, rank in self.ranks.items() if rank != self.rank}
+        # Under both names: PEFT knows a module by the model's, and what is in the file is read by the file's.
+        ranks = {**self.ranks, **{self.called[name]: rank for name, rank in self.ranks.items() if name in self.called}}
+        own = {module: rank for module, rank in ranks.items() if rank != self.rank}
         return adapter_config(
             self.rank,
             self.target_modules,
@@ -127,7 +142,7 @@ class FileLayout:
             fan_in_fan_out=self.model.fan_in_fan_out,
             whole=self.whole_modules,
             stacked=target_parameters(self.stacks),
-            ranks=patterns(own, self.ranks) if of_peft else None,
+            ranks=patterns(own, ranks) if of_peft else None,
             lora_bias=self.biases is not None if of_peft else None,
         )
 
@@ -149,21 +164,23 @@ class FileLayout:
                 a, b = cast(*factors[module], self.dtype, module, rank=rank)
             else:
                 a, b = torch.zeros(rank, n, dtype=self.dtype), torch.zeros(m, rank, dtype=self.dtype)
-            tensors |= kind.tensors(f"{PREFIX}{module}", a, b)
+            tensors |= kind.tensors(self._key(module), a, b)
             if self.biases is not None:
-                tensors[_bias(module)] = biases.get(module, torch.zeros(m, dtype=self.dtype))
+                tensors[self._bias(module)] = biases.get(module, torch.zeros(m, dtype=self.dtype))
         for weight, names in self.whole.items():
             tensors |= {f"{PREFIX}{name}": values[weight].clone() for name in names}
         for stack, place in self._stacks_by_place:
             tensors |= LINEAR.tensors(f"{PREFIX}{place}", *pack(stack, factors, self.rank, self.dtype))
         return tensors
 
+    def _key(self, module: str) -> str:
+        return f"{PREFIX}{self.called.get(module, module)}"
+
+    def _bias(self, module: str) -> str:
+        return f"{self._key(module)}.lora_B.bias"
+
     @property
     def _stacks_by_place(self) -> list[tuple[Stack, str]]:
         """Stacked experts, each with the module that holds them in the file."""
         places = places_in_file(self.stacks)
         return [(stack, places[stack.name]) for stack in self.stacks]
-
-
-def _bias(module: str) -> str:
-    return f"{PREFIX}{module}.lora_B.bias"

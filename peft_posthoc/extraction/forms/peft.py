@@ -57,6 +57,7 @@ def peft(plan: Plan, ranks: Mapping[str, int], changed: Collection[str], dtype: 
         slots=plan.slots,
         model=layout,
         dtype=dtype,
+        called=plan.called,
         biases=biases,
         whole_modules=tuple(whole),
         whole={name: tuple(one for one in how.names if one.startswith(inside)) for name, how in kept.items()},

@@ -43,6 +43,7 @@ def portable(plan: Plan, ranks: Mapping[str, int], dtype: torch.dtype) -> FileLa
         slots=plan.slots,
         model=layout,
         dtype=dtype,
+        called=plan.called,
         padding=0,
         warnings=_warnings(layout, ranks, stacked=bool(stacks)),
     )
