@@ -18,7 +18,7 @@ from .inspection.inspection import Inspection, inspect
 from .linalg.lowrank import LowRank
 from .linalg.spectrum import RankRule, Spectrum
 from .linalg.svd import truncated_svd
-from .lora_config import LoraConfig, get_peft_model, patch_peft
+from .lora_config import LoraConfig, add_adapter, get_peft_model, patch_peft
 from .ranks.budget import budget
 from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
 from .resizing.resize import combine, resize, spectra
@@ -26,7 +26,8 @@ from .resizing.resized import Resized, ResizeReport
 from .serving.check import Check, check
 from .serving.fix import Fixed, fix
 from .sources import open_checkpoint
-from .verification.verify import Verification, verify
+from .verification.findings import Verification
+from .verification.verify import verify
 
 __all__ = [
     "Adapter",
@@ -52,6 +53,7 @@ __all__ = [
     "Spectrum",
     "Verification",
     "above_noise",
+    "add_adapter",
     "budget",
     "check",
     "combine",

@@ -28,7 +28,7 @@ import torch
 import transformers
 
 import peft_posthoc
-from peft_posthoc import PosthocError
+from peft_posthoc import NothingToCarryError
 from tests.make import small, sweep_page
 from tests.make.architectures import EVERYTHING
 
@@ -43,11 +43,15 @@ Values = dict[str, torch.Tensor]
 
 def check(name: str, folder: Path) -> dict[str, Any]:
     """What is told and what is true of one class's adapters."""
-    base, tuned = pair(name, folder)
-    before, lost = load(name, base)
-    after, also_lost = load(name, tuned)
+    try:
+        base, tuned = pair(name, folder)
+        (before, lost), (after, also_lost) = load(name, base), load(name, tuned)
+    except small.NotBuilt:
+        raise
+    except Exception as error:
+        return {"class": name, "not_kept": f"{type(error).__name__}: {error}"[:200]}
     if lost or also_lost:
-        return {"class": name, "not_kept": sorted({*lost, *also_lost})[:3]}
+        return {"class": name, "not_kept": ", ".join(sorted({*lost, *also_lost})[:3])}
     size = sum(values.numel() for values in after.parameters())
     row: dict[str, Any] = {"class": name, "parameters": size, "forms": {}}
     for form, options in FORMS.items():
@@ -65,8 +69,8 @@ def outcome(
     try:
         try:
             adapter = peft_posthoc.extract(base, tuned, RANK, **options)
-        except PosthocError as refusal:
-            return {"refused": f"{type(refusal).__name__}: {refusal}"}
+        except NothingToCarryError as nothing:
+            return {"nothing": str(nothing)[:300]}
         told = adapter.report.totals.energy_of_all
         adapter.save(out)
         stage = "peft"

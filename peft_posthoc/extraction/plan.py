@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.modules import module_of
 from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
@@ -162,6 +163,8 @@ def make_plan(
         for side in packed:
             if format := side.get(name) or side.get(part.tensor if part else name):
                 return LeftOut(Reason.QUANTIZED, (format,))
+        if (folder := module_of(name)) and name in base.headers and name in tuned.headers:
+            return LeftOut(Reason.BESIDE_MODEL, (folder,))
         fate = _fate(name, base.headers, tuned.headers, layout, choose)
         if name in whole:
             return LeftOut(Reason.OTHER_ROWS)

@@ -157,10 +157,10 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
-    coded = {name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED}
-    names = (
-        _may_be_kept(before, after, plan.layout, include, exclude, but={*leave_out, *coded}) if kind == "peft" else ()
-    )
+    never = (Reason.QUANTIZED, Reason.BESIDE_MODEL)
+    but = {*leave_out, *(name for name, fate in plan.left_out.items() if fate.reason in never)}
+    names = _may_be_kept(before, after, plan.layout, include, exclude, but=but) if kind == "peft" else ()
+    # Of experts taken apart much is for serving engines only, and of common decoders PEFT loads all.
     known = mixture != "per-expert" and not any(map(is_plain_decoder, (before, after)))
     models = (after, before) if kind == "peft" else (before, after)
     plan, refused = arriving(

@@ -16,6 +16,7 @@ class Reason(StrEnum):
     ONLY_IN_BASE = "only-in-base", "only in base"
     ONLY_IN_TUNED = "only-in-tuned", "only in tuned"
     OTHER_SHAPE = "other-shape", "shapes differ ({exclude})", {"exclude": None}
+    BESIDE_MODEL = "beside-model", "a module beside the model, in a folder of its own ({0})"
     QUANTIZED = "quantized", "quantized ({0}): its numbers need their scales"
     NOT_FLOATING = "not-floating", "not a floating-point tensor"
     EMPTY = "empty", "holds no values"

@@ -390,3 +390,15 @@ def test_a_slash_behind_a_hub_id_or_a_folder_is_no_part_of_its_name(hub, phlora,
     _, config, provenance = adapter_of(work / "out")
     assert config["base_model_name_or_path"] == "slash/base"
     assert provenance["tuned"] == str(pair[1])
+
+
+def test_modules_beside_the_model_are_fetched_with_it(hub, phlora, pair, work):
+    for path in pair:
+        (path / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+        (path / "2_Dense").mkdir()
+        save_file({"linear.weight": torch.randn(4, 4)}, path / "2_Dense" / "model.safetensors")
+        hub.repository(f"sentences/{path.name}").commit(path, "main")
+    status, _, stderr = phlora("extract", "sentences/base", "sentences/tuned", work / "out")
+    assert status == 0, stderr
+    rows = json.loads((work / "out" / "phlora_report.json").read_text())["rows"]
+    assert [row["cause"] for row in rows if row["weight"] == "2_Dense/linear.weight"] == ["beside-model"]

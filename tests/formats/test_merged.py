@@ -166,6 +166,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
         *("config.json", "generation_config.json", "model.safetensors", "phlora_report.json"),
         *("tokenizer.json", "tokenizer_config.json", "merges.txt", "additional_chat_templates/tools.jinja"),
     }
+    assert not any("names" in note for note in told["notes"])
     # The tokenizer that was trained with comes first.
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (adapter / name).write_text(f"the adapter's {name}")

@@ -32,6 +32,7 @@ def test_every_block_is_one_that_is_run_here():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*(left out|base's norm)")  # toys
 def test_the_python_blocks(here):
     for language, block in BLOCKS:
         if language == "python":

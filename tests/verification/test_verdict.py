@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract, verify
 from peft_posthoc.cli import main as cli
-from tests.make import models
+from tests.make import architectures, models
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +137,11 @@ def test_another_base_than_the_adapter_names_is_told(place):
     for named in ("tuned", "org/other", "/elsewhere/other"):
         assert doubts(named, "base") == (f"The adapter names `{named}` as its base, and `base` was given.",)
     assert f"The adapter names `{named}` as its base" in run("--weights-only").stdout
+
+
+@pytest.mark.parametrize(("name", "reads"), [("vit", "`pixel_values`"), ("whisper", "`input_features`")])
+def test_a_model_that_reads_no_tokens_is_compared_by_its_weights(name, reads, tmp_path):
+    base, tuned = architectures.pair_of(name, tmp_path)
+    found = verify(extract(base, tuned, 4).save(tmp_path / "out"), base, tuned)
+    assert (found.failure, found.nearer) == ("", True)
+    assert found.outputs_note == f"the model reads no tokens but {reads}"
