@@ -16,6 +16,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.as_model import converted, second_names
 from peft_posthoc.models.layout import Conversion
+from peft_posthoc.models.ties import without_false_ties
 from peft_posthoc.text import asked
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +32,7 @@ class Merge:
 
     def __init__(self, deltas: AdapterOnModel, dtype: torch.dtype | None) -> None:
         self._deltas = deltas
-        self._layout = deltas.layout
+        self._layout = without_false_ties(deltas.layout, deltas.base)
         self.notes: list[str] = []
         self._used: dict[str, str] = {}
         base, names = deltas.base, deltas.base.headers
@@ -182,7 +183,7 @@ class Merge:
         stacks = {part: stack.name for stack in deltas.stacks for part in matrices(stack)}
         for name in deltas.names:
             stored = own.get(f"{name}.weight") or own.get(stacks.get(name, ""))
-            if stored is None and name in tied:
+            if stored is None and (name in tied or stacks.get(name) in tied):
                 continue
             if stored is None:
                 raise AdapterError(f"`{label}` adapts `{name}`, which `{deltas.base.label}` holds no weight of.")

@@ -13,6 +13,7 @@ from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryEr
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.reasons import LeftOut, Reason, told
 from peft_posthoc.linalg.spectrum import RankRule
+from peft_posthoc.models.config import architecture
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout, Place, Role
 from peft_posthoc.models.order import in_order
@@ -210,7 +211,9 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:
     kinds = [config.get("model_type") for config in configs]
     # A model with images may be compared with its language model.
     parts = [{config.get("model_type"), (config.get("text_config") or {}).get("model_type")} for config in configs]
-    if all(kinds) and not (parts[0] & parts[1]) - {None}:
+    # One class may have several types of configurations.
+    classes = {architecture(config) for config in configs}
+    if all(kinds) and not (parts[0] & parts[1]) - {None} and (len(classes) > 1 or "" in classes):
         raise MismatchError(
             f"Two different architectures: `{base.label}` is a {kinds[0]}, `{tuned.label}` a {kinds[1]}. A delta needs "
             "the base that the fine-tune started from."
