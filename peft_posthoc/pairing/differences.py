@@ -10,6 +10,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.pairing.configurations import configuration_differences
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.tokenizers import tokenizer_differences
+from peft_posthoc.text import asked
 
 _MOST = 8
 # Characters of a command's argument that anybody copies.
@@ -42,7 +43,8 @@ def told_as_warnings(found: Iterable[Difference]) -> list[str]:
         files = sorted({"its tokenizer" if one.of == "tokenizer" else "its generation_config.json" for one in worded})
         warnings.append(
             "An adapter is used with the tokenizer and the generation settings of the base, and the tuned model has "
-            f"others. Base -> tuned: {_listed(worded)}. Give {' and '.join(files)} to whatever serves the adapter."
+            f"others. Base -> tuned: {_listed(worded)}. Give {' and '.join(files)} to whatever serves the adapter "
+            f"(`{asked('with_tokenizer', True)}` copies it beside it)."
         )
     return warnings
 
