@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from glob import escape
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
 from peft_posthoc.adapters.foreign import format_of, refuse_foreign
+from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
 from peft_posthoc.checkpoints.folder import File, Folder
-from peft_posthoc.checkpoints.hub import OnHub, find, is_repo_id
+from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
+from peft_posthoc.checkpoints.modules import listed_modules, with_modules
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
 from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
@@ -59,7 +62,9 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
     refuse_foreign(folder)
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
-    return Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+    made = Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+    made.doubt = another_base(read_config(folder).get("base_model_name_or_path"), base)
+    return made
 
 
 def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Applied:
@@ -109,8 +114,8 @@ def open_pair(
     Raises:
         CheckpointError: One of them cannot be read.
     """
-    before = open_checkpoint(base, revision=base_revision, role="base")
-    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
+    before = open_checkpoint(base, revision=base_revision, role="base", modules=True)
+    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned", modules=True)
     return before, without_second_names(after, before) if isinstance(after, Distcp) else after
 
 
@@ -129,20 +134,19 @@ def _of_file(path: Path, *, label: str) -> File:
     """The model in a single file.
 
     Raises:
-        CheckpointError: The file holds a part of a model, or an adapter's factors.
+        CheckpointError: The file holds a part of a model.
     """
     count = _SHARD.search(path.name)
     if count and int(count[1]) > 1:
         raise CheckpointError(
             f"`{label}` is one of {int(count[1])} shards of a model. Give their folder: `{path.parent}`."
         )
-    found = File(path, label=label)
-    if found.headers and all(".lora_" in name for name in found.headers):
-        raise CheckpointError(f"`{label}` holds factors of an adapter, and no model. Give its folder: `{path.parent}`.")
-    return found
+    return File(path, label=label)
 
 
-def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
+def open_checkpoint(
+    source: Source, *, revision: str | None = None, role: str = "source", modules: bool = False
+) -> Checkpoint:
     """Open a folder, a file, a hub id, a module, a state dict or another checkpoint for reading.
 
     Args:
@@ -152,6 +156,7 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
+        modules: Show the weights of modules beside the model too, which SentenceTransformers has.
 
     Raises:
         CheckpointError: There is no such folder or repository, or its files cannot be read as plain tensors.
@@ -182,6 +187,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             else:
                 checkpoint = OnHub(found, headers)
             beside = found.folder
+            if modules and (listed := listed_modules(beside)):
+                fetch_beside(label, [f"{escape(path)}/*" for path in listed], revision=found.commit)
             revision = None
         elif not path.exists() and (both := sides(label)):
             checkpoint = adapted(*both, role=role)
@@ -207,4 +214,6 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         raise CheckpointError(
             f"The {role} `{checkpoint.label}` is no model but an adapter in the format of {form.owner}. {form.advice}"
         )
+    if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
+        checkpoint = with_modules(checkpoint, beside)
     return as_computed(unwrapped(checkpoint), beside)

@@ -13,7 +13,7 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.vocabulary import resize_of
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError
@@ -26,6 +26,9 @@ class Applied(Checkpoint):
     A tensor that two modules share, of which the adapter changes one, or each in its own way, is no longer shared: the
     second one's is a new tensor.
     """
+
+    doubt: str | None = None
+    """A sentence about a base that is not the one which the adapter names."""
 
     def __init__(
         self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None
@@ -44,10 +47,13 @@ class Applied(Checkpoint):
         """
         self.label = label
         self.revision = revision
-        self.sequential = base.sequential
+        self.sequential, self.to_fetch = base.sequential, base.to_fetch
         folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
         layout = layout_of(base)
-        coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
+        # A tokenizer that was changed lies beside the adapter.
+        own = (folder.place / "tokenizer_config.json").is_file()
+        self.beside = folder.place if own else place_of(base)
+        coded = {own: (name, one.format) for name, one in quantized(base).items() for own in layout.names_of(name)}
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
             name, how = coded[adapted]
             raise CheckpointError(

@@ -52,7 +52,7 @@ class Merge:
         for user, owner in untied.items():
             name = stored.get(user, user)
             self._sources[name], self._own[name] = stored[owner], user
-        self._size = resize_of(deltas)
+        self.vocabulary = resize_of(deltas)
         self._merged = {
             name: self._header(self._own[name], names[source], dtype) for name, source in self._sources.items()
         }
@@ -70,7 +70,7 @@ class Merge:
         if self._deltas.base.config is None:
             return None
         config = _raw_config(self._deltas)
-        config = config if self._size is None else self._size.config(config)
+        config = config if self.vocabulary is None else self.vocabulary.config(config)
         parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
         if self._is_untied:
             config["tie_word_embeddings"] = False
@@ -138,7 +138,7 @@ class Merge:
 
     def _header(self, own: str, header: Header, dtype: torch.dtype | None) -> Header:
         """The shape that the base's tensor has with the adapter, and the type that it is written in."""
-        shape, size = header.shape, self._size
+        shape, size = header.shape, self.vocabulary
         if size is not None and own in size.names:
             shape = (size.after, *shape[1:])
         return Header(shape, header.dtype if dtype is None or header.dtype not in _FLOATS else dtype)

@@ -1,48 +1,50 @@
-"""The base that an adapter names, against the one that is given for it."""
+"""Names of bases: when two of them are one model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+
+# Unlike Path's own they take any text, a configuration's too: not a name of 1,000 characters, nor a zero in it.
+from os.path import exists, isdir
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.hub import is_repo_id
-from peft_posthoc.checkpoints.wrappers import unwrapped
 from peft_posthoc.errors import PosthocError
 
 # Tensors that are read of two folders to tell whether they hold one model.
 _SAMPLE = 8
 
 
-def another_base(config: Mapping[str, Any], base: Checkpoint) -> str | None:
-    """A sentence about a base that is not the one which the adapter names; None where it is, or nobody can tell.
+def same_base(one: str, other: str) -> bool:
+    """Tell whether two names are of one base, as far as can be told from here.
 
-    A path is the same however it is written; a folder is the same as another one, or as a model of the hub, that has
-    its last name, or its tensors.
+    A path is the same however it is written. Of two folders that are here the tensors tell; otherwise the last name
+    does, for a folder that was moved, or is a copy of a model on the hub.
 
     Args:
-        config: The adapter's.
-        base: As it was opened, before anything is made of it.
+        one: A path or a hub id.
+        other: Another one.
     """
-    named, given = config.get("base_model_name_or_path"), base.label
-    if not isinstance(named, str) or not named or not (Path(given).exists() or is_repo_id(given)):
-        return None
-    if _plain(named) == _plain(given) or _same_place(Path(named), Path(given)):
-        return None
-    if Path(named).is_dir() and Path(given).is_dir():
-        same = _same_tensors(Path(named), base)
-    else:
-        same = _last(named) == _last(given) or _in_cache(named, given) or _in_cache(given, named)
-    return None if same else f"The adapter names `{named}` as its base, and `{given}` was given."
+    if Path(one) == Path(other) or _same_place(Path(one), Path(other)):
+        return True
+    if isdir(one) and isdir(other):
+        return _same_tensors(Path(one), Path(other))
+    return _last(one) == _last(other) or _in_cache(one, other) or _in_cache(other, one)
 
 
-def _plain(name: str) -> str:
-    return str(Path(name)).casefold() if is_repo_id(name) else str(Path(name))
+def another_base(named: object, given: str) -> str | None:
+    """A sentence about a base that is not the one which the adapter names; None where it is, or nobody can tell.
+
+    Args:
+        named: By the adapter's configuration.
+        given: The path or hub id of the one to be used; other words for a model tell nothing.
+    """
+    if not isinstance(named, str) or not named or not (exists(given) or is_repo_id(given)):
+        return None
+    return None if same_base(named, given) else f"The adapter names `{named}` as its base, and `{given}` was given."
 
 
 def _last(name: str) -> str:
@@ -56,18 +58,16 @@ def _in_cache(repo_id: str, path: str) -> bool:
 
 def _same_place(one: Path, other: Path) -> bool:
     """Tell whether two paths are one folder, or a folder and the file of weights in it."""
-    if not (one.exists() and other.exists()):
+    if not (exists(one) and exists(other)):
         return False
     return len({path.resolve().parent if path.is_file() else path.resolve() for path in (one, other)}) == 1
 
 
-def _same_tensors(folder: Path, base: Checkpoint) -> bool:
+def _same_tensors(one: Path, other: Path) -> bool:
     try:
-        other = unwrapped(Folder(folder, label=str(folder)))
-        if other.headers != base.headers:
-            return False
-        names = list(other.headers)
+        left, right = (Folder(path, label=str(path)) for path in (one, other))
+        names = list(left.headers)
         some = names[:: max(1, len(names) // _SAMPLE)]
-        return all(torch.equal(other.read(name), base.read(name)) for name in some)
+        return left.headers == right.headers and all(torch.equal(left.read(name), right.read(name)) for name in some)
     except PosthocError:
         return False

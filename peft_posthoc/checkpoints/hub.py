@@ -17,7 +17,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder, dtype_of
 from peft_posthoc.checkpoints.model_files import config_of, is_index, no_weights, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.files import free_at
+from peft_posthoc.files import free_at, on_one_disk
 from peft_posthoc.text import size
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -65,8 +65,7 @@ class Repository:
         """
         from huggingface_hub import snapshot_download
 
-        if (needed := self.to_fetch) > (free := free_at(self.folder)):
-            raise CheckpointError(no_room(self.repo_id, needed, free, self.folder))
+        check_room(self.to_fetch, self.repo_id)
         with _told(self.repo_id, self.commit, self.role):
             patterns = [escape(file) for file in self.files]
             return Path(snapshot_download(self.repo_id, revision=self.commit, allow_patterns=patterns))
@@ -103,11 +102,12 @@ class OnHub(Checkpoint):
         self.headers = headers
         self.folder: Path | None = repository.folder
         """In the hub's own cache; with the weights once one is read."""
-        self.repository = repository
+        self.to_fetch = repository.to_fetch
+        self._repository = repository
 
     @cached_property
     def _fetched(self) -> Folder:
-        return Folder(self.repository.get(), label=self.label, revision=self.revision)
+        return Folder(self._repository.get(), label=self.label, revision=self.revision)
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -143,7 +143,7 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
         indexed = is_index(wanted[0])
-        small = [escape(file) for file in ("config.json", _ADAPTER[0], *(wanted if indexed else ()))]
+        small = [escape(file) for file in ("config.json", "modules.json", _ADAPTER[0], *(wanted if indexed else ()))]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=small))
         if indexed:
             wanted = sorted(set(shards_of(folder / wanted[0]).values()))
@@ -155,13 +155,29 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
         return Repository(repo_id, str(info.sha), folder, tuple(wanted), sizes, role)
 
 
-def no_room(what: str, needed: int, free: int, folder: Path) -> str:
-    """A sentence about weights that the disk of the cache does not hold."""
-    cache = folder.parent.parent.parent
-    return (
-        f"To download `{what}` takes {size(needed)}, and {size(free)} are free at `{cache}`. Make room, or set "
-        "`HF_HOME` to a folder on another disk."
-    )
+def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0) -> None:
+    """See that the disk of the hub's cache holds what is to be downloaded.
+
+    Args:
+        needed: Bytes.
+        what: The models, for messages.
+        out: Where else something will be written.
+        taken: How many bytes, which count where that is the same disk.
+
+    Raises:
+        CheckpointError: There is less room.
+    """
+    if not needed:
+        return
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    free = free_at(cache) - (taken if out is not None and on_one_disk(out, cache) else 0)
+    if needed > free:
+        raise CheckpointError(
+            f"To download `{'` and `'.join(what)}` takes {size(needed)}, and {size(max(free, 0))} are free at "
+            f"`{cache}`. Make room, or set `HF_HOME` to a folder on another disk."
+        )
 
 
 def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base") -> Mapping[str, Any] | None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--rank", metavar="R[,R...]", help="Singular triplets to keep; auto: above the noise.  [default: 32]"),
     click.option("--energy", metavar="E[,E...]", help="Keep the fewest that hold this share of the delta's energy."),
     click.option("--error", metavar="E[,E...]", help="Keep the fewest with a relative error of at most this."),
     click.option("--budget", metavar="SIZE", help="Share out ranks within 64MB, or 2% of the tuned checkpoint."),
@@ -41,17 +40,28 @@ _OPTIONS = (
 _LARGEST = 10_000_000
 
 
-def RANK(command: F) -> F:
-    """The options that ask for ranks. The command gets `rank`, an `Asked`."""
+def ranks(default: str) -> Callable[[F], F]:
+    """The options that ask for ranks. The command gets `rank`, an `Asked`.
 
-    @functools.wraps(command)
-    def told(*args: Any, **options: Any) -> Any:
-        chosen = {name: options.pop(name) for name in WORDS}
-        return command(*args, rank=Asked(chosen), **options)
+    Args:
+        default: The rank that the command keeps where none is asked for, in words.
+    """
+    text = f"Singular triplets to keep; auto: above the noise.  [default: {default}]"
 
-    for option in reversed(_OPTIONS):
-        told = option(told)
-    return told  # type: ignore[return-value]
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def told(*args: Any, **options: Any) -> Any:
+            chosen = {name: options.pop(name) for name in WORDS}
+            return command(*args, rank=Asked(chosen), **options)
+
+        for option in reversed((click.option("--rank", metavar="R[,R...]", help=text), *_OPTIONS)):
+            told = option(told)
+        return told  # type: ignore[return-value]
+
+    return decorate
+
+
+RANK = ranks("32")
 
 
 class Asked(NamedTuple):

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.checkpoints.hub import OnHub, Repository, no_room
-from peft_posthoc.checkpoints.view import seen
-from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.checkpoints.hub import check_room
+from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.forms.lay_out import lay_out
 from peft_posthoc.extraction.forms.layout import FileLayout
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.prepare import Prepared, prepare
 from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.extraction.request import Options, Request, takes_options
-from peft_posthoc.files import free_at, on_one_disk
+from peft_posthoc.files import free_at
 from peft_posthoc.linalg.spectrum import in_advance
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
@@ -161,7 +160,10 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         CheckpointError: There is no room for the weights that are to be downloaded.
     """
     found = _found(prepared, out)
-    _check_downloads(prepared, found, out)
+    sides = [side for side in (prepared.base, prepared.tuned) if side.to_fetch]
+    place = None if out is None else Path(out)
+    taken = found.disk_bytes if found.rank_is_known else 0
+    check_room(found.download_bytes, *(side.label for side in sides), out=place, taken=taken)
     if found.disk_free is not None and found.rank_is_known and found.disk_bytes > found.disk_free:
         raise AdapterError(
             f"`{out}` needs {size(found.disk_bytes)} (adapter, and finished layers until it is written), and "
@@ -193,7 +195,7 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         adapter_bytes=size,
         disk_bytes=size + finished,
         disk_free=None if out is None else free_at(Path(out)),
-        download_bytes=sum(one.to_fetch for one in _repositories(prepared)),
+        download_bytes=sum(side.to_fetch for side in checkpoints),
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
         notes=prepared.notes,
@@ -218,28 +220,6 @@ def _kept_bytes(header: Header, *, as_bias: bool) -> int:
 
 def _values(rows: Iterable[PreflightRow]) -> int:
     return sum(math.prod(row.shape) for row in rows)
-
-
-def _repositories(prepared: Prepared) -> list[Repository]:
-    """Those on the hub whose weights are fetched when the first is read."""
-    sides = map(seen, (prepared.base, prepared.tuned))
-    return [side.repository for side in sides if isinstance(side, OnHub)]
-
-
-def _check_downloads(prepared: Prepared, found: Preflight, out: str | PathLike[str] | None) -> None:
-    """See that the disk of the hub's cache holds what will be fetched, and the adapter too where that is its disk.
-
-    Raises:
-        CheckpointError: It does not.
-    """
-    if found.download_bytes:
-        one, *others = _repositories(prepared)
-        free = free_at(one.folder)
-        if out is not None and found.rank_is_known and on_one_disk(Path(out), one.folder):
-            free -= found.disk_bytes
-        if found.download_bytes > free:
-            names = "` and `".join(each.repo_id for each in (one, *others))
-            raise CheckpointError(no_room(names, found.download_bytes, max(free, 0), one.folder))
 
 
 def _rows(plan: Plan, ranks: Mapping[str, int], file: FileLayout) -> Iterable[PreflightRow]:

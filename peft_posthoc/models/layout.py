@@ -100,6 +100,9 @@ class Layout:
     tokens: str | None = None
     """The module of the token embeddings."""
     task_type: str | None = None
+    """The task for which PEFT has a class that adds nothing to the model."""
+    auto_mapping: Mapping[str, str] | None = None
+    """PEFT's words for the model's class, where no task says it."""
     fan_in_fan_out: bool = False
 
     def module_of(self, weight: str) -> str:

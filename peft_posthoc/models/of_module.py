@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_posthoc.models.config import task_type
+from peft_posthoc.models.config import auto_mapping, task_type
 from peft_posthoc.models.conversions import loading, written
 from peft_posthoc.models.kinds import EMBEDDING, EXPERT, EXPERT_IN_OUT, LayerKind, kind_of
 from peft_posthoc.models.layout import Layout, Stack
@@ -45,6 +45,7 @@ def layout_of_module(model: nn.Module, origin: str, files: Iterable[Collection[s
     )
     kinds |= {unit: stack.kind for stack in stacks for unit in stack.units}
     linear_like = [kind for name, kind in kinds.items() if name != head and kind is not EMBEDDING and not kind.kernel]
+    task = task_type(type(model).__name__, encoder_decoder=_reads_and_writes_text(model))
     return Layout(
         origin=origin,
         kinds=kinds,
@@ -58,7 +59,8 @@ def layout_of_module(model: nn.Module, origin: str, files: Iterable[Collection[s
         mistaken=mistaken,
         peft_takes_experts=bool(leaves),
         tokens=names.get(_call(model, "get_input_embeddings")),
-        task_type=task_type(type(model).__name__, encoder_decoder=_reads_and_writes_text(model)),
+        task_type=task,
+        auto_mapping=auto_mapping(type(model)) if task is None else None,
         fan_in_fan_out=bool(linear_like) and all(kind.fan_in_fan_out for kind in linear_like),
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from filecmp import cmp
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.hub import fetch_beside, is_repo_id
 from peft_posthoc.files import regular
 from peft_posthoc.json_file import LARGEST, read_json
@@ -33,9 +34,10 @@ def tokenizer_differences(base: Checkpoint, tuned: Checkpoint) -> list[Differenc
     Raises:
         CheckpointError: They are on the hub, and could not be fetched.
     """
-    if base.folder is None or tuned.folder is None:
+    here, there = place_of(base), place_of(tuned)
+    if here is None or there is None:
         return []
-    before, after = _Beside(base), _Beside(tuned)
+    before, after = _Beside(here, base), _Beside(there, tuned)
     found = [*_generations(before, after)]
     if before.has_tokenizer and after.has_tokenizer:
         found = [*_templates(before, after), *_settings(before, after), *_vocabularies(before, after), *found]
@@ -50,12 +52,10 @@ def tokenizer_differences(base: Checkpoint, tuned: Checkpoint) -> list[Differenc
 class _Beside:
     """The files beside a checkpoint's weights."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.folder is None:
-            raise ValueError("`_Beside(checkpoint=...)` needs a folder.")
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         if checkpoint.revision is not None and is_repo_id(checkpoint.label):
             fetch_beside(checkpoint.label, _SMALL, revision=checkpoint.revision)
-        self.folder = checkpoint.folder
+        self.folder = folder
         self.model = checkpoint.config or {}
         self.unread: dict[str, str] = {}
         """By file that is there and cannot be read, why."""

@@ -70,8 +70,9 @@ def compare_outputs(
     with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
         model = load_model(tuned, cls, device)
         rows = rows_of(model)
-        if rows is None:
-            return None, None, "the model reads no tokens"
+        first = getattr(model, "main_input_name", "input_ids")
+        if rows is None or first != "input_ids":
+            return None, None, f"the model reads no tokens{'' if first == 'input_ids' else f' but `{first}`'}"
         inputs, note = inputs_for(base, tuned, prompts, token_ids)
         if outside := [token for ids in inputs for token in ids.flatten().tolist() if not 0 <= token < rows]:
             raise ValueError(f"Token id {outside[0]} is not in the vocabulary of `{tuned.label}`, 0 to {rows - 1}.")

@@ -242,9 +242,3 @@ def test_one_shard_is_no_model_and_its_folder_is_named(name, tmp_path):
 def test_the_only_shard_is_the_model(tmp_path):
     save_file({"layer.weight": torch.zeros(4, 4)}, tmp_path / "model-00001-of-00001.safetensors")
     assert open_checkpoint(tmp_path / "model-00001-of-00001.safetensors").headers.keys() == {"layer.weight"}
-
-
-def test_an_adapter_s_file_is_no_model_and_its_folder_is_named(tmp_path):
-    save_file({"base_model.model.q.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"factors of an adapter, .*Give its folder: `{tmp_path}`"):
-        open_checkpoint(tmp_path / "adapter_model.safetensors")

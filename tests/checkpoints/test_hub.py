@@ -341,6 +341,11 @@ def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tm
     adapter = extract(base, tuned, 2).save(tmp_path / "adapter")
     assert phlora("export", adapter, tmp_path / "mlx", "--to", "mlx", "--base", "org/exported")[0] == 0
     assert {file for _, file in hub.fetched} == {"config.json"}
+    hub.repository("org/exported").claimed = {"model.safetensors": HUGE}
+    status, _, stderr = phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")
+    assert status == 1
+    assert "To download `org/exported` takes 100000000.0 GB" in stderr
+    hub.repository("org/exported").claimed = {}
     assert phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")[0] == 0
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert {file for _, file in hub.fetched} == wanted
@@ -390,3 +395,15 @@ def test_a_slash_behind_a_hub_id_or_a_folder_is_no_part_of_its_name(hub, phlora,
     _, config, provenance = adapter_of(work / "out")
     assert config["base_model_name_or_path"] == "slash/base"
     assert provenance["tuned"] == str(pair[1])
+
+
+def test_modules_beside_the_model_are_fetched_with_it(hub, phlora, pair, work):
+    for path in pair:
+        (path / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+        (path / "2_Dense").mkdir()
+        save_file({"linear.weight": torch.randn(4, 4)}, path / "2_Dense" / "model.safetensors")
+        hub.repository(f"sentences/{path.name}").commit(path, "main")
+    status, _, stderr = phlora("extract", "sentences/base", "sentences/tuned", work / "out")
+    assert status == 0, stderr
+    rows = json.loads((work / "out" / "phlora_report.json").read_text())["rows"]
+    assert [row["cause"] for row in rows if row["weight"] == "2_Dense/linear.weight"] == ["beside-model"]

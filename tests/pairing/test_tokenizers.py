@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers import models as vocabularies
 
@@ -58,7 +59,7 @@ def test_a_fine_tune_for_chat_tells_its_template_its_end_of_turn_and_its_new_tok
         "tokens": ("2 tokens that only tuned has (`<|im_start|>`, `<|im_end|>`)", True),
     }
     (warning,) = [text for text in report(pair).warnings if "tokenizer" in text]
-    assert "`--with-tokenizer`" in warning
+    assert "Give its tokenizer to whatever serves the adapter (`with_tokenizer=True` copies it beside it)." in warning
     assert report(pair[::-1]).differences[0].told == "the chat template, which only base has"
 
 
@@ -140,3 +141,16 @@ def test_a_tokenizer_that_makes_no_sense_ends_nothing(content, pair):
     models.Path(pair[1], "tokenizer.json").write_text(content)
     found = told(pair)
     assert ("cannot be read" in str(found)) == (content == "{")
+
+
+def test_a_tokenizer_is_found_beside_names_of_a_wrapper_and_beside_an_adapter(pair, tmp_path):
+    extract(*pair, 4).save(tmp_path / "adapter")
+    weights = models.weights_of(pair[1])
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(weights).items()}, weights)
+    edit(pair[1], "tokenizer_config.json", eos_token="a")
+    expected = {"eos_token": ('`eos_token` "h" -> "a"', True)}
+    assert told(pair) == expected
+    both = f"{pair[0]}+{tmp_path / 'adapter'}"
+    assert told((pair[0], both)) == {}
+    shutil.copy(f"{pair[1]}/tokenizer_config.json", tmp_path / "adapter")
+    assert told((pair[0], both)) == expected
