@@ -59,6 +59,7 @@ _OF_RANKS = set(WORDS)
 @option("form")
 @CHOICE
 @option("vocab")
+@option("with_tokenizer")
 @NAMES
 def main(
     run_dir: Path,

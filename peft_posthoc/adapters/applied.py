@@ -27,6 +27,9 @@ class Applied(Checkpoint):
     second one's is a new tensor.
     """
 
+    doubt: str | None = None
+    """A sentence about a base that is not the one which the adapter names."""
+
     def __init__(
         self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None
     ) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from peft_posthoc.adapters.names import misread
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.modules import module_of
 from peft_posthoc.checkpoints.quantized import quantized
@@ -14,6 +13,7 @@ from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryEr
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.reasons import LeftOut, Reason, told
 from peft_posthoc.linalg.spectrum import RankRule
+from peft_posthoc.models.config import architecture
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout, Place, Role
 from peft_posthoc.models.order import in_order
@@ -157,7 +157,6 @@ def make_plan(
     _same_shapes(base, tuned, layout, {*(excluded or ()), *unwanted, *packed[0], *packed[1]})
 
     slots = slots_of(_headers_of_weights(base, tuned, packed), layout)
-    meant_too = misread(slots, layout)
 
     def fate_of(name: str) -> Fate:
         if name in unwanted:
@@ -173,12 +172,7 @@ def make_plan(
         if name in whole:
             return LeftOut(Reason.OTHER_ROWS)
         outside = (included is not None and name not in included) or (excluded and name in excluded)
-        if isinstance(fate, Factored):
-            if outside:
-                return LeftOut(Reason.NOT_CHOSEN)
-            if stuck := next((place.module for place in fate.places if place.module in meant_too), None):
-                return LeftOut(Reason.MISREAD, (stuck, meant_too[stuck]))
-        return fate
+        return LeftOut(Reason.NOT_CHOSEN) if isinstance(fate, Factored) and outside else fate
 
     plain = [name for name in packed[1] if name in base.headers and name not in packed[0]]
     headers = {**base.headers, **tuned.headers, **{name: base.headers[name] for name in plain}}
@@ -217,7 +211,9 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:
     kinds = [config.get("model_type") for config in configs]
     # A model with images may be compared with its language model.
     parts = [{config.get("model_type"), (config.get("text_config") or {}).get("model_type")} for config in configs]
-    if all(kinds) and not (parts[0] & parts[1]) - {None}:
+    # One class may have several types of configurations.
+    classes = {architecture(config) for config in configs}
+    if all(kinds) and not (parts[0] & parts[1]) - {None} and (len(classes) > 1 or "" in classes):
         raise MismatchError(
             f"Two different architectures: `{base.label}` is a {kinds[0]}, `{tuned.label}` a {kinds[1]}. A delta needs "
             "the base that the fine-tune started from."

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from peft_posthoc.adapters.applied import Applied
+from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
 from peft_posthoc.compute.device import pick_device
@@ -40,7 +43,7 @@ from peft_posthoc.text import asked, shorten
 # identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
 # A new option is in both.
 _MODELS = {"base_revision", "tuned_revision", "tuned_name"}
-_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy"}
+_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy", "with_tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Prepared:
     """Weights whose rank it does not change."""
     differences: tuple[Difference, ...] = ()
     """Of configuration and tokenizer: what no adapter carries."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """By name: files of the tuned model that are copied beside the adapter."""
 
     @property
     def rules(self) -> dict[str, RankRule]:
@@ -98,6 +103,7 @@ class Prepared:
             form=self.form,
             notes=self.notes,
             differences=self.differences,
+            beside=self.beside,
         )
 
 
@@ -130,6 +136,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         vocab=cast(Vocab, options["vocab"]),
         of_tuned=form == "peft",
     )
+    notes = (*notes, *(side.doubt for side in opened if isinstance(side, Applied) and side.doubt))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
@@ -171,6 +178,9 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     )
     if refused:
         notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
+    beside = files_of_text(opened[1]) if options["with_tokenizer"] else {}
+    if options["with_tokenizer"] and not beside:
+        notes = (*notes, f"There is no tokenizer beside `{opened[1].label}`: none is copied.")
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         **{name: value for name, value in options.items() if name not in _TOLD_OTHERWISE},
@@ -189,6 +199,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         allocation,
         frozenset(by_hand),
         differences(*opened),
+        beside,
     )
 
 
@@ -254,7 +265,7 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:
-        raise ValueError(f"`rank_pattern`: {error}.") from error
+        raise ValueError(f"`{asked('rank_pattern', None)}`: {error}.") from error
 
     for pattern in own:
         # One that a pattern before it hides has met its modules.
