@@ -34,13 +34,6 @@ def target_modules(chosen: Iterable[str], layout: Layout) -> list[str]:
     return sorted({module if leaf in elsewhere else leaf for module, leaf in leaves.items()})
 
 
-def misread(chosen: Iterable[str], layout: Layout) -> dict[str, str]:
-    """Of these modules, those whose full name PEFT takes to mean another module too, one that is not among them."""
-    others = sorted({*layout.classes, *layout.kinds} - set(chosen), reverse=True)
-    meant = {end: module for module in others for end in ends(module)[1:]}
-    return {module: meant[module] for module in chosen if module in meant}
-
-
 def matched(targets: Iterable[str], layout: Layout) -> set[str]:
     """The modules that PEFT takes `target_modules` to mean: a full name also means what ends in it."""
     names = set(targets)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
@@ -20,7 +21,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
-from peft_posthoc.extraction.reasons import Reason
+from peft_posthoc.extraction.reasons import CODED, Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
 from peft_posthoc.extraction.swapped import swapped
@@ -136,6 +137,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         vocab=cast(Vocab, options["vocab"]),
         of_tuned=form == "peft",
     )
+    notes = (*notes, *(side.doubt for side in opened if isinstance(side, Applied) and side.doubt))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
@@ -163,7 +165,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
-    never = (Reason.QUANTIZED, Reason.BESIDE_MODEL)
+    never = (*CODED, Reason.BESIDE_MODEL)
     but = {*leave_out, *(name for name, fate in plan.left_out.items() if fate.reason in never)}
     names = _may_be_kept(before, after, plan.layout, include, exclude, but=but) if kind == "peft" else ()
     # Of experts taken apart much is for serving engines only, and of common decoders PEFT loads all.
@@ -266,7 +268,7 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:
-        raise ValueError(f"`rank_pattern`: {error}.") from error
+        raise ValueError(f"`{asked('rank_pattern', None)}`: {error}.") from error
 
     for pattern in own:
         # One that a pattern before it hides has met its modules.
