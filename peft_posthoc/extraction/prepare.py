@@ -24,6 +24,7 @@ from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.reasons import CODED, Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
+from peft_posthoc.extraction.swapped import swapped
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
 from peft_posthoc.models.decoders import is_plain_decoder
 from peft_posthoc.models.find import model_of
@@ -178,6 +179,8 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     )
     if refused:
         notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
+    if doubt := swapped(*opened):
+        notes = (*notes, doubt)
     beside = files_of_text(opened[1]) if options["with_tokenizer"] else {}
     if options["with_tokenizer"] and not beside:
         notes = (*notes, f"There is no tokenizer beside `{opened[1].label}`: none is copied.")
