@@ -65,6 +65,7 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
 @option("rank_pattern")
 @option("dtype")
 @option("form")
+@option("min_energy")
 @CHOICE
 @option("serve_as")
 @option(
@@ -84,6 +85,7 @@ def main(
     force: bool,
     dtype: str | None,
     form: str,
+    min_energy: float | None,
     rank: Asked,
     rank_pattern: dict[str, int],
     serve_as: str | None,
@@ -144,6 +146,7 @@ def main(
         asked: dict[str, Any] = {
             "leave_out": merge.leave_out,
             "form": form,
+            "min_energy": min_energy,
             "dtype": dtype or out_dtype or merge.dtype,
             "device": merge_options.device or "cpu",
             **choice,
