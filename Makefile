@@ -25,7 +25,7 @@ test: lint $(READY)  ## What the CI runs: two processes, a thread each.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) wheel
 
-sweep: $(READY)  ## Every class of transformers and diffusers that builds small; writes docs/architectures.md. 20 minutes.
+sweep: $(READY)  ## Every class of transformers and diffusers that builds small; a table in docs/architectures.md. 20 minutes.
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep
 
 test-distributed: $(READY)  ## Two processes in every way, DeepSpeed included, which compiles an operator once.

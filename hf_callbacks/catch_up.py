@@ -60,6 +60,7 @@ _OF_RANKS = set(WORDS)
 @option("min_energy")
 @CHOICE
 @option("vocab")
+@option("with_tokenizer")
 @NAMES
 def main(
     run_dir: Path,

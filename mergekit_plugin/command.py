@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from mergekit_plugin.models import described
 from mergekit_plugin.no_code import no_code, refuse_trust
 from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
 from peft_posthoc.adapters.writer import check_target
+from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.cli.options import CHOICE, option
 from peft_posthoc.cli.output import one_line_errors, show
@@ -68,6 +70,7 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
 @option("min_energy")
 @CHOICE
 @option("serve_as")
+@option("with_tokenizer")
 @option(
     "vocab",
     default=None,
@@ -90,6 +93,7 @@ def main(
     rank_pattern: dict[str, int],
     serve_as: str | None,
     vocab: str | None,
+    with_tokenizer: bool,
     **choice: Any,
 ) -> None:
     """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads there from the base.
@@ -112,10 +116,10 @@ def main(
                 f"`--adapter-out {adapter_out}` is the merged model's folder: transformers would load the adapter on "
                 "top of the model that holds it already. Choose another folder."
             )
-        if no_model and vocab == "extend":
+        if no_model and (with_tokenizer or vocab == "extend"):
             raise PosthocError(
-                "`--vocab extend` makes an adapter for the merge's tokenizer, which `--no-model` does not write. Leave "
-                "one of them out."
+                f"`{'--with-tokenizer' if with_tokenizer else '--vocab extend'}` makes an adapter for the merge's "
+                "tokenizer, which `--no-model` does not write. Leave one of them out."
             )
         # Bad arguments are told before the work, not after it.
         check_target(target, force=force)
@@ -170,6 +174,8 @@ def main(
             done.enter_context(model)
             stored = Folder(Path(out_path), label=out_path)
             adapter = extract(merge.base, stored, request, progress=progress)
+        if with_tokenizer:
+            adapter = replace(adapter, beside=files_of_text(Folder(Path(out_path), label=out_path)))
         adapter.save(target, force=force)
         done.close()
         with noting(f"The adapter is at `{target}`."):

@@ -21,6 +21,10 @@ from .linalg.svd import truncated_svd
 from .lora_config import LoraConfig, add_adapter, get_peft_model, patch_peft
 from .ranks.budget import budget
 from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
+from .refinement.distil import distil
+from .refinement.refine import refine
+from .refinement.refined import Refined
+from .refinement.texts import Given, Prompts, Sampled
 from .resizing.resize import combine, resize, spectra
 from .resizing.resized import Resized, ResizeReport
 from .serving.check import Check, check
@@ -37,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "Exported",
     "Fixed",
+    "Given",
     "Inspection",
     "LoraConfig",
     "LowRank",
@@ -45,10 +50,13 @@ __all__ = [
     "NothingToCarryError",
     "PosthocError",
     "Preflight",
+    "Prompts",
     "RankRule",
+    "Refined",
     "Report",
     "ResizeReport",
     "Resized",
+    "Sampled",
     "Series",
     "Spectrum",
     "Verification",
@@ -57,6 +65,7 @@ __all__ = [
     "budget",
     "check",
     "combine",
+    "distil",
     "export",
     "extract",
     "fix",
@@ -69,6 +78,7 @@ __all__ = [
     "open_checkpoint",
     "patch_peft",
     "preflight",
+    "refine",
     "resize",
     "several",
     "spectra",

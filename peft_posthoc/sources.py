@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
 from peft_posthoc.adapters.foreign import format_of, refuse_foreign
+from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
@@ -61,7 +62,9 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
     refuse_foreign(folder)
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
-    return Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+    made = Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+    made.doubt = another_base(read_config(folder).get("base_model_name_or_path"), base)
+    return made
 
 
 def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Applied:

@@ -3,11 +3,13 @@
 Of each class a small model and a fine-tune of it in which every parameter moved are saved, an adapter is extracted,
 PEFT loads and merges it, and every parameter is compared with the tuned model's. What the report tells of the whole
 fine-tune's energy must be what PEFT's model has of it. A class is a row in a file of JSON lines: an interrupted sweep
-goes on where it was, and `--again` repeats what failed. The table in `docs/architectures.md` is made of the rows.
+of the same code goes on where it was; `--again` repeats what failed alone. The table in `docs/architectures.md` is made
+of the rows.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import torch
 import transformers
 
@@ -37,8 +40,6 @@ RANK = 64
 # How far what is told may be from what is true, of the whole fine-tune's energy.
 TOLERANCE = 0.01
 SECONDS, BYTES = 180, 6 << 30
-
-Values = dict[str, torch.Tensor]
 
 
 def check(name: str, folder: Path) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def outcome(
     name: str, base: Path, tuned: Path, out: Path, before: Any, after: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is told and what is true of one adapter, or what went wrong."""
-    stage = "extract"
+    stage, told = "extract", None
     try:
         try:
             adapter = peft_posthoc.extract(base, tuned, RANK, **options)
@@ -77,7 +78,7 @@ def outcome(
         return {"told": told, **arrived(name, base, out, before, after)}
     except Exception as error:
         if stage == "peft" and (theirs := without_us(name, base, out)):
-            return {"host": theirs}
+            return {"told": told, "host": theirs}
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).parent.name}/{Path(last.filename).name}:{last.lineno}"
         return {"failed": f"{stage}: {type(error).__name__}: {error}"[:500], "at": where}
@@ -85,8 +86,6 @@ def outcome(
 
 def arrived(name: str, base: Path, adapter: Path, before: Any, after: Any) -> dict[str, Any]:
     """The share of the fine-tune that stock PEFT's model has with an adapter, and what PEFT complains about."""
-    import peft
-
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(load(name, base)[0], adapter)
@@ -102,15 +101,18 @@ def arrived(name: str, base: Path, adapter: Path, before: Any, after: Any) -> di
 
 
 def without_us(name: str, base: Path, out: Path) -> str:
-    """What PEFT raises with an adapter of its own, of one layer of this model: nothing where it takes that."""
-    import peft
-
+    """What PEFT raises with an adapter of its own, of a layer of each kind of this model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = load(name, base)[0]
-        layers = [name for name, module in model.named_modules() if type(module) in (torch.nn.Linear, torch.nn.Conv2d)]
+        kinds = {
+            (type(module), getattr(module, "kernel_size", None)): layer
+            for layer, module in model.named_modules()
+            if type(module) in (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+        }
         try:
-            peft.get_peft_model(model, peft.LoraConfig(target_modules=layers[:1])).save_pretrained(out / "theirs")
+            config = peft.LoraConfig(target_modules=list(kinds.values()))
+            peft.get_peft_model(model, config).save_pretrained(out / "theirs")
             peft.PeftModel.from_pretrained(load(name, base)[0], out / "theirs").merge_and_unload()
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:300]
@@ -265,7 +267,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("classes", nargs="*", help="[default: all]")
     arguments.add_argument("--rows", type=Path, default=Path(".work/sweep.jsonl"), help="[default: %(default)s]")
-    arguments.add_argument("--again", action="store_true", help="Repeat what failed.")
+    arguments.add_argument("--again", action="store_true", help="Repeat only what failed, with any code.")
     arguments.add_argument("--processes", type=int, default=os.cpu_count())
     given = arguments.parse_args()
     for library in (diffusers, transformers):
@@ -273,16 +275,27 @@ def main() -> None:
     given.rows.parent.mkdir(parents=True, exist_ok=True)
     rows = read(given.rows)
     names = given.classes or small.classes()
-    done = {name for name, row in rows.items() if not (given.again and failure(row))}
+    now = code()
+    done = {name for name, row in rows.items() if (not failure(row) if given.again else row.get("code") == now)}
     with given.rows.open("a") as file:
         for row in sweep([name for name in names if name not in done], given.processes):
-            rows[row["class"]] = row
+            rows[row["class"]] = row = {**row, "code": now}
             print(json.dumps(row), file=file, flush=True)
             print(row["class"], failure(row) or row.get("not_built") or "right", flush=True)
     if not given.classes:
         sweep_page.write([rows[name] for name in names], RANK)
     failed = [name for name in names if failure(rows[name])]
     sys.exit(f"{len(failed)} of {len(names)} failed: {', '.join(failed)}" if failed else 0)
+
+
+def code() -> str:
+    """A number that changes with our code, with the recipe of small models and with the libraries."""
+    files = [
+        *sorted(Path(peft_posthoc.__file__).parent.rglob("*.py")),
+        *sorted(Path(small.__file__).parent.glob("small.*")),
+    ]
+    versions = [one.__version__ for one in (torch, transformers, diffusers, peft)]
+    return hashlib.sha256(b"".join(one.read_bytes() for one in files) + str(versions).encode()).hexdigest()[:16]
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,9 @@ class Applied(Checkpoint):
     second one's is a new tensor.
     """
 
+    doubt: str | None = None
+    """A sentence about a base that is not the one which the adapter names."""
+
     def __init__(
         self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None
     ) -> None:
@@ -50,7 +53,7 @@ class Applied(Checkpoint):
         # A tokenizer that was changed lies beside the adapter.
         own = (folder.place / "tokenizer_config.json").is_file()
         self.beside = folder.place if own else place_of(base)
-        coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
+        coded = {own: (name, one.format) for name, one in quantized(base).items() for own in layout.names_of(name)}
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
             name, how = coded[adapted]
             raise CheckpointError(

@@ -16,6 +16,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.as_model import converted, second_names
 from peft_posthoc.models.layout import Conversion
+from peft_posthoc.models.ties import without_false_ties
 from peft_posthoc.text import asked
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +32,7 @@ class Merge:
 
     def __init__(self, deltas: AdapterOnModel, dtype: torch.dtype | None) -> None:
         self._deltas = deltas
-        self._layout = deltas.layout
+        self._layout = without_false_ties(deltas.layout, deltas.base)
         self.notes: list[str] = []
         self._used: dict[str, str] = {}
         base, names = deltas.base, deltas.base.headers
@@ -51,7 +52,7 @@ class Merge:
         for user, owner in untied.items():
             name = stored.get(user, user)
             self._sources[name], self._own[name] = stored[owner], user
-        self._size = resize_of(deltas)
+        self.vocabulary = resize_of(deltas)
         self._merged = {
             name: self._header(self._own[name], names[source], dtype) for name, source in self._sources.items()
         }
@@ -69,7 +70,7 @@ class Merge:
         if self._deltas.base.config is None:
             return None
         config = _raw_config(self._deltas)
-        config = config if self._size is None else self._size.config(config)
+        config = config if self.vocabulary is None else self.vocabulary.config(config)
         parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
         if self._is_untied:
             config["tie_word_embeddings"] = False
@@ -137,7 +138,7 @@ class Merge:
 
     def _header(self, own: str, header: Header, dtype: torch.dtype | None) -> Header:
         """The shape that the base's tensor has with the adapter, and the type that it is written in."""
-        shape, size = header.shape, self._size
+        shape, size = header.shape, self.vocabulary
         if size is not None and own in size.names:
             shape = (size.after, *shape[1:])
         return Header(shape, header.dtype if dtype is None or header.dtype not in _FLOATS else dtype)
@@ -182,7 +183,7 @@ class Merge:
         stacks = {part: stack.name for stack in deltas.stacks for part in matrices(stack)}
         for name in deltas.names:
             stored = own.get(f"{name}.weight") or own.get(stacks.get(name, ""))
-            if stored is None and name in tied:
+            if stored is None and (name in tied or stacks.get(name) in tied):
                 continue
             if stored is None:
                 raise AdapterError(f"`{label}` adapts `{name}`, which `{deltas.base.label}` holds no weight of.")

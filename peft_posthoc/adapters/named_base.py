@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+
+# Unlike Path's own they take any text, a configuration's too: not a name of 1,000 characters, nor a zero in it.
+from os.path import exists, isdir
 from pathlib import Path
 
 import torch
@@ -27,7 +30,7 @@ def same_base(one: str, other: str) -> bool:
     """
     if Path(one) == Path(other) or _same_place(Path(one), Path(other)):
         return True
-    if Path(one).is_dir() and Path(other).is_dir():
+    if isdir(one) and isdir(other):
         return _same_tensors(Path(one), Path(other))
     return _last(one) == _last(other) or _in_cache(one, other) or _in_cache(other, one)
 
@@ -39,7 +42,7 @@ def another_base(named: object, given: str) -> str | None:
         named: By the adapter's configuration.
         given: The path or hub id of the one to be used; other words for a model tell nothing.
     """
-    if not isinstance(named, str) or not named or not (Path(given).exists() or is_repo_id(given)):
+    if not isinstance(named, str) or not named or not (exists(given) or is_repo_id(given)):
         return None
     return None if same_base(named, given) else f"The adapter names `{named}` as its base, and `{given}` was given."
 
@@ -55,7 +58,7 @@ def _in_cache(repo_id: str, path: str) -> bool:
 
 def _same_place(one: Path, other: Path) -> bool:
     """Tell whether two paths are one folder, or a folder and the file of weights in it."""
-    if not (one.exists() and other.exists()):
+    if not (exists(one) and exists(other)):
         return False
     return len({path.resolve().parent if path.is_file() else path.resolve() for path in (one, other)}) == 1
 

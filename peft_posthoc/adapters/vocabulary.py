@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,10 +21,10 @@ class Resize(NamedTuple):
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The base's configuration with the new number, wherever it says the old one."""
-        new = copy.deepcopy(dict(config))
-        for part in (new, *(own for own in new.values() if isinstance(own, dict))):
-            if part.get("vocab_size") == self.before:
-                part["vocab_size"] = self.after
+        new = {}
+        for key, value in config.items():
+            old = key == "vocab_size" and value == self.before
+            new[key] = self.after if old else self.config(value) if isinstance(value, Mapping) else value
         return new
 
 

@@ -28,6 +28,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("form")
 @CHOICE
 @option("vocab")
+@option("with_tokenizer")
 @NAMES
 @MODELS
 @OUTPUT

@@ -47,6 +47,7 @@ class Adapter(Findings):
         form: Form = "portable",
         notes: Sequence[str] = (),
         differences: Sequence[Difference] = (),
+        beside: Mapping[str, Path] | None = None,
     ) -> Adapter:
         """Put together what the loop found.
 
@@ -68,6 +69,7 @@ class Adapter(Findings):
             form=form,
             notes=tuple(notes),
             differences=tuple(differences),
+            beside=beside or {},
             dtype=dtype,
             provenance={
                 "base": base.label,
@@ -133,7 +135,7 @@ class Adapter(Findings):
         place = Path(folder).absolute()
         with finished_layers(place, {place: self.provenance}):
             config = self.file.config(self.provenance)
-            contents = Contents(self.tensors(), config, self.report.to_dict(), self.provenance)
+            contents = Contents(self.tensors(), config, self.report.to_dict(), self.provenance, self.beside)
             write_folder(place, contents, force=force, called=folder)
         return Path(folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -39,6 +40,8 @@ class Findings:
     """What was decided to compare the two checkpoints: of their names, and the like."""
     differences: tuple[Difference, ...] = ()
     """Of configuration and tokenizer: what no adapter carries."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """By name: files of the tuned model that are copied beside the adapter."""
 
     @property
     def spectra(self) -> dict[str, Spectrum]:

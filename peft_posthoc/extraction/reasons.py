@@ -18,6 +18,7 @@ class Reason(StrEnum):
     OTHER_SHAPE = "other-shape", "shapes differ ({exclude})", {"exclude": None}
     BESIDE_MODEL = "beside-model", "a module beside the model, in a folder of its own ({0})"
     QUANTIZED = "quantized", "quantized ({0}): its numbers need their scales"
+    OF_QUANTIZED = "of-quantized", "codes or scales of a quantized weight ({0})"
     NOT_FLOATING = "not-floating", "not a floating-point tensor"
     EMPTY = "empty", "holds no values"
     BIAS = "bias", "bias (LoRA has no portable form for it)"
@@ -51,6 +52,10 @@ class Reason(StrEnum):
         member._value_ = code
         member.text, member.ways = text, ways or {}
         return member
+
+
+CODED = (Reason.QUANTIZED, Reason.OF_QUANTIZED)
+"""The reasons of what is stored as codes, which are never taken for numbers."""
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ def _is_unknown(row: Row) -> bool:
 
 
 def _is_of_tuned(row: Row) -> bool:
-    return row.cause is not Reason.ONLY_IN_BASE
+    return row.cause not in (Reason.ONLY_IN_BASE, Reason.OF_QUANTIZED)
 
 
 def _values(rows: Iterable[Row]) -> int:
@@ -328,13 +328,6 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
             norms = [f"{row.weight} (norm {row.base_norm or row.tuned_norm or 0:.3g})" for row in only[:3]]
             names = ", ".join(norms) + (", ..." if len(only) > 3 else "")
             yield f"{len(only)} tensors are only in {side}, not in {other}, and not carried: {names}."
-    coded = [row for row in rows if row.cause is Reason.QUANTIZED]
-    if coded:
-        formats = ", ".join(sorted({row.reason for row in coded}))
-        yield (
-            f"{len(coded)} tensors are not compared, and what changed in them is in no number here: {formats}; the "
-            f"first is {coded[0].weight}."
-        )
     apart = [row for row in rows if row.cause is Reason.OTHER_SHAPE]
     if apart:
         yield f"{len(apart)} tensors have other shapes in base and tuned and are not carried: {apart[0].weight}."

@@ -90,6 +90,9 @@ class Options(TypedDict, total=False):
         Mapping[str, int] | None,
         Option("Ranks by hand, for modules whose name ends in a regular expression, as in PEFT."),
     ]
+    with_tokenizer: Annotated[
+        bool, Option("Copy TUNED's tokenizer, chat template and generation config beside the adapter.", False)
+    ]
     form: Annotated[
         str,
         Option(

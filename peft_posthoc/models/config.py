@@ -20,6 +20,6 @@ def task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
 
 
 def auto_mapping(cls: type) -> dict[str, str] | None:
-    """What PEFT's auto classes find a model's class by, where no task says it; None of those that they do not import."""
+    """What PEFT's auto classes find a model's class by, where no task says it; None where they would not import it."""
     known = cls.__module__.partition(".")[0] in ("transformers", "diffusers")
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__} if known else None

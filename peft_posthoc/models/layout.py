@@ -159,7 +159,7 @@ class Layout:
 
     def without_ties(self, untied: Iterable[str]) -> Layout:
         """The same layout, where these modules have weights of their own."""
-        own = {self.module_of(weight) for weight in untied}
+        own = {self.name_of(weight).removesuffix(".weight") for weight in untied}
         ties = {owner: tuple(user for user in users if user not in own) for owner, users in self.ties.items()}
         return replace(self, ties=ties)
 

@@ -10,7 +10,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.pairing.configurations import configuration_differences
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.tokenizers import tokenizer_differences
-from peft_posthoc.text import as_flag
+from peft_posthoc.text import asked
 
 _MOST = 8
 # Characters of a command's argument that anybody copies.
@@ -36,15 +36,15 @@ def told_as_warnings(found: Iterable[Difference]) -> list[str]:
     warnings = []
     if configured := [one for one in material if one.of == "configuration"]:
         warnings.append(
-            "Outputs depend on the configuration too, no adapter carries it, and the served base keeps its own: "
-            f"{_listed(configured)} (base -> tuned). {_served(configured)}"
+            "Outputs depend on the configuration too, which no adapter carries: the base keeps its own. Base -> tuned: "
+            f"{_listed(configured)}. {_served(configured)}"
         )
     if worded := [one for one in material if one.of != "configuration"]:
-        files = "tokenizer" if any(one.of == "tokenizer" for one in worded) else "generation_config.json"
+        files = sorted({"its tokenizer" if one.of == "tokenizer" else "its generation_config.json" for one in worded})
         warnings.append(
-            f"An adapter is used with the base's tokenizer and generation settings, and the tuned model has others: "
-            f"{_listed(worded)}. Use the tuned model's {files} with it"
-            + (f" (`{as_flag('with_tokenizer')}` copies it beside the adapter)." if files == "tokenizer" else ".")
+            "An adapter is used with the tokenizer and the generation settings of the base, and the tuned model has "
+            f"others. Base -> tuned: {_listed(worded)}. Give {' and '.join(files)} to whatever serves the adapter "
+            f"(`{asked('with_tokenizer', True)}` copies it beside it)."
         )
     return warnings
 

@@ -44,7 +44,7 @@ def inputs_for(
             raise ValueError(f"`{asked('token_ids', None)}` needs at least one token id in every sequence.")
         return [torch.tensor([list(ids)]) for ids in token_ids], f"on {len(token_ids)} given sequences of token ids"
     texts = list(prompts) or list(PROMPTS)
-    tokenizer = _tokenizer(tuned) or _tokenizer(base)
+    tokenizer = tokenizer_of(tuned) or tokenizer_of(base)
     if tokenizer is not None:
         encoded = [tokenizer(text, return_tensors="pt")["input_ids"].long() for text in texts]
         for text, ids in zip(texts, encoded, strict=True):
@@ -66,7 +66,7 @@ def inputs_for(
     return [torch.randint(vocabulary, (8, 32), generator=random)], f"on 8 sequences of 32 random tokens{why}"
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The tokenizer of a checkpoint; None if it has none, or only one that is code.
 
     Raises:

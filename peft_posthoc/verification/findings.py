@@ -65,6 +65,10 @@ class Verification:
 
     def table(self) -> str:
         """The findings for a terminal."""
+        return f"{self.weights()}\n{self.rest()}"
+
+    def weights(self) -> str:
+        """The weights, a line each, and what they are together."""
         lines = [f"{'weight':<52} {'cos(ba,d)':>10} {'err(ba,d)':>10} {'cos(w,tuned)':>13} {'err(w,tuned)':>13}"]
         lines += [
             f"{shorten(row.weight):<52} {_number(row.delta_cosine):>10} {_number(row.delta_relative_error):>10} "
@@ -72,17 +76,19 @@ class Verification:
             for row in self.rows
             if row.delta_cosine
         ]
-        return "\n".join([*lines, "", *self.summary()])
-
-    def summary(self) -> list[str]:
-        """The totals, a line each, the verdict last."""
-        lines = [
+        lines += [
+            "",
             f"Weights: the adapter has cosine {self.cosine:.4f} with the whole delta and explains {self.energy:.1%} "
-            f"of its energy; of what it carries, `{self.worst}` comes out worst."
+            f"of its energy; of what it carries, `{self.worst}` comes out worst.",
         ]
         if self.uncompared:
             some = ", ".join(self.uncompared[:3]) + (", ..." if len(self.uncompared) > 3 else "")
             lines.append(f"Not compared, as base and tuned hold them differently: {len(self.uncompared)} ({some}).")
+        return "\n".join(lines)
+
+    def rest(self) -> str:
+        """Outputs, doubts and differences, and the verdict last."""
+        lines = []
         if self.adapter is None or self.base is None:
             lines.append(f"Outputs not compared: {(self.failure or self.outputs_note).removesuffix('.')}.")
         else:
@@ -91,7 +97,7 @@ class Verification:
                 lines.append(f"{name + ' against tuned:':<29} {said}relative error {outputs.relative_error:.4f}")
             lines.append(f"({self.outputs_note})")
         warnings = [f"Warning: {warning}" for warning in told_as_warnings(self.differences)]
-        return [*lines, *self.notes, *told_as_notes(self.differences), *warnings, self.verdict()]
+        return "\n".join([*lines, *self.notes, *told_as_notes(self.differences), *warnings, self.verdict()])
 
 
 def _number(value: float | None, digits: int = 4) -> str:

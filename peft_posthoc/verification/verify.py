@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 
 from peft_posthoc.adapters.named_base import another_base
@@ -39,6 +40,7 @@ def verify(
     serve_as: str | None = None,
     device: str = "cpu",
     progress: bool = False,
+    weights_done: Callable[[Verification], object] | None = None,
 ) -> Verification:
     """Compare base + adapter with the tuned model: weights, then outputs.
 
@@ -57,6 +59,7 @@ def verify(
         serve_as: As in `extract`.
         device: Where to compute.
         progress: Show progress bars on stderr.
+        weights_done: Called with the findings about weights before a model is loaded, for which memory may not suffice.
 
     Raises:
         AdapterError: The folder is no LoRA adapter, or does not fit the base.
@@ -84,32 +87,35 @@ def verify(
     whole = Sums(*map(sum, zip(*sums.values(), strict=True))) if sums else Sums(*[0.0] * 7)
     rows = tuple(own.row(name) for name, own in sums.items())
     carried = [row for row in rows if row.delta_cosine is not None and sums[row.weight].product > 0]
-    adapted, alone, note, failure = None, None, "not asked for", ""
+    doubt = another_base(folder.config.get("base_model_name_or_path"), opened[0].label)
+    note = "not yet" if outputs else "not asked for"
     if serve_as is not None:
         note = f"with {asked('serve_as', None)} only weights are compared"
-    elif outputs:
-        try:
-            adapted, alone, note = compare_outputs(
-                before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
-            )
-        except Exception as error:  # Whatever it is, what is known of the weights is worth keeping.
-            known = isinstance(error, PosthocError | ValueError)
-            failure = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-            note = "they could not be"
-    doubt = another_base(folder.config.get("base_model_name_or_path"), opened[0].label)
-    return Verification(
+    result = Verification(
         rows=rows,
         cosine=whole.cosine,
         energy=whole.energy,
         worst=min(carried, key=lambda row: row.delta_cosine or 0.0).weight if carried else "",
-        adapter=adapted,
-        base=alone,
+        adapter=None,
+        base=None,
         outputs_note=note,
-        failure=failure,
         uncompared=tuple(name for name in plan.headers if name not in sums),
         notes=() if doubt is None else (doubt,),
         differences=beside,
     )
+    if weights_done is not None:
+        weights_done(result)
+    if not outputs or serve_as is not None:
+        return result
+    try:
+        adapted, alone, note = compare_outputs(
+            before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
+        )
+    except Exception as error:  # Whatever it is, what is known of the weights is worth keeping.
+        known = isinstance(error, PosthocError | ValueError)
+        failure = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        return replace(result, outputs_note="they could not be", failure=failure)
+    return replace(result, adapter=adapted, base=alone, outputs_note=note)
 
 
 def _extends(folder: AdapterFile, base: Checkpoint) -> bool:

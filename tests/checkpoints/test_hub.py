@@ -341,6 +341,11 @@ def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tm
     adapter = extract(base, tuned, 2).save(tmp_path / "adapter")
     assert phlora("export", adapter, tmp_path / "mlx", "--to", "mlx", "--base", "org/exported")[0] == 0
     assert {file for _, file in hub.fetched} == {"config.json"}
+    hub.repository("org/exported").claimed = {"model.safetensors": HUGE}
+    status, _, stderr = phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")
+    assert status == 1
+    assert "To download `org/exported` takes 100000000.0 GB" in stderr
+    hub.repository("org/exported").claimed = {}
     assert phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")[0] == 0
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert {file for _, file in hub.fetched} == wanted

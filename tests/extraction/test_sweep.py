@@ -95,8 +95,8 @@ def test_what_the_page_tells_of_every_class_is_true_within_a_per_cent():
     rows = re.findall(r"^\| \w+ \| [\d,]+ \| (.*) \|$", sweep_page.kept(), re.MULTILINE)
     assert len(rows) > 400
     for row in rows:
-        for told, true in (cell.split() for cell in row.split(" | ") if cell != "-"):
-            assert abs(float(told) - float(true)) <= 1.1, row
+        for told, true in (cell.split() for cell in row.split(" | ") if "." in cell):
+            assert true == "†" or abs(float(told) - float(true)) <= 1.1, row
 
 
 def _row(told, found):

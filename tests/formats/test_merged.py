@@ -185,7 +185,9 @@ def test_a_vocabulary_that_the_adapter_brings_is_written_with_its_size(tied, row
     model.resize_token_embeddings(rows, mean_resizing=False)
     tuned = models.save(models.tuned_from(model), tmp_path / "tuned")
     adapter = extract(base, tuned, 64, form="peft", vocab="extend", dtype=torch.float32).save(tmp_path / "a")
-    export(adapter, tmp_path / "out", "merged", base=base)
+    found = export(adapter, tmp_path / "out", "merged", base=base)
+    said = f"The vocabulary is the adapter's ({rows} tokens) and the tokenizer the base's (96): use the tuned model's."
+    assert said in found.notes
     tokens = torch.arange(rows)[None, -20:]
     with torch.no_grad():
         wanted, found = (models.load(tmp_path / name)(tokens).logits for name in ("tuned", "out"))

@@ -13,8 +13,8 @@ import transformers
 import trl
 
 from peft_posthoc import AdapterError, LoraConfig, add_adapter, get_peft_model
-from tests.hosts.test_trl import PROMPTS, tokenizer
 from tests.make import models
+from tests.make.texts import PROMPTS, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(left out|base's norm|second time|Already found|was renamed)")
 

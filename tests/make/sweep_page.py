@@ -14,11 +14,17 @@ by shrinking their configurations. Of each every parameter moved, as above; adap
 PEFT loads and merges them, and every parameter is compared with the tuned model's. The first number is what the report
 tells of the whole fine-tune's energy, the second what PEFT's model has of it, in per cent; a weight that is used in
 several places counts by the place where least of it arrived. `make sweep` makes this table, and fails where the two
-are more than one per cent apart, where PEFT misses a key, and where anything raises. PEFT {peft}, transformers
-{transformers}, diffusers {diffusers}.
+are more than one per cent apart, where PEFT misses a key, and where anything raises. They are {apart:.2f} per cent
+apart at most ({furthest}). PEFT {peft}, transformers {transformers}, diffusers {diffusers}.
 
 | class | parameters | portable | with all options | peft |
 |---|--:|--:|--:|--:|
+"""
+
+_MARKS = """
+-: nothing of what changed has a form that these options allow. †: PEFT does the same with an adapter of its own: it
+finds no embeddings in the model and raises, or cannot merge a convolution of this kind.
+
 """
 
 
@@ -42,15 +48,22 @@ def section(rows: Iterable[Mapping[str, Any]], rank: int) -> str:
 
     rows = sorted(rows, key=lambda row: row["class"].lower())
     swept = [row for row in rows if "forms" in row]
+    apart, furthest = max(
+        (abs(found["told"] - found["true"]), row["class"])
+        for row in swept
+        for found in row["forms"].values()
+        if "true" in found
+    )
     versions = {one.__name__: one.__version__ for one in (peft, transformers, diffusers)}
-    head = _TEXT.format(count=len(swept), all=len(rows), rank=rank, **versions)
+    head = _TEXT.format(count=len(swept), all=len(rows), rank=rank, apart=100 * apart, furthest=furthest, **versions)
     lines = "".join(f"| {row['class']} | {row['parameters']:,} | {' | '.join(_cells(row))} |\n" for row in swept)
-    return f"{HEADING}{head}{lines}\n-: nothing of what changed has a form that the options allow.\n\n{_others(rows)}"
+    return f"{HEADING}{head}{lines}{_MARKS}{_others(rows)}"
 
 
 def _cells(row: Mapping[str, Any]) -> Iterable[str]:
     for found in row["forms"].values():
-        yield f"{found['told']:.1%} {found['true']:.1%}".replace("%", "") if "true" in found else "-"
+        true = "†" if "host" in found else f"{100 * found.get('true', 0):.1f}"
+        yield f"{100 * found['told']:.1f} {true}" if "told" in found else "-"
 
 
 def _others(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -229,6 +229,8 @@ CASES: dict[str, Case] = {
     "wrong-path": Case(lambda parts: parts.rename("model.layers", "model.language_model.layers"), "llama"),
     "unknown-names-llamacpp": Case(lambda parts: parts.rename(".mlp.", "."), "llama"),
     "mlx-export": Case(DORA),
+    "another-base": Case(lambda parts: None, "qwen2"),
+    "maybe-another-base": Case(_config(base_model_name_or_path="some-org/other"), "llama"),
     "fused-names": Case(lambda parts: parts.rename("q_proj", "qkv_proj"), "llama"),
     "other-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
     "larger-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),

@@ -386,3 +386,11 @@ def test_bad_options(work):
         check("nowhere")
     with pytest.raises(CheckpointError):
         check("adapter", base="nowhere")
+
+
+def test_on_another_base_no_engine_is_right_and_none_is_started(good, bases):
+    other = wrong_adapters.base_of(wrong_adapters.CASES["another-base"], bases)
+    told = check(good, base=other)
+    assert told.wrong == tuple(ENGINES)
+    assert f"and `{other}` was given" in told.table()
+    assert "To serve it" not in told.table()

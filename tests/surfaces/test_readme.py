@@ -28,7 +28,7 @@ def here(llama_pair, tmp_path, monkeypatch):
 
 def test_every_block_is_one_that_is_run_here():
     assert [language for language, _ in BLOCKS] == [
-        *("sh", "sh", "python", "python", "sh", "python", "yaml", "sh", "sh", "sh"),
+        *("sh", "sh", "python", "python", "sh", "sh", "python", "yaml", "sh", "sh", "sh"),
     ]
 
 
@@ -54,7 +54,7 @@ def training():
 
 def test_the_phlora_lines(here):
     lines = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("phlora ")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         _, *arguments = shlex.split(line, comments=True)
         result = CliRunner().invoke(cli.main, arguments)

@@ -155,3 +155,9 @@ def test_no_message_of_the_library_speaks_flags():
         if re.search(r"(?<![\w-])--[a-z]", text) and not re.fullmatch(r"--[a-z-]+", text)
     ]
     assert found == []
+
+
+def test_a_pattern_of_ranks_that_is_no_pattern_is_told_in_the_caller_s_words(llama_pair):
+    for surface, option in (("python", "rank_pattern=..."), ("command line", "--rank-pattern")):
+        with asked_on(surface), pytest.raises(ValueError, match=re.escape(option)):
+            extract(*llama_pair, 4, rank_pattern={"[": 3})

@@ -103,7 +103,7 @@ def test_tensors_that_cannot_be_compared_are_named(place):
     save_file(tensors | {"extra.weight": torch.ones(3, 3)}, place / "tuned/model.safetensors", {"format": "pt"})
     found = verify("adapter", "base", "tuned", outputs=False)
     assert found.uncompared == ("extra.weight",)
-    assert "Not compared, as base and tuned hold them differently: 1 (extra.weight)." in found.summary()
+    assert "Not compared, as base and tuned hold them differently: 1 (extra.weight)." in found.weights()
 
 
 def doubts(named, given):
@@ -134,9 +134,20 @@ def test_one_base_has_many_names(place):
 
 
 def test_another_base_than_the_adapter_names_is_told(place):
-    for named in ("tuned", "org/other", "/elsewhere/other"):
+    for named in ("x" * 1000, "a\0b", "tuned", "org/other", "/elsewhere/other"):
         assert doubts(named, "base") == (f"The adapter names `{named}` as its base, and `base` was given.",)
     assert f"The adapter names `{named}` as its base" in run("--weights-only").stdout
+
+
+def test_weights_are_shown_before_a_model_is_loaded(place, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt  # as little can be done as where the system ends a process for its memory
+
+    monkeypatch.setattr("peft_posthoc.verification.outputs.load_model", killed)
+    result = run("--json", "out.json")
+    assert result.exit_code == 130
+    assert "Weights: the adapter has cosine 0." in result.stdout
+    assert len(json.loads((place / "out.json").read_text())["rows"]) == 21
 
 
 @pytest.mark.parametrize(("name", "reads"), [("vit", "`pixel_values`"), ("whisper", "`input_features`")])
