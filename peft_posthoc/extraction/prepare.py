@@ -270,13 +270,12 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     except PatternError as error:
         raise ValueError(f"`{asked('rank_pattern', None)}`: {error}.") from error
 
-    for pattern in own:
-        # One that a pattern before it hides has met its modules.
-        if pattern not in by_hand.values() and not first_matches([pattern], modules.values()):
-            raise ValueError(
-                f"`{asked('rank_pattern', {pattern: rank_pattern[pattern]})}` ends the name of no module that is "
-                f"carried. Names look like `{next(iter(modules.values()))}`."
-            )
+    # One that a pattern before it hides has met its modules.
+    if idle := [each for each in own if each not in by_hand.values() and not first_matches([each], modules.values())]:
+        raise ValueError(
+            f"`{idle[0]}` in `{asked('rank_pattern', None)}` ends the name of no module that is carried. Names look "
+            f"like `{next(iter(modules.values()))}`."
+        )
 
     def of(weight: str, module: str) -> RankRule | None:
         if module in by_hand:
