@@ -1,6 +1,5 @@
 """Tiny models that are stored in other pieces than they compute with, and what PEFT makes of adapters for them."""
 
-import copy
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 
 from tests.make import models
 from tests.make.architectures import SIZES
+from tests.sweep import share, untie, without_zero_biases
 
 _HEADS = {**SIZES, "num_key_value_heads": 2}
 _VISION = {
@@ -70,7 +70,6 @@ def _dinov2():
 # Fused matrices that are split; also with their rows in another order; and parts that are put together.
 MODELS = {
     "gte": lambda: tf.GteForMaskedLM(tf.GteConfig(**SIZES, pad_token_id=0, tie_word_embeddings=False)),
-    "jina_v3": lambda: tf.JinaEmbeddingsV3Model(tf.JinaEmbeddingsV3Config(**SIZES, pad_token_id=0)),
     "dinov2": _dinov2,
     "step3p7": step3p7,
     "kimi_k25": kimi_k25,
@@ -97,43 +96,17 @@ def under_live_names(folder, to):
     return to
 
 
-def untied(module, seen=None):
-    """Give every use of a shared module or parameter one of its own: merged into one, it would get all their deltas."""
-    seen = set() if seen is None else seen
-    for own in (module._modules, module._parameters):
-        for name, one in own.items():
-            own[name] = copy.deepcopy(one) if id(one) in seen else one
-            if one is not None:
-                seen.add(id(own[name]))
-    for child in module._modules.values():
-        if child is not None:
-            untied(child, seen)
-    return module
-
-
 def merged(base, adapter):
-    """The parameters of a model with an adapter, as stock PEFT merges them, under each of their names."""
-    model = untied(models.load_adapter(base, adapter, tied=True, unbiased=True))
-    for module in model.modules():
-        # PEFT does not merge LoRA's biases, though they are zero, into layers that have none.
-        bias = (
-            getattr(module.lora_B["default"], "bias", None) if hasattr(module, "lora_bias") and module.lora_B else None
-        )
-        if bias is not None and getattr(module.get_base_layer(), "bias", None) is None and not bias.any():
-            module.lora_bias["default"] = False
+    """A model with an adapter, as stock PEFT merges them; what it shares is merged in each place by itself."""
+    model = models.load_adapter(base, adapter, tied=True, unbiased=True)
+    untie(model)
+    without_zero_biases(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True` and the tied_target_modules")
-        return dict(model.merge_and_unload().named_parameters(remove_duplicate=False))
+        return model.merge_and_unload()
 
 
 def true_share(base, tuned, got):
-    """How much of a fine-tune's energy is in these parameters; a shared one counts where it is furthest off."""
-    before, after = (dict(models.load(one).named_parameters(remove_duplicate=False)) for one in (base, tuned))
-    assert before.keys() == after.keys() == got.keys()
-    whole, lost = {}, {}
-    for name, wanted in after.items():
-        key = id(wanted)
-        whole[key] = float((wanted - before[name]).detach().double().pow(2).sum())
-        lost[key] = max(lost.get(key, 0.0), float((wanted - got[name]).detach().double().pow(2).sum()))
-    return 1 - sum(lost.values()) / sum(whole.values())
+    """How much of a fine-tune's energy a model has."""
+    return share(models.load(base), models.load(tuned), got)[0]
