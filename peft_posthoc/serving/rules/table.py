@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_posthoc.serving.rules import adapter_files, experts, modules, names, scale, targets, variants, whole
+from peft_posthoc.serving.rules import adapter_files, arrivals, experts, modules, names, scale, targets, variants, whole
 from peft_posthoc.serving.rules.rule import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -12,6 +12,7 @@ RULES: tuple[Rule, ...] = (
     *whole.RULES,
     *targets.RULES,
     *names.RULES,
+    *arrivals.RULES,
     *modules.RULES,
     *experts.RULES,
 )
