@@ -10,7 +10,7 @@ ENGINES := $(PHLORA_ENGINES)
 ENGINE_INSTALL = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check
 LLAMA_CPP := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-distributed test-engines engines bench bench-serving lint wheel clean
+.PHONY: demo test test-distributed test-engines sweep engines bench bench-serving lint wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -24,6 +24,9 @@ demo: $(READY)  ## Train, fine-tune, extract, verify: the main job on real weigh
 test: lint $(READY)  ## What the CI runs: two processes, a thread each.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) wheel
+
+sweep: $(READY)  ## Every class of transformers and diffusers that builds small; a table in docs/architectures.md. 20 minutes.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep
 
 test-distributed: $(READY)  ## Two processes in every way, DeepSpeed included, which compiles an operator once.
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.engines import page as engines
-from tests.make import architectures, serving
+from tests.make import architectures, wrong_adapters
 
 PAGES: dict[str, Callable[[], str]] = {
     "architectures": architectures.page,
     "engines": engines.page,
-    "serving": serving.page,
+    "serving": wrong_adapters.page,
 }
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from huggingface_hub import ModelCardData
 from hf_callbacks.metrics import read_report
 from peft_posthoc.adapters.config import read_config
 from peft_posthoc.adapters.writer import CARD_MARK, REPORT
-from peft_posthoc.text import size
+from peft_posthoc.text import share_of_all, size
 
-PAGE = "# Adapters of this run"
 _SERVE = """
 ```sh
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}
@@ -47,7 +46,9 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
     warnings = "".join(f"- {warning}\n" for warning in report["warnings"])
     cells = (
         totals["rank"],
-        *(f"{totals[key]:.1%}" for key in ("energy", "energy_of_all", "relative_error")),
+        f"{totals['energy']:.1%}",
+        share_of_all(totals["energy_of_all"], totals.get("unknown", 0.0)),
+        f"{totals['relative_error']:.1%}",
         size(totals["bytes"]),
     )
     return f"""---
@@ -86,7 +87,7 @@ def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
         picture: The file, beside the page, that shows them all.
     """
     lines = [
-        PAGE,
+        "# Adapters of this run",
         "",
         "Energies are shares, of the weights that are carried and of the whole fine-tune; `|d|/|w|` is the size of the "
         "delta against the base.",
@@ -99,7 +100,8 @@ def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
         totals: Mapping[str, Any] = read_report(folder)["totals"]
         moved = "" if totals["relative_delta"] is None else f"{totals['relative_delta']:.2%}"
         lines.append(
-            f"| {step} | {totals['rank']} | {totals['energy']:.1%} | {totals['energy_of_all']:.1%} "
+            f"| {step} | {totals['rank']} | {totals['energy']:.1%} "
+            f"| {share_of_all(totals['energy_of_all'], totals.get('unknown', 0.0))} "
             f"| {totals['relative_error']:.1%} | {moved} | {size(totals['bytes'])} | `{folder.name}` |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", CARD_MARK, ""])

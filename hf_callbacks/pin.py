@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from peft_posthoc.checkpoints.beside import text_files_in
 from peft_posthoc.checkpoints.model_files import is_index, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import staged
@@ -39,7 +40,7 @@ def pin(checkpoint: Path, to: Path) -> Path:
     Raises:
         CheckpointError: There are no weights that can be read.
     """
-    return hold(checkpoint, [*_weights(checkpoint), "config.json"], to)
+    return hold(checkpoint, [*_weights(checkpoint), "config.json", *text_files_in(checkpoint)], to)
 
 
 def hold(folder: Path, names: Iterable[str], to: Path) -> Path:

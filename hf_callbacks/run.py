@@ -12,14 +12,14 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from hf_callbacks.base import Base
-from hf_callbacks.card import PAGE, card, summary
+from hf_callbacks.card import card, summary
 from hf_callbacks.jobs import Done, Job, Jobs
 from hf_callbacks.memory import remembered
 from hf_callbacks.metrics import read_report
 from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
 from hf_callbacks.task import Task
-from peft_posthoc.adapters.writer import REPORT, adapter_files
+from peft_posthoc.adapters.writer import REPORT, adapter_files, is_our_card
 from peft_posthoc.errors import AdapterError, CheckpointError, MissingExtraError, PosthocError, one_line
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.request import Request
@@ -110,7 +110,7 @@ class Run:
         place = _free(self.out / "earlier")
         place.mkdir()
         pages = [self.out / PICTURE] if step == 0 else []
-        pages += [self.out / README] if step == 0 and _is_ours(self.out / README) else []
+        pages += [self.out / README] if step == 0 and is_our_card(self.out / README) else []
         for path in [*earlier, *pages]:
             if path.exists():
                 path.rename(place / path.name)
@@ -279,7 +279,7 @@ class Run:
 
     def _write_page(self, adapters: Mapping[int, Path], *, picture: str | None) -> None:
         page = self.out / README
-        if page.exists() and not _is_ours(page):
+        if page.exists() and not is_our_card(page):
             raise AdapterError(f"`{page}` was not written by this program, and is left as it is")
         write_whole(page, summary(adapters, picture=picture).encode())
 
@@ -304,10 +304,6 @@ def _is_readable(adapter: Path) -> bool:
     except PosthocError:
         return False
     return True
-
-
-def _is_ours(page: Path) -> bool:
-    return page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(PAGE)
 
 
 def _free(path: Path) -> Path:

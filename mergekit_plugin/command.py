@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from mergekit_plugin.models import described
 from mergekit_plugin.no_code import no_code, refuse_trust
 from mergekit_plugin.recipe import mergekit_refuses, read_recipe, validated
 from peft_posthoc.adapters.writer import check_target
+from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.cli.options import CHOICE, option
 from peft_posthoc.cli.output import one_line_errors, show
@@ -30,8 +32,10 @@ from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import PosthocError, noting
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.prepare import prepare
-from peft_posthoc.extraction.request import Options, Request
+from peft_posthoc.extraction.request import OPTIONS, Options, Request
 from peft_posthoc.models.remote_code import no_prompts
+from peft_posthoc.ranks.rules import Rank
+from peft_posthoc.text import asked_on
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +67,15 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
 @option("rank_pattern")
 @option("dtype")
 @option("form")
+@option("min_energy")
 @CHOICE
 @option("serve_as")
+@option("with_tokenizer")
 @option(
     "vocab",
     default=None,
     show_default=False,
-    help="Where the merge has more tokens, or fewer: stop, compare what both have, or keep its embeddings whole "
-    "(in the peft form).  [default: leave them out]",
+    help=f"{OPTIONS['vocab'].help}  [default: leave embeddings out]",
 )
 @add_merge_options  # type: ignore[untyped-decorator]
 def main(
@@ -83,10 +88,12 @@ def main(
     force: bool,
     dtype: str | None,
     form: str,
+    min_energy: float | None,
     rank: Asked,
     rank_pattern: dict[str, int],
     serve_as: str | None,
     vocab: str | None,
+    with_tokenizer: bool,
     **choice: Any,
 ) -> None:
     """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads there from the base.
@@ -109,10 +116,10 @@ def main(
                 f"`--adapter-out {adapter_out}` is the merged model's folder: transformers would load the adapter on "
                 "top of the model that holds it already. Choose another folder."
             )
-        if no_model and vocab == "extend":
+        if no_model and (with_tokenizer or vocab == "extend"):
             raise PosthocError(
-                "`--vocab extend` makes an adapter for the merge's tokenizer, which `--no-model` does not write. Leave "
-                "one of them out."
+                f"`{'--with-tokenizer' if with_tokenizer else '--vocab extend'}` makes an adapter for the merge's "
+                "tokenizer, which `--no-model` does not write. Leave one of them out."
             )
         # Bad arguments are told before the work, not after it.
         check_target(target, force=force)
@@ -135,7 +142,7 @@ def main(
             _only_parameters({"rank_pattern": rank_pattern, **choice}, form)
             _as_merged({"serve-as": serve_as, "vocab": vocab, **beyond})
             choice = {"choose": merge.choose, "exact": merge.exact}
-            rule = rank.one() if rank.shares_out() else merge.ranks
+            rule: Rank | Mapping[str, Rank] = (rank.one() or 32) if rank.shares_out() else merge.ranks
         else:
             choice |= {"rank_pattern": rank_pattern, "serve_as": serve_as, "vocab": vocab or "error"}
             rule = rank.one() or 32
@@ -143,6 +150,7 @@ def main(
         asked: dict[str, Any] = {
             "leave_out": merge.leave_out,
             "form": form,
+            "min_energy": min_energy,
             "dtype": dtype or out_dtype or merge.dtype,
             "device": merge_options.device or "cpu",
             **choice,
@@ -151,6 +159,8 @@ def main(
         progress = not merge_options.quiet
         model = noting(f"The merged model is in `{out_path}`, without an adapter.")
         if merge.by_phlora or no_model:
+            if merge.by_phlora:  # What is carried is said in CONFIG.
+                done.enter_context(asked_on("mergekit"))
             adapter = extract(merge.base, merge.result, request, progress=progress)
         if merge.by_phlora and not no_model:
             factors = {name: layer.lowrank for name, layer in adapter.layers.items()}
@@ -164,6 +174,8 @@ def main(
             done.enter_context(model)
             stored = Folder(Path(out_path), label=out_path)
             adapter = extract(merge.base, stored, request, progress=progress)
+        if with_tokenizer:
+            adapter = replace(adapter, beside=files_of_text(Folder(Path(out_path), label=out_path)))
         adapter.save(target, force=force)
         done.close()
         with noting(f"The adapter is at `{target}`."):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, reduce
-from pathlib import Path
 
 import torch
 from mergekit import merge_methods
-from mergekit.architecture import ModelArchitecture, get_architecture_info
+from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
@@ -17,24 +16,17 @@ from mergekit.merge_methods import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_plugin.inputs import base_of, check_layers, is_narrower, opened
 from mergekit_plugin.method import NAME
-from mergekit_plugin.models import Stored, folder_of
-from mergekit_plugin.recipe import slices_of
+from mergekit_plugin.models import AsMerged
 from mergekit_plugin.settings import Settings
 from mergekit_plugin.stream import Stream, Taken, aligned
-from peft_posthoc.adapters.config import try_patterns
-from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
-from peft_posthoc.checkpoints.folder import Folder
-from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.extraction.plan import by_flags, everything, make_plan
 from peft_posthoc.extraction.reasons import LeftOut, told
-from peft_posthoc.files import check_folder
 from peft_posthoc.linalg.spectrum import RankRule
-from peft_posthoc.models.by_class import check_counts
 from peft_posthoc.models.layout import Place
-from peft_posthoc.text import asked_on
 
 
 class Merge:
@@ -64,12 +56,12 @@ class Merge:
     ) -> None:
         self._config, self._options, self._vocab = config, options, vocab
         LoaderCache().setup(options=options)
-        self._base = _base_of(config, base)
+        self._base = base_of(config, base)
         # Sorted: a set of names has another order in every process, and what comes first decides in `dtype`, `_beside`.
         models = sorted({*config.referenced_models(), self._base}, key=str)
-        self._models = {model: _open(model) for model in models}
+        self._models = {model: opened(model) for model in models}
         self.narrow = [
-            model.label for model in self._models.values() if _narrower(dtype_from_name(config.dtype), model)
+            model.label for model in self._models.values() if is_narrower(dtype_from_name(config.dtype), model)
         ]
         if not stored:
             config.dtype, config.out_dtype = (None if self.narrow else config.dtype), None
@@ -79,7 +71,7 @@ class Merge:
         planned = MergePlanner(config, arch, options=options, out_model_config=out).plan_to_disk("")
         self._planned = {task.tensor_name: task for task in planned if isinstance(task, SaveTensor)}
         self._read: dict[ModelReference, Checkpoint] = {}
-        self._same_layers(arch)
+        check_layers(config, arch, self._base)
 
     @property
     def by_phlora(self) -> bool:
@@ -139,7 +131,6 @@ class Merge:
         return next(header.dtype for header in models[0].headers.values() if header.dtype.is_floating_point)
 
     @cached_property
-    @asked_on("mergekit")
     def ranks(self) -> dict[str, RankRule]:
         """By weight, the rank rules of those that the parameters of `phlora` choose.
 
@@ -237,70 +228,8 @@ class Merge:
     def _as_read(self, model: ModelReference) -> Checkpoint:
         """A model under the names, and in the type, in which the merge reads it."""
         if model not in self._read:
-            stored, dtype = self._models[model], dtype_from_name(self._config.dtype)
+            on_disk, dtype = self._models[model], dtype_from_name(self._config.dtype)
             weights = [task.tensor_task.output_weight for task in self._planned.values()]
-            read = Stored(stored, weights, dtype)
-            self._read[model] = stored if read.headers == stored.headers else read
+            merged = AsMerged(on_disk, weights, dtype)
+            self._read[model] = on_disk if merged.headers == on_disk.headers else merged
         return self._read[model]
-
-    def _same_layers(self, arch: ModelArchitecture) -> None:
-        for name, module in self._config.modules.items():
-            layers = arch.modules[name].architecture.num_layers(self._base.config(trust_remote_code=False))
-            at = 0
-            for piece in module.slices:
-                for source in piece.sources:
-                    if source.layer_range[0] != at:
-                        raise MismatchError(
-                            f"Slices renumber layers: layer {at} of the result is layer {source.layer_range[0]} of "
-                            f"`{source.model}`. No adapter of `{self._base}` leads there."
-                        )
-                at += piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
-            if at != layers:
-                raise MismatchError(
-                    f"The result has {at} layers, `{self._base}` has {layers}. No adapter of it leads there."
-                )
-
-
-def _base_of(config: MergeConfiguration, given: str | None) -> ModelReference:
-    """What the adapter is for, as the configuration calls it."""
-    named = [config.base_model, *(piece.base_model for piece in slices_of(config))]
-    bases = list(dict.fromkeys(base for base in named if base is not None))
-    if given is None and not bases:
-        raise PosthocError("The configuration names no `base_model`. Say with `--base` which model the adapter is for.")
-    base = bases[0] if given is None else ModelReference.parse(given)
-    if base.lora is not None:
-        raise PosthocError(
-            f"The base `{base}` is a model with an adapter; ours would need that one too. Merge the two first."
-        )
-    same = (model for model in config.referenced_models() if model.lora is None and _path(model) == _path(base))
-    return next(same, base)
-
-
-def _path(model: ModelReference) -> tuple[Path | str, str | None]:
-    path = Path(model.model.path)
-    return (path.resolve() if path.exists() else model.model.path, model.model.revision)
-
-
-def _open(model: ModelReference) -> Folder:
-    local = Path(model.model.path).exists()
-    if local and not Path(model.model.path).is_dir():
-        raise CheckpointError(f"`{model.model.path}` is no folder of a model, which mergekit merges.")
-    if not local and not is_repo_id(model.model.path):
-        raise CheckpointError(f"`{model.model.path}` does not exist. Give a model's folder, or a hub id.")
-    if model.lora is not None and Path(model.lora.path).is_dir():
-        # mergekit gives it to PEFT, which tells less of what is wrong with it, or never ends.
-        adapter = open_adapter(model.lora.path)
-        try_patterns(adapter.config, list(adapter.modules), model.lora.path)
-    folder = Path(folder_of(model) or "")
-    check_folder(folder)  # mergekit reads more of it than we do.
-    label = str(model) if model.lora is not None else model.model.path
-    # A model of the hub lies in a folder that is named by its commit.
-    found = Folder(folder, label=label, revision=None if local else folder.name)
-    check_counts(found.config or {})
-    return found
-
-
-def _narrower(dtype: torch.dtype | None, model: Checkpoint) -> bool:
-    """Whether values of the model would be rounded to this type."""
-    floats = (header.dtype for header in model.headers.values() if header.dtype.is_floating_point)
-    return dtype is not None and any(torch.promote_types(dtype, one) != dtype for one in floats)

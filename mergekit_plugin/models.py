@@ -50,7 +50,7 @@ def described(headers: Mapping[str, Header], label: str, config: Mapping[str, An
     return checkpoint
 
 
-class Stored(Checkpoint):
+class AsMerged(Checkpoint):
     """A model on disk under the names, and in the type, in which a merge reads it.
 
     mergekit finds a weight under its name or another one, or makes it from several as transformers does (the experts of

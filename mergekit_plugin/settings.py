@@ -13,6 +13,7 @@ from peft_posthoc.linalg.spectrum import RankRule
 from peft_posthoc.ranks.rules import fixed
 from peft_posthoc.ranks.spelling import parse
 from peft_posthoc.ranks.words import LIMITS, OF_ONE
+from peft_posthoc.text import asked_on
 
 _WHOLE = ("rank", *LIMITS)
 # Of the non-base input: mergekit then looks for a value at the model too, then at the slice, the module and the top.
@@ -65,6 +66,7 @@ class Settings:
             )
 
     @property
+    @asked_on("mergekit")
     def rule(self) -> RankRule | None:
         """The rank rule; None if the weight is not to be carried."""
         if self.rank is not None and self.rank != "auto" and not round(self.rank):

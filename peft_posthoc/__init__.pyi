@@ -18,15 +18,20 @@ from .inspection.inspection import Inspection, inspect
 from .linalg.lowrank import LowRank
 from .linalg.spectrum import RankRule, Spectrum
 from .linalg.svd import truncated_svd
-from .lora_config import LoraConfig, get_peft_model, patch_peft
+from .lora_config import LoraConfig, add_adapter, get_peft_model, patch_peft
 from .ranks.budget import budget
 from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
+from .refinement.distil import distil
+from .refinement.refine import refine
+from .refinement.refined import Refined
+from .refinement.texts import Given, Prompts, Sampled
 from .resizing.resize import combine, resize, spectra
 from .resizing.resized import Resized, ResizeReport
 from .serving.check import Check, check
 from .serving.fix import Fixed, fix
 from .sources import open_checkpoint
-from .verification.verify import Verification, verify
+from .verification.findings import Verification
+from .verification.verify import verify
 
 __all__ = [
     "Adapter",
@@ -36,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "Exported",
     "Fixed",
+    "Given",
     "Inspection",
     "LoraConfig",
     "LowRank",
@@ -44,17 +50,22 @@ __all__ = [
     "NothingToCarryError",
     "PosthocError",
     "Preflight",
+    "Prompts",
     "RankRule",
+    "Refined",
     "Report",
     "ResizeReport",
     "Resized",
+    "Sampled",
     "Series",
     "Spectrum",
     "Verification",
     "above_noise",
+    "add_adapter",
     "budget",
     "check",
     "combine",
+    "distil",
     "export",
     "extract",
     "fix",
@@ -67,6 +78,7 @@ __all__ = [
     "open_checkpoint",
     "patch_peft",
     "preflight",
+    "refine",
     "resize",
     "several",
     "spectra",

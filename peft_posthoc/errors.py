@@ -51,6 +51,10 @@ class ShareDone(PosthocError):
     """This process has done its share of the weights; the first process has the adapter."""
 
 
+class LeftOutWarning(UserWarning):
+    """Something that changed is not in the adapter; the command line has it in its table."""
+
+
 # Characters of an error's line, and of one word in it: a name, a value. More tells nobody anything.
 _LINE = 2000
 _WORD = 200

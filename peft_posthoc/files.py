@@ -132,6 +132,21 @@ def check_apart(folder: Path, files: Collection[str], ours: Collection[str], spo
             )
 
 
+def free_at(path: Path) -> int:
+    """Free bytes on the disk of a path, which need not be there yet."""
+    return shutil.disk_usage(_above(path)).free
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Tell whether what is written to two paths, which need not be there yet, takes the same disk's room."""
+    return _above(one).stat().st_dev == _above(other).stat().st_dev
+
+
+def _above(path: Path) -> Path:
+    path = path.absolute()
+    return next(there for there in (path, *path.parents) if there.exists())
+
+
 def files_in(folder: Path, names: Collection[str]) -> set[str]:
     """The names that are files or links in the folder."""
     return {name for name in names if (folder / name).is_file() or (folder / name).is_symlink()}

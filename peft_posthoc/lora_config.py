@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import peft
-import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
-from peft_posthoc.adapters.cast import cast
-from peft_posthoc.adapters.experts import pack
-from peft_posthoc.adapters.names import PREFIX
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import AdapterError
-from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.extraction.delta import Pair, difference
+from peft_posthoc.errors import LeftOutWarning
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.plan import by_flags
 from peft_posthoc.extraction.reasons import LeftOut, told
+from peft_posthoc.lora_layers import START, Delta, fill_what_peft_builds, plain_start
 from peft_posthoc.models.layout import Place
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.ranks.safe import safe_rank
@@ -42,7 +34,10 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 
 
 class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
-    """PEFT's `LoraConfig`, which can also be made from two checkpoints. What it saves is plain PEFT."""
+    """PEFT's `LoraConfig`, which can also be made from two checkpoints. What it saves is plain PEFT.
+
+    A model to which PEFT, or a library on top of it, gives an adapter by such a configuration has the delta in it.
+    """
 
     delta: Delta | None = None
     """What `from_delta` found. No dataclass field: it is not part of the saved configuration."""
@@ -95,17 +90,19 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             )
         before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
         asked = cls(r=r if isinstance(r, int) else 1, **fields)
-        adapter = extract(
-            before,
-            after,
-            r,
-            choose=lambda places: _choose(asked, places),
-            rank_pattern=asked.rank_pattern,
-            experts="fused" if asked.target_parameters else "none",
-            exact=exact,
-            device=device,
-            progress=progress,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LeftOutWarning)  # It is among what the report warns of.
+            adapter = extract(
+                before,
+                after,
+                r,
+                choose=lambda places: _choose(asked, places),
+                rank_pattern=asked.rank_pattern,
+                experts="fused" if asked.target_parameters else "none",
+                exact=exact,
+                device=device,
+                progress=progress,
+            )
         if asked.target_parameters and not any(adapter.plan.slots[module].kind.stacked for module in adapter.factors):
             raise ValueError(
                 f"`target_parameters={sorted(asked.target_parameters)}` names no stacked experts that changed."
@@ -118,42 +115,21 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             fields["target_modules"] = adapter.file.target_modules
         config = cls(r=rank, **fields)
         config.delta = Delta.of(adapter, before, after, config)
+        config.init_lora_weights = START
+        fill_what_peft_builds()
+        if adapter.report.warnings:
+            warnings.warn(" ".join(adapter.report.warnings), LeftOutWarning, stacklevel=2)
         return config
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration as a plain one of PEFT's."""
+        with plain_start(self):
+            super().save_pretrained(save_directory, **kwargs)
 
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """What `get_peft_model(init="posthoc")` puts into a model."""
-
-    adapter: Adapter
-    biases: Mapping[str, Tensor]
-    """For `lora_bias`: by module, tuned minus base."""
-    whole: Mapping[str, Mapping[str, Tensor]]
-    """For `modules_to_save`: by module, the tuned parameters by name."""
-
-    @classmethod
-    def of(cls, adapter: Adapter, base: Checkpoint, tuned: Checkpoint, config: LoraConfig) -> Delta:
-        """Read what the configuration wants beside the factors."""
-        layout = adapter.plan.layout
-        whole: dict[str, dict[str, Tensor]] = {}
-        biases: dict[str, Tensor] = {}
-        owner_of = {user: owner for owner, users in layout.ties.items() for user in users}
-        modules = {layout.module_of(name): None for name in tuned.headers} | dict.fromkeys(owner_of)
-        for module in modules:
-            if any(module == name or module.endswith(f".{name}") for name in config.modules_to_save or ()):
-                stored = owner_of.get(module, module)
-                whole[module] = {
-                    name.rpartition(".")[2]: tuned.read(name)
-                    for name in tuned.headers
-                    if layout.module_of(name) == stored
-                }
-        if config.lora_bias:
-            for weight in adapter.layers:
-                name = weight.removesuffix("weight") + "bias"
-                if name in base.headers and name in tuned.headers:
-                    change = difference(Pair(name, base.read(name), tuned.read(name)))
-                    biases[adapter.plan.carried[weight][0].module] = change.values
-        return cls(adapter, biases, whole)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what a copy, or another process, was given."""
+        self.__dict__.update(state)
+        fill_what_peft_builds()
 
 
 def _choose(config: LoraConfig, places: Sequence[Place]) -> tuple[Place, ...] | LeftOut:
@@ -165,7 +141,7 @@ def _choose(config: LoraConfig, places: Sequence[Place]) -> tuple[Place, ...] | 
     automatic = config.target_modules is None or config.target_modules == "all-linear"
     candidates = by_flags()(places) if automatic else tuple(places)
     if isinstance(candidates, LeftOut):
-        return candidates
+        return told(f"{' '.join(candidates.about)} (carried where `target_modules` names it)")
 
     def wanted(place: Place) -> bool:
         leaf = place.module.rpartition(".")[2]
@@ -199,7 +175,7 @@ def get_peft_model(
         autocast_adapter_dtype: As in PEFT.
         revision: As in PEFT.
         low_cpu_mem_usage: As in PEFT.
-        init: None for PEFT's own initialization; `"posthoc"` for the extracted factors.
+        init: `"posthoc"` where the adapter must start from a delta; None where it may start as PEFT has it.
         tuned: The fine-tune to extract from, with `model` as its base.
 
     Returns:
@@ -219,111 +195,42 @@ def get_peft_model(
     if tuned is not None:
         if not isinstance(peft_config, peft.LoraConfig):
             raise ValueError(f"Only a LoRA configuration can hold a delta. Got {type(peft_config).__name__}.")
-        fields = {f.name: getattr(peft_config, f.name) for f in dataclasses.fields(peft_config) if f.init}
+        with plain_start(peft_config):
+            fields = {f.name: getattr(peft_config, f.name) for f in dataclasses.fields(peft_config) if f.init}
         peft_config = LoraConfig.from_delta(model, tuned, **fields)
-    delta = getattr(peft_config, "delta", None)
-    if delta is None:
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("The model has an adapter already: `peft_posthoc.add_adapter` puts another one beside it.")
+    if getattr(peft_config, "delta", None) is None:
         raise ValueError('`init="posthoc"` needs a configuration made by `LoraConfig.from_delta`, or `tuned=`.')
-    result = _peft_get_peft_model(model, peft_config, adapter_name, *own)
-    _fill(result, delta, adapter_name)
-    return result
+    return _peft_get_peft_model(model, peft_config, adapter_name, *own)
 
 
 _peft_get_peft_model = peft.get_peft_model
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, delta: Delta, adapter_name: str) -> None:
-    """Put the factors where PEFT has made room for them."""
-    unplaced = set(delta.adapter.factors)
-    for name, module in model.named_modules():
-        name = name.removeprefix(PREFIX)
-        if isinstance(module, ParamWrapper) and adapter_name in module.scaling:
-            unplaced -= _fill_experts(name, module, adapter_name, delta)
-        elif isinstance(module, LoraLayer) and adapter_name in module.scaling:
-            a, b = delta.adapter.factors.get(name, (None, None))
-            if a is None and name not in delta.adapter.plan.slots:
-                raise AdapterError(f"The model has an adapted layer `{name}` that the checkpoints do not have.")
-            _fill_layer(name, module, adapter_name, a, b, delta.biases.get(name))
-            unplaced.discard(name)
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            for parameter, value in delta.whole.get(name, {}).items():
-                _copy(getattr(module.modules_to_save[adapter_name], parameter), value, f"{name}.{parameter}")
-    if unplaced:
-        raise AdapterError(
-            f"The model has no layer for {len(unplaced)} of the factors: {', '.join(sorted(unplaced)[:5])}."
-        )
+def add_adapter(model: nn.Module, adapter_name: str, peft_config: peft.LoraConfig) -> None:
+    """Give a model that has adapters one more, which starts from a delta.
 
+    Args:
+        model: A `peft.PeftModel`, or a model of transformers. On an error it is as it was.
+        adapter_name: Of the new adapter, which is not made the active one of a `peft.PeftModel`.
+        peft_config: From `LoraConfig.from_delta`.
 
-def _fill_experts(name: str, wrapper: ParamWrapper, adapter_name: str, delta: Delta) -> set[str]:
-    """Put the factors of stacked experts into PEFT's wrapper of their parameter.
-
-    Returns:
-        Those that found their place.
+    Raises:
+        AdapterError: The factors do not fit the model, it holds the fine-tune already, or it has such an adapter.
+        ValueError: The configuration holds no delta.
     """
-    parameter = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
-    stack = next((stack for stack in delta.adapter.plan.layout.stacks if stack.name == parameter), None)
-    if stack is None:
-        raise AdapterError(f"The model has an adapted parameter `{parameter}` that is no stack of experts.")
-    into_a, into_b = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
-    if into_a.is_meta:
-        raise AdapterError(f"`low_cpu_mem_usage` leaves the factors of `{parameter}` without values. Leave it out.")
-    scale = wrapper.scaling[adapter_name]
-    factors = {unit: (a, b / scale) for unit, (a, b) in delta.adapter.factors.items() if unit in stack.units}
-    a, b = pack(stack, factors, wrapper.r[adapter_name], into_a.dtype)
-    _copy(into_a, a, parameter)
-    _copy(into_b, b, parameter)
-    return set(stack.units)
-
-
-def _fill_layer(
-    name: str, layer: LoraLayer, adapter_name: str, a: Tensor | None, b: Tensor | None, bias: Tensor | None
-) -> None:
-    embedding = adapter_name in layer.lora_embedding_A
-    if embedding:
-        into_a, into_b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    else:
-        into_a, into_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if into_a.is_meta:
-        into_a, into_b = _materialize(layer, adapter_name, embedding=embedding)
-    # What the factors leave empty of `A` keeps PEFT's start, and of `B` is zero: no effect, but a gradient.
-    into_b.zero_()
-    if a is not None and b is not None:
-        scale = layer.scaling[adapter_name]
-        if into_a.shape[0] < len(a):
-            raise AdapterError(f"The model gives `{name}` rank {into_a.shape[0]}, but {len(a)} were extracted.")
-        a, b = cast(a, b / scale, into_a.dtype, name)
-        # A convolution's have its kernel behind the two sides of the matrix.
-        _copy(into_a[: len(a)], a.reshape(len(a), -1, *into_a.shape[2:]), name)
-        _copy(into_b[:, : len(a)], b.reshape(*b.shape, *into_b.shape[2:]), name)
-    if bias is not None and not embedding:
-        _copy(layer.lora_B[adapter_name].bias, bias / layer.scaling[adapter_name], f"{name}.bias")
-    if layer.use_dora.get(adapter_name):
-        # DoRA scales every row to a magnitude: that of base + b @ a makes it the plain sum.
-        layer.lora_magnitude_vector[adapter_name].update_layer(
-            base_layer=layer.get_base_layer(), lora_A=into_a, lora_B=into_b, scaling=layer.scaling[adapter_name]
-        )
-
-
-def _materialize(layer: LoraLayer, adapter_name: str, *, embedding: bool) -> tuple[Tensor, Tensor]:
-    """Make real the factors that `low_cpu_mem_usage` left on the meta device."""
-    device = layer.get_base_layer().weight.device
-    if embedding:
-        for factors in (layer.lora_embedding_A, layer.lora_embedding_B):
-            factors[adapter_name] = nn.Parameter(torch.zeros_like(factors[adapter_name], device=device))
-        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    for factors in (layer.lora_A, layer.lora_B):
-        factors[adapter_name].to_empty(device=device)
-    nn.init.kaiming_uniform_(layer.lora_A[adapter_name].weight, a=5**0.5)
-    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-
-
-def _copy(into: Tensor, value: Tensor, name: str) -> None:
-    if into.shape != value.shape:
-        raise AdapterError(
-            f"`{name}` has shape {list(into.shape)} in the model, {list(value.shape)} in the checkpoints."
-        )
-    into.copy_(value)
+    if getattr(peft_config, "delta", None) is None:
+        raise ValueError("`add_adapter` needs a configuration made by `LoraConfig.from_delta`.")
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(adapter_name, peft_config)
+        return
+    had_adapters: Any = getattr(model, "_hf_peft_config_loaded", False)
+    try:
+        model.add_adapter(peft_config, adapter_name)  # type: ignore[operator]  # transformers' order
+    except Exception:
+        model._hf_peft_config_loaded = had_adapters  # It says so before it tries.
+        raise
 
 
 def patch_peft() -> None:

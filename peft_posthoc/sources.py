@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from glob import escape
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
@@ -11,15 +13,22 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
+from peft_posthoc.adapters.foreign import format_of, refuse_foreign
+from peft_posthoc.adapters.named_base import another_base
+from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
 from peft_posthoc.checkpoints.folder import File, Folder
-from peft_posthoc.checkpoints.hub import OnHub, find, is_repo_id
+from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
+from peft_posthoc.checkpoints.modules import listed_modules, with_modules
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
 from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
+
+# One of several files of a model: `model-00002-of-00004.safetensors`.
+_SHARD = re.compile(r"-\d+-of-(\d+)\b")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -32,7 +41,7 @@ def sides(source: str) -> tuple[str, str] | None:
     parts = source.split("+")
     for at in range(len(parts) - 1, 0, -1):
         base, adapter = "+".join(parts[:at]), "+".join(parts[at:])
-        if base and adapter and (Path(adapter).is_dir() or is_repo_id(adapter)):
+        if base and adapter and (Path(adapter).exists() or is_repo_id(adapter)):
             return base, adapter
     return None
 
@@ -49,10 +58,13 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
         AdapterError: The adapter is none, does not fit, or is more than base + b @ a.
         CheckpointError: One of them cannot be read.
     """
-    folder = Path(adapter) if Path(adapter).is_dir() else find(adapter, role=role, adapter=True).get()
+    folder = Path(adapter) if Path(adapter).exists() else find(adapter, role=role, adapter=True).get()
+    refuse_foreign(folder)
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
-    return Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+    made = Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
+    made.doubt = another_base(read_config(folder).get("base_model_name_or_path"), base)
+    return made
 
 
 def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> Applied:
@@ -69,6 +81,7 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> App
     """
     config = read_config(folder)
     name, commit = (config.get(key) or None for key in ("base_model_name_or_path", "revision"))
+    name = (name.rstrip("/") or name) if isinstance(name, str) else name
     advice = f"Say on which model it belongs: BASE+{label}."
     if not isinstance(name, str):
         raise AdapterError(f"`{label}` is a LoRA adapter that does not name its base. {advice}")
@@ -101,9 +114,9 @@ def open_pair(
     Raises:
         CheckpointError: One of them cannot be read.
     """
-    before = open_checkpoint(base, revision=base_revision, role="base")
-    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned")
-    return before, without_second_names(after, before) if isinstance(after, Distcp) else after
+    before = open_checkpoint(base, revision=base_revision, role="base", modules=True)
+    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned", modules=True)
+    return without_second_names(before, after), without_second_names(after, before)
 
 
 def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoint:
@@ -117,7 +130,23 @@ def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoi
     return Folder(path, label=label, revision=commit)
 
 
-def open_checkpoint(source: Source, *, revision: str | None = None, role: str = "source") -> Checkpoint:
+def _of_file(path: Path, *, label: str) -> File:
+    """The model in a single file.
+
+    Raises:
+        CheckpointError: The file holds a part of a model.
+    """
+    count = _SHARD.search(path.name)
+    if count and int(count[1]) > 1:
+        raise CheckpointError(
+            f"`{label}` is one of {int(count[1])} shards of a model. Give their folder: `{path.parent}`."
+        )
+    return File(path, label=label)
+
+
+def open_checkpoint(
+    source: Source, *, revision: str | None = None, role: str = "source", modules: bool = False
+) -> Checkpoint:
     """Open a folder, a file, a hub id, a module, a state dict or another checkpoint for reading.
 
     Args:
@@ -127,12 +156,14 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
+        modules: Show the weights of modules beside the model too, which SentenceTransformers has.
 
     Raises:
         CheckpointError: There is no such folder or repository, or its files cannot be read as plain tensors.
         ValueError: `revision` is given for something that has none.
     """
     checkpoint: Checkpoint
+    beside = None
     if isinstance(source, nn.DataParallel | nn.parallel.DistributedDataParallel):
         source = source.module
     if isinstance(source, nn.Module):
@@ -143,20 +174,23 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
             raise CheckpointError(f"The {role} state dict holds values that are no tensors: {', '.join(strangers)}.")
         checkpoint = InMemory(source, label="state dict")
     elif isinstance(source, str | PathLike):
-        path = Path(source)
+        path, label = Path(source), str(source).rstrip("/") or str(source)
         if path.is_dir():
-            checkpoint = _of_folder(path, label=str(source))
+            checkpoint, beside = _of_folder(path, label=label), path
         elif path.is_file() and path.suffix in SUFFIXES:
-            checkpoint = File(path, label=str(source))
-        elif is_repo_id(str(source)) and not path.exists():
-            found = find(str(source), revision=revision, role=role)
+            checkpoint, beside = _of_file(path, label=label), path.parent
+        elif is_repo_id(label) and not path.exists():
+            found = find(label, revision=revision, role=role)
             headers = found.headers()
             if headers is None:
-                checkpoint = _of_folder(found.get(), label=str(source), commit=found.commit)
+                checkpoint = _of_folder(found.get(), label=label, commit=found.commit)
             else:
                 checkpoint = OnHub(found, headers)
+            beside = found.folder
+            if modules and (listed := listed_modules(beside)):
+                fetch_beside(label, [f"{escape(path)}/*" for path in listed], revision=found.commit)
             revision = None
-        elif not path.exists() and (both := sides(str(source))):
+        elif not path.exists() and (both := sides(label)):
             checkpoint = adapted(*both, role=role)
         else:
             kinds = ", ".join(SUFFIXES)
@@ -176,4 +210,10 @@ def open_checkpoint(source: Source, *, revision: str | None = None, role: str = 
         raise ValueError(f"A revision ({revision!r}) belongs to a hub id; the {role} `{checkpoint.label}` is none.")
     if not checkpoint.headers:
         raise CheckpointError(f"The {role} `{checkpoint.label}` holds no tensors.")
-    return unwrapped(checkpoint)
+    if (form := format_of(checkpoint.headers)) is not None:
+        raise CheckpointError(
+            f"The {role} `{checkpoint.label}` is no model but an adapter in the format of {form.owner}. {form.advice}"
+        )
+    if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
+        checkpoint = with_modules(checkpoint, beside)
+    return as_computed(unwrapped(checkpoint), beside)

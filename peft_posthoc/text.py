@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,12 @@ from typing import Any, Literal
 def percent(share: float | None) -> str:
     """A share for people."""
     return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def share_of_all(energy: float, unknown: float) -> str:
+    """What is held of a whole fine-tune, and what share of its values that cannot be told of."""
+    # Below this they are a few counters, or buffers that one side does not save.
+    return percent(energy) if unknown < 1e-4 else f"about {percent(energy)} ({percent(unknown)} unknown)"
 
 
 def sized(count: int | None) -> str:
@@ -42,6 +47,8 @@ Surface = Literal["python", "command line", "mergekit"]
 _SURFACE: ContextVar[Surface] = ContextVar("surface", default="python")
 # Options whose flag, and whose key in YAML, is not called as the keyword is.
 _FLAGS = {"rename": "map", "size": "budget", "most": "max-rank", "least": "min-rank", "multiple": "round-to"}
+# Keys of a merge's `parameters`. What else is asked of an adapter are flags of `mergekit-phlora`.
+_OF_A_MERGE = ("rank", "energy", "error", "max_rank", "min_rank", "round_to", "embeddings", "head", "exact")
 # Flags that switch a keyword off.
 _OFF = {"outputs": "weights-only"}
 
@@ -56,6 +63,11 @@ def asked_on(surface: Surface) -> Iterator[None]:
         _SURFACE.reset(before)
 
 
+def surface() -> Surface:
+    """Where the options were given that we work by."""
+    return _SURFACE.get()
+
+
 def asked(option: str, value: Any = True) -> str:
     """An option as whoever asked gives it: `head=True`, `--head` or `head: true`.
 
@@ -65,13 +77,11 @@ def asked(option: str, value: Any = True) -> str:
         option: The keyword of Python.
         value: True for a switch that is on; None where it is the user's to find.
     """
-    surface = _SURFACE.get()
-    if surface == "command line":
+    key = _FLAGS.get(option, option).replace("-", "_")
+    if surface() == "command line" or (surface() == "mergekit" and key not in _OF_A_MERGE):
         return as_flag(option, value)
-    if surface == "mergekit":
-        plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
-        shown = "..." if value is None else value if plain else json.dumps(value)
-        return f"{_FLAGS.get(option, option).replace('-', '_')}: {shown}"
+    if surface() == "mergekit":
+        return f"{key}: {'...' if value is None else value if isinstance(value, str) else json.dumps(value)}"
     return f"{option}={'...' if value is None else repr(value)}"
 
 

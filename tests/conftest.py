@@ -50,7 +50,7 @@ def log():
     """What the Trainer's callback logs."""
     import logging
 
-    from tests.make.runs import Where
+    from tests.make.trainer_runs import Where
 
     handler = Where()
     yield handler

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.adapters.reader import AdapterFile
+from peft_posthoc.adapters.vocabulary import resize_of
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError
@@ -25,12 +27,17 @@ class Applied(Checkpoint):
     second one's is a new tensor.
     """
 
-    def __init__(self, base: Checkpoint, adapter: Path, *, label: str, revision: str | None = None) -> None:
+    doubt: str | None = None
+    """A sentence about a base that is not the one which the adapter names."""
+
+    def __init__(
+        self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None
+    ) -> None:
         """Put an adapter on a checkpoint.
 
         Args:
             base: The model.
-            adapter: The adapter's folder.
+            adapter: The adapter, or its folder.
             label: What messages and reports call the two.
             revision: The adapter's commit, if it is from the hub.
 
@@ -40,22 +47,27 @@ class Applied(Checkpoint):
         """
         self.label = label
         self.revision = revision
-        self.config = base.config
-        self.sequential = base.sequential
-        folder, layout = open_adapter(adapter), layout_of(base)
-        coded = {own: (name, how) for name, how in quantized(base).items() for own in layout.names_of(name)}
+        self.sequential, self.to_fetch = base.sequential, base.to_fetch
+        folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
+        layout = layout_of(base)
+        # A tokenizer that was changed lies beside the adapter.
+        own = (folder.place / "tokenizer_config.json").is_file()
+        self.beside = folder.place if own else place_of(base)
+        coded = {own: (name, one.format) for name, one in quantized(base).items() for own in layout.names_of(name)}
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
             name, how = coded[adapted]
             raise CheckpointError(
-                f"`{adapter}` adds to `{name}`, which `{base.label}` holds quantized ({how}); its numbers need their "
-                "scales. Give the model that it was made from."
+                f"`{folder.label}` adds to `{name}`, which `{base.label}` holds quantized ({how}); its numbers need "
+                "their scales. Give the model that it was made from."
             )
         self._on = AdapterOnModel(folder, base, layout)
+        size = resize_of(self._on)
+        self.config = base.config if size is None or base.config is None else size.config(base.config)
         self._made = self._changed()
-        self.headers: Mapping[str, Header] = dict(base.headers) | {
+        self.headers: Mapping[str, Header] = dict(self._on.base.headers) | {
             name: self._header(own, source) for name, (own, source) in self._made.items()
         }
-        states = [[str(adapter.resolve()), file.name, *state_of(file)[1:]] for file in self._on.folder.files]
+        states = [[str(file.parent.resolve()), file.name, *state_of(file)[1:]] for file in folder.files]
         self.identity: Any = [base.identity, states] if base.identity is not None else None
 
     def read(self, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ class Arrivals:
     absent: tuple[str, ...] = ()
     """Tensors that PEFT takes out of the file for modules kept whole, and that are not there or were taken already: it
     ends with a KeyError."""
+    refused: tuple[str, ...] = ()
+    """Modules that PEFT does not keep whole: a list of parameters, one that cannot be copied."""
     error: str = ""
     """What PEFT raises, where it does not come to put tensors into the model."""
 
@@ -58,7 +60,8 @@ def ask(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Heade
         try:
             wrapped = _wrapped(model, config)
         except Exception as error:  # PEFT has no class for what it refuses.
-            return Arrivals(dict.fromkeys(tensors, ()), error=f"{type(error).__name__}: {error}")
+            refused = tuple(_refused(model, config.get("modules_to_save") or ()))
+            return Arrivals(dict.fromkeys(tensors, ()), refused=refused, error=f"{type(error).__name__}: {error}")
         wanted = Counter(_taken(wrapped))
         if absent := tuple(name for name, times in wanted.items() if times > 1 or name not in tensors):
             return Arrivals(dict.fromkeys(tensors, ()), absent=absent, error=f"KeyError: {absent[0]!r}")
@@ -93,6 +96,18 @@ def _wrapped(model: nn.Module, config: Mapping[str, Any]) -> Any:
     made = peft.LoraConfig.from_peft_type(**copy.deepcopy(plain))
     of_task = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(made.task_type, peft.PeftModel)
     return of_task(model, made, _NAME, low_cpu_mem_usage=True)
+
+
+def _refused(model: nn.Module, modules: Iterable[str]) -> Iterator[str]:
+    """The modules that PEFT does not keep whole, whatever else is in the adapter."""
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    for name, module in model.named_modules():
+        if name.endswith(tuple(modules)) and not isinstance(module, AuxiliaryTrainingWrapper):
+            try:
+                ModulesToSaveWrapper(module, _NAME)
+            except Exception:  # PEFT has no class for what it refuses.
+                yield name
 
 
 def _taken(model: nn.Module) -> Iterator[str]:

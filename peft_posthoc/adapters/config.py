@@ -27,6 +27,7 @@ def adapter_config(
     base: object,
     revision: object,
     task_type: object,
+    auto_mapping: Mapping[str, Any] | None,
     fan_in_fan_out: bool,
     bias: str = "none",
     whole: Collection[str] = (),
@@ -42,6 +43,7 @@ def adapter_config(
         base: What the base is called.
         revision: Its commit.
         task_type: What PEFT calls the base's task.
+        auto_mapping: What its auto classes find the base's class by, where there is no task.
         fan_in_fan_out: Whether layers are stored the other way round (transformers' Conv1D).
         bias: Which biases of the base are in the file, as PEFT's `bias`.
         whole: Modules that are in the file whole.
@@ -64,6 +66,8 @@ def adapter_config(
         "target_modules": list(targets),
         "task_type": task_type,
     }
+    if auto_mapping:
+        config["auto_mapping"] = dict(auto_mapping)
     if stacked:
         config["target_parameters"] = list(stacked)
     if ranks is not None:

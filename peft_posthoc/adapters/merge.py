@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
+from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
+from peft_posthoc.models.as_model import converted, second_names
+from peft_posthoc.models.layout import Conversion
+from peft_posthoc.models.ties import without_false_ties
 from peft_posthoc.text import asked
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,8 +32,9 @@ class Merge:
 
     def __init__(self, deltas: AdapterOnModel, dtype: torch.dtype | None) -> None:
         self._deltas = deltas
-        self._layout = deltas.layout
+        self._layout = without_false_ties(deltas.layout, deltas.base)
         self.notes: list[str] = []
+        self._used: dict[str, str] = {}
         base, names = deltas.base, deltas.base.headers
         if base.sequential:
             raise CheckpointError(f"`{base.label}` can be read once only. Write it to a folder first.")
@@ -39,27 +45,32 @@ class Merge:
             )
         untied = self._untied()
         stored = {self._layout.name_of(name): name for name in names}
-        ties = self._layout.ties.items()
-        users = {f"{user}.weight" for owner, users in ties if f"{owner}.weight" in stored for user in users}
+        users = {user for owner, users in self._layout.shared.items() if owner in stored for user in users}
         # A loader that ties them does not read what else is stored under a tied name.
         self._sources = {name: name for name in names if self._layout.name_of(name) not in users}
-        self._own = {name: self._layout.name_of(name) for name in self._sources}
+        self._own = {name: self._used.get(own := self._layout.name_of(name), own) for name in self._sources}
         for user, owner in untied.items():
             name = stored.get(user, user)
             self._sources[name], self._own[name] = stored[owner], user
-        self.headers: dict[str, Header] = {}
-        for name, source in self._sources.items():
-            header = names[source]
-            wide = dtype is not None and header.dtype in _FLOATS
-            self.headers[name] = Header(header.shape, dtype) if wide and dtype is not None else header
+        self.vocabulary = resize_of(deltas)
+        self._merged = {
+            name: self._header(self._own[name], names[source], dtype) for name, source in self._sources.items()
+        }
         self._check()
         self._dtype, self._is_untied = dtype, bool(untied)
+        self._fused: dict[str, Conversion] = {}
+        self._parts: tuple[Conversion | None, dict[str, Tensor]] = None, {}
+        self._names: dict[str, str] = {}
+        self.headers: dict[str, Header] = {}
+        """Of every tensor, by its name in the base's files."""
+        self._name_as_stored()
 
     def config(self) -> dict[str, Any] | None:
         """The configuration, as it is to be; None if the base has none."""
         if self._deltas.base.config is None:
             return None
         config = _raw_config(self._deltas)
+        config = config if self.vocabulary is None else self.vocabulary.config(config)
         parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
         if self._is_untied:
             config["tie_word_embeddings"] = False
@@ -78,12 +89,59 @@ class Merge:
         Raises:
             AdapterError: Its dtype does not hold what the adapter makes of it.
         """
-        dtype = self.headers[name].dtype
+        if name in self._fused:
+            return self._as_stored(self._fused[name])[name]
+        return self._read(self._names[name])
+
+    def _name_as_stored(self) -> None:
+        """Find by which of the base's own names and pieces the model's tensors are saved."""
+        stored, layout = self._deltas.stored, self._layout
+        second = {first: name for name, first in second_names(stored, layout).items()}
+        made = {target: one for one in layout.conversions for target in converted(stored, one)}
+        for name, header in self._merged.items():
+            if name in made:
+                for source in made[name].sources:
+                    self._fused[source] = made[name]
+                    self.headers[source] = Header(stored.headers[source].shape, header.dtype)
+            else:
+                own = second.get(name, name)
+                own = name if own in self._merged else own
+                self._names[own], self.headers[own] = name, header
+
+    def _as_stored(self, conversion: Conversion) -> dict[str, Tensor]:
+        """The file's tensors that the model has in other pieces: every number goes back to where it came from."""
+        last, parts = self._parts
+        if last is conversion:
+            return parts
+        headers = [self.headers[source] for source in conversion.sources]
+        sizes = [prod(header.shape) for header in headers]
+        places = torch.arange(sum(sizes)).split(sizes)
+        numbers = torch.empty(sum(sizes), dtype=headers[0].dtype)
+        made = conversion.make(*(place.view(header.shape) for place, header in zip(places, headers, strict=True)))
+        for name, place in made.items():
+            numbers[place.flatten()] = self._read(name).flatten()
+        found = {
+            source: one.view(header.shape)
+            for source, header, one in zip(conversion.sources, headers, numbers.split(sizes), strict=True)
+        }
+        self._parts = conversion, found
+        return found
+
+    def _read(self, name: str) -> Tensor:
+        """One of the model's tensors."""
+        dtype = self._merged[name].dtype
         before, merged = self._deltas.read(self._own[name], self._sources[name], dtype)
         after = merged.to(dtype).contiguous()
         if after is not before and not torch.isfinite(after).all() and torch.isfinite(before).all():
             raise AdapterError(f"`{name}` overflows {dtype} with the adapter. Choose another `{asked('dtype', None)}`.")
         return after
+
+    def _header(self, own: str, header: Header, dtype: torch.dtype | None) -> Header:
+        """The shape that the base's tensor has with the adapter, and the type that it is written in."""
+        shape, size = header.shape, self.vocabulary
+        if size is not None and own in size.names:
+            shape = (size.after, *shape[1:])
+        return Header(shape, header.dtype if dtype is None or header.dtype not in _FLOATS else dtype)
 
     def _untied(self) -> dict[str, str]:
         """The owner of each tied weight that the adapter changes otherwise than its owner, by names.
@@ -93,19 +151,24 @@ class Merge:
         """
         deltas, found = self._deltas, {}
         stored = {self._layout.name_of(name) for name in deltas.base.headers}
+        stacks = {stack.name for stack in deltas.stacks}
         config = deltas.base.config or {}
-        for owner, users in self._layout.ties.items():
+        for owner, users in self._layout.shared.items():
             for user in users:
-                if deltas.alike(f"{owner}.weight", f"{user}.weight"):
+                if deltas.alike(owner, user):
+                    continue
+                # A parameter that no module uses but by the name that the adapter has: BERT's `cls.predictions.bias`.
+                if not (owner.endswith(".weight") or owner in stacks or deltas.changes(owner)):
+                    self._used[owner] = user
                     continue
                 # T5 scales what goes into a head that is tied.
-                possible = user == self._layout.head and not config.get("is_encoder_decoder")
-                if not possible or f"{owner}.weight" not in stored:
+                possible = user == f"{self._layout.head}.weight" and not config.get("is_encoder_decoder")
+                if not possible or owner not in stored:
                     raise AdapterError(
                         f"`{deltas.folder.label}` changes `{owner}` and `{user}` differently, which are one weight in "
                         f"`{deltas.base.label}`: no checkpoint of it holds that. Serve the adapter unmerged."
                     )
-                found[f"{user}.weight"] = f"{owner}.weight"
+                found[user] = owner
                 self.notes.append(
                     f"`{owner}` and `{user}` are no longer tied: the adapter changes them differently. Both are "
                     "written, and the configuration says `tie_word_embeddings: false`."
@@ -120,7 +183,7 @@ class Merge:
         stacks = {part: stack.name for stack in deltas.stacks for part in matrices(stack)}
         for name in deltas.names:
             stored = own.get(f"{name}.weight") or own.get(stacks.get(name, ""))
-            if stored is None and name in tied:
+            if stored is None and (name in tied or stacks.get(name) in tied):
                 continue
             if stored is None:
                 raise AdapterError(f"`{label}` adapts `{name}`, which `{deltas.base.label}` holds no weight of.")
@@ -144,11 +207,11 @@ class Merge:
                     f"`{label}` holds `{name}` whole, which the base `{deltas.base.label}` does not have. Give the "
                     "base with the class that the adapter was trained with."
                 )
-            found, wanted = deltas.folder.headers[key].shape, self.headers[own[name]].shape
+            found, wanted = deltas.folder.headers[key].shape, self._merged[own[name]].shape
             if found != wanted:
                 raise AdapterError(
                     f"`{label}` holds `{name}` whole as {list(found)}; in the base `{deltas.base.label}` it is "
-                    f"{list(wanted)}. Resize the base's vocabulary first."
+                    f"{list(wanted)}. Give the base with the class that the adapter was trained with."
                 )
 
 

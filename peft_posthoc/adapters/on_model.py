@@ -17,6 +17,7 @@ from peft_posthoc.adapters.names import own_name
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.kinds import EMBEDDING, LINEAR
 from peft_posthoc.models.layout import Layout, Stack
 from peft_posthoc.models.slots import Slot
@@ -53,7 +54,10 @@ class AdapterOnModel:
 
     def __init__(self, folder: AdapterFile, base: Checkpoint, layout: Layout) -> None:
         self.folder = folder
-        self.base = base
+        self.stored = base
+        """The base as it was given."""
+        self.base = as_model(base, layout)
+        """The same in the model's own tensors."""
         self.stacks = layout.stacks
         modules = {module: LINEAR for stack in self.stacks for parts in stack.parts for module in map(_module, parts)}
         self.layout = replace(layout, kinds={**layout.kinds, **layout.mistaken, **modules})
@@ -123,12 +127,17 @@ class AdapterOnModel:
         whole = [self.whole.get(name) for name in (owner, user)]
         if any(whole):
             return all(whole) and torch.equal(*(self.folder.tensor(str(key)) for key in whole))
-        modules = [_module(name) for name in (owner, user)]
-        if not any(map(self.rank_of, modules)):
+        if owner in self._stacks and user in self._stacks:
+            both = zip(*(self._matrices(self._stacks[name]) for name in (owner, user)), strict=True)
+            return all(self._add_alike(*pair) for pair in both)
+        return self._add_alike(_module(owner), _module(user))
+
+    def _add_alike(self, owner: str, user: str) -> bool:
+        if not any(map(self.rank_of, (owner, user))):
             return True
-        if not self.slots.keys() >= {*modules}:
+        if not self.slots.keys() >= {owner, user}:
             return False
-        one, other = map(self._stored, modules)
+        one, other = map(self._stored, (owner, user))
         apart = Factors(torch.cat([one.a, other.a]), torch.cat([one.b, -other.b], dim=1))
         return _norm(apart) <= _ALIKE * max(_norm(one), _norm(other))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+from peft_posthoc.adapters.foreign import refuse_foreign
 from peft_posthoc.adapters.reader import AdapterFile, LoraFolder
 
 
@@ -14,7 +16,8 @@ def open_adapter(place: str | os.PathLike[str]) -> AdapterFile:
         place: A PEFT LoRA folder.
 
     Raises:
-        AdapterError: It cannot be read, PEFT would not load it, or what it adds to the weights is not the product of
-            its factors alone.
+        AdapterError: It is in another program's format, cannot be read, PEFT would not load it, or what it adds
+            to the weights is not the product of its factors alone.
     """
+    refuse_foreign(Path(place))
     return LoraFolder(place)

@@ -18,7 +18,7 @@ from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.adapters.plain import not_plain
 from peft_posthoc.adapters.scale import parameters_of, settings
 from peft_posthoc.adapters.tensors import Factored, factored, is_whole
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import File
 from peft_posthoc.errors import AdapterError, CheckpointError
 
@@ -77,9 +77,13 @@ class LoraFolder:
         if (why := not_plain(self.config)) is not None:
             raise AdapterError(f"`{where}` is no plain LoRA delta: {why}.")
         try:
-            self._file = File(where / WEIGHTS, label=self.label)
+            self._file: Checkpoint = File(where / WEIGHTS, label=self.label)
         except CheckpointError as error:
             raise AdapterError(f"`{where}` is not a readable LoRA adapter: {str(error).removesuffix('.')}.") from error
+        self._sort()
+
+    def _sort(self) -> None:
+        """Sort the file's tensors into modules with factors and what is kept whole."""
         self.headers: Mapping[str, Header] = self._file.headers
         self.modules: Mapping[str, Module] = {module.name: module for module in self._modules()}
         taken = {key for module in self.modules.values() for key in module.tensor_names()}
@@ -88,7 +92,7 @@ class LoraFolder:
         strangers = [name for name in self.whole if not is_whole(name, self.config, self.modules)]
         if strangers or not self.modules:
             what = f"tensors that are no LoRA factors: {', '.join(strangers[:5])}" if strangers else "no LoRA factors"
-            raise AdapterError(f"`{where}` holds {what}.")
+            raise AdapterError(f"`{self.label}` holds {what}.")
 
     def factors(self, module: str) -> list[Factors]:
         """The factors of each of a module's deltas, their scale folded into `b`, in float64."""

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS
+from peft_posthoc.checkpoints.beside import text_files_in
 from peft_posthoc.checkpoints.model_files import weight_files
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in, regular, staged
+from peft_posthoc.json_file import read_json
 from peft_posthoc.text import asked
 
 REPORT = "phlora_report.json"
 _WRITTEN = (CONFIG, WEIGHTS, REPORT)
 _CARD = "README.md"
+_BESIDE = "beside"  # in the report: what was copied beside the adapter
 CARD_MARK = "<!-- Made with the adapter by phlora, and replaced with it. -->"
 """In every model card of ours: a card without it is somebody else's."""
 # What engines load with the adapter if it lies beside it.
@@ -33,6 +38,8 @@ class Contents(NamedTuple):
     config: Mapping[str, Any]
     report: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    beside: Mapping[str, Path] = MappingProxyType({})
+    """By name: files that are copied into it."""
 
 
 def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -60,12 +67,26 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
 
 def adapter_files(folder: Path) -> set[str]:
     """The files of an adapter that is there: what we or PEFT write, by name."""
-    found = files_in(folder, (*_WRITTEN, PICKLE))
+    found = files_in(folder, (*_WRITTEN, PICKLE)) | _copied(folder)
+    return found | {_CARD} if is_our_card(folder / _CARD) else found
+
+
+def _copied(folder: Path) -> set[str]:
+    """The names of what the report says was copied beside the adapter, of those that could have been."""
     try:
-        ours = CARD_MARK in regular(folder / _CARD).read_text(encoding="utf-8", errors="replace")
+        report = read_json(folder / REPORT)
+    except ValueError:
+        return set()
+    listed = report.get(_BESIDE) if isinstance(report, dict) else None
+    return {name for name in text_files_in(folder) if name in listed} if isinstance(listed, list) else set()
+
+
+def is_our_card(page: Path) -> bool:
+    """Tell whether a page is there and was made by this program."""
+    try:
+        return CARD_MARK in regular(page).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return found
-    return found | {_CARD} if ours else found
+        return False
 
 
 def write_folder(
@@ -94,7 +115,11 @@ def write_folder(
         save_file(dict(contents.tensors), made / WEIGHTS, metadata=metadata(contents.provenance))
         _sort_metadata(made / WEIGHTS)
         _write_json(made / CONFIG, contents.config)
-        _write_json(made / REPORT, contents.report)
+        copied = {_BESIDE: sorted(contents.beside)} if contents.beside else {}
+        _write_json(made / REPORT, {**contents.report, **copied})
+        for name, path in contents.beside.items():
+            (made / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, made / name)
         # safetensors makes files that only their owner can read; servers often run as somebody else.
         (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
 

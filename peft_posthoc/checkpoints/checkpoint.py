@@ -43,11 +43,21 @@ class Checkpoint(Protocol):
     """A folder that transformers can load it from, if there is one; a hub id's has the weights once one is read."""
     module: nn.Module | None = None
     """The live module, if it is one."""
+    to_fetch: int = 0
+    """Bytes that are downloaded when the first tensor is read."""
     sequential: bool = False
     """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
+
+
+def place_of(checkpoint: Checkpoint) -> Path | None:
+    """The folder with what lies beside the weights, such as a tokenizer.
+
+    It is the `folder`, or what a checkpoint has as `beside` where transformers cannot load the model from it.
+    """
+    return getattr(checkpoint, "beside", None) or checkpoint.folder
 
 
 def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

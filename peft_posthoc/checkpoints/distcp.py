@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import is_plain
-from peft_posthoc.checkpoints.model_files import config_of, state_of, weight_files
+from peft_posthoc.checkpoints.model_files import config_of, home_of, state_of, weight_files
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import regular
 
@@ -121,7 +121,8 @@ class Distcp(Checkpoint):
             label: What messages call it.
         """
         self.label = label
-        self.config = config_of(folder) or (config_of(folder.absolute().parent) if folder == shards else None)
+        self.beside = home_of(folder, shards)
+        self.config = config_of(self.beside)
         self._shards, self._place = shards, shards.absolute()
         content = _read_metadata(shards / METADATA)
         try:

@@ -17,6 +17,8 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder, dtype_of
 from peft_posthoc.checkpoints.model_files import config_of, is_index, no_weights, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
+from peft_posthoc.files import free_at, on_one_disk
+from peft_posthoc.text import size
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # An adapter's files, as PEFT names them.
@@ -38,16 +40,32 @@ class Repository:
     """In the hub's own cache, with the small files."""
     files: tuple[str, ...]
     """The files with the weights."""
+    sizes: Mapping[str, int]
+    """Their bytes, as far as the hub says."""
     role: str
+
+    @property
+    def missing(self) -> list[str]:
+        """The files that are not in the cache."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = ((file, try_to_load_from_cache(self.repo_id, file, revision=self.commit)) for file in self.files)
+        return [file for file, path in found if not isinstance(path, str)]
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes of the files that are not in the cache."""
+        return sum(self.sizes.get(file, 0) for file in self.missing)
 
     def get(self) -> Path:
         """Fetch the weights.
 
         Raises:
-            CheckpointError: The files cannot be fetched.
+            CheckpointError: The files cannot be fetched, or the disk of the cache has no room for them.
         """
         from huggingface_hub import snapshot_download
 
+        check_room(self.to_fetch, self.repo_id)
         with _told(self.repo_id, self.commit, self.role):
             patterns = [escape(file) for file in self.files]
             return Path(snapshot_download(self.repo_id, revision=self.commit, allow_patterns=patterns))
@@ -58,14 +76,9 @@ class Repository:
         Raises:
             CheckpointError: The files cannot be fetched, or are no safetensors.
         """
-        from huggingface_hub import HfApi, try_to_load_from_cache
+        from huggingface_hub import HfApi
 
-        missing = [
-            file
-            for file in self.files
-            if not isinstance(try_to_load_from_cache(self.repo_id, file, revision=self.commit), str)
-        ]
-        if not missing or not all(file.endswith(".safetensors") for file in self.files):
+        if not self.missing or not all(file.endswith(".safetensors") for file in self.files):
             return None
         found: dict[str, Header] = {}
         with _told(self.repo_id, self.commit, self.role):
@@ -89,6 +102,7 @@ class OnHub(Checkpoint):
         self.headers = headers
         self.folder: Path | None = repository.folder
         """In the hub's own cache; with the weights once one is read."""
+        self.to_fetch = repository.to_fetch
         self._repository = repository
 
     @cached_property
@@ -120,15 +134,16 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
     from huggingface_hub import HfApi, snapshot_download
 
     with _told(repo_id, revision, role):
-        info = HfApi().model_info(repo_id, revision=revision)
-        names = {entry.rfilename for entry in info.siblings or ()}
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
+        names = sizes.keys()
         wanted = [] if adapter else weight_files(names)
         if not wanted and (adapter or _ADAPTER[0] in names):
             wanted = [file for file in _ADAPTER if file in names]
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
         indexed = is_index(wanted[0])
-        small = [escape(file) for file in ("config.json", *(wanted if indexed else ()))]
+        small = [escape(file) for file in ("config.json", "modules.json", _ADAPTER[0], *(wanted if indexed else ()))]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=small))
         if indexed:
             wanted = sorted(set(shards_of(folder / wanted[0]).values()))
@@ -137,7 +152,32 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
                 raise CheckpointError(
                     f"The index of `{repo_id}` names shards that are not there: {', '.join(missing)}."
                 )
-        return Repository(repo_id, str(info.sha), folder, tuple(wanted), role)
+        return Repository(repo_id, str(info.sha), folder, tuple(wanted), sizes, role)
+
+
+def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0) -> None:
+    """See that the disk of the hub's cache holds what is to be downloaded.
+
+    Args:
+        needed: Bytes.
+        what: The models, for messages.
+        out: Where else something will be written.
+        taken: How many bytes, which count where that is the same disk.
+
+    Raises:
+        CheckpointError: There is less room.
+    """
+    if not needed:
+        return
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    free = free_at(cache) - (taken if out is not None and on_one_disk(out, cache) else 0)
+    if needed > free:
+        raise CheckpointError(
+            f"To download `{'` and `'.join(what)}` takes {size(needed)}, and {size(max(free, 0))} are free at "
+            f"`{cache}`. Make room, or set `HF_HOME` to a folder on another disk."
+        )
 
 
 def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base") -> Mapping[str, Any] | None:
@@ -148,6 +188,7 @@ def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base
     """
     from huggingface_hub import snapshot_download
 
+    repo_id = repo_id.rstrip("/")
     if not is_repo_id(repo_id):
         raise CheckpointError(f"The {role} `{repo_id}` is neither a folder nor a hub id such as `org/name`.")
     with _told(repo_id, revision, role):

@@ -76,13 +76,17 @@ def shards_of(index: Path) -> dict[str, str]:
         raise CheckpointError(f"`{index}` is not a valid index of shards: it has no object `weight_map`.")
     pairs = {tensor: str(file) for tensor, file in weight_map.items()}
     for tensor, file in pairs.items():
-        outside = PurePosixPath(file).name != file or PureWindowsPath(file).name != file or file in ("", ".", "..")
-        if outside:
+        if not is_plain_name(file):
             raise CheckpointError(
                 f"`{index}` places `{tensor}` in `{file}`, which is not a file of its own folder. Refused: only files "
                 "beside the index are read."
             )
     return pairs
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name is one of a folder's own files or folders, by the rules of every system."""
+    return PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
 
 
 def state_of(path: Path) -> tuple[int, int, int]:
@@ -98,6 +102,11 @@ def file_state(found: os.stat_result) -> tuple[int, int, int]:
 def _special_float(read: dict[str, Any]) -> Any:
     """Infinity, as transformers 5 writes it: `{"__float__": "Infinity"}` (Mamba2's configuration has one)."""
     return float(read["__float__"]) if read.keys() == {"__float__"} else read
+
+
+def home_of(folder: Path, parts: Path) -> Path:
+    """The model's own folder, where what the user gave may be the one within it that holds its weights in parts."""
+    return folder.absolute().parent if folder == parts and not (folder / "config.json").exists() else folder
 
 
 def config_of(folder: Path) -> Mapping[str, Any] | None:

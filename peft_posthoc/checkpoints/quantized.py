@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +24,18 @@ _CODES = (
 _BESIDE = re.compile(r"scale|zero|g_idx|shape|absmax|quant|codebook|amax|^SCB$|_format$|^meta$", re.IGNORECASE)
 
 
-def quantized(checkpoint: Checkpoint) -> dict[str, str]:
-    """The quantized tensors of a checkpoint and the weights that they stand for, each with the name of its format.
+class Quantized(NamedTuple):
+    """A tensor of a quantized weight, or the weight by its own name."""
+
+    format: str
+    weight: str
+    """The weight's own name."""
+    is_part: bool = False
+    """Whether it lies beside the codes: scales, zero points and the like."""
+
+
+def quantized(checkpoint: Checkpoint) -> dict[str, Quantized]:
+    """The quantized tensors of a checkpoint, and the weights that they stand for, by name.
 
     They are told by types and names: a configuration may say nothing of them, or name a format in which the model is
     only to be loaded. A view that shows decoded weights has none.
@@ -32,18 +43,19 @@ def quantized(checkpoint: Checkpoint) -> dict[str, str]:
     headers = checkpoint.headers
     said = (checkpoint.config or {}).get("quantization_config")
     method = str(said.get("quant_method") or "quantized") if isinstance(said, Mapping) else None
-    codes = {name: found for name, header in headers.items() if (found := _codes(name, header, method))}
-    modules = {name.rpartition(".")[0] for name in codes}
-    found: dict[str, str] = {}
+    codes = {name: held for name, header in headers.items() if (held := _codes(name, header, method))}
+    found: dict[str, Quantized] = {}
+    by_module: dict[str, Quantized] = {}
     for name, (weight, form) in codes.items():
-        form = method or _by_companions(name, headers) or form
-        found |= {name: form, weight: form}
-    for name in headers:
+        one = Quantized(method or _by_companions(name, headers) or form, weight)
+        found |= {name: one, weight: one}
+        by_module[name.rpartition(".")[0]] = one
+    for name in headers.keys() - found.keys():
         module, _, leaf = name.rpartition(".")
-        owner = next((code for code in _owners(name) if code in codes), None)
-        beside = module in modules and not leaf.endswith("bias") and _BESIDE.search(leaf)
-        if name not in found and (owner or beside):
-            found[name] = method or found[owner or next(code for code in codes if code.rpartition(".")[0] == module)]
+        beside = not leaf.endswith("bias") and _BESIDE.search(leaf)
+        owner = next((found[own] for own in _owners(name) if own in codes), by_module.get(module) if beside else None)
+        if owner:
+            found[name] = owner._replace(is_part=True)
     return found
 
 
@@ -56,7 +68,7 @@ def _codes(name: str, header: Header, method: str | None) -> tuple[str, str] | N
     for end, own, form in _CODES:
         if name.endswith(end):
             return f"{name.removesuffix(end)}{own}", form
-    return (name, "integers") if method else None
+    return (name, "integers") if method and not _BESIDE.search(name.rpartition(".")[2]) else None
 
 
 def _by_companions(name: str, headers: Mapping[str, Header]) -> str | None:

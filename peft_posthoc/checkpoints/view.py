@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 
 
 class Piece(NamedTuple):
@@ -44,12 +44,13 @@ class View(Checkpoint):
         self._pieces = pieces
         # Its own, if its files still fit.
         self.folder = checkpoint.folder if loadable else None
+        self.beside = place_of(checkpoint)
         self.module = module
         self.label = checkpoint.label
         self.revision = checkpoint.revision
         self.identity = checkpoint.identity
         self.config = checkpoint.config
-        self.sequential = checkpoint.sequential
+        self.sequential, self.to_fetch = checkpoint.sequential, checkpoint.to_fetch
         self.headers = {name: piece.header for name, piece in pieces.items()}
         self._held: dict[str, Tensor] = {}
         self._to_come = Counter(source for piece in pieces.values() for source in piece.sources)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import is_plain
-from peft_posthoc.checkpoints.model_files import config_of, weight_files
+from peft_posthoc.checkpoints.model_files import config_of, home_of, weight_files
 from peft_posthoc.errors import CheckpointError, MissingExtraError
 from peft_posthoc.files import check_folder
 
@@ -90,7 +90,8 @@ class Zero(Checkpoint):
             MissingExtraError: DeepSpeed is not installed.
         """
         self.label = label
-        self.config = config_of(folder) or (config_of(folder.absolute().parent) if folder == partitions else None)
+        self.beside = home_of(folder, partitions)
+        self.config = config_of(self.beside)
         files = sorted(path for pattern in (_OPTIMIZER, _MODEL) for path in partitions.glob(pattern))
         self.identity: Any = [
             [str(partitions.resolve()), path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files

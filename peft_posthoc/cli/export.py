@@ -35,7 +35,7 @@ def export(
     json_to: str | None,
     **options: Any,
 ) -> None:
-    r"""Write ADAPTER, a PEFT LoRA folder, as what other programs read into OUT.
+    """Write ADAPTER, a PEFT LoRA folder, as what other programs read into OUT.
 
     \b
     gguf      a file for llama.cpp and Ollama
@@ -43,7 +43,7 @@ def export(
     vllm-moe  experts one by one, as vLLM and SGLang read them
     peft-moe  experts stacked, as PEFT computes with them
     merged    a full checkpoint of BASE + ADAPTER
-    """
+    """  # noqa: D301  # click knows a paragraph of lines by the character `\b`.
     from peft_posthoc.formats.export import export as run
 
     # Bad arguments are told before the work, not after it.

@@ -79,8 +79,15 @@ def check_drawing(path: Path | None, option: str) -> None:
         check_format(path.suffix if option == "--plot" else ".svg")
 
 
-def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = ()) -> None:
+def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] = (), table: str | None = None) -> None:
     """Print a result as a table, and what more there is to say; or as JSON, or write that.
+
+    Args:
+        result: Of a command.
+        json_to: A file for the JSON, `-` for standard output, None for none.
+        quiet: Print no table.
+        more: Lines behind it.
+        table: To print in place of the result's own.
 
     Raises:
         OutputError: It cannot be printed or written.
@@ -94,7 +101,18 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
             return
         write_whole(json_to, text + "\n")
     if not quiet:
-        _print(printable("\n".join([result.table(), *more])))
+        _print(printable("\n".join([result.table() if table is None else table, *more])))
+
+
+def quiet_hosts() -> None:
+    """Keep the progress bars and the advice of the libraries that load the models from burying ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _print(text: str) -> None:

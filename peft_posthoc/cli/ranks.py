@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--rank", metavar="R[,R...]", help="Singular triplets to keep; auto: above the noise.  [default: 32]"),
     click.option("--energy", metavar="E[,E...]", help="Keep the fewest that hold this share of the delta's energy."),
     click.option("--error", metavar="E[,E...]", help="Keep the fewest with a relative error of at most this."),
     click.option("--budget", metavar="SIZE", help="Share out ranks within 64MB, or 2% of the tuned checkpoint."),
@@ -41,17 +40,28 @@ _OPTIONS = (
 _LARGEST = 10_000_000
 
 
-def RANK(command: F) -> F:
-    """The options that ask for ranks. The command gets `rank`, an `Asked`."""
+def ranks(default: str) -> Callable[[F], F]:
+    """The options that ask for ranks. The command gets `rank`, an `Asked`.
 
-    @functools.wraps(command)
-    def told(*args: Any, **options: Any) -> Any:
-        chosen = {name: options.pop(name) for name in WORDS}
-        return command(*args, rank=Asked(chosen), **options)
+    Args:
+        default: The rank that the command keeps where none is asked for, in words.
+    """
+    text = f"Singular triplets to keep; auto: above the noise.  [default: {default}]"
 
-    for option in reversed(_OPTIONS):
-        told = option(told)
-    return told  # type: ignore[return-value]
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def told(*args: Any, **options: Any) -> Any:
+            chosen = {name: options.pop(name) for name in WORDS}
+            return command(*args, rank=Asked(chosen), **options)
+
+        for option in reversed((click.option("--rank", metavar="R[,R...]", help=text), *_OPTIONS)):
+            told = option(told)
+        return told  # type: ignore[return-value]
+
+    return decorate
+
+
+RANK = ranks("32")
 
 
 class Asked(NamedTuple):
@@ -67,12 +77,24 @@ class Asked(NamedTuple):
         """Whether ranks are shared out among all layers."""
         return any(self.options[name] is not None for name in SHARED)
 
-    def rule(self) -> Any:
-        """The rule; None if there is none. Raises as `rule_of`."""
-        return rule_of(**self.options)
+    def rule(self) -> RankRule | Allocation | None:
+        """The rule; None if the options say nothing.
 
-    def one(self) -> Any:
-        """The same, where only one adapter is made.
+        Raises:
+            click.UsageError: They contradict one another, or are no numbers.
+            ValueError: A value makes no sense.
+        """
+        if not self.given():
+            return None  # and nothing is imported for it
+        from peft_posthoc.ranks.spelling import Misspelled, parse
+
+        try:
+            return parse(self.options)
+        except Misspelled as error:
+            raise click.UsageError(str(error)) from error
+
+    def one(self) -> RankRule | Allocation | None:
+        """The rule, where only one adapter is made.
 
         Raises:
             click.UsageError: Several are asked for.
@@ -83,23 +105,6 @@ class Asked(NamedTuple):
         if isinstance(rule, several):
             raise click.UsageError("Only `phlora extract` makes several adapters at once. Give one rank.")
         return rule
-
-
-def rule_of(**asked: Any) -> RankRule | Allocation | None:
-    """The rule that the options say; None if they say nothing.
-
-    Raises:
-        click.UsageError: They contradict one another, or are no numbers.
-        ValueError: A value makes no sense.
-    """
-    if all(value is None for value in asked.values()):
-        return None  # and nothing is imported for it
-    from peft_posthoc.ranks.spelling import Misspelled, parse
-
-    try:
-        return parse(asked)
-    except Misspelled as error:
-        raise click.UsageError(str(error)) from error
 
 
 RANK_PATTERN = click.option(

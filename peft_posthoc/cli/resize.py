@@ -10,7 +10,7 @@ import click
 
 from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of, together
 from peft_posthoc.cli.output import check_file, show
-from peft_posthoc.cli.ranks import RANK, Asked
+from peft_posthoc.cli.ranks import RANK, Asked, ranks
 from peft_posthoc.errors import noting
 
 if TYPE_CHECKING:
@@ -53,13 +53,10 @@ def resize(adapter: Path, out: Path, rank: Asked, **options: Any) -> None:
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--weights", metavar="W,W,...", help="What each adapter's delta is multiplied with.  [default: 1 each]")
-@RANK
+@ranks("all: the sum is exact")
 @_SHARED
 def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, rank: Asked, **options: Any) -> None:
-    """Write the weighted sum of ADAPTERS, of one base, as one adapter into the folder OUT.
-
-    Without a rank, an energy or an error, the sum is exact: there the default is all.
-    """
+    """Write the weighted sum of ADAPTERS, of one base, as one adapter into the folder OUT."""
     from peft_posthoc.resizing.resize import combine as run
 
     if len(adapters) < 2:
@@ -80,7 +77,7 @@ def _write(
 ) -> None:
     from peft_posthoc.adapters.writer import check_target
 
-    # Bad arguments are told before the work, not after it.
+    # Bad arguments are named before the work, not after it.
     check_file(json_to, "--json")
     check_target(out, force=force)
     resized = run(form=form, dtype=dtype_of(dtype), progress=not quiet)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from peft_posthoc.cli.options import MODELS, NAMES, OUTPUT
-from peft_posthoc.cli.output import check_file, show
+from peft_posthoc.cli.output import check_file, quiet_hosts, show
 from peft_posthoc.errors import PosthocError
+
+if TYPE_CHECKING:
+    from peft_posthoc.verification.findings import Verification
 
 
 @click.command()
@@ -36,15 +39,28 @@ def verify(
     json_to: str | None,
     **options: Any,
 ) -> None:
-    """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs."""
+    """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs.
+
+    Fails if base + adapter is no nearer to TUNED than BASE is.
+    """
     check_file(json_to, "--json")
     from peft_posthoc.verification.verify import verify as run
 
     ids = [_token_ids(text) for text in token_ids]
     if not weights_only:
-        _quiet_hosts()
-    result = run(out, base, tuned, token_ids=ids, outputs=not weights_only, progress=not quiet, **options)
-    show(result, json_to, quiet=quiet)
+        quiet_hosts()
+
+    def show_weights(found: Verification) -> None:
+        if json_to != "-":
+            show(found, json_to, quiet=quiet, table=found.weights())
+
+    options |= {"outputs": not weights_only, "progress": not quiet, "weights_done": show_weights}
+    result = run(out, base, tuned, token_ids=ids, **options)
+    show(result, json_to, quiet=quiet, table=result.rest())
+    if result.failure:
+        raise PosthocError(
+            f"The weights were compared, the outputs were not: {result.failure} With `--weights-only` that is enough."
+        )
     if min_cosine is not None and result.cosine < min_cosine:
         raise PosthocError(f"The cosine with the whole delta is {result.cosine:.4f}, below --min-cosine {min_cosine}.")
     if max_kl is not None:
@@ -52,17 +68,8 @@ def verify(
             raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
         if result.adapter.kl > max_kl:
             raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
-
-
-def _quiet_hosts() -> None:
-    """Keep the progress bars and the advice of the libraries that load the models from burying ours."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not result.nearer:
+        raise PosthocError(result.verdict())
 
 
 def _token_ids(text: str) -> list[int]:

@@ -25,6 +25,7 @@ from peft_posthoc.extraction.reasons import LeftOut
 from peft_posthoc.extraction.report import Report
 from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
+from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
 
 
@@ -45,6 +46,8 @@ class Adapter(Findings):
         options: Mapping[str, Any],
         form: Form = "portable",
         notes: Sequence[str] = (),
+        differences: Sequence[Difference] = (),
+        beside: Mapping[str, Path] | None = None,
     ) -> Adapter:
         """Put together what the loop found.
 
@@ -65,6 +68,8 @@ class Adapter(Findings):
             plan=plan,
             form=form,
             notes=tuple(notes),
+            differences=tuple(differences),
+            beside=beside or {},
             dtype=dtype,
             provenance={
                 "base": base.label,
@@ -130,7 +135,7 @@ class Adapter(Findings):
         place = Path(folder).absolute()
         with finished_layers(place, {place: self.provenance}):
             config = self.file.config(self.provenance)
-            contents = Contents(self.tensors(), config, self.report.to_dict(), self.provenance)
+            contents = Contents(self.tensors(), config, self.report.to_dict(), self.provenance, self.beside)
             write_folder(place, contents, force=force, called=folder)
         return Path(folder)
 

@@ -41,7 +41,7 @@ def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
         device: Where the result goes.
 
     Raises:
-        CheckpointError: A value is NaN or infinite.
+        CheckpointError: A value is NaN or infinite, and not the same in both.
     """
     base, tuned = pair.base, pair.tuned
     if base is None or tuned is None:
@@ -55,8 +55,17 @@ def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
         delta_energy += energy_of(out)
         base_energy += energy_of(wide)
     if not (math.isfinite(delta_energy) and math.isfinite(base_energy)):
-        raise CheckpointError(not_finite(pair))
+        if not _same(base, tuned):
+            raise CheckpointError(not_finite(pair))
+        # A bound that is infinite, a mask: it stays as it is in the base.
+        finite = torch.nan_to_num(base.to(dtype), nan=0.0, posinf=0.0, neginf=0.0)
+        return Delta(values.zero_(), 0.0, math.sqrt(energy_of(finite)))
     return Delta(values, math.sqrt(delta_energy), math.sqrt(base_energy))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, NaN in the same places."""
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def not_finite(pair: Pair) -> str:

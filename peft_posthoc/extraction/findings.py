@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,6 +17,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.outcomes import Kept, Layer, Skipped
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.linalg.spectrum import Spectrum
+from peft_posthoc.pairing.difference import Difference
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Findings:
     """By weight name: what is in the file without factors."""
     notes: tuple[str, ...] = ()
     """What was decided to compare the two checkpoints: of their names, and the like."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """By name: files of the tuned model that are copied beside the adapter."""
 
     @property
     def spectra(self) -> dict[str, Spectrum]:

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.modules import module_of
 from peft_posthoc.checkpoints.quantized import quantized
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.reasons import LeftOut, Reason, told
 from peft_posthoc.linalg.spectrum import RankRule
+from peft_posthoc.models.config import architecture
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout, Place, Role
+from peft_posthoc.models.order import in_order
 from peft_posthoc.models.part import Part
 from peft_posthoc.models.slots import Slot, slots_of
 from peft_posthoc.pairing.vocabulary import resized, way_out
@@ -143,6 +146,7 @@ def make_plan(
         ValueError: A regular expression is malformed or matches nothing.
     """
     packed = [quantized(side) for side in (base, tuned)]
+    stored = {_stored(name) for side in (base, tuned) for name in side.headers}
     _same_model(base, tuned)
     names = list(dict.fromkeys([*base.headers, *tuned.headers]))
     included = _matches(include, names, "include")
@@ -152,36 +156,45 @@ def make_plan(
     layout = (layout or layout_of(base, tuned)).without_ties(set(tuned.headers) - set(base.headers))
     _same_shapes(base, tuned, layout, {*(excluded or ()), *unwanted, *packed[0], *packed[1]})
 
+    slots = slots_of(_headers_of_weights(base, tuned, packed), layout)
+
     def fate_of(name: str) -> Fate:
         if name in unwanted:
             return told(unwanted[name])
-        part = Part.named(name)
         for side in packed:
-            if format := side.get(name) or side.get(part.tensor if part else name):
-                return LeftOut(Reason.QUANTIZED, (format,))
+            if one := side.get(name) or side.get(_stored(name)):
+                # A weight is told once: by its own name, where one of the two has it.
+                is_part = one.is_part or (one.weight != _stored(name) and one.weight in stored)
+                return LeftOut(Reason.OF_QUANTIZED if is_part else Reason.QUANTIZED, (one.format,))
+        if (folder := module_of(name)) and name in base.headers and name in tuned.headers:
+            return LeftOut(Reason.BESIDE_MODEL, (folder,))
         fate = _fate(name, base.headers, tuned.headers, layout, choose)
         if name in whole:
             return LeftOut(Reason.OTHER_ROWS)
         outside = (included is not None and name not in included) or (excluded and name in excluded)
         return LeftOut(Reason.NOT_CHOSEN) if isinstance(fate, Factored) and outside else fate
 
-    plan = Plan(
-        {name: fate_of(name) for name in names},
-        layout,
-        slots_of(_headers_of_weights(base, tuned, packed), layout),
-        {**base.headers, **tuned.headers},
-    )
+    plain = [name for name in packed[1] if name in base.headers and name not in packed[0]]
+    headers = {**base.headers, **tuned.headers, **{name: base.headers[name] for name in plain}}
+    ordered = in_order(headers, layout)
+    plan = Plan({name: fate_of(name) for name in ordered}, layout, slots, {name: headers[name] for name in ordered})
     if not plan.factored:
         for side, found, role in ((base, packed[0], "base"), (tuned, packed[1], "tuned")):
             if first := next((name for name in side.headers if name in found), None):
                 raise CheckpointError(
                     f"The {role} `{side.label}` is quantized (`{first}` is {side.headers[first].dtype}: "
-                    f"{found[first]}); its numbers need their scales. Give the checkpoint it was made from, or "
+                    f"{found[first].format}); its numbers need their scales. Give the checkpoint it was made from, or "
                     "dequantize it first."
                 )
         reasons = ", ".join(sorted({fate.hint for fate in plan.left_out.values()}))
         raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")
     return plan
+
+
+def _stored(name: str) -> str:
+    """The name of the tensor that one is a part of, or its own."""
+    part = Part.named(name)
+    return part.tensor if part else name
 
 
 def _headers_of_weights(base: Checkpoint, tuned: Checkpoint, packed: Sequence[Collection[str]]) -> dict[str, Header]:
@@ -198,7 +211,9 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> None:
     kinds = [config.get("model_type") for config in configs]
     # A model with images may be compared with its language model.
     parts = [{config.get("model_type"), (config.get("text_config") or {}).get("model_type")} for config in configs]
-    if all(kinds) and not (parts[0] & parts[1]) - {None}:
+    # One class may have several types of configurations.
+    classes = {architecture(config) for config in configs}
+    if all(kinds) and not (parts[0] & parts[1]) - {None} and (len(classes) > 1 or "" in classes):
         raise MismatchError(
             f"Two different architectures: `{base.label}` is a {kinds[0]}, `{tuned.label}` a {kinds[1]}. A delta needs "
             "the base that the fine-tune started from."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.hub import check_room
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.forms.lay_out import lay_out
 from peft_posthoc.extraction.forms.layout import FileLayout
@@ -18,7 +18,10 @@ from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.prepare import Prepared, prepare
 from peft_posthoc.extraction.reasons import Reason
 from peft_posthoc.extraction.request import Options, Request, takes_options
+from peft_posthoc.files import free_at
 from peft_posthoc.linalg.spectrum import in_advance
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source
 from peft_posthoc.text import shorten, size
@@ -68,11 +71,15 @@ class Preflight:
     """Needed at the adapter's folder, with what is kept there until the adapter is written."""
     disk_free: int | None
     """None where no folder was named."""
+    download_bytes: int
+    """Of weights on the hub that are not in its cache yet."""
     memory_bytes: int
     """An estimate, without mapped files, which the system takes back when it needs to."""
     layout: str
     """Where the kinds of the layers come from."""
     notes: tuple[str, ...]
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -105,14 +112,16 @@ class Preflight:
             lines.append(f"left out: {len(rows):>4} x {reason}: {share:.1%} of the values")
         carried = sum(row.status == "carried" for row in self.rows)
         free = "" if self.disk_free is None else f" of {size(self.disk_free)} that are free"
+        fetch = f", of which {size(self.download_bytes)} are downloaded" if self.download_bytes else ""
         at = "" if self.rank_is_known else f" at rank {_ASSUMED} (the rule decides)"
         lines += [
             f"{carried} weights have factors; with those kept whole, {self.values:.1%} of the model's values. Layers "
             f"by {self.layout}.",
-            f"Adapter: at most {size(self.adapter_bytes)}{at}. To read: {size(self.read_bytes)}. Disk needed: "
+            f"Adapter: at most {size(self.adapter_bytes)}{at}. To read: {size(self.read_bytes)}{fetch}. Disk needed: "
             f"{size(self.disk_bytes)}{free}. Memory: about {size(self.memory_bytes)}.",
         ]
-        return [*lines, *self.notes]
+        warnings = (f"Warning: {warning}" for warning in told_as_warnings(self.differences))
+        return [*lines, *self.notes, *told_as_notes(self.differences), *warnings]
 
 
 @takes_options
@@ -148,8 +157,13 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
 
     Raises:
         AdapterError: The adapter cannot be laid out in its file, or there is no room for it.
+        CheckpointError: There is no room for the weights that are to be downloaded.
     """
     found = _found(prepared, out)
+    sides = [side for side in (prepared.base, prepared.tuned) if side.to_fetch]
+    place = None if out is None else Path(out)
+    taken = found.disk_bytes if found.rank_is_known else 0
+    check_room(found.download_bytes, *(side.label for side in sides), out=place, taken=taken)
     if found.disk_free is not None and found.rank_is_known and found.disk_bytes > found.disk_free:
         raise AdapterError(
             f"`{out}` needs {size(found.disk_bytes)} (adapter, and finished layers until it is written), and "
@@ -180,10 +194,12 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         read_bytes=sum(header.bytes for side in checkpoints for header in side.headers.values()),
         adapter_bytes=size,
         disk_bytes=size + finished,
-        disk_free=None if out is None else _free(Path(out)),
+        disk_free=None if out is None else free_at(Path(out)),
+        download_bytes=sum(side.to_fetch for side in checkpoints),
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
         notes=prepared.notes,
+        differences=prepared.differences,
     )
 
 
@@ -204,11 +220,6 @@ def _kept_bytes(header: Header, *, as_bias: bool) -> int:
 
 def _values(rows: Iterable[PreflightRow]) -> int:
     return sum(math.prod(row.shape) for row in rows)
-
-
-def _free(out: Path) -> int:
-    there = next(path for path in out.absolute().parents if path.exists())
-    return shutil.disk_usage(there).free
 
 
 def _rows(plan: Plan, ranks: Mapping[str, int], file: FileLayout) -> Iterable[PreflightRow]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from peft_posthoc.adapters.applied import Applied
+from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
 from peft_posthoc.compute.device import pick_device
@@ -18,25 +21,30 @@ from peft_posthoc.extraction.forms.layout import FileLayout, Form
 from peft_posthoc.extraction.forms.whole import keeping
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
-from peft_posthoc.extraction.reasons import Reason
+from peft_posthoc.extraction.reasons import CODED, Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
+from peft_posthoc.extraction.swapped import swapped
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
 from peft_posthoc.models.decoders import is_plain_decoder
 from peft_posthoc.models.find import model_of
 from peft_posthoc.models.layout import GUESSED, Layout
 from peft_posthoc.models.part import is_rest
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import differences
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_pair
-from peft_posthoc.text import shorten
+from peft_posthoc.text import asked, shorten
 
 # Options that the report, and the key under which finished layers are kept, have in another way: which models, as the
-# identity of the two; what is chosen by Python, as what is carried; how factors are saved. A new option is in both.
-_TOLD_OTHERWISE = {"base_revision", "tuned_revision", "tuned_name", "choose", "leave_out", "experts", "device", "dtype"}
+# identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
+# A new option is in both.
+_MODELS = {"base_revision", "tuned_revision", "tuned_name"}
+_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy", "with_tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,10 @@ class Prepared:
     """What shares ranks out among all layers, once they are factored as far as the rules say."""
     by_hand: frozenset[str] = frozenset()
     """Weights whose rank it does not change."""
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """By name: files of the tuned model that are copied beside the adapter."""
 
     @property
     def rules(self) -> dict[str, RankRule]:
@@ -91,6 +103,8 @@ class Prepared:
             options=self.options,
             form=self.form,
             notes=self.notes,
+            differences=self.differences,
+            beside=self.beside,
         )
 
 
@@ -123,6 +137,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         vocab=cast(Vocab, options["vocab"]),
         of_tuned=form == "peft",
     )
+    notes = (*notes, *(side.doubt for side in opened if isinstance(side, Applied) and side.doubt))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
@@ -150,8 +165,8 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     rules = rules_of(plan, rank, options["rank_pattern"] or {})
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
-    coded = (name for name, fate in plan.left_out.items() if fate.reason is Reason.QUANTIZED)
-    but = {*leave_out, *coded}
+    never = (*CODED, Reason.BESIDE_MODEL)
+    but = {*leave_out, *(name for name, fate in plan.left_out.items() if fate.reason in never)}
     names = _may_be_kept(before, after, plan.layout, include, exclude, but=but) if kind == "peft" else ()
     # Of experts taken apart much is for serving engines only, and of common decoders PEFT loads all.
     known = mixture != "per-expert" and not any(map(is_plain_decoder, (before, after)))
@@ -164,6 +179,11 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     )
     if refused:
         notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
+    if doubt := swapped(*opened):
+        notes = (*notes, doubt)
+    beside = files_of_text(opened[1]) if options["with_tokenizer"] else {}
+    if options["with_tokenizer"] and not beside:
+        notes = (*notes, f"There is no tokenizer beside `{opened[1].label}`: none is copied.")
     told = {
         "rule": _told(rules) if allocation is None else describe(allocation),
         **{name: value for name, value in options.items() if name not in _TOLD_OTHERWISE},
@@ -181,6 +201,8 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         notes,
         allocation,
         frozenset(by_hand),
+        differences(*opened),
+        beside,
     )
 
 
@@ -246,7 +268,14 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
     except PatternError as error:
-        raise ValueError(f"`rank_pattern`: {error}.") from error
+        raise ValueError(f"`{asked('rank_pattern', None)}`: {error}.") from error
+
+    # One that a pattern before it hides has met its modules.
+    if idle := [each for each in own if each not in by_hand.values() and not first_matches([each], modules.values())]:
+        raise ValueError(
+            f"`{idle[0]}` in `{asked('rank_pattern', None)}` ends the name of no module that is carried. Names look "
+            f"like `{next(iter(modules.values()))}`."
+        )
 
     def of(weight: str, module: str) -> RankRule | None:
         if module in by_hand:

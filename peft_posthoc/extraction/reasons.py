@@ -16,7 +16,9 @@ class Reason(StrEnum):
     ONLY_IN_BASE = "only-in-base", "only in base"
     ONLY_IN_TUNED = "only-in-tuned", "only in tuned"
     OTHER_SHAPE = "other-shape", "shapes differ ({exclude})", {"exclude": None}
+    BESIDE_MODEL = "beside-model", "a module beside the model, in a folder of its own ({0})"
     QUANTIZED = "quantized", "quantized ({0}): its numbers need their scales"
+    OF_QUANTIZED = "of-quantized", "codes or scales of a quantized weight ({0})"
     NOT_FLOATING = "not-floating", "not a floating-point tensor"
     EMPTY = "empty", "holds no values"
     BIAS = "bias", "bias (LoRA has no portable form for it)"
@@ -50,6 +52,10 @@ class Reason(StrEnum):
         member._value_ = code
         member.text, member.ways = text, ways or {}
         return member
+
+
+CODED = (Reason.QUANTIZED, Reason.OF_QUANTIZED)
+"""The reasons of what is stored as codes, which are never taken for numbers."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.models.layout import GUESSED
-from peft_posthoc.text import shorten, size
+from peft_posthoc.pairing.difference import Difference
+from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
+from peft_posthoc.text import percent, share_of_all, shorten, size
 
 # Shares of the whole delta's energy from which leaving something out is worth a warning.
 MATERIAL = 0.01
@@ -70,7 +72,8 @@ class Totals:
     energy: float
     """Kept, as a share of the energy of the deltas that were factored: the paper's E_r for the whole model."""
     energy_of_all: float
-    """Kept, as a share of the energy of every delta, left-out ones included."""
+    """Kept, as a share of the energy of every delta, left-out ones included. What has no delta (`unknown`) counts as
+    changed like the other values."""
     energy_at: Mapping[int, float]
     """`energy` for the powers of two below `rank`, if the adapter were cut to them."""
     relative_error: float
@@ -89,6 +92,13 @@ class Totals:
     """Kept without factors: norms, biases and the like, in the `peft` form."""
     unchanged: int
     left_out: int
+    unknown: float = 0.0
+    """Of the fine-tune's values, the share in tensors with nothing in base to compare them with."""
+
+    @property
+    def of_all(self) -> str:
+        """For people: `energy_of_all`, and how far it is known."""
+        return share_of_all(self.energy_of_all, self.unknown)
 
 
 @dataclass(frozen=True)
@@ -101,14 +111,17 @@ class Report:
     notes: tuple[str, ...]
     """What was decided to compare the two checkpoints: of their names, and the like."""
     provenance: Mapping[str, Any]
+    differences: tuple[Difference, ...] = ()
+    """Of configuration and tokenizer: what no adapter carries."""
 
     @classmethod
     def of(cls, adapter: Findings) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
         totals = _totals(rows, adapter.file.rank, adapter.file.padding)
-        warnings = (*adapter.file.warnings, *_warnings(rows, totals))
-        return cls(rows, totals, warnings, adapter.notes, adapter.provenance)
+        beside = adapter.differences
+        warnings = (*adapter.file.warnings, *_warnings(rows, totals), *told_as_warnings(beside))
+        return cls(rows, totals, warnings, (*adapter.notes, *told_as_notes(beside)), adapter.provenance, beside)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -117,6 +130,7 @@ class Report:
             "totals": asdict(self.totals),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
+            "differences": [asdict(one) for one in self.differences],
             "provenance": dict(self.provenance),
             "rows": [asdict(row) for row in self.rows],
         }
@@ -127,9 +141,9 @@ class Report:
         more = f" {'signal':>7} {'noise':>7}" if measured else ""
         lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}{more}"]
         lines += [
-            f"{shorten(row.weight):<52} {row.rank:>5} {_percent(row.energy):>7} {_percent(row.relative_error):>7} "
-            f"{_percent(row.relative_delta):>8} {size(row.bytes):>9}"
-            + (f" {row.signal_rank:>7} {_percent(row.noise):>7}" if measured else "")
+            f"{shorten(row.weight):<52} {row.rank:>5} {percent(row.energy):>7} {percent(row.relative_error):>7} "
+            f"{percent(row.relative_delta):>8} {size(row.bytes):>9}"
+            + (f" {row.signal_rank:>7} {percent(row.noise):>7}" if measured else "")
             for row in self.rows
             if row.status == "extracted"
         ]
@@ -144,8 +158,8 @@ class Report:
         if self.provenance["options"].get("form") == "peft" and len({row.rank for row in self.rows if row.rank}) > 1:
             rank = f"up to {totals.rank}"
         lines = [
-            f"{totals.extracted} weights at rank {rank} hold {_percent(totals.energy)} of their deltas' energy, "
-            f"{_percent(totals.energy_of_all)} of the whole fine-tune's; {size(totals.bytes)} on disk.",
+            f"{totals.extracted} weights at rank {rank} hold {percent(totals.energy)} of their deltas' energy, "
+            f"{totals.of_all} of the whole fine-tune's; {size(totals.bytes)} on disk.",
         ]
         if totals.padding >= MATERIAL * totals.bytes:
             lines.append(f"{size(totals.padding)} of that are zeros, for loaders that need one rank for all layers.")
@@ -234,7 +248,7 @@ def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
     extracted = [row for row in rows if row.status == "extracted"]
     kept = sum((row.energy or 0.0) * _energy(row) for row in extracted)
     carried = sum(map(_energy, extracted))
-    everything = sum(map(_energy, rows))
+    energies = _energies(rows)
     whole = sum(_energy(row) for row in rows if row.status == "whole")
     # Beyond its own rank a layer holds what it holds.
     at = {
@@ -246,7 +260,7 @@ def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
     moved = math.sqrt(sum(map(_energy, matrices)))
     return Totals(
         energy=kept / carried if carried else 1.0,
-        energy_of_all=(kept + whole) / everything,
+        energy_of_all=(kept + whole) / sum(energies.values()),
         energy_at={rank: held / carried for rank, held in at.items() if carried},
         relative_error=math.sqrt(max(0.0, 1 - kept / carried)) if carried else 0.0,
         relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
@@ -259,12 +273,36 @@ def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
         whole=sum(row.status == "whole" for row in rows),
         unchanged=sum(row.status == "unchanged" for row in rows),
         left_out=sum(row.status == "left out" for row in rows),
+        unknown=_values(row for row in rows if _is_unknown(row)) / _values(row for row in rows if _is_of_tuned(row)),
     )
 
 
 def _energy(row: Row) -> float:
     """Of its delta; none of a counter, such as the batches that a norm has seen: it is no weight."""
-    return (row.delta_norm or 0.0) ** 2 if "float" in row.dtype else 0.0
+    return (row.delta_norm or 0.0) ** 2 if "float" in row.dtype and row.cause is not Reason.NOT_FLOATING else 0.0
+
+
+def _energies(rows: Iterable[Row]) -> dict[str, float]:
+    """By weight, the energy of its delta; where that is unknown, that of as many of the other values on average."""
+    rows = list(rows)
+    known = {row.weight: _energy(row) for row in rows if not _is_unknown(row)}
+    compared = _values(row for row in rows if row.weight in known and row.delta_norm is not None)
+    each = sum(known.values()) / max(compared, 1)
+    return {row.weight: known.get(row.weight, each * math.prod(row.shape)) for row in rows}
+
+
+def _is_unknown(row: Row) -> bool:
+    """Whether the tuned model has it, and how it has changed cannot be told."""
+    packed = row.cause is Reason.NOT_FLOATING and len(row.shape) > 1
+    return packed or (row.status == "left out" and row.delta_norm is None and _is_of_tuned(row))
+
+
+def _is_of_tuned(row: Row) -> bool:
+    return row.cause not in (Reason.ONLY_IN_BASE, Reason.OF_QUANTIZED)
+
+
+def _values(rows: Iterable[Row]) -> int:
+    return sum(math.prod(row.shape) for row in rows)
 
 
 def _powers_below(rank: int) -> list[int]:
@@ -272,11 +310,15 @@ def _powers_below(rank: int) -> list[int]:
 
 
 def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
-    everything = sum(map(_energy, rows))
-    for reason, group in _by_reason(rows).items():
-        share = sum(map(_energy, group)) / everything
+    for reason, (group, share) in left_out(rows).items():
         if share >= MATERIAL:
-            yield f"{_percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
+            about = "About " if any(map(_is_unknown, group)) else ""
+            yield f"{about}{percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
+    if totals.unknown >= MATERIAL:
+        yield (
+            f"{percent(totals.unknown)} of the fine-tune's values have nothing in the base to be compared with: of the "
+            "whole they count as changed like the others."
+        )
     for side, other, cause in (
         ("base", "tuned", Reason.ONLY_IN_BASE),
         ("tuned", "base", Reason.ONLY_IN_TUNED),
@@ -286,13 +328,6 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
             norms = [f"{row.weight} (norm {row.base_norm or row.tuned_norm or 0:.3g})" for row in only[:3]]
             names = ", ".join(norms) + (", ..." if len(only) > 3 else "")
             yield f"{len(only)} tensors are only in {side}, not in {other}, and not carried: {names}."
-    coded = [row for row in rows if row.cause is Reason.QUANTIZED]
-    if coded:
-        formats = ", ".join(sorted({row.reason for row in coded}))
-        yield (
-            f"{len(coded)} tensors are not compared, and what changed in them is in no number here: {formats}; the "
-            f"first is {coded[0].weight}."
-        )
     apart = [row for row in rows if row.cause is Reason.OTHER_SHAPE]
     if apart:
         yield f"{len(apart)} tensors have other shapes in base and tuned and are not carried: {apart[0].weight}."
@@ -304,38 +339,35 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
         )
     if totals.relative_delta is not None and totals.relative_delta > IMPLAUSIBLE:
         yield (
-            f"The delta is {_percent(totals.relative_delta)} of the base's norm, more than fine-tuning makes it. Is "
+            f"The delta is {percent(totals.relative_delta)} of the base's norm, more than fine-tuning makes it. Is "
             "this the base that the fine-tune started from?"
         )
 
 
-def _by_reason(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
+def left_out(rows: Iterable[Row]) -> dict[str, tuple[list[Row], float]]:
+    """By reason, what is left out, and its share of the whole fine-tune's energy."""
+    energies, groups = _energies(rows), dict[str, list[Row]]()
     for row in rows:
         if row.status == "left out":
             groups.setdefault(row.reason, []).append(row)
-    return groups
+    everything = sum(energies.values())
+    return {why: (group, sum(energies[row.weight] for row in group) / everything) for why, group in groups.items()}
 
 
 def _left_out_lines(rows: tuple[Row, ...]) -> list[str]:
-    everything = sum(map(_energy, rows))
     lines = []
     if whole := [row for row in rows if row.status == "whole"]:
-        share = sum(map(_energy, whole)) / everything
+        share = sum(map(_energy, whole)) / sum(_energies(rows).values())
         lines.append(
-            f"whole: {len(whole):>7} norms, biases and the like: {_percent(share)} of the fine-tune's energy, "
+            f"whole: {len(whole):>7} norms, biases and the like: {percent(share)} of the fine-tune's energy, "
             f"{size(sum(row.bytes for row in whole))}"
         )
-    for reason, group in _by_reason(rows).items():
-        share = sum(map(_energy, group)) / everything
-        lines.append(f"left out: {len(group):>4} x {reason}: {_percent(share)} of the fine-tune's energy")
+    for reason, (group, share) in left_out(rows).items():
+        about = "about " if any(map(_is_unknown, group)) else ""
+        lines.append(f"left out: {len(group):>4} x {reason}: {about}{percent(share)} of the fine-tune's energy")
     unchanged = sum(row.status == "unchanged" for row in rows)
     return [*lines, *([f"unchanged: {unchanged:>3}"] if unchanged else [])]
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"

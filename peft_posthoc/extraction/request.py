@@ -90,6 +90,9 @@ class Options(TypedDict, total=False):
         Mapping[str, int] | None,
         Option("Ranks by hand, for modules whose name ends in a regular expression, as in PEFT."),
     ]
+    with_tokenizer: Annotated[
+        bool, Option("Copy TUNED's tokenizer, chat template and generation config beside the adapter.", False)
+    ]
     form: Annotated[
         str,
         Option(
@@ -103,6 +106,10 @@ class Options(TypedDict, total=False):
     dtype: Annotated[
         "torch.dtype | str | None",
         Option("Of the adapter.  [default: the tuned checkpoint's]", choices=("float32", "bfloat16", "float16")),
+    ]
+    min_energy: Annotated[
+        float | None,
+        Option("Write nothing that holds less than this share of the whole fine-tune's energy.", metavar="SHARE"),
     ]
 
 
@@ -176,6 +183,9 @@ def _check(options: Mapping[str, Any]) -> None:
         value = options[name]
         if option.choices and name != "dtype" and value is not None and value not in option.choices:
             raise ValueError(f"`{name}` must be one of {', '.join(option.choices)}. Got {value!r}.")
+    least = options["min_energy"]
+    if least is not None and not (isinstance(least, int | float) and 0 < least <= 1):
+        raise ValueError(f"`{asked('min_energy', None)}` is a share above 0, and at most 1. Got {least!r}.")
     if options["form"] == "peft" and options["experts"] == "per-expert":
         raise ValueError(
             f"PEFT computes with stacked experts: `{asked('form', 'peft')}` takes `{asked('experts', 'fused')}` or "

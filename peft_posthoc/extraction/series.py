@@ -14,7 +14,7 @@ from peft_posthoc.errors import noting
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.spool import finished_layers
 from peft_posthoc.ranks.rules import several
-from peft_posthoc.text import size
+from peft_posthoc.text import percent, size
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,9 @@ class Series:
         lines = [f"{'adapter':<16} {'rank':>5} {'E_r':>7} {'of all':>7} {'error':>7} {'size':>9}"]
         for name, adapter in self.adapters.items():
             totals = adapter.report.totals
-            shares = (totals.energy, totals.energy_of_all, totals.relative_error)
             lines.append(
-                f"{name:<16} {totals.rank:>5} {' '.join(f'{100 * share:>6.1f}%' for share in shares)} "
-                f"{size(totals.bytes):>9}"
+                f"{name:<16} {totals.rank:>5} {percent(totals.energy):>7} {percent(totals.energy_of_all):>7} "
+                f"{percent(totals.relative_error):>7} {size(totals.bytes):>9}"
             )
         warnings = dict.fromkeys(warning for one in self.adapters.values() for warning in one.report.warnings)
         return "\n".join([*lines, *(f"Warning: {warning}" for warning in warnings)])

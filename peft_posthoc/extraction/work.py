@@ -18,7 +18,7 @@ from peft_posthoc.errors import CheckpointError, PosthocError
 from peft_posthoc.extraction.delta import Delta, Pair, difference, not_finite
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
-from peft_posthoc.extraction.reasons import LeftOut, Reason
+from peft_posthoc.extraction.reasons import CODED, LeftOut
 from peft_posthoc.linalg.noise import rounding
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
@@ -121,7 +121,7 @@ def _keep(pair: Pair, fate: Whole) -> Kept:
 
 def _leave_out(pair: Pair, fate: LeftOut) -> Skipped:
     start = time.perf_counter()
-    if fate.reason is Reason.QUANTIZED:
+    if fate.reason in CODED:
         lost = 0.0 if _same_bits(pair.base, pair.tuned) else None
         norm = frobenius(pair.tuned) if _is_plain(pair.tuned) and not _is_plain(pair.base) else None
         return Skipped(pair.name, fate.text, lost, None, norm, time.perf_counter() - start)

@@ -142,6 +142,7 @@ def _config(deltas: AdapterOnModel, modules: Iterable[str], stacks: Sequence[Sta
         base=old.get("base_model_name_or_path") or deltas.base.label,
         revision=old.get("revision"),
         task_type=old.get("task_type"),
+        auto_mapping=old.get("auto_mapping"),
         fan_in_fan_out=layout.fan_in_fan_out,
         bias=old.get("bias", "none") if deltas.whole else "none",
         whole=old.get("modules_to_save") or () if deltas.whole else (),

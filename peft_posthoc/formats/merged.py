@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,25 +17,22 @@ from peft_posthoc.adapters.merge import Merge
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.beside import TOKENIZER, matching
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.files import staged
+from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.text import size
 
 # Of a single file where the base's own division cannot be kept; transformers' own default.
 _SHARD = "50GB"
-_TOKENIZER = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja"),
-)
 # What lies beside weights and belongs to the model. Its README is about the base.
 _BESIDE = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("video_preprocessor_config.json", "image_processor*.json", "modules.json", "configuration_*.py"),
-    *("modeling_*.py", "tokenization_*.py", "processing_*.py", "LICENSE*", "NOTICE*", *_TOKENIZER),
+    *("modeling_*.py", "tokenization_*.py", "processing_*.py", "LICENSE*", "NOTICE*", *TOKENIZER),
 )
 
 
@@ -52,7 +49,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
     merge = Merge(deltas, dtype)
     total = sum(header.bytes for header in merge.headers.values())
     # Before the base's weights are fetched, if it is on the hub.
-    _room_for(total, out)
+    _room_for(total, deltas.base, out)
     shards, config = _shards(deltas, merge.headers), merge.config()
     ours = files_of(out.place)
     with staged(out.place, what="The merged model", called=out.called, force=force, ours=ours) as made:
@@ -88,7 +85,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
 
 def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, list[str]]:
     """The tensors of each file: divided as the base is, if that is done in the usual way."""
-    base = deltas.base
+    base = deltas.stored
     files = base.files if isinstance(base, Folder | hub.OnHub) else {}
     usual = {*files.values()} == {SAFETENSORS} or (
         base.folder is not None
@@ -111,16 +108,17 @@ def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, 
     return dict(plan.filename_to_tensors)
 
 
-def _room_for(total: int, out: Out) -> None:
-    """See before the work whether the disk holds it.
+def _room_for(total: int, base: Checkpoint, out: Out) -> None:
+    """See before the work whether the disk holds the model beside what is yet to be fetched of the base.
 
     Raises:
         AdapterError: The disk is too full.
+        CheckpointError: The disk of the hub's cache is.
     """
-    above = next(path for path in out.place.parents if path.exists())
-    free = shutil.disk_usage(above).free
+    free = free_at(out.place)
     if total > free:
         raise AdapterError(f"`{out.called}` needs {size(total)}; the disk has {size(free)} free.")
+    hub.check_room(base.to_fetch, base.label, out=out.place, taken=total)
 
 
 def _copy_beside(deltas: AdapterOnModel, merge: Merge, made: Path) -> list[str]:
@@ -131,19 +129,17 @@ def _copy_beside(deltas: AdapterOnModel, merge: Merge, made: Path) -> list[str]:
         return []
     if base.revision is not None:
         hub.fetch_beside(base.label, _BESIDE, revision=base.revision)
-    copied = dict(_found(base.folder, [pattern for pattern in _BESIDE if pattern != "config.json"]))
+    copied = dict(matching(base.folder, [pattern for pattern in _BESIDE if pattern != "config.json"]))
     if (adapter / "tokenizer_config.json").is_file():
-        kept = {name: path for name, path in copied.items() if not any(fnmatch(name, one) for one in _TOKENIZER)}
-        copied = kept | dict(_found(adapter, _TOKENIZER))
+        kept = {name: path for name, path in copied.items() if not any(fnmatch(name, one) for one in TOKENIZER)}
+        copied = kept | dict(matching(adapter, TOKENIZER))
         merge.notes.append(f"The tokenizer is the one in `{deltas.folder.label}`.")
+    elif merge.vocabulary is not None:
+        merge.notes.append(
+            f"The vocabulary is the adapter's ({merge.vocabulary.after} tokens) and the tokenizer the base's "
+            f"({merge.vocabulary.before}): use the tuned model's."
+        )
     for name, path in copied.items():
         (made / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, made / name)
     return sorted(copied)
-
-
-def _found(folder: Path, patterns: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    for pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path

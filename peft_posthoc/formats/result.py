@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_posthoc.adapters.config import CONFIG
+from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in
@@ -71,6 +72,7 @@ class Exported:
         notes: Sequence[str],
     ) -> Exported:
         """The account of what was written, `size` bytes of tensors."""
+        doubt = another_base(deltas.folder.config.get("base_model_name_or_path"), deltas.base.label)
         return cls(
             to=to,
             adapter=deltas.folder.label,
@@ -82,7 +84,7 @@ class Exported:
             rank=rank,
             files=tuple(files),
             bytes=size,
-            notes=tuple(notes),
+            notes=(*notes, *([doubt] if doubt else [])),
         )
 
     def to_dict(self) -> dict[str, Any]:

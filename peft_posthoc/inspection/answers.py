@@ -79,16 +79,16 @@ class Candidate:
             return "-"
         return f"{'>' if weight in self.beyond else ''}{self.ranks[weight]}"
 
-    def least(self, text: str) -> str:
-        """A sum over all layers, for people: it is more where ranks are higher than what was factored."""
+    def at_least(self, text: str) -> str:
+        """A number that grows with the ranks, for people: `>` where some are higher than what was factored."""
         return f">{text}" if self.beyond and text != "-" else text
 
-    def most(self, text: str) -> str:
-        """The same of what is less then."""
+    def at_most(self, text: str) -> str:
+        """A number that falls with the ranks, for people: `<` where some are higher than what was factored."""
         return f"<{text}" if self.beyond else text
 
-    def told(self) -> str:
-        """All ranks in short: the lowest and the highest."""
+    def lowest_to_highest(self) -> str:
+        """The lowest and the highest rank, for people."""
         if not self.ranks:
             return self.reason
         low, _, high = self.spread

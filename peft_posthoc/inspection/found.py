@@ -117,6 +117,7 @@ class Found:
             "rules": [one.to_dict() for one in self.candidates],
             "warnings": list(self.report.warnings),
             "notes": list(self.report.notes),
+            "differences": self.report.to_dict()["differences"],
             "provenance": dict(self.report.provenance),
         }
 
@@ -149,7 +150,7 @@ class Found:
             if not one.ranks:
                 yield f"{one.flags:<{wide}} {one.reason}"
                 continue
-            shares = [one.least(percent(one.energy)), one.most(percent(one.error))]
-            sizes = [one.least(sized(one.portable)), f"({sized(one.padding)})", one.least(sized(one.peft))]
+            shares = [one.at_least(percent(one.energy)), one.at_most(percent(one.error))]
+            sizes = [one.at_least(sized(one.portable)), f"({sized(one.padding)})", one.at_least(sized(one.peft))]
             numbers = [*(f"{text:>7}" for text in shares), *(f"{text:>10}" for text in sizes)]
-            yield f"{one.flags:<{wide}} {one.told():>12} {' '.join(numbers)}"
+            yield f"{one.flags:<{wide}} {one.lowest_to_highest():>12} {' '.join(numbers)}"

@@ -17,3 +17,9 @@ def task_type(class_name: str, *, encoder_decoder: bool) -> str | None:
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     return "SEQ_2_SEQ_LM" if class_name.endswith("ForConditionalGeneration") and encoder_decoder else None
+
+
+def auto_mapping(cls: type) -> dict[str, str] | None:
+    """What PEFT's auto classes find a model's class by, where no task says it; None where they would not import it."""
+    known = cls.__module__.partition(".")[0] in ("transformers", "diffusers")
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__} if known else None

@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.models.by_name import of_names
-from peft_posthoc.models.config import architecture, task_type
+from peft_posthoc.models.config import architecture, auto_mapping, task_type
 from peft_posthoc.models.decoders import is_plain_decoder, of_plain_decoder
 from peft_posthoc.models.layout import Layout
 
@@ -28,7 +28,12 @@ def layout_of(*checkpoints: Checkpoint, of_tuned: bool = False) -> Layout:
     last = checkpoints[-1]
     name = type(last.module).__name__ if last.module is not None else architecture(last.config or {})
     other = bool(name) and name != layout.origin and task_type(name, encoder_decoder=True) is None
-    return replace(layout, task_type=None) if other else layout
+    if not other:
+        return layout
+    from peft_posthoc.models.by_class import class_of
+
+    cls = class_of(name)
+    return replace(layout, task_type=None, auto_mapping=auto_mapping(cls) if cls else None)
 
 
 def model_of(layout: Layout, *checkpoints: Checkpoint) -> nn.Module | None:
@@ -50,17 +55,18 @@ def model_of(layout: Layout, *checkpoints: Checkpoint) -> nn.Module | None:
 
 
 def _first_known(checkpoints: tuple[Checkpoint, ...]) -> Layout:
-    from peft_posthoc.models.by_class import build, layout_of_module
+    from peft_posthoc.models.by_class import build
+    from peft_posthoc.models.of_module import layout_of_module
 
-    names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
+    files = [checkpoint.headers for checkpoint in checkpoints]
     for checkpoint in checkpoints:
         if checkpoint.module is not None:
-            return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, names)
+            return layout_of_module(checkpoint.module, type(checkpoint.module).__name__, files)
     for checkpoint in checkpoints:
         config = checkpoint.config or {}
         if is_plain_decoder(checkpoint):
             return of_plain_decoder(checkpoint, config)
         built = build(config)
         if built is not None:
-            return layout_of_module(built, type(built).__name__, names)
+            return layout_of_module(built, type(built).__name__, files)
     return of_names(checkpoints[0])

@@ -7,10 +7,12 @@ shapes otherwise.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind
 from peft_posthoc.models.part import Part
@@ -60,6 +62,15 @@ class Stack(NamedTuple):
         return tuple(str(Part(self.name, e)) for e in range(self.shape[0])) if len(self.shape) == 3 else (self.name,)
 
 
+class Conversion(NamedTuple):
+    """Tensors on disk of which a model makes others: a fused matrix that it splits, or parts that it puts together."""
+
+    sources: tuple[str, ...]
+    """On disk."""
+    make: Callable[..., dict[str, Tensor]]
+    """From the sources, in their order: by the model's name, what is made of them; nothing where they do not fit it."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which module each weight of a model belongs to."""
@@ -78,6 +89,8 @@ class Layout:
     """What a checkpoint of the bare model leaves out of its names (`transformer.` for GPT-2)."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """By name on disk, the model's own name of a tensor, where transformers renames it when it loads."""
+    conversions: tuple[Conversion, ...] = ()
+    """What is on disk in other pieces."""
     stacks: tuple[Stack, ...] = ()
     """The parameters of the experts, in the model's order."""
     mistaken: Mapping[str, LayerKind] = field(default_factory=dict)
@@ -87,6 +100,9 @@ class Layout:
     tokens: str | None = None
     """The module of the token embeddings."""
     task_type: str | None = None
+    """The task for which PEFT has a class that adds nothing to the model."""
+    auto_mapping: Mapping[str, str] | None = None
+    """PEFT's words for the model's class, where no task says it."""
     fan_in_fan_out: bool = False
 
     def module_of(self, weight: str) -> str:
@@ -104,16 +120,25 @@ class Layout:
     def names_of(self, weight: str) -> tuple[str, ...]:
         """The same, and the names of those that share the tensor."""
         own = self.name_of(weight)
-        module, _, leaf = own.rpartition(".")
-        # Ties are told of modules by their weight, and of whatever else by its own name.
-        shared = [f"{user}.weight" for user in self.ties.get(module, ())] if leaf == "weight" else []
-        return own, *shared, *self.ties.get(own, ())
+        return own, *self.shared.get(own, ())
+
+    @cached_property
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """Ties by the names of tensors: they are told of modules by their weight, of whatever else by its own name."""
+        found: dict[str, tuple[str, ...]] = {}
+        for owner, users in self.ties.items():
+            suffix = ".weight" if owner in self.classes else ""
+            found[f"{owner}{suffix}"] = tuple(f"{user}{suffix}" for user in users)
+        return found
 
     def places(self, weight: str) -> list[Place]:
         """Where the weight lives; none if it is not the weight of a module that PEFT can adapt."""
         own = self.name_of(weight)
         if own in self.kinds and self.kinds[own].stacked:
-            return [Place(own, self.kinds[own], "expert")]
+            part = Part.named(own)
+            shared = self.ties.get(part.tensor if part else own, ())
+            names = [own, *(str(part._replace(tensor=user)) if part else user for user in shared)]
+            return [Place(name, self.kinds[own], "expert") for name in names]
         module, _, leaf = own.rpartition(".")
         if leaf != "weight":
             return []
@@ -134,7 +159,7 @@ class Layout:
 
     def without_ties(self, untied: Iterable[str]) -> Layout:
         """The same layout, where these modules have weights of their own."""
-        own = {self.module_of(weight) for weight in untied}
+        own = {self.name_of(weight).removesuffix(".weight") for weight in untied}
         ties = {owner: tuple(user for user in users if user not in own) for owner, users in self.ties.items()}
         return replace(self, ties=ties)
 

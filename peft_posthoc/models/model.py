@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.slots import Slot, slots_of
@@ -23,6 +24,7 @@ class Model:
     def of(cls, checkpoint: Checkpoint) -> Model:
         """What a checkpoint's configuration and headers tell of its model."""
         layout = layout_of(checkpoint)
+        checkpoint = as_model(checkpoint, layout)
         return cls(checkpoint, layout, slots_of(checkpoint.headers, layout))
 
     @property

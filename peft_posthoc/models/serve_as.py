@@ -25,7 +25,8 @@ def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, di
     Raises:
         ValueError: There is no such class, or no configuration for it.
     """
-    from peft_posthoc.models.by_class import build, layout_of_module
+    from peft_posthoc.models.by_class import build
+    from peft_posthoc.models.of_module import layout_of_module
 
     if Path(serve_as).is_dir():
         config = config_of(Path(serve_as)) or {}
@@ -35,9 +36,8 @@ def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, di
     if model is None:
         name = architecture(config) or "without a configuration"
         raise ValueError(f"`{asked('serve_as', serve_as)}`: transformers has no class {name}{not_run(config)}.")
-    names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.headers)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return layout_of_module(model, type(model).__name__, names), shapes
+    return layout_of_module(model, type(model).__name__, [one.headers for one in checkpoints]), shapes
 
 
 def _for_class(name: str, configs: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,17 +46,18 @@ def _for_class(name: str, configs: list[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: There is none.
     """
-    import transformers
+    from peft_posthoc.models.by_class import class_of
 
-    own = getattr(getattr(transformers, name, None), "config_class", None)
-    if own is None:
+    cls = class_of(name)
+    if cls is None:
         raise ValueError(f"`{asked('serve_as', name)}` is neither a folder nor a class of transformers.")
     for config in configs:
         for part in (config, config.get("text_config") or {}):
-            if part.get("model_type") == own.model_type:
+            if part.get("model_type") == cls.config_class.model_type:
                 return {**part, "architectures": [name]}
+    wanted = cls.config_class.model_type
     types = ", ".join(sorted({str(config.get("model_type")) for config in configs if config})) or "no configuration"
     raise ValueError(
-        f"`{asked('serve_as', name)}` needs the configuration of a {own.model_type}, and the checkpoints have {types}. "
+        f"`{asked('serve_as', name)}` needs the configuration of a {wanted}, and the checkpoints have {types}. "
         "Give the folder of a model that is served so."
     )

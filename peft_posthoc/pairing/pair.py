@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.errors import MismatchError
+from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.serve_as import layout_to_serve
+from peft_posthoc.models.ties import without_false_ties
 from peft_posthoc.pairing.experts import Experts, see_experts
-from peft_posthoc.pairing.names import as_named, by_rules
+from peft_posthoc.pairing.names import Renamed, as_named, by_rules
 from peft_posthoc.pairing.vocabulary import Vocab, see_vocabulary
 from peft_posthoc.text import asked
 
@@ -65,9 +68,29 @@ def match(
         base, told, _ = as_named(base, wanted, layout)
         notes += told
         layout, _ = layout_to_serve(serve_as, base, tuned)  # Experts are found by the new names.
-    tuned, told, _ = as_named(tuned, {name: header.shape for name, header in base.headers.items()}, layout)
+    stored = base.headers
+    base, tuned = as_model(base, layout), as_model(tuned, layout)
+    tuned, told, _ = _as_base(tuned, {**stored, **base.headers}, layout)
     if told and serve_as is None:
-        layout = layout_of(base, tuned, of_tuned=of_tuned)  # It knows experts by their names.
+        # By the new names it knows experts, and what is stored in other pieces.
+        layout = layout_of(base, tuned, of_tuned=of_tuned)
+        tuned = as_model(tuned, layout)
+    layout = without_false_ties(layout, base, tuned)
     base, tuned, layout = see_experts(base, tuned, layout, experts)
     base, tuned, resized, said = see_vocabulary(base, tuned, layout, vocab)
     return Match(base, tuned, layout, resized, (*notes, *told, *said))
+
+
+def _as_base(tuned: Checkpoint, headers: Mapping[str, Header], layout: Layout) -> Renamed:
+    """The tuned checkpoint under the names of the base's files; by way of the live model's, if more are found so."""
+    wanted = {name: header.shape for name, header in headers.items()}
+    found = as_named(tuned, wanted, layout)
+    if not (layout.renamed or layout.conversions) or found.checkpoint.headers.keys() <= wanted.keys():
+        return found
+    try:
+        live = as_named(tuned, {layout.name_of(name): shape for name, shape in wanted.items()}, layout)
+        back = as_named(live.checkpoint, wanted, layout)
+    except MismatchError:
+        return found
+    more = len(back.checkpoint.headers.keys() & wanted.keys()) > len(found.checkpoint.headers.keys() & wanted.keys())
+    return Renamed(back.checkpoint, (*live.notes, *back.notes)) if more else found

@@ -6,9 +6,7 @@ import json
 import os
 import platform
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal, TypeVar
@@ -19,6 +17,7 @@ from tqdm import tqdm
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
+from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.linalg.product import Product, factor_product
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum
@@ -140,7 +139,7 @@ def _spectra(total: LoraSum, progress: bool) -> dict[str, Spectrum]:
     def work(name: str) -> list[Spectrum]:
         return [one.spectrum for one in _products(total, name)]
 
-    found = list(_each(work, total.modules, progress, "Factoring"))
+    found = _each(work, total.modules, progress, "Factoring")
     names = [name for name, each in zip(total.modules, found, strict=True) for name in deltas(name, len(each))]
     return dict(zip(names, (one for each in found for one in each), strict=True))
 
@@ -237,30 +236,20 @@ def _rules(total: LoraSum, rank: Rank | Mapping[str, Rank]) -> Callable[[str], R
     return rules.__getitem__
 
 
-def _each(work: Callable[[str], T], names: Iterable[str], progress: bool, title: str) -> Iterator[T]:
+def _each(work: Callable[[str], T], names: Iterable[str], progress: bool, title: str) -> list[T]:
     """The results for all modules, in order: as many at a time as PyTorch may use threads, one thread for each.
 
     The bits of a result do not depend on how many threads there are, and no more modules than those are in memory.
     """
-    names, threads = list(names), torch.get_num_threads()
-    running: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        with pool, tqdm(total=len(names), desc=title, unit=" modules", disable=not progress) as bar:
-            try:
-                for name in names:
-                    running.append(pool.submit(work, name))
-                    if len(running) > threads:
-                        yield running.popleft().result()
-                        bar.update()
-                while running:
-                    yield running.popleft().result()
-                    bar.update()
-            finally:
-                for future in running:
-                    future.cancel()
-    finally:
-        torch.set_num_threads(threads)
+    names = list(names)
+
+    def named(name: str) -> tuple[str, T]:
+        return name, work(name)
+
+    with Workers(torch.get_num_threads(), torch_threads=1) as workers:
+        bar = tqdm(workers.map(named, names), total=len(names), desc=title, unit=" modules", disable=not progress)
+        found = dict(bar)
+    return [found[name] for name in names]
 
 
 def _provenance(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from operator import eq
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from peft_posthoc.adapters.cast import cast_biases
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.module import Kind, Module
+from peft_posthoc.adapters.named_base import same_base
 from peft_posthoc.adapters.names import PREFIX, patterns
 from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.linalg.lowrank import LowRank
@@ -185,12 +187,13 @@ class Resized:
         of_peft = self.form == "peft"
         ranks = {cut.module.name: self._file_rank(cut) for cut in self.cuts}
         others = {module: rank for module, rank in ranks.items() if rank != self.rank}
-        config = adapter_config(
+        return adapter_config(
             self.rank,
             self._target_modules(),
             base=first.get("base_model_name_or_path"),
             revision=first.get("revision"),
             task_type=next((own for one in self.configs if (own := one.get("task_type"))), None),
+            auto_mapping=first.get("auto_mapping"),
             fan_in_fan_out=any(one.get("fan_in_fan_out") for one in self.configs),
             bias=next((own for one in self.configs if (own := one.get("bias", "none")) != "none"), "none"),
             whole=self._union("modules_to_save"),
@@ -198,7 +201,6 @@ class Resized:
             ranks=patterns(others, ranks) if of_peft else None,
             lora_bias=self._lora_bias if of_peft else None,
         )
-        return {**config, "auto_mapping": first["auto_mapping"]} if first.get("auto_mapping") else config
 
     @cached_property
     def report(self) -> ResizeReport:
@@ -264,6 +266,9 @@ class Resized:
 
     def _warnings(self) -> list[str]:
         found = []
+        whole = all(cut.rank >= cut.true_rank for cut in self.cuts)
+        if len(self.configs) == 1 and whole and self.rank >= max(cut.rank_before for cut in self.cuts):
+            found.append("Nothing is cut: no module's rank was above what was asked for.")
         if self.form == "peft":
             found.append(
                 "The `peft` form is for PEFT alone: serving engines refuse or misread it "
@@ -272,8 +277,9 @@ class Resized:
         elif any(cut.module.kind == "experts" for cut in self.cuts):
             found.append("Stacked experts (`target_parameters`) need PEFT 0.19, and an engine that takes them so.")
         for key, what in (("base_model_name_or_path", "base"), ("task_type", "task")):
-            told = dict.fromkeys(str(one[key]) for one in self.configs if one.get(key))
-            if len(told) > 1:
+            told = list(dict.fromkeys(str(one[key]) for one in self.configs if one.get(key)))
+            same = same_base if what == "base" else eq
+            if not all(same(told[0], other) for other in told[1:]):
                 found.append(f"The adapters name different {what}s: {', '.join(told)}. The first one is written.")
         return found
 

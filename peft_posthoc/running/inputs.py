@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
+from peft_posthoc.files import check_folder
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.remote_code import comes_with_code
 from peft_posthoc.text import asked
@@ -43,7 +44,7 @@ def inputs_for(
             raise ValueError(f"`{asked('token_ids', None)}` needs at least one token id in every sequence.")
         return [torch.tensor([list(ids)]) for ids in token_ids], f"on {len(token_ids)} given sequences of token ids"
     texts = list(prompts) or list(PROMPTS)
-    tokenizer = _tokenizer(tuned) or _tokenizer(base)
+    tokenizer = tokenizer_of(tuned) or tokenizer_of(base)
     if tokenizer is not None:
         encoded = [tokenizer(text, return_tensors="pt")["input_ids"].long() for text in texts]
         for text, ids in zip(texts, encoded, strict=True):
@@ -53,8 +54,8 @@ def inputs_for(
     coded = [checkpoint.label for checkpoint in (tuned, base) if _names_code(checkpoint)]
     why = f": the tokenizer of `{coded[0]}` is code that comes with it, which is not run" if coded else ""
     if prompts:
-        missing = f"There is no tokenizer beside `{tuned.label}` or `{base.label}` for the prompts{why}"
-        raise CheckpointError(f"{missing}. Give `{asked('token_ids', None)}`.")
+        where = "" if coded else f" beside `{tuned.label}` or `{base.label}`"
+        raise CheckpointError(f"There is no tokenizer{where} for the prompts{why}. Give `{asked('token_ids', None)}`.")
     config = base.config or {}
     vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0)
     if not vocabulary:
@@ -65,7 +66,7 @@ def inputs_for(
     return [torch.randint(vocabulary, (8, 32), generator=random)], f"on 8 sequences of 32 random tokens{why}"
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The tokenizer of a checkpoint; None if it has none, or only one that is code.
 
     Raises:
@@ -76,6 +77,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.folder
     if folder is None:
         return None
+    check_folder(folder)
     here = any((folder / file).is_file() for file in _FILES)
     if not here and checkpoint.revision is None:
         return None

@@ -32,10 +32,13 @@ class Finding:
     versions: str
 
     @classmethod
-    def of(cls, rule: Rule, culprits: tuple[str, ...], engine: str) -> Finding:
-        """A rule and what breaks it."""
+    def of(cls, rule: Rule, found: tuple[str, ...] | str, engine: str, adapter: str) -> Finding:
+        """A rule and what breaks it: parts of the adapter, or all of it, in the words of a refusal."""
+        culprits, message = (
+            ((adapter,), f"{rule.message}: {found}") if isinstance(found, str) else (found, rule.message)
+        )
         versions = rule.versions or ENGINES[engine].examined
-        return cls(rule.name, rule.severity, culprits, rule.message, rule.way_out, rule.source, versions)
+        return cls(rule.name, rule.severity, culprits, message, rule.way_out, rule.source, versions)
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def judge(subject: Subject, engines: Iterable[str]) -> Check:
     found = [(rule, rule.finds(subject)) for rule in rules if subject.base is not None or not rule.needs_base]
     outcomes = []
     for name in names:
-        broken = [Finding.of(rule, culprits, name) for rule, culprits in found if culprits and rule.applies_to(name)]
+        broken = [Finding.of(rule, what, name, subject.label) for rule, what in found if what and rule.applies_to(name)]
         findings = tuple(sorted(broken, key=lambda finding: _ORDER[finding.severity]))
         engine = ENGINES[name]
         outcomes.append(EngineOutcome(name, engine.title, engine.examined, findings, tuple(engine.serve(subject))))

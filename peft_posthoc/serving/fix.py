@@ -219,6 +219,7 @@ def _config(subject: Subject, rank: int, modules: list[str]) -> dict[str, Any]:
         base=old.get("base_model_name_or_path"),
         revision=old.get("revision"),
         task_type=old.get("task_type"),
+        auto_mapping=old.get("auto_mapping"),
         fan_in_fan_out=bool(old.get("fan_in_fan_out")) if layout is None else layout.fan_in_fan_out,
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_posthoc.adapters.config import PICKLE, WEIGHTS, read_config
+from peft_posthoc.adapters.foreign import refuse_foreign
 from peft_posthoc.adapters.scale import Setting, alpha_of, parameters_of, rank_of, settings
 from peft_posthoc.adapters.tensors import Factored, factored, kept_whole
 from peft_posthoc.checkpoints.checkpoint import Header
@@ -58,6 +59,7 @@ class Subject:
             CheckpointError: The base is no model folder.
         """
         where = Path(folder)
+        refuse_foreign(where)
         if not where.is_dir():
             raise AdapterError(f"`{where}` is no folder. Give the folder of a PEFT adapter.")
         config = read_config(where)

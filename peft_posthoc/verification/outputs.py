@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.errors import CheckpointError
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.remote_code import not_run
@@ -29,6 +30,11 @@ class Outputs:
     """Share of the tokens at which both would say the same next; None for a model without logits."""
     relative_error: float
     """Relative error of the logits, or of the last hidden states."""
+
+    @property
+    def distance(self) -> float:
+        """KL, or the relative error where there is none."""
+        return self.relative_error if self.kl is None else self.kl
 
 
 def compare_outputs(
@@ -61,10 +67,16 @@ def compare_outputs(
     cls = class_of(str(names[0][0]))
     if cls is None:
         return None, None, f"transformers has no class {names[0][0]}{not_run(tuned.config or base.config or {})}"
-    inputs, note = inputs_for(base, tuned, prompts, token_ids)
     with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
         model = load_model(tuned, cls, device)
-        rows, wanted = rows_of(model), _say(model, inputs)
+        rows = rows_of(model)
+        first = getattr(model, "main_input_name", "input_ids")
+        if rows is None or first != "input_ids":
+            return None, None, f"the model reads no tokens{'' if first == 'input_ids' else f' but `{first}`'}"
+        inputs, note = inputs_for(base, tuned, prompts, token_ids)
+        if outside := [token for ids in inputs for token in ids.flatten().tolist() if not 0 <= token < rows]:
+            raise ValueError(f"Token id {outside[0]} is not in the vocabulary of `{tuned.label}`, 0 to {rows - 1}.")
+        wanted = _say(model, inputs)
         bar.update()
         model = load_model(base, cls, device)
         if rows_of(model) != rows and extended:
@@ -86,7 +98,12 @@ def _say(model: Any, inputs: Sequence[Tensor]) -> Tensor:
     said = []
     for ids in inputs:
         extra = {"decoder_input_ids": ids.to(device)} if model.config.is_encoder_decoder else {}
-        output = model(input_ids=ids.to(device), **extra)
+        try:
+            output = model(input_ids=ids.to(device), **extra)
+        except Exception as error:  # Each class fails in its own way on what it does not expect.
+            raise CheckpointError(
+                f"{type(model).__name__} cannot be run on {ids.numel()} tokens alone: {type(error).__name__}: {error}"
+            ) from error
         values = output.logits if hasattr(output, "logits") else output.last_hidden_state
         said.append(values.reshape(-1, values.shape[-1]).float().cpu())
     return torch.cat(said)

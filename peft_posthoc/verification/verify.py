@@ -2,73 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
-from typing import Any
 
+from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.names import own_name
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, PosthocError, one_line
 from peft_posthoc.extraction.plan import Plan, everything, make_plan
 from peft_posthoc.models.layout import is_of_an_expert
+from peft_posthoc.pairing.differences import differences
 from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import Source, open_pair
-from peft_posthoc.text import asked, shorten
-from peft_posthoc.verification.outputs import Outputs, compare_outputs
-from peft_posthoc.verification.weights import Sums, WeightRow, comparable, compare_weights
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The findings of `verify`."""
-
-    rows: tuple[WeightRow, ...]
-    cosine: float
-    """Cosine of the adapter with the whole fine-tune's delta, what is left out included."""
-    energy: float
-    """Share of the whole delta's energy that the adapter, as saved, explains."""
-    worst: str
-    """The carried weight with the lowest `delta_cosine`."""
-    adapter: Outputs | None
-    """Base + adapter against tuned; None if outputs were not compared."""
-    base: Outputs | None
-    """Base alone against tuned: what the adapter's numbers are to be held against."""
-    outputs_note: str
-    """The inputs that were compared on, or why nothing was."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The findings as plain JSON values."""
-        return {"format": 1, **asdict(self)}
-
-    def table(self) -> str:
-        """The findings for a terminal."""
-        lines = [f"{'weight':<52} {'cos(ba,d)':>10} {'err(ba,d)':>10} {'cos(w,tuned)':>13} {'err(w,tuned)':>13}"]
-        lines += [
-            f"{shorten(row.weight):<52} {_number(row.delta_cosine):>10} {_number(row.delta_relative_error):>10} "
-            f"{_number(row.cosine, 6):>13} {_number(row.relative_error, 6):>13}"
-            for row in self.rows
-            if row.delta_cosine
-        ]
-        return "\n".join([*lines, "", *self.summary()])
-
-    def summary(self) -> list[str]:
-        """The totals, a line each."""
-        lines = [
-            f"Weights: the adapter has cosine {self.cosine:.4f} with the whole delta and explains {self.energy:.1%} "
-            f"of its energy; of what it carries, `{self.worst}` comes out worst."
-        ]
-        if self.adapter is None or self.base is None:
-            return [*lines, f"Outputs not compared: {self.outputs_note}."]
-        for name, outputs in (("base", self.base), ("base + adapter", self.adapter)):
-            said = "" if outputs.kl is None else f"KL {outputs.kl:.5f} nats, top-1 agreement {outputs.top1:.1%}, "
-            lines.append(f"{name + ' against tuned:':<29} {said}relative error {outputs.relative_error:.4f}")
-        return [*lines, f"({self.outputs_note})"]
+from peft_posthoc.text import asked
+from peft_posthoc.verification.findings import Verification
+from peft_posthoc.verification.outputs import compare_outputs
+from peft_posthoc.verification.weights import Sums, comparable, compare_weights
 
 
 def verify(
@@ -85,8 +40,11 @@ def verify(
     serve_as: str | None = None,
     device: str = "cpu",
     progress: bool = False,
+    weights_done: Callable[[Verification], object] | None = None,
 ) -> Verification:
-    """Compare base + adapter with the tuned model.
+    """Compare base + adapter with the tuned model: weights, then outputs.
+
+    Weights are compared first, and stay compared: where outputs cannot be, the result says why (`failure`).
 
     Args:
         adapter: A PEFT LoRA folder.
@@ -101,6 +59,7 @@ def verify(
         serve_as: As in `extract`.
         device: Where to compute.
         progress: Show progress bars on stderr.
+        weights_done: Called with the findings about weights before a model is loaded, for which memory may not suffice.
 
     Raises:
         AdapterError: The folder is no LoRA adapter, or does not fit the base.
@@ -109,6 +68,7 @@ def verify(
     """
     where = pick_device(device)
     opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    beside = differences(*opened)
     folder = open_adapter(adapter)
     found = match(
         *opened,
@@ -127,22 +87,35 @@ def verify(
     whole = Sums(*map(sum, zip(*sums.values(), strict=True))) if sums else Sums(*[0.0] * 7)
     rows = tuple(own.row(name) for name, own in sums.items())
     carried = [row for row in rows if row.delta_cosine is not None and sums[row.weight].product > 0]
-    adapted, alone, note = None, None, "not asked for"
+    doubt = another_base(folder.config.get("base_model_name_or_path"), opened[0].label)
+    note = "not yet" if outputs else "not asked for"
     if serve_as is not None:
         note = f"with {asked('serve_as', None)} only weights are compared"
-    elif outputs:
-        adapted, alone, note = compare_outputs(
-            before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
-        )
-    return Verification(
+    result = Verification(
         rows=rows,
         cosine=whole.cosine,
         energy=whole.energy,
         worst=min(carried, key=lambda row: row.delta_cosine or 0.0).weight if carried else "",
-        adapter=adapted,
-        base=alone,
+        adapter=None,
+        base=None,
         outputs_note=note,
+        uncompared=tuple(name for name in plan.headers if name not in sums),
+        notes=() if doubt is None else (doubt,),
+        differences=beside,
     )
+    if weights_done is not None:
+        weights_done(result)
+    if not outputs or serve_as is not None:
+        return result
+    try:
+        adapted, alone, note = compare_outputs(
+            before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
+        )
+    except Exception as error:  # Whatever it is, what is known of the weights is worth keeping.
+        known = isinstance(error, PosthocError | ValueError)
+        failure = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        return replace(result, outputs_note="they could not be", failure=failure)
+    return replace(result, adapter=adapted, base=alone, outputs_note=note)
 
 
 def _extends(folder: AdapterFile, base: Checkpoint) -> bool:
@@ -168,10 +141,6 @@ def _fits(stored: AdapterOnModel, plan: Plan) -> None:
         if shapes.get(name) != shape:
             there = f"in the base it is {list(shapes[name])}" if name in shapes else "the base does not have it"
             raise AdapterError(f"`{stored.folder.label}` holds `{name}` whole, as {list(shape)}; {there}.")
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def experts_in(folder: AdapterFile) -> Experts:

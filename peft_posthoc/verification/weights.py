@@ -18,7 +18,7 @@ from peft_posthoc.errors import CheckpointError
 from peft_posthoc.extraction.delta import Pair, difference
 from peft_posthoc.extraction.extract import read_pairs
 from peft_posthoc.extraction.plan import Plan
-from peft_posthoc.extraction.reasons import Reason
+from peft_posthoc.extraction.reasons import CODED
 from peft_posthoc.linalg.norms import energy_of
 from peft_posthoc.models.layout import Place
 
@@ -87,7 +87,7 @@ def comparable(base: Checkpoint, tuned: Checkpoint, stored: AdapterOnModel, plan
     found = []
     for name in plan.headers:
         left_out = plan.left_out.get(name)
-        if left_out is not None and left_out.reason is Reason.QUANTIZED:
+        if left_out is not None and left_out.reason in CODED:
             if any(stored.rank_of(place.module) for place in plan.layout.places(name)):
                 raise CheckpointError(f"`{name}`, which the adapter changes, is {left_out.text}.")
             continue

@@ -115,6 +115,15 @@ def models_of(adapter):
     return {module: b @ a for module, (a, b) in adapter.factors.items()}
 
 
+def test_a_base_that_the_adapter_does_not_name_is_noted(base, tmp_path):
+    trained(base, tmp_path / "lora")
+    edit(tmp_path / "lora", base_model_name_or_path="org/other")
+    notes = extract(base, f"{base}+{tmp_path / 'lora'}", 4).report.notes
+    assert f"The adapter names `org/other` as its base, and `{base}` was given." in notes
+    edit(tmp_path / "lora", base_model_name_or_path=f"{base}/")
+    assert not any("names" in note for note in extract(base, f"{base}+{tmp_path / 'lora'}", 4).report.notes)
+
+
 # An adapter alone.
 
 

@@ -229,3 +229,16 @@ def test_one_name_in_two_files_is_an_error(write, weights, tmp_path):
         save_file({**load_file(path), "positions": weights["positions"]}, path)
     with pytest.raises(CheckpointError, match="hold `positions`"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model-00002-of-00002.bin"])
+def test_one_shard_is_no_model_and_its_folder_is_named(name, tmp_path):
+    values = {"layer.weight": torch.zeros(4, 4)}
+    (save_file if name.endswith("safetensors") else torch.save)(values, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"one of 2 shards .*Give their folder: `{tmp_path}`"):
+        open_checkpoint(tmp_path / name)
+
+
+def test_the_only_shard_is_the_model(tmp_path):
+    save_file({"layer.weight": torch.zeros(4, 4)}, tmp_path / "model-00001-of-00001.safetensors")
+    assert open_checkpoint(tmp_path / "model-00001-of-00001.safetensors").headers.keys() == {"layer.weight"}

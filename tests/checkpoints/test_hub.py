@@ -124,7 +124,8 @@ def test_the_command_extracts_from_two_repositories_what_it_extracts_from_two_fo
     assert config["base_model_name_or_path"] == provenance["base"] == "first/base"
     assert config["revision"] == provenance["base_revision"] == v1
     assert (provenance["tuned"], provenance["tuned_revision"]) == ("first/tuned", commit)
-    needed = {(repo, file) for repo in ("first/base", "first/tuned") for file in ("config.json", "model.safetensors")}
+    files = ("config.json", "model.safetensors", "generation_config.json")
+    needed = {(repo, file) for repo in ("first/base", "first/tuned") for file in files}
     assert set(hub.fetched) == needed
     assert len(hub.fetched) == len(needed)
 
@@ -157,11 +158,23 @@ def test_of_a_sharded_repository_the_index_and_its_shards_are_fetched(hub, phlor
     hub.repository("sharded/tuned").commit(tuned, "main")
     status, _, stderr = phlora("extract", "sharded/base", "sharded/tuned", tmp_path / "out")
     assert status == 0, stderr
-    needed = {"config.json", "model.safetensors.index.json", *shards}
+    needed = {"config.json", "generation_config.json", "model.safetensors.index.json", *shards}
     assert {file for repo, file in hub.fetched if repo == "sharded/base"} == needed
     extract(str(base), str(tuned)).save(tmp_path / "expected")
     tensors, expected = adapter_of(tmp_path / "out")[0], adapter_of(tmp_path / "expected")[0]
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_of_tokenizers_the_small_files_are_fetched_and_compared(hub, phlora, pair):
+    for folder, end in zip(pair, ("</s>", "<|im_end|>"), strict=True):
+        (folder / "tokenizer.json").write_text("large")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        hub.repository(f"worded/{folder.name}").commit(folder, "main")
+    status, said, stderr = phlora("inspect", "worded/base", "worded/tuned", "--max-rank", "2", "--json")
+    assert status == 0, stderr
+    assert [one["told"] for one in json.loads(said)["differences"]] == ['`eos_token` "</s>" -> "<|im_end|>"']
+    assert "tokenizer.json" not in {file for _, file in hub.fetched}
 
 
 def test_a_dry_run_fetches_no_weights(hub, phlora, tmp_path):
@@ -174,7 +187,8 @@ def test_a_dry_run_fetches_no_weights(hub, phlora, tmp_path):
         json.loads(said)["rows"]
         == json.loads(json.dumps(preflight(tmp_path / "base", tmp_path / "tuned").to_dict()))["rows"]
     )
-    assert {file for _, file in hub.fetched} == {"config.json", "model.safetensors.index.json"}
+    small = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert {file for _, file in hub.fetched} == small
     assert {file for _, file in hub.begun} == {path.name for path in (tmp_path / "base").glob("model-*.safetensors")}
 
 
@@ -327,6 +341,11 @@ def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tm
     adapter = extract(base, tuned, 2).save(tmp_path / "adapter")
     assert phlora("export", adapter, tmp_path / "mlx", "--to", "mlx", "--base", "org/exported")[0] == 0
     assert {file for _, file in hub.fetched} == {"config.json"}
+    hub.repository("org/exported").claimed = {"model.safetensors": HUGE}
+    status, _, stderr = phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")
+    assert status == 1
+    assert "To download `org/exported` takes 100000000.0 GB" in stderr
+    hub.repository("org/exported").claimed = {}
     assert phlora("export", adapter, tmp_path / "merged", "--to", "merged", "--base", "org/exported")[0] == 0
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert {file for _, file in hub.fetched} == wanted
@@ -334,3 +353,57 @@ def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tm
     status, _, stderr = phlora("export", adapter, tmp_path / "no", "--to", "mlx", "--base", "org/nowhere")
     assert status == 1
     assert "neither a local folder nor a repository on the hub" in stderr
+
+
+HUGE = 10**17
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_nothing_is_fetched_that_the_disk_of_the_cache_does_not_hold(kind, hub, phlora, pair, work):
+    files = ["model.safetensors", "model.safetensors"]
+    if kind == "pickle":
+        torch.save(load_file(pair[0] / files[0]), pair[0] / "pytorch_model.bin")
+        (pair[0] / files[0]).unlink()
+        files[0] = "pytorch_model.bin"
+    for path, file in zip(pair, files, strict=True):
+        hub.repository(f"huge/{kind}-{path.name}").commit(path, "main")
+        hub.repository(f"huge/{kind}-{path.name}").claimed = {file: HUGE}
+    command = ["extract", f"huge/{kind}-base", f"huge/{kind}-tuned", work / "out"]
+    line = refused(phlora(*command), work, "are free at", "HF_HOME")
+    assert "200000000.0 GB" in line if kind == "safetensors" else "100000000.0 GB" in line
+    assert hub.fetched == []
+
+
+def test_what_is_in_the_cache_needs_no_room(hub, phlora, pair, work):
+    for path in pair:
+        hub.repository(f"cached/{path.name}").commit(path, "main")
+    status, said, stderr = phlora("extract", "cached/base", "cached/tuned", work / "out", "--dry-run", "--json")
+    assert status == 0, stderr
+    assert json.loads(said)["download_bytes"] == sum((path / "model.safetensors").stat().st_size for path in pair)
+    assert phlora("extract", "cached/base", "cached/tuned", work / "out")[0] == 0
+    for path in pair:
+        hub.repository(f"cached/{path.name}").claimed = {"model.safetensors": HUGE}
+    status, _, stderr = phlora("extract", "cached/base", "cached/tuned", work / "again")
+    assert status == 0, stderr
+
+
+def test_a_slash_behind_a_hub_id_or_a_folder_is_no_part_of_its_name(hub, phlora, pair, work):
+    for path in pair:
+        hub.repository(f"slash/{path.name}").commit(path, "main")
+    status, _, stderr = phlora("extract", "slash/base/", f"{pair[1]}/", work / "out")
+    assert status == 0, stderr
+    _, config, provenance = adapter_of(work / "out")
+    assert config["base_model_name_or_path"] == "slash/base"
+    assert provenance["tuned"] == str(pair[1])
+
+
+def test_modules_beside_the_model_are_fetched_with_it(hub, phlora, pair, work):
+    for path in pair:
+        (path / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+        (path / "2_Dense").mkdir()
+        save_file({"linear.weight": torch.randn(4, 4)}, path / "2_Dense" / "model.safetensors")
+        hub.repository(f"sentences/{path.name}").commit(path, "main")
+    status, _, stderr = phlora("extract", "sentences/base", "sentences/tuned", work / "out")
+    assert status == 0, stderr
+    rows = json.loads((work / "out" / "phlora_report.json").read_text())["rows"]
+    assert [row["cause"] for row in rows if row["weight"] == "2_Dense/linear.weight"] == ["beside-model"]

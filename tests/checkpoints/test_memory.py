@@ -92,7 +92,7 @@ def test_a_peft_model_is_refused_until_it_is_merged():
 def test_a_checkpoint_object_passes_through(weights):
     class Renamed:
         label, revision, folder, identity, config, module = "mine", None, None, None, None, None
-        sequential = False
+        sequential, to_fetch = False, 0
 
         @property
         def headers(self):

@@ -90,6 +90,21 @@ def test_combine_weighs_and_keeps_the_sum_unless_told_otherwise(work):
     assert json.loads((work / "cut" / "phlora_report.json").read_text())["totals"]["rank"] == 3
 
 
+def test_a_rank_that_cuts_nothing_is_no_silent_success(work):
+    said = "Warning: Nothing is cut: no module's rank was above what was asked for.\n"
+    assert said in run("resize", "a", "out").stdout  # 32 is the default, and the adapter's rank is 8
+    assert said not in run("resize", "a", "less", "--rank", "7").stdout
+    assert "Nothing is cut" not in run("combine", "a", "b", "sum").stdout
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [("org/m", "./here/m/", True), ("m", "m/", True), ("m", "n", False)])
+def test_sums_of_adapters_say_when_their_bases_differ(one, other, same, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate((one, other)):
+        write(tmp_path / str(seed), seed=seed, base_model_name_or_path=name)
+    assert ("The adapters name different bases" in run("combine", "0", "1", "out").stdout) is not same
+
+
 def test_an_adapter_can_be_replaced_by_its_smaller_self(work):
     before = product(work / "a").double()
     assert run("resize", "a", "a", "--rank", "2").exit_code == 1

@@ -14,7 +14,7 @@ import numpy as np
 from peft_posthoc import check
 from tests.engines import subjects
 from tests.engines.running import ENGINES, Engine, Run, difference, run
-from tests.make import models, serving
+from tests.make import models, wrong_adapters
 
 KEPT = Path(__file__).with_name("outcomes.json")
 
@@ -125,9 +125,9 @@ class Spoiled:
     def __init__(self, name: str, folder: Path) -> None:
         where = folder / f"spoiled-{name}"
         self.pair = subjects.save_pair(subjects.SPOILED_BASES[name], where)
-        good = subjects.extract(*self.pair, serving.RANK).save(where / "good")
+        good = subjects.extract(*self.pair, wrong_adapters.RANK).save(where / "good")
         cases = {what: case for what, case in subjects.SPOILED.items() if (case.base or "llama") == name}
-        made = {what: serving.make(case, good, where / what) for what, case in cases.items()}
+        made = {what: wrong_adapters.make(case, good, where / what) for what, case in cases.items()}
         # Several rules are about one and the same adapter: it stands for them under the first one's name.
         first: dict[bytes, str] = {}
         for what, adapter in made.items():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from peft_posthoc import extract
 from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.serving.subject import Subject
-from tests.make import models, serving
+from tests.make import models, wrong_adapters
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 # llama.cpp has no other kind of Qwen3-MoE than with `norm_topk_prob`.
@@ -33,7 +33,7 @@ BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "gemma": lambda: models.decoder("Gemma", head_dim=32, **SIZES),
     "qwen3-moe": lambda: models.qwen3_moe(**SIZES, **EXPERTS),
 }
-# One head: the width of `tests/make/serving.py`'s adapters, 32, is then that of vLLM's smallest head.
+# One head: the width of `tests/make/wrong_adapters.py`'s adapters, 32, is then that of vLLM's smallest head.
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1}
 SPOILED_BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": lambda: models.llama(**ONE_HEAD),
@@ -42,10 +42,10 @@ SPOILED_BASES: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-def _ranked(own: dict[str, int] | None = None, **settings: object) -> serving.Spoil:
+def _ranked(own: dict[str, int] | None = None, **settings: object) -> wrong_adapters.Spoil:
     """Rank 8, or another by the leaf's name."""
 
-    def spoil(parts: serving.Parts) -> None:
+    def spoil(parts: wrong_adapters.Parts) -> None:
         parts.cut(settings.get("r", 8))
         for leaf, rank in (own or {}).items():
             parts.cut(rank, only=leaf)
@@ -65,12 +65,12 @@ SCALED = {
     "own ranks and alphas": _ranked(QKV, rank_pattern=QKV, alpha_pattern=QKV),
     "mlp of its own rank and alpha": _ranked(MLP, rank_pattern=MLP, alpha_pattern=MLP),
 }
-# Of `tests/make/serving.py`, what can be served on a dense language model of a small vocabulary.
+# Of `tests/make/wrong_adapters.py`, what can be served on a dense language model of a small vocabulary.
 SPOILED = {
     name: case
-    for name, case in serving.CASES.items()
+    for name, case in wrong_adapters.CASES.items()
     if not {"expert", "experts", "towers", "vocabulary", "dropped", "refused"} & {*name.split("-")}
-} | {name: serving.Case(spoil) for name, spoil in SCALED.items()}
+} | {name: wrong_adapters.Case(spoil) for name, spoil in SCALED.items()}
 # Where an engine does otherwise than `check` says, and why.
 UNLIKE = {
     ("peft", "init-vllm"): "the base is another for as long as the adapter is loaded: in `check` a warning",
@@ -79,7 +79,7 @@ UNLIKE = {
 }
 MORE_THAN_FACTORS = ("use_dora", "layer_replication", "modules_to_save")
 # Spoiled on purpose, so that a comparison which does not see it is worth nothing.
-WRONG: dict[str, serving.Spoil] = {
+WRONG: dict[str, wrong_adapters.Spoil] = {
     "alpha twice": lambda parts: parts.configure(lora_alpha=2 * parts.config["r"]),
     "a layer missing": lambda parts: parts.drop("layers.1.self_attn.o_proj"),
     "no prefix": lambda parts: parts.rename("base_model.model.", ""),
@@ -129,7 +129,7 @@ def right_adapters(pair: Pair, folder: Path) -> dict[str, Path]:
 
 def wrong_adapters(good: Path, folder: Path) -> dict[str, Path]:
     """The adapter, spoiled in each of the ways."""
-    return {name: serving.make(serving.Case(spoil), good, folder / name) for name, spoil in WRONG.items()}
+    return {name: wrong_adapters.make(wrong_adapters.Case(spoil), good, folder / name) for name, spoil in WRONG.items()}
 
 
 # What should come out.

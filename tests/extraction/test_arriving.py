@@ -20,7 +20,7 @@ def loaded(kind, base, adapter):
 
 
 def without_factors(model):
-    return [name for name, values in model.named_parameters() if ".lora_B." in name and not values.any()]
+    return [name for name, one in model.named_parameters() if ".lora_B.default.weight" in name and not one.any()]
 
 
 def left_out(adapter, cause):
@@ -94,3 +94,20 @@ def test_a_head_whose_name_means_a_layer_too_is_a_row_and_not_the_end(form, tmp_
     (reason,) = {row.reason for row in adapter.report.rows if row.cause is Reason.MISREAD}
     assert reason.startswith("PEFT would take the name of its module, `output`, to mean `git.encoder.layer.0.attention")
     assert without_factors(loaded(transformers.GitForCausalLM, base, adapter.save(tmp_path / "a"))) == []
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
+def test_what_peft_does_not_keep_whole_is_left_out_and_the_rest_loads(tmp_path):
+    """Reformer's positions are a list of parameters."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "feed_forward_size": 48, "num_attention_heads": 4}
+    config = transformers.ReformerConfig(
+        **{**sizes, "attention_head_size": 8, "attn_layers": ["local", "local"], "is_decoder": True},
+        axial_pos_shape=[8, 8],
+        axial_pos_embds_dim=[16, 16],
+    )
+    kind = transformers.ReformerModelWithLMHead
+    base, tuned = models.save_pair(kind(config), tmp_path)
+    adapter = extract(base, tuned, 32, form="peft")
+    place = "reformer.embeddings.position_embeddings.weights"
+    assert left_out(adapter, Reason.NOT_LOADED) == {f"{place}.0", f"{place}.1"}
+    assert without_factors(loaded(kind, base, adapter.save(tmp_path / "a"))) == []

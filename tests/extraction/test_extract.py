@@ -1,5 +1,6 @@
 """The loop over all weights: what it leaves behind when it does not come to its end."""
 
+import json
 import threading
 
 import pytest
@@ -114,3 +115,17 @@ def test_a_rule_knows_the_same_of_a_delta_while_it_is_factored_and_afterwards():
     adapter = extract(base, tuned, rule)
     adapter.at(rule)
     assert norms == {(12, 12): {layer.base_norm for layer in adapter.layers.values()}}
+
+
+def test_what_is_infinite_in_both_alike_is_unchanged_and_no_obstacle():
+    """Gemma 4's sound has bounds that are infinite until they are measured."""
+    bounds = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0])
+    base = {"a.weight": torch.randn(6, 5), "bounds": bounds}
+    tuned = {"a.weight": torch.randn(6, 5), "bounds": bounds.clone()}
+    report = extract(base, tuned, 5).report
+    row = next(row for row in report.rows if row.weight == "bounds")
+    assert (row.status, row.base_norm) == ("unchanged", 3.0)
+    assert report.totals.energy_of_all == pytest.approx(1)
+    json.dumps(report.to_dict(), allow_nan=False)
+    with pytest.raises(CheckpointError, match="NaN or infinity in `bounds`"):
+        extract(base, tuned | {"bounds": bounds.flip(0)}, 5)

@@ -23,7 +23,7 @@ from peft_posthoc import (
     several,
 )
 from peft_posthoc.cli.main import main
-from peft_posthoc.cli.ranks import RANK, pattern_of, rule_of
+from peft_posthoc.cli.ranks import RANK, Asked, pattern_of
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.linalg import svd
 from peft_posthoc.linalg.spectrum import in_advance
@@ -205,13 +205,13 @@ def test_a_rule_that_no_option_says_stays_in_its_process():
 def test_options_that_contradict_one_another_are_refused():
     for asked in ({"rank": "8", "budget": "1MB"}, {"error": "0.1", "params": 9}, {"energy": "0.9", "error": "0.1"}):
         with pytest.raises(click.UsageError, match="not both"):
-            rule_of(**asked)
+            Asked(asked).rule()
     with pytest.raises(click.UsageError, match=r"weighting.* is one of budget"):
-        rule_of(rank="8", weighting="energy")
+        Asked({"rank": "8", "weighting": "energy"}).rule()
     with pytest.raises(click.UsageError, match="must be one of uniform, energy, relative, balanced, early"):
-        rule_of(budget="1MB", weighting="mine")
-    assert rule_of() is None
-    assert rule_of(max_rank=8) == limited(fixed(32), most=8)
+        Asked({"budget": "1MB", "weighting": "mine"}).rule()
+    assert Asked({}).rule() is None
+    assert Asked({"max_rank": 8}).rule() == limited(fixed(32), most=8)
 
 
 def test_a_rank_pattern_is_read_from_a_file(llama_pair, tmp_path):
@@ -223,6 +223,20 @@ def test_a_rank_pattern_is_read_from_a_file(llama_pair, tmp_path):
         if row["status"] == "extracted":
             by_hand = 3 if "q_proj" in row["weight"] else 5 if "layers.1.mlp.up" in row["weight"] else 2
             assert row["rank"] == by_hand
+
+
+def test_a_rank_pattern_that_matches_nothing_is_named(llama_pair, tmp_path):
+    # The second is hidden by the first, and no mistake; the last means a module that is not carried.
+    fine = {r".*_proj": 3, "q_proj": 5}
+    assert extract(*llama_pair, 2, rank_pattern=fine).report.totals.rank == 3
+    for pattern in ("q_prj", r"layers\.9\..*", "self_attn", "lm_head"):
+        with pytest.raises(ValueError, match="ends the name of no module that is carried") as refused:
+            extract(*llama_pair, 2, rank_pattern=fine | {pattern: 4})
+        assert str(refused.value).startswith(f"`{pattern}` in `rank_pattern=...`")
+        text = json.dumps({pattern: 4})
+        done = run("extract", *llama_pair, tmp_path / "out", "--rank", "2", "--rank-pattern", text)
+        assert (done.exit_code, list(tmp_path.iterdir())) == (1, [])
+        assert f"`{pattern}` in `--rank-pattern` ends the name" in done.output
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"q_proj": 0}', '{"q_proj": 1.5}', '{"(": 4}', "{", "nowhere.json"])

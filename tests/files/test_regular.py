@@ -136,11 +136,9 @@ def test_a_pipe_that_only_a_host_library_would_open(work):
 def test_a_pipe_among_a_tokenizer_s_files(llama_pair, tmp_path):
     base, tuned = (shutil.copytree(folder, tmp_path / Path(folder).name) for folder in llama_pair)
     extract(base, tuned, 2).save(tmp_path / "adapter")
-    with (
-        pipe(tuned / "tokenizer.json"),
-        pytest.raises(CheckpointError, match=r"tokenizer\.json` cannot be read: it is a"),
-    ):
-        verify(tmp_path / "adapter", base, tuned)
+    for folder in (tuned, base):
+        with pipe(folder / "tokenizer.json"):
+            assert "tokenizer.json` cannot be read: it is a" in verify(tmp_path / "adapter", base, tuned).failure
 
 
 def test_options_may_still_be_read_from_a_pipe(work):

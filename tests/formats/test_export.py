@@ -198,6 +198,17 @@ def test_an_embedding_that_peft_saves_beside_its_factors_is_the_base_s_own(work)
     assert torch.allclose(lora.logits(models.load("merged")), lora.logits(lora.served("base", out)), atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["mlx", "merged"])
+def test_a_base_that_is_not_the_one_which_the_adapter_names_is_noted(to, work):
+    config = json.loads((work / "adapter/adapter_config.json").read_text())
+    for named, notes in (
+        ("org/base", []),
+        ("org/other", ["The adapter names `org/other` as its base, and `base` was given."]),
+    ):
+        (work / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        assert [note for note in export("adapter", named, to, base="base").notes if "names" in note] == notes
+
+
 def test_the_page_s_blocks_run_as_printed(work):
     models.save_pair(models.mixtral(), work / "moe")
     extract("moe/base", "moe/tuned", 2, experts="fused").save("moe-adapter")

@@ -166,6 +166,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
         *("config.json", "generation_config.json", "model.safetensors", "phlora_report.json"),
         *("tokenizer.json", "tokenizer_config.json", "merges.txt", "additional_chat_templates/tools.jinja"),
     }
+    assert not any("names" in note for note in told["notes"])
     # The tokenizer that was trained with comes first.
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (adapter / name).write_text(f"the adapter's {name}")
@@ -173,6 +174,39 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "the adapter's tokenizer.json"
     assert not (tmp_path / "out" / "merges.txt").exists()
     assert any("tokenizer" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("rows", [104, 90], ids=["more", "fewer"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_vocabulary_that_the_adapter_brings_is_written_with_its_size(tied, rows, tmp_path):
+    torch.manual_seed(0)
+    model = models.llama(tie_word_embeddings=tied)
+    base = models.save(model, tmp_path / "base")
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    tuned = models.save(models.tuned_from(model), tmp_path / "tuned")
+    adapter = extract(base, tuned, 64, form="peft", vocab="extend", dtype=torch.float32).save(tmp_path / "a")
+    found = export(adapter, tmp_path / "out", "merged", base=base)
+    said = f"The vocabulary is the adapter's ({rows} tokens) and the tokenizer the base's (96): use the tuned model's."
+    assert said in found.notes
+    tokens = torch.arange(rows)[None, -20:]
+    with torch.no_grad():
+        wanted, found = (models.load(tmp_path / name)(tokens).logits for name in ("tuned", "out"))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    applied = open_checkpoint(f"{base}+{adapter}")
+    assert applied.config["vocab_size"] == rows == json.loads((tmp_path / "out/config.json").read_text())["vocab_size"]
+
+
+def test_a_head_of_another_size_than_the_embeddings_is_refused(tmp_path):
+    base, tuned = models.save_pair(models.llama(), tmp_path)
+    adapter = extract(base, tuned, 2).save(tmp_path / "a")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    larger = {"base_model.model.model.embed_tokens.weight": torch.ones(99, 32)}
+    save_file(tensors | larger, adapter / "adapter_model.safetensors")
+    told = r"holds `model\.embed_tokens\.weight` for 99 tokens, and with it `lm_head\.weight` of the base .* is for 96"
+    with pytest.raises(AdapterError, match=told):
+        export(adapter, tmp_path / "out", "merged", base=base)
+    with pytest.raises(AdapterError, match=told):
+        open_checkpoint(f"{base}+{adapter}")
 
 
 def test_what_has_no_place_in_a_checkpoint_is_refused(llama_pair, tmp_path):

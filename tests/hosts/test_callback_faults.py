@@ -19,12 +19,7 @@ from hf_callbacks.jobs import Jobs
 from hf_callbacks.turns import others_wait
 from peft_posthoc import PosthocError, extract
 from tests.make import models
-from tests.make.runs import STEPS, WEIGHTS, adapters, files, here, same_factors, trainer
-
-
-@pytest.fixture
-def base(llama_pair):
-    return llama_pair[0]
+from tests.make.trainer_runs import STEPS, WEIGHTS, adapters, files, here, same_factors, trainer
 
 
 def lenient(**options):

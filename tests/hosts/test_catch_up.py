@@ -10,12 +10,7 @@ from click.testing import CliRunner
 from hf_callbacks import PosthocLoraCallback
 from hf_callbacks.catch_up import main as catch_up
 from peft_posthoc import extract
-from tests.make.runs import WEIGHTS, adapters, here, same_factors, trainer
-
-
-@pytest.fixture
-def base(llama_pair):
-    return llama_pair[0]
+from tests.make.trainer_runs import WEIGHTS, adapters, here, same_factors, trainer
 
 
 def run_catch_up(*arguments):

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +11,7 @@ from hf_callbacks.jobs import Job, Jobs
 from hf_callbacks.task import Task
 from peft_posthoc.extraction.request import Request
 from tests.make.limits import HANG
-from tests.make.runs import adapters
+from tests.make.trainer_runs import adapters, alive
 
 
 def test_jobs_run_one_at_a_time_in_order(llama_pair, tmp_path):
@@ -35,17 +34,17 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
         save_file({"layers.0.proj.weight": torch.randn(4000, 4000)}, tmp_path / name / "model.safetensors")
     places = [str(tmp_path / name) for name in ("base", "tuned", "out")]
     start = f"""
+import os
 import time
 from pathlib import Path
 from hf_callbacks.jobs import Job, Jobs
-from hf_callbacks.task import Task
 from peft_posthoc.extraction.request import Request
 from hf_callbacks.task import Task
 jobs = Jobs()
 task = Task(*{places}, {Request.of(32, exact=True).to_json()})
 jobs.add(Job("step-1", 1, task, Path({places[2]!r}), None))
 jobs.poll()
-print(jobs._running[1].pid, flush=True)
+print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
 time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True) as parent:
@@ -58,10 +57,3 @@ time.sleep(600)
         time.sleep(0.1)
     assert not alive(child)
     assert not (tmp_path / "out").exists()
-
-
-def alive(process):
-    try:
-        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
-        return False

@@ -12,6 +12,8 @@ from peft_posthoc.ranks.safe import safe_rank
 from tests.make import models
 
 IDS = torch.arange(40)[None]
+# The toys have changed as much as no fine-tune does, and in a head that is not carried by default.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(left out|base's norm|does not hold)")
 
 
 def effective(model):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mergekit_plugin.autoload import MODULE
-from tests.make import merges
+from tests.make import mergekit_runs
 
 HERE = Path(__file__).parents[2]
 LIBRARIES = sysconfig.get_path("purelib")
@@ -49,13 +49,13 @@ def enabled(tmp_path_factory):
 
 
 def test_mergekits_own_commands_take_the_method_once_enabled(enabled, llama_pair, tmp_path):
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(merges.config(*llama_pair, parameters={"rank": 8})))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(mergekit_runs.config(*llama_pair, parameters={"rank": 8})))
     ran = enabled("-m", "mergekit.scripts.run_yaml", "config.yml", "out", "--quiet", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    got, wanted = merges.tensors(tmp_path / "out"), merges.expected(*llama_pair, 8)
+    got, wanted = mergekit_runs.tensors(tmp_path / "out"), mergekit_runs.expected(*llama_pair, 8)
     assert all((got[name] == wanted[name]).all() for name in wanted)
     # And a misspelt parameter is seen there too.
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(merges.config(*llama_pair, parameters={"rnk": 8})))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(mergekit_runs.config(*llama_pair, parameters={"rnk": 8})))
     ran = enabled("-m", "mergekit.scripts.run_yaml", "config.yml", "again", "--quiet", cwd=tmp_path)
     assert ran.returncode != 0
     assert "no parameter `rnk`" in ran.stderr.splitlines()[-1]
@@ -117,10 +117,9 @@ def test_another_mergekit_than_ours_goes_on_with_its_own_methods(enabled, tmp_pa
 def test_a_folder_that_cannot_be_written_is_told_in_a_line(monkeypatch, tmp_path):
     from click.testing import CliRunner
 
-    from mergekit_plugin import autoload
     from peft_posthoc.cli import main as cli
 
-    monkeypatch.setattr(autoload, "_folder", lambda: tmp_path / "nowhere")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
     result = CliRunner().invoke(cli.main, ["mergekit", "enable"])
     assert result.exit_code == 1
     assert result.stderr.startswith("phlora: error: `" + str(tmp_path / "nowhere"))
@@ -131,10 +130,9 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_line(monkeypatch, tmp_path
 def test_what_cannot_be_written_again_stays_as_it_is(monkeypatch, tmp_path):
     from click.testing import CliRunner
 
-    from mergekit_plugin import autoload
     from peft_posthoc.cli import main as cli
 
-    monkeypatch.setattr(autoload, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert CliRunner().invoke(cli.main, ["mergekit", "enable"]).exit_code == 0
     move, before = os.replace, {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -152,7 +150,7 @@ def test_without_mergekit_the_command_says_what_to_install(tmp_path):
     start = (
         "import runpy, sys; sys.modules['mergekit'] = None; runpy.run_module('mergekit_plugin', run_name='__main__')"
     )
-    ran = merges.run("-c", start, cwd=tmp_path)
+    ran = mergekit_runs.run("-c", start, cwd=tmp_path)
     assert ran.returncode == 1
     assert ran.stderr == (
         "mergekit-phlora: error: mergekit is not installed. Use `pip install 'peft-posthoc[mergekit]'`.\n"

@@ -15,7 +15,7 @@ from peft_posthoc import PosthocError
 from tests.make.fake_hub import FakeHub, environment
 from tests.make.limits import HANG
 from tests.make.push_run import ADAPTERS, WHOLE
-from tests.make.runs import STEPS, trainer
+from tests.make.trainer_runs import STEPS, trainer
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "phlora_report.json"}
 
@@ -116,7 +116,7 @@ def test_what_was_not_uploaded_is_when_the_run_is_resumed(llama_pair, tmp_path, 
 RESUME = """
 import sys
 from hf_callbacks import PosthocLoraCallback
-from tests.make.runs import trainer
+from tests.make.trainer_runs import trainer
 base, folder, token = sys.argv[1:]
 callback = PosthocLoraCallback(8, background=False, strict=True, push_to_hub="me/adapters")
 options = {"hub_token": token, "hub_private_repo": False}

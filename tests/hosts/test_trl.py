@@ -6,7 +6,6 @@ import warnings
 import datasets
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
 import trl
@@ -15,20 +14,8 @@ from safetensors.torch import load_file
 from hf_callbacks import PosthocLoraCallback
 from peft_posthoc import extract
 from tests.make import models
+from tests.make.texts import PROMPTS, tokenizer
 
-
-def tokenizer():
-    words = {word: index for index, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(94))])}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-
-
-def texts(start):
-    return " ".join(f"w{(start + 7 * i) % 94}" for i in range(12))
-
-
-PROMPTS = [texts(i) for i in range(32)]
 PAIRS = {"chosen": [" w1"] * 32, "rejected": [" w2"] * 32}
 
 

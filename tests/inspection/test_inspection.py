@@ -16,7 +16,7 @@ from peft_posthoc.files import write_whole
 from peft_posthoc.inspection.answers import of
 from peft_posthoc.inspection.grid import Cell, cells
 from peft_posthoc.inspection.inspection import Inspection, inspect
-from tests.make import inspections, models
+from tests.make import llama_spectra, models
 from tests.make.diagonal import diagonal, pair_with
 
 
@@ -81,9 +81,14 @@ def test_no_factor_is_kept_and_nothing_can_be_saved(tmp_path):
 def test_a_rank_beyond_what_was_factored_is_told_as_higher():
     inspection = inspect(*pair_with({"a.weight": diagonal(*[2.0] * 4, *[1.0] * 4)}), 4, exact=True)
     rules = by_flags(inspection)
-    assert rules["--energy 0.5"].told() == "3"
+    assert rules["--energy 0.5"].lowest_to_highest() == "3"
     most = rules["--energy 0.9"]
-    assert (most.told(), most.rank("a.weight"), most.least("50.0%"), most.most("1%")) == (">4", ">4", ">50.0%", "<1%")
+    assert (most.lowest_to_highest(), most.rank("a.weight"), most.at_least("50.0%"), most.at_most("1%")) == (
+        ">4",
+        ">4",
+        ">50.0%",
+        "<1%",
+    )
     assert (inspection.rank_for(0.5), inspection.rank_for(0.9)) == ("3", ">4")
     assert "--rank 8" not in rules
     assert rules["--budget 10%"].reason
@@ -93,7 +98,7 @@ def test_noise_is_measured_where_the_type_tells_it(rounded_pair):
     inspection = inspect(*rounded_pair)
     rows = inspection.rows.values()
     assert all(0 < row.noise < 0.5 and row.signal_rank == 3 for row in rows)
-    assert by_flags(inspection)["--rank auto"].told() == "3"
+    assert by_flags(inspection)["--rank auto"].lowest_to_highest() == "3"
     (row,) = inspect(*pair_with({"a.weight": diagonal(4.0)})).rows.values()
     assert row.noise is None
 
@@ -133,7 +138,7 @@ def test_the_table_has_a_row_for_every_layer_and_every_rule(rounded_pair):
 
 
 def test_every_layer_of_a_large_model_is_in_the_table_and_what_is_too_small_is_said():
-    inspection = inspections.llama(layers=4, width=256, inner=512, rank=64)
+    inspection = llama_spectra.llama(layers=4, width=256, inner=512, rank=64)
     assert len(inspection.rows) == 4 * 7
     assert inspection.cells["model.layers.3.self_attn.q_proj.weight"] == Cell("q_proj", 3)
     assert "--budget 1% " in inspection.table()
@@ -153,7 +158,7 @@ def test_an_adapters_own_answer_is_its_ranks_and_bytes():
     adapter = extract(*pair_with({"a.weight": diagonal(4.0, 3.0)}), 1, exact=True)
     (one, *_) = Inspection.of(adapter, {"mine": adapter}).candidates
     assert one == of("mine", adapter)
-    assert (one.flags, one.told(), one.portable) == ("mine", "1", adapter.report.totals.bytes)
+    assert (one.flags, one.lowest_to_highest(), one.portable) == ("mine", "1", adapter.report.totals.bytes)
     assert one.energy == pytest.approx(16 / 25)
 
 
@@ -191,7 +196,7 @@ def test_without_matplotlib_one_line_says_so_before_the_work(command, rounded_pa
     assert result.stderr == "phlora: error: Plots need matplotlib: `pip install 'peft-posthoc[plot]'`.\n"
     assert not list(tmp_path.iterdir())
     with pytest.raises(MissingExtraError):
-        inspections.llama(layers=1, width=128, inner=128, rank=8).plot("plot.png")
+        llama_spectra.llama(layers=1, width=128, inner=128, rank=8).plot("plot.png")
 
 
 def test_a_format_that_matplotlib_does_not_know_is_refused_before_the_work(rounded_pair, tmp_path):

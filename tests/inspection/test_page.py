@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from peft_posthoc import extract
 from peft_posthoc.inspection.inspection import Inspection, inspect
-from tests.make import inspections
+from tests.make import llama_spectra
 from tests.make.diagonal import diagonal, pair_with
 from tests.make.limits import HANG
 
@@ -46,7 +46,7 @@ def colours(page, tmp_path):
 
 @pytest.fixture(scope="module")
 def large():
-    return inspections.llama(layers=8, width=512, inner=1024, rank=128)
+    return llama_spectra.llama(layers=8, width=512, inner=1024, rank=128)
 
 
 @pytest.fixture(scope="module")

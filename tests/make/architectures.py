@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers as tf
 
-from tests.make import diffusion, models, multimodal
+from tests.make import diffusion, models, multimodal, sweep_page
 
 TEXT = {"input_ids": torch.arange(20)[None]}
 TWO_TEXTS = {"input_ids": torch.arange(10)[None], "decoder_input_ids": torch.arange(5)[None]}
@@ -286,7 +286,7 @@ def page() -> str:
 
     rows = [_row(name) for name in ARCHITECTURES]
     head = _PAGE.format(count=len(rows), peft=peft.__version__, transformers=tf.__version__)
-    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows) + sweep_page.kept()
 
 
 def _row(name: str) -> list[str]:

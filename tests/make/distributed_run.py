@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from hf_callbacks import PosthocLoraCallback
-from tests.make.runs import examples
+from tests.make.trainer_runs import examples
 
 
 def accept_fsdp_on_cpu():

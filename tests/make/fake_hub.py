@@ -17,6 +17,7 @@ class Repository:
     def __init__(self, *, private=False):
         self.commits = {}
         self.names = {}
+        self.claimed = {}  # by file, another size than its own
         self.private = private
 
     def commit(self, folder, *names):
@@ -132,7 +133,8 @@ class FakeHub:
                 return self.reply(404, send=send)
 
             def info(self, repo_id, commit, files, *, send):
-                siblings = [{"rfilename": name} for name in files]
+                claimed = hub.repositories[repo_id].claimed
+                siblings = [{"rfilename": n, "size": claimed.get(n, len(c))} for n, c in files.items()]
                 self.reply(200, {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}, send=send)
 
             def tree(self, _, commit, files, *, send):

@@ -168,7 +168,7 @@ def lora_deltas(model, adapter_name="default"):
     return {
         name.removeprefix("base_model.model."): module.get_delta_weight(adapter_name).detach().float()
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
     }
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from hf_callbacks import PosthocLoraCallback
-from tests.make.runs import trainer
+from tests.make.trainer_runs import trainer
 
 ADAPTERS, WHOLE = "me/adapters", "me/whole"
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from hf_callbacks import PosthocLoraCallback
-from tests.make.runs import examples
+from tests.make.trainer_runs import examples
 
 EVENTS = ("train_begin", "epoch_begin", "step_begin", "step_end", "evaluate", "save", "epoch_end", "train_end")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier", "gather", "scatter")

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from peft_posthoc import LoraConfig, PosthocError, extract, get_peft_model, verify
 from peft_posthoc.cli import main as cli
 from peft_posthoc.models.remote_code import no_prompts, without_code
-from tests.make import merges, models
+from tests.make import mergekit_runs, models
 
 ROOT = Path(__file__).parents[2]
 OFFER = "[y/N]"
@@ -150,11 +150,15 @@ def test_no_merge_runs_or_offers_it(kind, plain, tmp_path, nothing_is_run):
 
     pair = trapped(plain, tmp_path, kind)
     for content, *flags in (
-        [merges.config(*pair, parameters={"rank": 4})],
-        [merges.config(*pair, method="linear", parameters={"weight": 1.0}, tokenizer_source="union")],
-        [merges.config(pair[0], f"{pair[0]}+{tmp_path / 'adapter'}", method="linear", parameters={"weight": 1.0})],
+        [mergekit_runs.config(*pair, parameters={"rank": 4})],
+        [mergekit_runs.config(*pair, method="linear", parameters={"weight": 1.0}, tokenizer_source="union")],
+        [
+            mergekit_runs.config(
+                pair[0], f"{pair[0]}+{tmp_path / 'adapter'}", method="linear", parameters={"weight": 1.0}
+            )
+        ],
     ):
-        file, out = merges.written(content, tmp_path / "config"), tmp_path / "out"
+        file, out = mergekit_runs.written(content, tmp_path / "config"), tmp_path / "out"
         cache = ["--lora-merge-cache", tmp_path / "cache"]
         nothing_is_run(run(file, out, "--no-model", "--quiet", *cache, *flags, main=command.main).output)
 
@@ -175,7 +179,7 @@ def test_verify_says_why_there_is_no_tokenizer(plain, tmp_path):
     why = f"the tokenizer of `{tuned}` is code that comes with it, which is not run"
     assert f"on 8 sequences of 32 random tokens: {why})" in run(*line).stdout
     failed = run(*line, "--prompt", "Once", "--quiet")
-    assert failed.stderr == (f"phlora: error: There is no tokenizer for the prompts: {why}. Give token ids.\n")
+    assert f"There is no tokenizer for the prompts: {why}. Give `--token-ids`." in failed.stderr
 
 
 def test_a_class_that_is_only_to_be_had_by_its_code_is_told_in_a_line(plain, tmp_path):
@@ -190,7 +194,7 @@ def test_a_class_that_is_only_to_be_had_by_its_code_is_told_in_a_line(plain, tmp
 def test_a_merge_that_needs_it_says_what_to_do(plain, tmp_path):
     from mergekit_plugin import command
 
-    file = merges.written(merges.config(*trapped(plain, tmp_path, of_config)), tmp_path / "config")
+    file = mergekit_runs.written(mergekit_runs.config(*trapped(plain, tmp_path, of_config)), tmp_path / "config")
     failed = run(file, tmp_path / "out", "--quiet", main=command.main)
     assert failed.exit_code == 1
     assert failed.stderr.count("\n") == 1

@@ -1,5 +1,7 @@
 """Pairs that are not a model and its plain fine-tune, each of which once gave a wrong or no adapter."""
 
+import json
+import shutil
 import warnings
 
 import pytest
@@ -102,7 +104,8 @@ def test_ranks_by_hand_are_for_all_experts_of_a_parameter(tmp_path):
 
 def test_from_delta_takes_convolutions(tmp_path):
     base, tuned = architectures.pair_of("resnet", tmp_path)
-    config = LoraConfig.from_delta(base, tuned, 999, target_modules=["convolution"])
+    with pytest.warns(UserWarning, match="is left out in"):
+        config = LoraConfig.from_delta(base, tuned, 999, target_modules=["convolution"])
     model = get_peft_model(models.load(base), config, init="posthoc").merge_and_unload()
     wanted = dict(models.load(tuned).named_parameters())
     found = {own: parameter for own, parameter in model.named_parameters() if own.endswith("convolution.weight")}
@@ -140,3 +143,19 @@ def test_what_peft_would_misread_is_left_out_and_told(tmp_path):
     left = {row.reason for row in adapter.report.rows if row.status == "left out"}
     assert left == {"PEFT would take the name of its module, `embeddings`, to mean `embeddings.patch_embeddings` too"}
     assert verify(adapter.save(tmp_path / "out"), base, tuned, outputs=False).energy > 0.1
+
+
+def test_one_class_under_two_model_types_is_one_model(llama_pair, tmp_path):
+    base, tuned = llama_pair
+    other = tmp_path / "tuned"
+    shutil.copytree(tuned, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llama_nemotron"}))
+    adapter, plain = extract(base, other, 4), extract(base, tuned, 4)
+    assert statuses(adapter) == statuses(plain)
+    assert all(torch.equal(adapter.factors[own][0], a) for own, (a, _) in plain.factors.items())
+    (other / "config.json").write_text(
+        json.dumps(config | {"model_type": "llama_nemotron", "architectures": ["Llama2"]})
+    )
+    with pytest.raises(MismatchError, match="Two different architectures"):
+        extract(base, other, 4)

@@ -14,7 +14,7 @@ from peft_posthoc.cli.check import NAMES
 from peft_posthoc.serving.engines import ENGINES
 from peft_posthoc.serving.rules.table import RULES
 from peft_posthoc.serving.subject import Subject
-from tests.make import models, serving
+from tests.make import models, wrong_adapters
 from tests.make.by_peft import by_peft
 from tests.make.spoiled import contents, misused, refused, run
 
@@ -22,7 +22,7 @@ from tests.make.spoiled import contents, misused, refused, run
 @pytest.fixture(scope="module")
 def good(llama_pair, tmp_path_factory):
     """An adapter of every linear layer at rank 16, in the portable form."""
-    return extract(*llama_pair, serving.RANK).save(tmp_path_factory.mktemp("good") / "adapter")
+    return extract(*llama_pair, wrong_adapters.RANK).save(tmp_path_factory.mktemp("good") / "adapter")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def found(folder, base=None, engines=("all",)):
 def test_every_rule_has_one_name_a_source_and_an_adapter_that_breaks_it():
     names = [rule.name for rule in RULES]
     assert len(set(names)) == len(names)
-    assert set(names) == set(serving.CASES)
+    assert set(names) == set(wrong_adapters.CASES)
     for rule in RULES:
         assert rule.source, rule.name
         assert rule.message, rule.name
@@ -56,8 +56,8 @@ def test_every_rule_has_one_name_a_source_and_an_adapter_that_breaks_it():
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_rule_sees_the_adapter_that_breaks_it(rule, good, bases, tmp_path):
-    case = serving.CASES[rule.name]
-    seen = found(serving.make(case, good, tmp_path / "adapter"), serving.base_of(case, bases))
+    case = wrong_adapters.CASES[rule.name]
+    seen = found(wrong_adapters.make(case, good, tmp_path / "adapter"), wrong_adapters.base_of(case, bases))
     wanted = {engine for engine in ENGINES if rule.applies_to(engine)}
     assert {engine for engine, names in seen.items() if rule.name in names} == wanted
 
@@ -68,16 +68,16 @@ def test_no_rule_sees_a_portable_adapter(rule, good, llama_pair):
     assert not rule.finds(Subject.read(good, llama_pair[0]))
 
 
-@pytest.mark.parametrize("name", serving.FINE)
+@pytest.mark.parametrize("name", wrong_adapters.FINE)
 def test_a_rule_does_not_see_what_is_close_to_it_and_right(name, good, bases, tmp_path):
-    rules, case = serving.FINE[name]
-    seen = found(serving.make(case, good, tmp_path / "adapter"), serving.base_of(case, bases))
+    rules, case = wrong_adapters.FINE[name]
+    seen = found(wrong_adapters.make(case, good, tmp_path / "adapter"), wrong_adapters.base_of(case, bases))
     assert not set(rules) & set().union(*seen.values())
 
 
 def test_the_page_has_the_rules_of_today():
-    page = serving.Path(__file__).parents[2] / "docs/serving.md"
-    assert page.read_text(encoding="utf-8") == serving.page(), "python -m docs.make serving"
+    page = wrong_adapters.Path(__file__).parents[2] / "docs/serving.md"
+    assert page.read_text(encoding="utf-8") == wrong_adapters.page(), "python -m docs.make serving"
 
 
 def test_the_command_knows_every_engine():
@@ -85,7 +85,7 @@ def test_the_command_knows_every_engine():
 
 
 def test_a_zero_alpha_is_one_in_llama_cpp_and_nothing_in_peft(good, tmp_path):
-    parts = serving.Parts(good)
+    parts = wrong_adapters.Parts(good)
     parts.configure(lora_alpha=0)
     folder = parts.write(tmp_path / "adapter")
     assert "scale-llamacpp" in found(folder)["llamacpp"]
@@ -94,7 +94,7 @@ def test_a_zero_alpha_is_one_in_llama_cpp_and_nothing_in_peft(good, tmp_path):
 
 def test_scales_that_are_all_one_are_not_in_lorax_where_it_pads_to_another_rank(good, tmp_path):
     # Its first name is scaled by lora_alpha / r; from then on it takes the padded rank of that name for r.
-    parts = serving.Parts(good)
+    parts = wrong_adapters.Parts(good)
     for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
         parts.cut(8, only=leaf)
     own = {"self_attn.*": 8}
@@ -106,16 +106,16 @@ def test_scales_that_are_all_one_are_not_in_lorax_where_it_pads_to_another_rank(
 
 NOT_ADAPTED = {
     "a head under all-linear": (
-        lambda parts: (serving.adapted_head(parts), parts.configure(target_modules="all-linear")),
+        lambda parts: (wrong_adapters.adapted_head(parts), parts.configure(target_modules="all-linear")),
         {"lm_head"},
     ),
     "a layer that is left out": (
         lambda parts: parts.configure(layers_to_transform=[0]),
-        {f"model.layers.1.{name}" for name in serving.IN_LAYER},
+        {f"model.layers.1.{name}" for name in wrong_adapters.IN_LAYER},
     ),
     "layers of another name": (
         lambda parts: parts.configure(layers_to_transform=1, layers_pattern="layers"),
-        {f"model.layers.0.{name}" for name in serving.IN_LAYER},
+        {f"model.layers.0.{name}" for name in wrong_adapters.IN_LAYER},
     ),
 }
 
@@ -124,7 +124,7 @@ NOT_ADAPTED = {
 @pytest.mark.parametrize("name", NOT_ADAPTED)
 def test_what_peft_does_not_adapt(name, good, llama_pair, tmp_path):
     spoil, dropped = NOT_ADAPTED[name]
-    folder = serving.make(serving.Case(spoil), good, tmp_path / "adapter")
+    folder = wrong_adapters.make(wrong_adapters.Case(spoil), good, tmp_path / "adapter")
     subject = Subject.read(folder, llama_pair[0])
     model = peft.PeftModel.from_pretrained(models.load(llama_pair[0]), folder)
     assert set(subject.modules) - set(models.lora_deltas(model)) == dropped
@@ -204,7 +204,7 @@ def test_factors_of_all_experts_at_once(tmp_path):
 @pytest.mark.parametrize("make", [models.mixtral, models.qwen3_moe], ids=lambda make: make.__name__)
 def test_single_experts_of_extract(make, tmp_path):
     base, tuned = models.save_pair(make(), tmp_path)
-    folder = extract(base, tuned, serving.RANK, experts="per-expert").save(tmp_path / "adapter")
+    folder = extract(base, tuned, wrong_adapters.RANK, experts="per-expert").save(tmp_path / "adapter")
     seen = found(folder, base)
     unread = dict.fromkeys(("lorax", "tgi"), frozenset({"single-experts-unread"}))
     named = {} if make is models.mixtral else {"trtllm": {"expert-names-trtllm"}}
@@ -220,7 +220,7 @@ def test_the_peft_form_is_for_peft_alone(llama_pair, tmp_path):
 @pytest.mark.parametrize("pair", ["llama_pair", "tied_pair"])
 def test_embeddings_and_head_of_extract(pair, request, tmp_path):
     base, tuned = request.getfixturevalue(pair)
-    folder = extract(base, tuned, serving.RANK, embeddings=True, head=True).save(tmp_path / "adapter")
+    folder = extract(base, tuned, wrong_adapters.RANK, embeddings=True, head=True).save(tmp_path / "adapter")
     verdicts = {outcome.engine: outcome.verdict for outcome in check(folder, base=base).outcomes}
     right = {engine for engine, verdict in verdicts.items() if verdict == "right"}
     untied = {"llamacpp"} if pair == "llama_pair" else set()
@@ -237,7 +237,7 @@ def test_the_flags_that_an_engine_is_started_with(good, llama_pair):
 
 
 def test_vllm_reserves_one_of_its_own_ranks(good, tmp_path):
-    parts = serving.Parts(good)
+    parts = wrong_adapters.Parts(good)
     parts.cut(260)
     parts.configure(r=260, lora_alpha=260)
     (outcome,) = check(parts.write(tmp_path / "adapter"), engines=["vllm"]).outcomes
@@ -251,12 +251,12 @@ def test_vllm_reserves_one_of_its_own_ranks(good, tmp_path):
 def work(good, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    serving.copy_of(good, tmp_path / "work/adapter")
+    wrong_adapters.copy_of(good, tmp_path / "work/adapter")
     return tmp_path / "work"
 
 
 def spoiled(work, name):
-    return serving.make(serving.CASES[name], work / "adapter", work / name)
+    return wrong_adapters.make(wrong_adapters.CASES[name], work / "adapter", work / name)
 
 
 def test_a_good_adapter_has_exit_status_0_and_the_commands_to_serve_it(work):
@@ -305,7 +305,7 @@ def test_the_same_adapter_from_python(work):
 
 def test_no_tensor_is_read(good, tmp_path):
     # Zeros where the values were: a reader of headers cannot tell.
-    blank = serving.copy_of(good, tmp_path / "blank")
+    blank = wrong_adapters.copy_of(good, tmp_path / "blank")
     file = blank / "adapter_model.safetensors"
     data = file.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
@@ -321,7 +321,7 @@ def test_no_tensor_is_read(good, tmp_path):
 
 def test_adapters_that_cannot_be_read(work):
     def config(**settings):
-        parts = serving.Parts(work / "adapter")
+        parts = wrong_adapters.Parts(work / "adapter")
         parts.configure(**settings)
         return parts.write(work / f"bad{len(list(work.iterdir()))}")
 
@@ -351,11 +351,11 @@ def test_adapters_that_cannot_be_read(work):
 
 
 def test_factors_that_are_none(work):
-    parts = serving.Parts(work / "adapter")
+    parts = wrong_adapters.Parts(work / "adapter")
     parts.drop("layers.0.self_attn.q_proj.lora_B")
     refused(run("check", parts.write(work / "half")), "without its counterpart")
-    parts = serving.Parts(work / "adapter")
-    parts.add(f"{serving.LAYER}.self_attn.q_proj.lora_B.weight", 32, 8)
+    parts = wrong_adapters.Parts(work / "adapter")
+    parts.add(f"{wrong_adapters.LAYER}.self_attn.q_proj.lora_B.weight", 32, 8)
     refused(run("check", parts.write(work / "unfit")), "do not fit")
     parts.tensors = {"lm_head.weight": torch.zeros(3, 3)}
     refused(run("check", parts.write(work / "none")), "no LoRA factors", "lm_head.weight")
@@ -386,3 +386,11 @@ def test_bad_options(work):
         check("nowhere")
     with pytest.raises(CheckpointError):
         check("adapter", base="nowhere")
+
+
+def test_on_another_base_no_engine_is_right_and_none_is_started(good, bases):
+    other = wrong_adapters.base_of(wrong_adapters.CASES["another-base"], bases)
+    told = check(good, base=other)
+    assert told.wrong == tuple(ENGINES)
+    assert f"and `{other}` was given" in told.table()
+    assert "To serve it" not in told.table()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from peft_posthoc import AdapterError, check, extract, fix
 from peft_posthoc.serving.rules.rule import FIX, FIX_BASE
 from peft_posthoc.serving.rules.table import RULES
-from tests.make import models, serving
+from tests.make import models, wrong_adapters
 from tests.make.by_peft import by_peft
 from tests.make.spoiled import contents, refused, run, without_progress
 
@@ -22,15 +22,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(lora_bias|tie_word_embeddings
 @pytest.fixture(scope="module")
 def good(llama_pair, tmp_path_factory):
     """An adapter of every linear layer at rank 16, in the portable form."""
-    return extract(*llama_pair, serving.RANK).save(tmp_path_factory.mktemp("good") / "adapter")
+    return extract(*llama_pair, wrong_adapters.RANK).save(tmp_path_factory.mktemp("good") / "adapter")
 
 
 @pytest.fixture
 def work(good, llama_pair, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    serving.copy_of(good, tmp_path / "work/adapter")
-    serving.copy_of(llama_pair[0], tmp_path / "work/base")
+    wrong_adapters.copy_of(good, tmp_path / "work/adapter")
+    wrong_adapters.copy_of(llama_pair[0], tmp_path / "work/base")
     return tmp_path / "work"
 
 
@@ -93,9 +93,9 @@ def test_without_the_base_peft_still_computes_the_same_without_a_warning(name, l
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_scale_that_is_a_power_of_two_leaves_the_bits_as_they_are(dtype, good, tmp_path):
-    parts = serving.Parts(good)
+    parts = wrong_adapters.Parts(good)
     parts.tensors = {name: tensor.to(dtype) for name, tensor in parts.tensors.items()}
-    parts.configure(lora_alpha=4 * serving.RANK)
+    parts.configure(lora_alpha=4 * wrong_adapters.RANK)
     fixed = fix(parts.write(tmp_path / "adapter"), tmp_path / "out")
     assert fixed.rounding == 0
     after = tensors_of(tmp_path / "out")
@@ -105,13 +105,13 @@ def test_a_scale_that_is_a_power_of_two_leaves_the_bits_as_they_are(dtype, good,
 
 
 def test_other_scales_round_once_more_and_it_says_by_how_much(good, tmp_path):
-    parts = serving.Parts(good)
+    parts = wrong_adapters.Parts(good)
     parts.tensors = {name: tensor.bfloat16() for name, tensor in parts.tensors.items()}
     parts.configure(lora_alpha=11)
     folder = parts.write(tmp_path / "adapter")
     eps = torch.finfo(torch.bfloat16).eps
     fixed = fix(folder, tmp_path / "out")
-    exact = {n: t.double() * (11 / serving.RANK if "lora_B" in n else 1) for n, t in parts.tensors.items()}
+    exact = {n: t.double() * (11 / wrong_adapters.RANK if "lora_B" in n else 1) for n, t in parts.tensors.items()}
     errors = [(t.double() - exact[n]).norm() / exact[n].norm() for n, t in tensors_of(tmp_path / "out").items()]
     assert fixed.rounding == pytest.approx(float(max(errors)))
     assert eps / 100 < fixed.rounding <= eps / 2
@@ -126,7 +126,7 @@ def fixable():
 
 @pytest.mark.parametrize("rule", fixable(), ids=lambda rule: rule.name)
 def test_a_rule_that_tells_to_fix_no_longer_sees_what_was_fixed(rule, good, llama_pair, tmp_path):
-    folder = serving.make(serving.CASES[rule.name], good, tmp_path / "adapter")
+    folder = wrong_adapters.make(wrong_adapters.CASES[rule.name], good, tmp_path / "adapter")
     fixed = fix(folder, tmp_path / "out", base=llama_pair[0])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "phlora_report.json"),
@@ -141,7 +141,7 @@ def test_many_rules_tell_to_fix():
 
 @pytest.mark.parametrize("name", ["no-prefix", "adapter-in-names", "pickled"])
 def test_what_is_called_or_stored_otherwise_is_the_same_adapter(name, good, llama_pair, tmp_path):
-    folder = serving.make(serving.CASES[name], good, tmp_path / "adapter")
+    folder = wrong_adapters.make(wrong_adapters.CASES[name], good, tmp_path / "adapter")
     fixed = fix(folder, tmp_path / "out", base=llama_pair[0])
     before, after = tensors_of(good), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -168,7 +168,7 @@ def test_fixing_twice_changes_nothing(llama_pair, tmp_path):
 def test_what_is_left_out_is_told_with_its_size(good, llama_pair, tmp_path):
     base = load_file(f"{llama_pair[0]}/model.safetensors")
     norm = base["model.norm.weight"]
-    parts = serving.Parts(good)
+    parts = wrong_adapters.Parts(good)
     parts.tensors |= {
         "base_model.model.model.norm.weight": norm + 0.25,
         "base_model.model.model.layers.0.input_layernorm.weight": base["model.layers.0.input_layernorm.weight"],
@@ -243,8 +243,8 @@ def test_an_adapter_of_mergekit_extract_lora(llama_pair, tmp_path):
 
 
 def convolution(parts):
-    parts.tensors["base_model.model.conv.lora_A.weight"] = torch.zeros(serving.RANK, 4, 3, 3)
-    parts.tensors["base_model.model.conv.lora_B.weight"] = torch.zeros(8, serving.RANK, 1, 1)
+    parts.tensors["base_model.model.conv.lora_A.weight"] = torch.zeros(wrong_adapters.RANK, 4, 3, 3)
+    parts.tensors["base_model.model.conv.lora_B.weight"] = torch.zeros(8, wrong_adapters.RANK, 1, 1)
 
 
 def not_finite(parts):
@@ -252,15 +252,15 @@ def not_finite(parts):
 
 
 REFUSED = {
-    "dora": (serving.DORA, "use_dora"),
-    "magnitudes": (serving.MAGNITUDE, "use_dora"),
-    "pissa": (serving.PISSA, "takes a part away from the base"),
-    "replication": (serving.REPLICATION, "layer_replication"),
-    "fused experts": (serving.CASES["fused-experts"].spoil, "all experts at once"),
+    "dora": (wrong_adapters.DORA, "use_dora"),
+    "magnitudes": (wrong_adapters.MAGNITUDE, "use_dora"),
+    "pissa": (wrong_adapters.PISSA, "takes a part away from the base"),
+    "replication": (wrong_adapters.REPLICATION, "layer_replication"),
+    "fused experts": (wrong_adapters.CASES["fused-experts"].spoil, "all experts at once"),
     "convolution": (convolution, "convolutions"),
-    "wrong path": (serving.CASES["wrong-path"].spoil, "the base does not have"),
-    "other shapes": (serving.CASES["other-shapes"].spoil, "the base's shapes"),
-    "ranks": (serving.CASES["rank-not-as-configured"].spoil, "than its configuration says"),
+    "wrong path": (wrong_adapters.CASES["wrong-path"].spoil, "the base does not have"),
+    "other shapes": (wrong_adapters.CASES["other-shapes"].spoil, "the base's shapes"),
+    "ranks": (wrong_adapters.CASES["rank-not-as-configured"].spoil, "than its configuration says"),
     "nan": (not_finite, "NaN or infinity"),
 }
 
@@ -268,7 +268,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_rewritten_without_loss_is_refused_and_nothing_is_written(name, work):
     spoil, fragment = REFUSED[name]
-    parts = serving.Parts(work / "adapter")
+    parts = wrong_adapters.Parts(work / "adapter")
     spoil(parts)
     parts.write(work / "bad")
     before = contents(work)
@@ -277,7 +277,7 @@ def test_what_cannot_be_rewritten_without_loss_is_refused_and_nothing_is_written
 
 
 def test_factors_that_overflow_the_dtype(work):
-    parts = serving.Parts(work / "adapter")
+    parts = wrong_adapters.Parts(work / "adapter")
     parts.configure(lora_alpha=10**9)
     parts.write(work / "large")
     before = contents(work)
@@ -289,7 +289,7 @@ def test_factors_that_overflow_the_dtype(work):
 
 
 def test_the_command_writes_and_has_the_status_of_what_it_wrote(work):
-    serving.make(serving.CASES["scale-sglang"], work / "adapter", work / "bad")
+    wrong_adapters.make(wrong_adapters.CASES["scale-sglang"], work / "adapter", work / "bad")
     status, stdout, stderr = run("check", "bad", "--base", "base", "--fix", "out")
     assert (status, without_progress(stderr)) == (0, [])
     assert "scale 4 folded into lora_B" in stdout
@@ -300,8 +300,8 @@ def test_the_command_writes_and_has_the_status_of_what_it_wrote(work):
 
 
 def test_what_is_still_wrong_after_it(work):
-    parts = serving.Parts(work / "adapter")
-    serving.adapted_embedding(parts)
+    parts = wrong_adapters.Parts(work / "adapter")
+    wrong_adapters.adapted_embedding(parts)
     parts.write(work / "embedded")
     status, stdout, stderr = run("check", "embedded", "--engine", "tgi", "--fix", "out", "--json")
     assert status == 1
@@ -317,13 +317,13 @@ def test_an_existing_folder_is_replaced_only_with_force(work):
     refused(run("check", "adapter", "--fix", "base", "--force"), "not an adapter folder")
     refused(run("check", "nowhere", "--fix", "out"), "`nowhere` is no folder")
     assert contents(work) == before
-    serving.make(serving.CASES["padded-rank"], work / "adapter", work / "out")
+    wrong_adapters.make(wrong_adapters.CASES["padded-rank"], work / "adapter", work / "out")
     assert run("check", "adapter", "--fix", "out", "--force")[0] == 0
-    assert config_of(work / "out")["r"] == serving.RANK
+    assert config_of(work / "out")["r"] == wrong_adapters.RANK
 
 
 def test_an_adapter_can_be_fixed_in_its_own_place(work):
-    serving.make(serving.CASES["padded-rank"], work / "adapter", work / "own")
+    wrong_adapters.make(wrong_adapters.CASES["padded-rank"], work / "adapter", work / "own")
     assert run("check", "own", "--fix", "own", "--force")[0] == 0
     assert config_of(work / "own")["r"] == 16
 
@@ -336,7 +336,7 @@ def test_the_folder_says_where_it_comes_from(work):
 
 
 def test_tensors_in_types_that_no_engine_computes_with_are_widened(work):
-    parts = serving.Parts(work / "adapter")
+    parts = wrong_adapters.Parts(work / "adapter")
     tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in parts.tensors.items()}
     save_file(tensors, work / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
     fixed = fix("adapter", "out")

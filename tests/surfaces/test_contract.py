@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import peft_posthoc
 from hf_callbacks import PosthocLoraCallback
 from peft_posthoc.cli import main as cli
-from tests.make import architectures, merges, models, runs
+from tests.make import architectures, mergekit_runs, models, trainer_runs
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -49,7 +49,7 @@ def by_callback(base, tuned, out, **options):
     with tempfile.TemporaryDirectory() as folder:
         callback = PosthocLoraCallback(base=base, when="end", background=False, strict=True, **options)
         # What one step at a learning rate of zero saves is the tuned model as it was.
-        training = runs.trainer(models.load(tuned), folder, callback, max_steps=1, learning_rate=0.0)
+        training = trainer_runs.trainer(models.load(tuned), folder, callback, max_steps=1, learning_rate=0.0)
         training.compute_loss = lambda model, *_, **__: sum(p.sum() for p in model.parameters())
         training.train()
         shutil.copytree(Path(folder) / "phlora/final", out)
@@ -58,12 +58,12 @@ def by_callback(base, tuned, out, **options):
 def by_mergekit(base, tuned, out, *, rank, form="portable", **options):
     if form == "peft":
         # Under `merge_method: phlora` the merged model holds factors alone. The merge of one model is that model.
-        content = merges.config(None, tuned, method="passthrough")
-        result = merges.phlora(content, out, "--no-model", "--base", base, "--form", form, "--rank", str(rank))
+        content = mergekit_runs.config(None, tuned, method="passthrough")
+        result = mergekit_runs.phlora(content, out, "--no-model", "--base", base, "--form", form, "--rank", str(rank))
         assert result.exit_code == 0, result.output
         return
     parameters = {"energy" if isinstance(rank, float) else "rank": rank, **options}
-    result = merges.phlora(merges.config(base, tuned, parameters=parameters), out, "--no-model")
+    result = mergekit_runs.phlora(mergekit_runs.config(base, tuned, parameters=parameters), out, "--no-model")
     assert result.exit_code == 0, result.output
 
 
@@ -160,7 +160,7 @@ def test_in_the_peft_form_all_surfaces_give_the_same_adapter(llama_pair, tmp_pat
 
 
 def test_a_merged_model_of_factors_alone_has_no_adapter_in_the_peft_form(llama_pair, tmp_path):
-    result = merges.phlora(merges.config(*llama_pair), tmp_path / "out", "--no-model", "--form", "peft")
+    result = mergekit_runs.phlora(mergekit_runs.config(*llama_pair), tmp_path / "out", "--no-model", "--form", "peft")
     assert result.exit_code == 1
     assert "would hold more than the model" in result.output
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tests.make.runs import trainer
+from tests.make.trainer_runs import trainer
 
 PAGE = (Path(__file__).parents[2] / "docs/trainer.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(# (axolotl|ms-swift).*?)```", PAGE, re.DOTALL)

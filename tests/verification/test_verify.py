@@ -6,7 +6,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import AdapterError, CheckpointError, extract, verify
+from peft_posthoc import AdapterError, extract, verify
 from peft_posthoc.cli import main as cli
 from peft_posthoc.ranks.rules import keep_energy
 from tests.make import architectures, models
@@ -178,11 +178,6 @@ def test_an_adapter_that_does_not_fit_is_refused(pair, whole, tmp_path):
         verify(deep, *pair)
     with pytest.raises(AdapterError, match="not a readable LoRA adapter"):
         verify(tmp_path, *pair)
-
-
-def test_prompts_need_a_tokenizer(pair, whole):
-    with pytest.raises(CheckpointError, match="There is no tokenizer beside"):
-        verify(whole, *pair, prompts=["hello"])
 
 
 def run(*arguments):

@@ -65,7 +65,7 @@ def _lost(file: FileLayout, found: Arrivals) -> tuple[set[str], set[str]]:
     if found.absent:
         return set(), _within(file.whole_modules, map(own_name, found.absent))
     if found.error:
-        return set(), set()
+        return set(), set(file.whole_modules) & set(found.refused)
     owners = file.of_factors
     factors = {module for name in found.lost for module in owners.get(name, ()) if module in file.slots}
     # Into the base itself is not where a module is kept whole.

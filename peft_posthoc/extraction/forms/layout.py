@@ -139,6 +139,7 @@ class FileLayout:
             base=provenance["base"],
             revision=provenance["base_revision"],
             task_type=self.model.task_type,
+            auto_mapping=self.model.auto_mapping,
             fan_in_fan_out=self.model.fan_in_fan_out,
             whole=self.whole_modules,
             stacked=target_parameters(self.stacks),

@@ -163,7 +163,8 @@ def _blocked(plan: Plan, free: Collection[str]) -> set[str]:
     for name in plan.headers:
         if is_rest(name):
             continue  # Rows beyond the base's vocabulary: the module itself has none of them.
-        parts = layout.module_of(name).split(".")
-        for depth in range(1, len(parts) + 1):
-            inside[".".join(parts[:depth])].append(name in free)
+        for own in layout.names_of(name):
+            parts = own.split(".")
+            for depth in range(1, len(parts)):
+                inside[".".join(parts[:depth])].append(name in free)
     return {module for module, each in inside.items() if not all(each)}

@@ -89,16 +89,16 @@ def new_tokens(subject: Subject) -> tuple[str, ...]:
     return tuple(token for token, number in subject.added_tokens.items() if size is None or number >= size)
 
 
-def not_for_mlx(subject: Subject) -> tuple[str, ...]:
-    """The refusal of `phlora export --to mlx`, if it refuses the adapter."""
+def not_for_mlx(subject: Subject) -> str:
+    """The words with which `phlora export --to mlx` refuses the adapter; nothing if it does not."""
     try:
         folder = open_adapter(subject.label)
         if subject.base is not None:
             with asked_on("command line"):  # As all ways out here.
                 mlx.check(AdapterOnModel(folder, subject.base.checkpoint, subject.base.layout))
     except AdapterError as error:
-        return (str(error),)
-    return ()
+        return str(error)
+    return ""
 
 
 RULES: tuple[Rule, ...] = (

@@ -22,8 +22,8 @@ class Rule:
     name: str
     engines: tuple[str, ...]
     severity: Severity
-    finds: Callable[[Subject], tuple[str, ...]]
-    """The tensors, modules or settings at fault; nothing where all is well."""
+    finds: Callable[[Subject], tuple[str, ...] | str]
+    """The tensors, modules or settings at fault, or the words of a refusal; nothing where all is well."""
     message: str
     """The engine's own behaviour."""
     way_out: str

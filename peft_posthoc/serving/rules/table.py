@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from peft_posthoc.serving.rules import adapter_files, arrivals, experts, modules, names, scale, targets, variants, whole
+from peft_posthoc.serving.rules import (
+    adapter_files,
+    arrivals,
+    base,
+    experts,
+    modules,
+    names,
+    scale,
+    targets,
+    variants,
+    whole,
+)
 from peft_posthoc.serving.rules.rule import Rule
 
 RULES: tuple[Rule, ...] = (
+    *base.RULES,
     *adapter_files.RULES,
     *scale.RULES,
     *variants.RULES,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.make import merges, models
-from tests.make.merges import with_tokenizers
+from tests.make import mergekit_runs, models
+from tests.make.mergekit_runs import with_tokenizers
 
 
 @pytest.fixture
@@ -10,7 +10,7 @@ def longer(tmp_path):
     """A base, a fine-tune with more tokens, and the configuration that merges them over the tokens of both."""
     pair = with_tokenizers(tmp_path, 96, 100)
     union = {"tokenizer": {"source": "union"}}
-    return pair[0], merges.config(*pair, method="task_arithmetic", each={"weight": 0.5}, **union)
+    return pair[0], mergekit_runs.config(*pair, method="task_arithmetic", each={"weight": 0.5}, **union)
 
 
 @pytest.fixture(scope="module")

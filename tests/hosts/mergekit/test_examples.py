@@ -7,8 +7,8 @@ import torch
 import yaml
 
 import peft_posthoc
-from tests.make import merges
-from tests.make.merges import EXAMPLES, same
+from tests.make import mergekit_runs
+from tests.make.mergekit_runs import EXAMPLES, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch_dtype.*"),
@@ -48,19 +48,22 @@ def test_every_example_is_run():
 def test_an_example(name, here):
     if name == "passthrough.yml":
         peft_posthoc.extract(str(here / "base"), str(here / "tuned"), 8).save(here / "adapter")
-    ran = merges.run(*(part.format(**INLINE) for part in EXAMPLE_COMMANDS[name]), cwd=here)
+    ran = mergekit_runs.run(*(part.format(**INLINE) for part in EXAMPLE_COMMANDS[name]), cwd=here)
     assert ran.returncode == 0, ran.stderr
     parts = list(yaml.safe_load_all((here / name).read_text()))
     if name == "ties.yml":
         assert (here / "out/adapter_model.safetensors").is_file()
         return
-    got = merges.tensors(here / "out")
+    got = mergekit_runs.tensors(here / "out")
     assert {tensor.dtype for tensor in got.values()} == {
         getattr(torch, parts[-1].get("out_dtype") or parts[-1]["dtype"])
     }
     if name == "phlora.yml":
-        wanted = merges.expected(here / "base", here / "tuned", 16)
+        wanted = mergekit_runs.expected(here / "base", here / "tuned", 16)
         same(got, {key: tensor.bfloat16() for key, tensor in wanted.items()})
     if name == "several.yml":
-        same(merges.tensors(here / "stages/first"), merges.expected(here / "base", here / "tuned", 16))
-        same(merges.tensors(here / "stages/second"), merges.expected(here / "base", here / "tuned-too", 0.8))
+        same(mergekit_runs.tensors(here / "stages/first"), mergekit_runs.expected(here / "base", here / "tuned", 16))
+        same(
+            mergekit_runs.tensors(here / "stages/second"),
+            mergekit_runs.expected(here / "base", here / "tuned-too", 0.8),
+        )

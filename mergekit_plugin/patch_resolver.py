@@ -1,4 +1,4 @@
-"""Parameters that `phlora` does not have: mergekit overlooks them, we do not."""
+"""A patch of mergekit's function that resolves parameters: those that `phlora` does not have are refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from peft_posthoc.errors import PosthocError
 _USERS = ("mergekit.parameter_resolver", "mergekit.plan", "mergekit.scripts.merge_raw_pytorch")
 
 
-def refuse_unknown(method: str) -> None:
-    """From now on refuse what this method does not have."""
+def patch_resolver(method: str) -> None:
+    """Put it in the place of mergekit's in every module that has imported that, for parameters of this method."""
     resolve = parameter_resolver.resolve_parameters
     if hasattr(resolve, "refuses"):
         return

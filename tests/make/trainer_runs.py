@@ -1,6 +1,7 @@
 """Tiny training runs with the real Trainer."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -61,6 +62,19 @@ def adapters(folder):
 def same_factors(one, two):
     ours, theirs = (load_file(Path(folder) / WEIGHTS) for folder in (one, two))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def extractions():
+    """The processes that this one has started to make adapters."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(child) for child in children if b"hf_callbacks.child" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def alive(process):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def files(folder):

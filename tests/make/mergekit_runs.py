@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import peft_posthoc
 from mergekit_plugin import command, register
-from tests.make import merges, models
+from tests.make import mergekit_runs, models
 
 
 def config(base, *tuned, method="phlora", **parts):
@@ -94,7 +94,7 @@ def same(one, other):
 
 
 def adapters_are_the_same(one, other):
-    same(merges.tensors(one), merges.tensors(other))
+    same(mergekit_runs.tensors(one), mergekit_runs.tensors(other))
     configs = [json.loads((Path(folder) / "adapter_config.json").read_text()) for folder in (one, other)]
     assert configs[0] == configs[1]
 

@@ -240,6 +240,8 @@ CASES: dict[str, Case] = {
     "wrong-path": Case(lambda parts: parts.rename("model.layers", "model.language_model.layers"), "llama"),
     "unknown-names-llamacpp": Case(lambda parts: parts.rename(".mlp.", "."), "llama"),
     "mlx-export": Case(DORA),
+    "another-base": Case(lambda parts: None, "qwen2"),
+    "maybe-another-base": Case(_config(base_model_name_or_path="some-org/other"), "llama"),
     "fused-names": Case(lambda parts: parts.rename("q_proj", "qkv_proj"), "llama"),
     "other-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
     "larger-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
@@ -373,7 +375,7 @@ In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` 
 
 Adapters of `phlora extract` in the portable form, of dense language models, without `--embeddings` and `--head`, at
 ranks up to 128, break none of these rules (but for the note on rank 8). This page is made by
-`python -m docs.make serving`; for every rule there is an adapter that breaks it in `tests/make/serving.py`; what
+`python -m docs.make serving`; for every rule there is an adapter that breaks it in `tests/make/wrong_adapters.py`; what
 engines did with these, run here, is in [`engines.md`](engines.md).
 
 ## The engines

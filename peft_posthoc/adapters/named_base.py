@@ -1,0 +1,73 @@
+"""Names of bases: when two of them are one model."""
+
+from __future__ import annotations
+
+import re
+
+# Unlike Path's own they take any text, a configuration's too: not a name of 1,000 characters, nor a zero in it.
+from os.path import exists, isdir
+from pathlib import Path
+
+import torch
+
+from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.checkpoints.hub import is_repo_id
+from peft_posthoc.errors import PosthocError
+
+# Tensors that are read of two folders to tell whether they hold one model.
+_SAMPLE = 8
+
+
+def same_base(one: str, other: str) -> bool:
+    """Tell whether two names are of one base, as far as can be told from here.
+
+    A path is the same however it is written. Of two folders that are here the tensors tell; otherwise the last name
+    does, for a folder that was moved, or is a copy of a model on the hub.
+
+    Args:
+        one: A path or a hub id.
+        other: Another one.
+    """
+    if Path(one) == Path(other) or _same_place(Path(one), Path(other)):
+        return True
+    if isdir(one) and isdir(other):
+        return _same_tensors(Path(one), Path(other))
+    return _last(one) == _last(other) or _in_cache(one, other) or _in_cache(other, one)
+
+
+def another_base(named: object, given: str) -> str | None:
+    """A sentence about a base that is not the one which the adapter names; None where it is, or nobody can tell.
+
+    Args:
+        named: By the adapter's configuration.
+        given: The path or hub id of the one to be used; other words for a model tell nothing.
+    """
+    if not isinstance(named, str) or not named or not (exists(given) or is_repo_id(given)):
+        return None
+    return None if same_base(named, given) else f"The adapter names `{named}` as its base, and `{given}` was given."
+
+
+def _last(name: str) -> str:
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].casefold()
+
+
+def _in_cache(repo_id: str, path: str) -> bool:
+    """Tell whether a path is within the hub's cache of a model."""
+    return f"models--{repo_id.replace('/', '--')}" in Path(path).absolute().parts
+
+
+def _same_place(one: Path, other: Path) -> bool:
+    """Tell whether two paths are one folder, or a folder and the file of weights in it."""
+    if not (exists(one) and exists(other)):
+        return False
+    return len({path.resolve().parent if path.is_file() else path.resolve() for path in (one, other)}) == 1
+
+
+def _same_tensors(one: Path, other: Path) -> bool:
+    try:
+        left, right = (Folder(path, label=str(path)) for path in (one, other))
+        names = list(left.headers)
+        some = names[:: max(1, len(names) // _SAMPLE)]
+        return left.headers == right.headers and all(torch.equal(left.read(name), right.read(name)) for name in some)
+    except PosthocError:
+        return False

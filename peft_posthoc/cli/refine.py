@@ -1,0 +1,101 @@
+"""`phlora refine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peft_posthoc.cli.options import MODELS, OUTPUT
+from peft_posthoc.cli.output import check_file, quiet_hosts, show
+from peft_posthoc.errors import noting
+
+if TYPE_CHECKING:
+    from peft_posthoc.refinement.texts import Texts
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_POSITIVE = click.FloatRange(0, min_open=True)
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The model before.")
+@click.option("--tuned", required=True, help="The model after.")
+@click.option(
+    "--prompts",
+    type=_FILE,
+    metavar="FILE",
+    help="Unlabelled prompts (txt, jsonl, json, parquet); the tuned model answers them.",
+)
+@click.option("--texts", type=_FILE, metavar="FILE", help="Texts of the task, used as they are.")
+@click.option("--field", metavar="NAME", help="The field of FILE's records.  [default: prompt, messages, text, ...]")
+@click.option(
+    "--prefix",
+    metavar="TEXT",
+    help="Without a file: what a prompt of the task starts with.  [default: the chat template's]",
+)
+@click.option("--sequences", default=960, show_default=True, type=click.IntRange(4), help="Texts to fit on.")
+@click.option("--length", default=128, show_default=True, type=click.IntRange(2), help="Tokens of a text at most.")
+@click.option(
+    "--passes", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Over the texts."
+)
+@click.option(
+    "--lr",
+    default=0.05,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Step, relative to the size of each factor.",
+)
+@click.option("--minutes", type=_POSITIVE, help="Stop fitting after so many.")
+@click.option("--seed", default=0, show_default=True, help="Of all that is drawn.")
+@click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
+@MODELS
+@OUTPUT
+def refine(
+    adapter: Path,
+    out: Path,
+    prompts: Path | None,
+    texts: Path | None,
+    field: str | None,
+    prefix: str | None,
+    lr: float,
+    passes: float,
+    force: bool,
+    quiet: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
+    """Fit the factors of ADAPTER to what TUNED computes, and write the adapter into the folder OUT.
+
+    ADAPTER is a LoRA folder of BASE. Its modules, ranks and scale stay. No labels are needed, and no data: without a
+    file the two models write the text. Held-out text judges: on none is OUT further from TUNED than ADAPTER.
+    """
+    check_file(json_to, "--json")
+    from peft_posthoc.adapters.writer import check_target
+    from peft_posthoc.refinement.distil import distil
+    from peft_posthoc.refinement.refine import refine as run
+
+    given = _texts(prompts, texts, field, prefix)
+    check_target(out, force=force)
+    quiet_hosts()
+    refined = run(adapter, texts=given, method=distil(lr=lr, passes=passes), progress=not quiet, **options)
+    refined.save(out, force=force)
+    with noting(f"The adapter is at `{out}`."):
+        show(refined, json_to, quiet=quiet, more=[f"Adapter written to {out}"])
+
+
+def _texts(prompts: Path | None, texts: Path | None, field: str | None, prefix: str | None) -> Texts:
+    from peft_posthoc.refinement.prompts import read_prompts, read_texts
+    from peft_posthoc.refinement.texts import Given, Prompts, Sampled
+
+    if sum(one is not None for one in (prompts, texts, prefix)) > 1:
+        raise click.UsageError("Give one of --prompts, --texts and --prefix.")
+    if field is not None and prompts is texts is None:
+        raise click.UsageError("--field belongs to --prompts or --texts.")
+    if prompts is not None:
+        return Prompts(read_prompts(prompts, field))
+    if texts is not None:
+        return Given(read_texts(texts, field))
+    return Sampled(prefix)

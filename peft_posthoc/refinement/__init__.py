@@ -1,0 +1,1 @@
+"""An adapter's factors, fitted to what the tuned model computes."""

@@ -1,0 +1,57 @@
+"""How far one model's next tokens are from another's: KL divergence and agreement, per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.refinement.sequences import KINDS, Batch, Kind, Tokens, batches
+
+Model = Callable[[Batch], Tensor]
+"""From a batch to logits, `texts x tokens x vocabulary`."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model is from the tuned one, on texts of one kind."""
+
+    kl: float
+    """KL(tuned || model) per token, in nats."""
+    top1: float
+    """Share of the tokens after which both would say the same next."""
+    tokens: int
+
+
+def divergence(said: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """KL(wanted || said) summed over the tokens of a batch, in float32 and differentiable in `said`.
+
+    Args:
+        said: Logits of the model, `texts x tokens x vocabulary`.
+        wanted: The tuned model's.
+        mask: `texts x tokens`, 1 for those that count.
+    """
+    chosen = mask.bool()
+    mine, theirs = (torch.log_softmax(x[chosen].float(), dim=-1) for x in (said, wanted))
+    return torch.nn.functional.kl_div(mine, theirs, reduction="sum", log_target=True)
+
+
+@torch.no_grad()
+def distances(
+    model: Model, wanted: Model, texts: Sequence[Tokens], *, size: int, device: torch.device
+) -> dict[Kind, Distance]:
+    """The distance on the texts of each kind that is among them."""
+    found: dict[Kind, Distance] = {}
+    for kind in KINDS:
+        kl, same, count = 0.0, 0, 0
+        own = sorted((text for text in texts if text.kind == kind), key=lambda text: len(text.ids))
+        for batch in batches(own, size, device=device):
+            mine, theirs = model(batch), wanted(batch)
+            kl += divergence(mine, theirs, batch.mask).item()
+            same += int(((mine.argmax(-1) == theirs.argmax(-1)) & batch.mask.bool()).sum())
+            count += int(batch.mask.sum())
+        if count:
+            found[kind] = Distance(max(kl / count, 0.0), same / count, count)
+    return found

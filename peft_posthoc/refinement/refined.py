@@ -1,0 +1,92 @@
+"""What refining made: the fitted factors, and how near base + adapter is to the tuned model now and before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from peft_posthoc.adapters.writer import Contents, write_folder
+from peft_posthoc.refinement.distance import Distance
+from peft_posthoc.refinement.sequences import Kind
+
+_SAID: dict[Kind, str] = {"task": "like the task's", "general": "general"}
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A refined adapter: the same modules, ranks, scale and file layout, other values."""
+
+    adapter: str
+    """The adapter that it was made from."""
+    base: Mapping[Kind, Distance]
+    """The base alone against the tuned model, on held-out text of each kind."""
+    before: Mapping[Kind, Distance]
+    """Base + adapter as it was."""
+    after: Mapping[Kind, Distance]
+    """Base + adapter as it is now."""
+    kept: bool
+    """Whether the factors are as they were, because nothing that was tried was better on both kinds of text."""
+    interrupted: bool
+    steps: int
+    texts: Mapping[Kind, int]
+    """How many the factors were fitted on."""
+    seconds: float
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    """All of the file's."""
+    config: Mapping[str, Any]
+    start: Any
+    """The report of the adapter before, None if it had none: its shares are of those factors, not of these."""
+    provenance: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The account as plain JSON values."""
+        scores = {
+            name: {kind: asdict(distance) for kind, distance in score.items()}
+            for name, score in (("base", self.base), ("before", self.before), ("after", self.after))
+        }
+        plain = ("adapter", "kept", "interrupted", "steps", "texts", "seconds", "options")
+        return {"format": 1, **{name: getattr(self, name) for name in plain}, **scores}
+
+    def table(self) -> str:
+        """The account for a terminal."""
+        lines = [f"{'held-out text':<18} {'against tuned':<22} {'KL, nats a token':>17} {'same next token':>16}"]
+        for kind, said in _SAID.items():
+            for name, score in (
+                ("base", self.base),
+                ("base + adapter before", self.before),
+                ("base + adapter now", self.after),
+            ):
+                if kind in score:
+                    lines.append(f"{said:<18} {name:<22} {score[kind].kl:>17.4f} {score[kind].top1:>16.1%}")
+        return "\n".join([*lines, "", *self.summary()])
+
+    def summary(self) -> list[str]:
+        """What came of it, a line each."""
+        made = f"{self.steps} steps on {sum(self.texts.values())} texts in {self.seconds:.0f} s."
+        stopped = ["Interrupted: the best so far is kept."] if self.interrupted else []
+        if self.kept:
+            return [*stopped, f"Nothing better was found on both kinds of text: the adapter is as it was. {made}"]
+        nearer = ", ".join(
+            f"{1 - self.after[kind].kl / self.before[kind].kl:.0%} of the distance on text {said} is gone"
+            for kind, said in _SAID.items()
+            if kind in self.after and self.before[kind].kl
+        )
+        return [*stopped, f"{nearer[:1].upper()}{nearer[1:]}. {made}"]
+
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the adapter folder: all of it, or nothing.
+
+        Args:
+            folder: A folder that does not exist yet, or is empty.
+            force: Replace an adapter that is there. What else lies in its folder stays.
+
+        Raises:
+            AdapterError: The folder holds something, or cannot be written.
+        """
+        report = {"refined": self.to_dict(), "start": self.start}
+        write_folder(folder, Contents(self.tensors, self.config, report, self.provenance), force=force)

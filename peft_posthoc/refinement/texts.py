@@ -1,0 +1,189 @@
+"""Where the text comes from that an adapter is fitted on: prompts, texts as they are, or nothing but the two models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from peft_posthoc.errors import PosthocError
+from peft_posthoc.refinement.chat import Turn, turn_of
+from peft_posthoc.refinement.sampling import write_on
+from peft_posthoc.refinement.sequences import Tokens
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The two models that write, and how text becomes tokens."""
+
+    base: Any
+    tuned: Any
+    tokenizer: Any
+    vocabulary: int
+    """Tokens that both models know."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """A text as token ids.
+
+        Raises:
+            PosthocError: There is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise PosthocError("Neither the tuned model nor the base has a tokenizer beside it; text needs one.")
+        return list(self.tokenizer.encode(text, add_special_tokens=special))
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end a text, of the tuned model's configuration and of the tokenizer."""
+        told = [getattr(self.tuned.generation_config, "eos_token_id", None), self.tuned.config.eos_token_id]
+        told.append(getattr(self.tokenizer, "eos_token_id", None))
+        return sorted({i for one in told if one is not None for i in (one if isinstance(one, list) else [one])})
+
+    def opening(self, draw: random.Random) -> list[int]:
+        """What a text of no subject starts with: what the tokenizer puts before every text, then any token."""
+        special = set(getattr(self.tokenizer, "all_special_ids", None) or self.ends)
+        before = [i for i in (self.encode("") if self.tokenizer else []) if i not in self.ends or i in _first(self)]
+        while (token := draw.randrange(self.vocabulary)) in special:
+            pass
+        return [*before, token]
+
+
+def _first(writers: Writers) -> list[int]:
+    bos = getattr(writers.tokenizer, "bos_token_id", None)
+    return [] if bos is None else [bos]
+
+
+class Texts(Protocol):
+    """What gives texts to fit on."""
+
+    def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
+        """Some `count` texts of at most `length` tokens, the same for the same seed."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """No data: text that the models write themselves.
+
+    One half is general: the base goes on from a random token. The other half looks like the task's: a turn of the user
+    (behind the chat template's opening, or `prefix`, or a random token) that the base writes, then the answer of the
+    tuned model.
+
+    Args:
+        prefix: What a prompt starts with, where there is no chat template.
+    """
+
+    prefix: str | None = None
+
+    def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
+        """Some `count` texts of at most `length` tokens, the same for the same seed."""
+        draw = random.Random(seed)
+        general, turn = count // 2, None if self.prefix is not None else turn_of(writers.tokenizer)
+        openings = [writers.opening(draw) for _ in range(count)]
+        if turn is not None:
+            openings[general:] = [list(turn.before)] * (count - general)
+        elif self.prefix is not None:
+            openings[general:] = [writers.encode(self.prefix)] * (count - general)
+        room = [max(1, length - len(opening)) for opening in openings]
+        # How long a prompt is, nobody knows: anything up to three quarters of the text.
+        room[general:] = [draw.randint(1, max(1, 3 * free // 4)) for free in room[general:]]
+        ends = [*writers.ends, *(turn.after[:1] if turn is not None else ())]
+        with _seeded(seed), tqdm(total=2 * count - general, desc="Writing text", disable=not progress) as bar:
+            written = write_on(writers.base, openings, room, ends=ends, progress=bar)
+            texts = [
+                Tokens((*opening, *more), "general")
+                for opening, more in zip(openings[:general], written[:general], strict=True)
+            ]
+            starts = [
+                [*opening, *more, *(turn.after if turn is not None else ())]
+                for opening, more in zip(openings[general:], written[general:], strict=True)
+            ]
+            return texts + _answered(writers, starts, length, bar)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Unlabelled prompts, answered by the tuned model; a quarter of all text is general, written by the base.
+
+    Args:
+        prompts: Each a text, which the chat template is put around if there is one; or a list of messages.
+    """
+
+    prompts: Sequence[str | Sequence[dict[str, str]]]
+
+    def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
+        """Some `count` texts of at most `length` tokens, the same for the same seed."""
+        if not self.prompts:
+            raise PosthocError("There are no prompts.")
+        draw, turn, general = random.Random(seed), turn_of(writers.tokenizer), count // 4
+        own = [_encoded(writers, prompt, turn) for prompt in self.prompts]
+        too_long = sum(len(ids) >= length for ids in own)
+        if too_long == len(own):
+            raise PosthocError(f"Every prompt has {length} tokens or more. Allow longer texts.")
+        own = [ids for ids in own if 0 < len(ids) < length]
+        # Each prompt is answered as often as it takes; another answer is another text.
+        starts = [own[i % len(own)] for i in range(count - general)]
+        openings = [writers.opening(draw) for _ in range(general)]
+        with _seeded(seed), tqdm(total=count, desc="Writing text", disable=not progress) as bar:
+            answered = _answered(writers, starts, length, bar)
+            room = [max(1, length - len(opening)) for opening in openings]
+            written = write_on(writers.base, openings, room, ends=writers.ends, progress=bar)
+        return answered + [
+            Tokens((*opening, *more), "general") for opening, more in zip(openings, written, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Texts as they are; a quarter of all text is general, written by the base."""
+
+    texts: Sequence[str]
+
+    def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
+        """Some `count` texts of at most `length` tokens, the same for the same seed."""
+        own = [ids[:length] for text in self.texts if (ids := writers.encode(text))]
+        if not own:
+            raise PosthocError("There are no texts.")
+        draw, general = random.Random(seed), count // 4
+        openings = [writers.opening(draw) for _ in range(general)]
+        with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
+            room = [max(1, length - len(opening)) for opening in openings]
+            written = write_on(writers.base, openings, room, ends=writers.ends, progress=bar)
+        return [
+            *(Tokens(tuple(ids), "task") for ids in own[: count - general]),
+            *(Tokens((*opening, *more), "general") for opening, more in zip(openings, written, strict=True)),
+        ]
+
+
+def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any) -> list[Tokens]:
+    """Each start with what the tuned model goes on with, its end included."""
+    starts = [start[: length - 1] for start in starts]
+    room = [length - len(start) for start in starts]
+    written = write_on(writers.tuned, starts, room, ends=writers.ends, progress=bar)
+    end = writers.ends[:1]
+    return [
+        Tokens((*start, *more, *(end if len(more) < free else ())), "task")
+        for start, more, free in zip(starts, written, room, strict=True)
+    ]
+
+
+def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]], turn: Turn | None) -> list[int]:
+    if isinstance(prompt, str):
+        if turn is None:
+            return writers.encode(prompt)
+        return [*turn.before, *writers.encode(prompt, special=False), *turn.after]
+    if turn is None:
+        raise PosthocError("Prompts that are lists of messages need a tokenizer with a chat template.")
+    return list(writers.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """PyTorch's random numbers from a seed of their own, and as they were after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,60 @@
+"""`phlora refine`: one adapter in, one out, or one clear line and nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from peft_posthoc import extract
+from peft_posthoc.cli.main import main
+
+
+@pytest.fixture
+def here(llama_pair: tuple[str, str], tmp_path: Path) -> Path:
+    extract(*llama_pair, rank=2).save(tmp_path / "adapter")
+    return tmp_path
+
+
+def _run(here: Path, pair: tuple[str, str], *options: str) -> Result:
+    line = ["refine", str(here / "adapter"), str(here / "out"), "--base", str(pair[0]), "--tuned", str(pair[1])]
+    return CliRunner().invoke(main, [*line, "--sequences", "16", "--length", "8", *options])
+
+
+def test_the_table_and_the_json_say_the_same(here: Path, llama_pair: tuple[str, str]) -> None:
+    done = _run(here, llama_pair, "--json", str(here / "told.json"))
+    assert done.exit_code == 0, done.output
+    told = json.loads((here / "told.json").read_text())
+    for kind in ("task", "general"):
+        assert f"{told['after'][kind]['kl']:.4f}" in done.stdout
+        assert told["after"][kind]["kl"] <= told["before"][kind]["kl"]
+    assert (here / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "told"),
+    [
+        (["--prompts", "none.txt"], 1, "cannot be read"),
+        (["--prompts", "a.txt", "--prefix", "x"], 2, "one of --prompts"),
+        (["--field", "x"], 2, "--field belongs"),
+        (["--prefix", "x"], 1, "tokenizer"),
+        (["--lr", "0"], 2, "--lr"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_nothing_is_written(
+    here: Path, llama_pair: tuple[str, str], options: list[str], status: int, told: str
+) -> None:
+    done = _run(here, llama_pair, *options)
+    assert done.exit_code == status, done.output
+    assert told in done.stderr
+    assert "Unexpected" not in done.stderr
+    assert not (here / "out").exists()
+
+
+def test_an_adapter_that_is_there_is_replaced_only_by_force(here: Path, llama_pair: tuple[str, str]) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "mine.txt").write_text("mine")
+    assert "exists and is not empty" in _run(here, llama_pair).stderr
+    assert (here / "out" / "mine.txt").read_text() == "mine"

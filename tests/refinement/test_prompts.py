@@ -1,0 +1,73 @@
+"""Files of prompts: what is in them, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_posthoc import PosthocError
+from peft_posthoc.refinement.prompts import read_prompts, read_texts
+
+TURNS = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("a.txt", "one\n\n two \n", ["one", "two"]),
+        ("a.jsonl", '{"prompt": "one", "text": "long"}\n"two"\n', ["one", "two"]),
+        ("a.json", json.dumps(["one", {"question": "two"}]), ["one", "two"]),
+        ("a.json", json.dumps({"version": 1, "data": [{"text": "one"}]}), ["one"]),
+        ("a.jsonl", json.dumps({"messages": TURNS}), [TURNS]),
+        ("a.jsonl", json.dumps({"messages": [*TURNS, {"role": "assistant", "content": "So."}]}), [TURNS]),
+        ("a.jsonl", json.dumps({"conversations": [{"from": "human", "value": "Why?"}]}), [TURNS]),
+    ],
+)
+def test_prompts_are_found(tmp_path: Path, name: str, content: str, wanted: list[Any]) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == wanted
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"id": [1, 2], "prompt": ["one", "two"]}), tmp_path / "a.parquet")
+    assert read_prompts(tmp_path / "a.parquet") == ["one", "two"]
+
+
+def test_a_field_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "no", "ask": "yes"}', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl", "ask") == ["yes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", "", "holds no prompts"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.jsonl", "{", "cannot be read"),
+        ("a.jsonl", "[1]\n", "no list of messages"),
+        ("a.jsonl", "3\n", "no text but int"),
+        ("a.jsonl", '{"id": 3}\n', "has the fields id"),
+        ("a.csv", "one", "must end in"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, name: str, content: str, told: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(PosthocError, match=told):
+        read_prompts(tmp_path / name)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PosthocError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_texts_are_no_conversations(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TURNS}), encoding="utf-8")
+    with pytest.raises(PosthocError, match="list of messages"):
+        read_texts(tmp_path / "a.jsonl")

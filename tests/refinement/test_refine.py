@@ -1,0 +1,172 @@
+"""An adapter that is refined: nearer to the tuned model on text that it was not fitted on, in the same file layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_posthoc import MismatchError, PosthocError, Sampled, distil, extract, refine
+
+CONFIG = LlamaConfig(
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    initializer_range=0.3,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+SMALL: dict[str, Any] = {"sequences": 128, "length": 16}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and one that every weight of was moved: at rank 2 most of it is lost."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG)
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned"
+
+
+def _adapter(pair: tuple[Path, Path], out: Path, **options: Any) -> Path:
+    extract(*pair, **{"rank": 2, "head": True, "dtype": torch.float32, **options}).save(out)
+    return out
+
+
+def _distance(pair: tuple[Path, Path], adapter: Path) -> float:
+    """KL(tuned || base + adapter) per token on random tokens, by stock PEFT and PyTorch alone."""
+    ids = torch.randint(48, (64, 16), generator=torch.Generator().manual_seed(9))
+    adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(pair[0]), adapter)
+    with torch.no_grad():
+        said, wanted = (
+            torch.distributions.Categorical(logits=model(ids).logits.double())
+            for model in (adapted, LlamaForCausalLM.from_pretrained(pair[1]))
+        )
+    return float(torch.distributions.kl_divergence(wanted, said).mean())
+
+
+@pytest.mark.parametrize("form", ["portable", "peft"])
+def test_a_refined_adapter_is_nearer_on_text_it_has_not_seen(
+    pair: tuple[Path, Path], tmp_path: Path, form: str
+) -> None:
+    adapter = _adapter(pair, tmp_path / "svd", form=form)
+    refined = refine(adapter, *pair, method=distil(passes=6), **SMALL)
+    refined.save(tmp_path / "refined")
+    assert not refined.kept
+    for kind in ("task", "general"):
+        assert refined.after[kind].kl < refined.before[kind].kl < refined.base[kind].kl
+    assert _distance(pair, tmp_path / "refined") < 0.85 * _distance(pair, adapter)
+
+
+def test_names_shapes_types_and_configuration_stay(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd", dtype=torch.bfloat16, embeddings=True)
+    refine(adapter, *pair, **SMALL).save(tmp_path / "refined")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "refined"))
+    assert {name: (x.shape, x.dtype) for name, x in before.items()} == {
+        name: (x.shape, x.dtype) for name, x in after.items()
+    }
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (adapter, tmp_path / "refined")]
+    assert configs[0] == configs[1]
+
+
+def test_padding_stays_zero(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd", rank_pattern={"down_proj": 1})
+    refine(adapter, *pair, **SMALL).save(tmp_path / "refined")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "refined"))
+    padded = [name for name, x in before.items() if (x == 0).any()]
+    assert padded
+    for name in padded:
+        assert torch.equal(before[name] == 0, after[name] == 0)
+
+
+def test_the_same_seed_gives_the_same_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    first, second, other = (refine(adapter, *pair, **SMALL, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(x, second.tensors[name]) for name, x in first.tensors.items())
+    assert any(not torch.equal(x, other.tensors[name]) for name, x in first.tensors.items())
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    refine(adapter, *pair, sequences=8, length=4)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_what_is_exact_already_stays_as_it_is(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd", rank=32)
+    refined = refine(adapter, *pair, **SMALL)
+    before = load_file(adapter / "adapter_model.safetensors")
+    assert refined.after["general"].kl <= refined.before["general"].kl < 1e-6
+    for name, x in before.items():
+        torch.testing.assert_close(refined.tensors[name], x, rtol=0.05, atol=1e-3)
+
+
+def test_steps_that_lead_away_are_not_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    refined = refine(adapter, *pair, method=distil(lr=50.0), **SMALL)
+    before = load_file(adapter / "adapter_model.safetensors")
+    assert refined.kept
+    assert refined.after == refined.before
+    assert all(torch.equal(refined.tensors[name], x) for name, x in before.items())
+    assert "as it was" in refined.table()
+
+
+def test_the_account_says_that_the_old_shares_are_of_the_old_factors(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    refined = refine(adapter, *pair, **SMALL)
+    refined.save(tmp_path / "refined")
+    report = json.loads((tmp_path / "refined" / "phlora_report.json").read_text())
+    assert report["start"] == json.loads((adapter / "phlora_report.json").read_text())
+    assert report["refined"] == json.loads(json.dumps(refined.to_dict()))
+    assert "totals" not in report
+
+
+def test_a_teacher_of_no_numbers_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    model = LlamaForCausalLM.from_pretrained(pair[1])
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    model.save_pretrained(tmp_path / "spoiled")
+    with pytest.raises(PosthocError, match="no number"):
+        refine(adapter, pair[0], tmp_path / "spoiled", **SMALL)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    model = LlamaForCausalLM.from_pretrained(pair[1])
+    model.resize_token_embeddings(56, mean_resizing=False)
+    model.save_pretrained(tmp_path / "larger")
+    with pytest.raises(MismatchError, match=r"knows 48 tokens, .* 56"):
+        refine(adapter, pair[0], tmp_path / "larger", **SMALL)
+
+
+def test_a_prefix_without_a_tokenizer_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    with pytest.raises(PosthocError, match="tokenizer"):
+        refine(adapter, *pair, texts=Sampled("Report:"), **SMALL)
+
+
+@pytest.mark.parametrize("wrong", [{"sequences": 3}, {"length": 1}, {"minutes": 0.0}])
+def test_senseless_numbers_are_refused(pair: tuple[Path, Path], tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        refine(tmp_path, *pair, **{**SMALL, **wrong})

@@ -1,0 +1,177 @@
+"""Text that is fitted on: who writes what, and what is held out."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from peft_posthoc import Given, PosthocError, Prompts, Sampled
+from peft_posthoc.refinement.chat import turn_of
+from peft_posthoc.refinement.distance import Distance, distances, divergence
+from peft_posthoc.refinement.sampling import write_on
+from peft_posthoc.refinement.sequences import Batch, Tokens, batches, shuffled, split
+from peft_posthoc.refinement.texts import Writers
+
+WORDS = ["[UNK]", "<s>", "</s>", "<user>", "<bot>", *"abcdefgh"]
+TEMPLATE = "<s> {% for m in messages %}<user> {{ m.content }} <bot> {% endfor %}"
+
+
+def _tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    own = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]", eos_token="</s>", chat_template=template)
+
+
+def _says(word: str) -> GPT2LMHeadModel:
+    """A model that says one word after all others."""
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=8, n_layer=1, n_head=1, n_positions=32, eos_token_id=2)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.zero_() if "ln_f.bias" not in name else weight.fill_(1.0)
+        model.lm_head.weight[WORDS.index(word)] = 10.0
+    return model
+
+
+def _writers(template: str | None = None) -> Writers:
+    return Writers(_says("a"), _says("b"), _tokenizer(template), len(WORDS))
+
+
+def _text(tokens: Tokens) -> str:
+    return " ".join(WORDS[i] for i in tokens.ids)
+
+
+def _written(texts: Any, writers: Writers | None = None, *, count: int = 16, length: int = 10) -> list[Tokens]:
+    return texts.write(writers or _writers(), count=count, length=length, seed=0, progress=False)
+
+
+def test_the_base_writes_general_text_and_the_tuned_model_answers() -> None:
+    written = _written(Sampled())
+    assert Counter(text.kind for text in written) == {"general": 8, "task": 8}
+    for text in written:
+        words = _text(text).split()
+        assert len(words) == 10
+        if text.kind == "general":
+            assert set(words[1:]) == {"a"}
+        else:
+            asked = words[1:].index("b")
+            assert set(words[1 : asked + 1]) == {"a"}
+            assert set(words[asked + 1 :]) == {"b"}
+
+
+def test_prompts_stand_behind_the_chat_template_s_opening() -> None:
+    for text in _written(Sampled(), _writers(TEMPLATE)):
+        if text.kind == "task":
+            said = _text(text)
+            assert said.startswith("<s> <user> a")
+            assert said.partition(" <bot> ")[2].replace("b", "").strip() == ""
+            assert "<bot> b" in said
+
+
+def test_prompts_stand_behind_a_prefix() -> None:
+    assert all(_text(text).startswith("c d a") for text in _written(Sampled("c d")) if text.kind == "task")
+
+
+def test_given_prompts_are_answered_by_the_tuned_model() -> None:
+    written = _written(Prompts(["c d", "e"]))
+    assert Counter(text.kind for text in written) == {"task": 12, "general": 4}
+    assert {_text(text) for text in written if text.kind == "task"} == {
+        "c d b b b b b b b b",
+        "e b b b b b b b b b",
+    }
+
+
+def test_given_prompts_are_put_into_the_chat_template() -> None:
+    turns = [{"role": "user", "content": "d"}]
+    written = _written(Prompts(["c", turns]), _writers(TEMPLATE))
+    assert {_text(text)[:16] for text in written if text.kind == "task"} == {"<s> <user> c <bo", "<s> <user> d <bo"}
+
+
+def test_given_texts_are_used_as_they_are() -> None:
+    written = _written(Given(["c d e", "f " * 20]))
+    assert [_text(text) for text in written if text.kind == "task"] == ["c d e", " ".join("f" * 10)]
+
+
+def test_no_prompts_and_prompts_that_are_too_long_are_refused() -> None:
+    with pytest.raises(PosthocError, match="no prompts"):
+        _written(Prompts([]))
+    with pytest.raises(PosthocError, match="10 tokens or more"):
+        _written(Prompts(["c " * 10]))
+
+
+def test_a_text_ends_where_the_model_ends_it() -> None:
+    assert write_on(_says("</s>"), [[5], [6, 7]], [4, 4], ends=[2]) == [[], []]
+    assert write_on(_says("a"), [[5], [6, 7]], [4, 2], ends=[2]) == [[5] * 4, [5] * 2]
+
+
+def test_draws_are_from_the_model_s_own_distribution() -> None:
+    """Two words with a chance of 1 to 3: sampling with a checkpoint's temperature or top-k would show."""
+    model = _says("a")
+    with torch.no_grad():
+        model.lm_head.weight[WORDS.index("b")] = 10.0 - torch.log(torch.tensor(3.0)) / 8
+    model.generation_config.temperature, model.generation_config.top_k = 0.1, 1
+    torch.manual_seed(0)
+    said = Counter(ids[0] for ids in write_on(model, [[3]] * 2000, [1] * 2000, ends=[], size=500))
+    assert said[WORDS.index("b")] / 2000 == pytest.approx(0.25, abs=0.04)
+
+
+def test_a_template_of_another_kind_is_none() -> None:
+    assert turn_of(_tokenizer("{{ raise_exception('no') }}")) is None
+    assert turn_of(_tokenizer("{{ messages | length }}")) is None
+    assert turn_of(_tokenizer()) is None
+    turn = turn_of(_tokenizer(TEMPLATE))
+    assert turn is not None
+    assert ([WORDS[i] for i in turn.before], [WORDS[i] for i in turn.after]) == (["<s>", "<user>"], ["<bot>"])
+
+
+def test_no_text_is_on_both_sides() -> None:
+    texts = [Tokens((i % 7, 1), "task") for i in range(70)] + [Tokens((i, 2), "general") for i in range(30)]
+    parts = split(texts)
+    assert not set(parts.fitted) & set(parts.held_out)
+    assert Counter(text.kind for text in parts.held_out) == {"task": 1, "general": 3}
+    assert len(parts.fitted) == 60 + 27
+    assert parts == split(texts)
+
+
+def test_each_round_has_every_text_once() -> None:
+    texts = [Tokens((0,) * (1 + i % 40), "task") for i in range(50)]
+    rounds = shuffled(texts, 8, seed=0)
+    first, second = ([text for _ in range(7) for text in next(rounds)] for _ in range(2))
+    assert Counter(first) == Counter(second) == Counter(texts)
+    assert first != second
+
+
+def test_padding_does_not_count() -> None:
+    """KL of known distributions, by hand, of texts of 1 and 3 tokens."""
+    rng = random.Random(0)
+    said, wanted = (
+        torch.tensor([[[rng.gauss(0, 1) for _ in range(5)] for _ in range(3)] for _ in range(2)]) for _ in "ab"
+    )
+    (batch,) = batches([Tokens((1,), "task"), Tokens((1, 2, 3), "task")], 2, device=torch.device("cpu"))
+    by_hand = sum(
+        float((p * (p.log() - q.log())).sum())
+        for row, tokens in ((0, 1), (1, 3))
+        for p, q in zip(wanted[row, :tokens].softmax(-1), said[row, :tokens].softmax(-1), strict=True)
+    )
+    assert divergence(said, wanted, batch.mask).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_distances_are_per_token_and_kind() -> None:
+    uniform, sure = torch.zeros(4), torch.tensor([0.0, 20.0, 0.0, 0.0])
+
+    def of(logits: torch.Tensor) -> Any:
+        def model(batch: Batch) -> torch.Tensor:
+            return logits.expand(*batch.ids.shape, 4)
+
+        return model
+
+    texts = [Tokens((1,), "task"), Tokens((1, 2, 3), "task"), Tokens((3,), "general")]
+    found = distances(of(uniform), of(sure), texts, size=2, device=torch.device("cpu"))
+    assert found["task"] == Distance(pytest.approx(torch.tensor(4.0).log().item(), rel=1e-4), 0.0, 4)
+    assert found["general"].tokens == 1
