@@ -23,6 +23,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.kinds import EMBEDDING
 from peft_posthoc.models.model import Model
+from peft_posthoc.serving.arrived import Arrived, arrived
 from peft_posthoc.sources import open_checkpoint
 
 _LORA_BIAS = re.compile(r".+\.lora_B(?:\.[^.]+)?\.bias")
@@ -195,6 +196,11 @@ class Subject:
     def is_kept_whole(self, name: str) -> bool:
         """Tell whether PEFT takes the tensor to belong to one of `modules_to_save`."""
         return kept_whole(name, self.config)
+
+    @cached_property
+    def in_peft(self) -> Arrived | None:
+        """What PEFT does with it on the base; None without one, or where its class is not known."""
+        return None if self.base is None else arrived(self.base, self.config, self.headers, self.label)
 
     # Rank and scale.
 
