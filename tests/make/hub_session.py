@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 # More bytes than a disk has.
 HUGE = 10**17
 
-# One interpreter for a module of tests: the client reads its address and cache when it is imported, which takes seconds.
+# One interpreter for a module of tests: the client reads its address and cache when it is imported; that takes seconds.
 SESSION = """
 import json, sys
 import click
