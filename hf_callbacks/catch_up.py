@@ -57,6 +57,7 @@ _OF_RANKS = set(WORDS)
 @option("rank_pattern")
 @option("dtype")
 @option("form")
+@option("min_energy")
 @CHOICE
 @option("vocab")
 @option("with_tokenizer")

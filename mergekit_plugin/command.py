@@ -67,6 +67,7 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
 @option("rank_pattern")
 @option("dtype")
 @option("form")
+@option("min_energy")
 @CHOICE
 @option("serve_as")
 @option("with_tokenizer")
@@ -87,6 +88,7 @@ def main(
     force: bool,
     dtype: str | None,
     form: str,
+    min_energy: float | None,
     rank: Asked,
     rank_pattern: dict[str, int],
     serve_as: str | None,
@@ -148,6 +150,7 @@ def main(
         asked: dict[str, Any] = {
             "leave_out": merge.leave_out,
             "form": form,
+            "min_energy": min_energy,
             "dtype": dtype or out_dtype or merge.dtype,
             "device": merge_options.device or "cpu",
             **choice,

@@ -9,6 +9,7 @@ from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from mergekit_plugin.method import NAME, NO_BASE
 from mergekit_plugin.models import folder_of
 from mergekit_plugin.recipe import slices_of
 from peft_posthoc.adapters.config import try_patterns
@@ -29,6 +30,8 @@ def base_of(config: MergeConfiguration, given: str | None) -> ModelReference:
     """
     named = [config.base_model, *(piece.base_model for piece in slices_of(config))]
     bases = list(dict.fromkeys(base for base in named if base is not None))
+    if config.merge_method == NAME and not bases:
+        raise PosthocError(NO_BASE)
     if given is None and not bases:
         raise PosthocError("The configuration names no `base_model`. Say with `--base` which model the adapter is for.")
     base = bases[0] if given is None else ModelReference.parse(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from mergekit_plugin.patch_resolver import patch_resolver
 from mergekit_plugin.settings import PARAMETERS, Settings
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.checkpoints.memory import InMemory
-from peft_posthoc.errors import NothingToCarryError
+from peft_posthoc.errors import NothingToCarryError, PosthocError
 from peft_posthoc.extraction.delta import Pair
 from peft_posthoc.extraction.fate import Factored
 from peft_posthoc.extraction.outcomes import Layer
@@ -35,6 +35,7 @@ from peft_posthoc.models.layout import Layout, Place
 from peft_posthoc.text import asked_on
 
 NAME = "phlora"
+NO_BASE = f"`merge_method: {NAME}` needs `base_model`: the model that the fine-tune started from."
 logger = logging.getLogger(__name__)
 
 
@@ -69,10 +70,22 @@ class Phlora(GroupMergeMethod):  # type: ignore[misc]
         finally:
             self._known, self._unknown = None, ()
 
-    def validate_inputs(self, *inputs: Any, **named: Any) -> None:
-        """As mergekit does it, before anything is planned."""
+    def validate_inputs(self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, **named: Any) -> None:
+        """As mergekit does it, before anything is planned.
+
+        Raises:
+            PosthocError: There is no base, or not one fine-tune of it.
+        """
         patch_resolver(NAME)
-        super().validate_inputs(*inputs, **named)
+        try:
+            super().validate_inputs(input_ids, base_id, **named)
+        except ValueError as error:
+            if base_id is None:
+                raise PosthocError(NO_BASE) from error
+            others = ", ".join(f"`{one}`" for one in input_ids if one != base_id) or "none"
+            raise PosthocError(
+                f"`merge_method: {NAME}` takes one fine-tune of `{base_id}` among `models`. Got {others}."
+            ) from error
 
     @asked_on("mergekit")
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:

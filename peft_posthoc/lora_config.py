@@ -11,6 +11,7 @@ import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from peft_posthoc.errors import LeftOutWarning
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.plan import by_flags
 from peft_posthoc.extraction.reasons import LeftOut, told
@@ -89,17 +90,19 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
             )
         before, after = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
         asked = cls(r=r if isinstance(r, int) else 1, **fields)
-        adapter = extract(
-            before,
-            after,
-            r,
-            choose=lambda places: _choose(asked, places),
-            rank_pattern=asked.rank_pattern,
-            experts="fused" if asked.target_parameters else "none",
-            exact=exact,
-            device=device,
-            progress=progress,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LeftOutWarning)  # It is among what the report warns of.
+            adapter = extract(
+                before,
+                after,
+                r,
+                choose=lambda places: _choose(asked, places),
+                rank_pattern=asked.rank_pattern,
+                experts="fused" if asked.target_parameters else "none",
+                exact=exact,
+                device=device,
+                progress=progress,
+            )
         if asked.target_parameters and not any(adapter.plan.slots[module].kind.stacked for module in adapter.factors):
             raise ValueError(
                 f"`target_parameters={sorted(asked.target_parameters)}` names no stacked experts that changed."
@@ -114,8 +117,8 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
         config.delta = Delta.of(adapter, before, after, config)
         config.init_lora_weights = START
         fill_what_peft_builds()
-        for warning in adapter.report.warnings:
-            warnings.warn(warning, stacklevel=2)
+        if adapter.report.warnings:
+            warnings.warn(" ".join(adapter.report.warnings), LeftOutWarning, stacklevel=2)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -116,7 +116,7 @@ def open_pair(
     """
     before = open_checkpoint(base, revision=base_revision, role="base", modules=True)
     after = open_checkpoint(tuned, revision=tuned_revision, role="tuned", modules=True)
-    return before, without_second_names(after, before) if isinstance(after, Distcp) else after
+    return without_second_names(before, after), without_second_names(after, before)
 
 
 def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoint:

@@ -63,6 +63,11 @@ def asked_on(surface: Surface) -> Iterator[None]:
         _SURFACE.reset(before)
 
 
+def surface() -> Surface:
+    """Where the options were given that we work by."""
+    return _SURFACE.get()
+
+
 def asked(option: str, value: Any = True) -> str:
     """An option as whoever asked gives it: `head=True`, `--head` or `head: true`.
 
@@ -72,11 +77,10 @@ def asked(option: str, value: Any = True) -> str:
         option: The keyword of Python.
         value: True for a switch that is on; None where it is the user's to find.
     """
-    surface = _SURFACE.get()
     key = _FLAGS.get(option, option).replace("-", "_")
-    if surface == "command line" or (surface == "mergekit" and key not in _OF_A_MERGE):
+    if surface() == "command line" or (surface() == "mergekit" and key not in _OF_A_MERGE):
         return as_flag(option, value)
-    if surface == "mergekit":
+    if surface() == "mergekit":
         return f"{key}: {'...' if value is None else value if isinstance(value, str) else json.dumps(value)}"
     return f"{option}={'...' if value is None else repr(value)}"
 

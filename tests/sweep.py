@@ -233,10 +233,11 @@ def in_a_process(name: str, folder: str, pipe: Any) -> None:
 def sweep(names: Iterable[str], processes: int) -> Iterable[dict[str, Any]]:
     """The rows of classes, as they are done: each in a process of its own, which may crash or be ended."""
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        # What it imports, all others find imported.
-        check("LlamaForCausalLM", Path(folder))
     waiting, running = list(names)[::-1], {}
+    if len(waiting) > processes:
+        with tempfile.TemporaryDirectory() as folder:
+            # What it imports, all others find imported.
+            check("LlamaForCausalLM", Path(folder))
     while waiting or running:
         while waiting and len(running) < processes:
             name, folder = waiting.pop(), tempfile.mkdtemp()

@@ -42,7 +42,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """A checkpoint under other names, of which `names` gives the old ones, or without some of its tensors.
+    """A checkpoint under other names, of which `names` gives the old ones.
 
     It has no folder: transformers would look for the new names in files that have the old ones.
     """
@@ -66,14 +66,18 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def without_second_names(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
     """The checkpoint without the tied weights that it stores again under names that the other one lacks.
 
-    torch.distributed.checkpoint writes a tied weight under each of its names, `save_pretrained` under one. Such a name
-    goes if its matrix is, bit for bit, the only other one of that shape and type that both checkpoints have.
+    torch.distributed.checkpoint writes a tied weight under each of its names, and so do programs that copy tensors;
+    `save_pretrained` does under one. Such a name goes if its matrix is, bit for bit, the only other one of that shape
+    and type that both checkpoints have.
     """
     headers = checkpoint.headers
 
     def is_second(name: str) -> bool:
-        same = [twin for twin in headers if headers[twin] == headers[name] and twin in other.headers]
-        return len(same) == 1 and torch.equal(checkpoint.read(name), checkpoint.read(same[0]))
+        alike = [twin for twin in headers if headers[twin] == headers[name] and twin in other.headers]
+        return len(alike) == 1 and torch.equal(checkpoint.read(name), checkpoint.read(alike[0]))
 
+    if checkpoint.sequential:
+        return checkpoint
     seconds = {n for n in headers if n not in other.headers and len(headers[n].shape) > 1 and is_second(n)}
-    return _renamed(checkpoint, {n: n for n in headers if n not in seconds}) if seconds else checkpoint
+    pieces = {name: same(checkpoint, name) for name in headers if name not in seconds}
+    return View(checkpoint, pieces, loadable=True, module=checkpoint.module) if seconds else checkpoint

@@ -21,6 +21,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("rank_pattern")
 @option("dtype")
 @option("tuned_name")
+@option("min_energy")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
 @HTML

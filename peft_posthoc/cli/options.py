@@ -44,6 +44,8 @@ def option(name: str, **changes: Any) -> Callable[[F], F]:
         given["multiple"] = True
     elif asked.default is False:
         given["is_flag"] = True
+    elif name == "min_energy":
+        given["type"] = float
     elif asked.default is not None:
         given |= {"default": asked.default, "show_default": True}
     return click.option(f"--{(asked.flag or name).replace('_', '-')}", name, **(given | changes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Self, TypeVar
 
 import torch
@@ -31,7 +32,7 @@ class Workers:
     ) -> None:
         self._most, self._room, self._before = threads + waiting, room, torch_threads and torch.get_num_threads()
         self._pool = ThreadPoolExecutor(
-            threads, initializer=torch.set_num_threads if torch_threads else None, initargs=(torch_threads,)
+            threads, initializer=partial(torch.set_num_threads, torch_threads) if torch_threads else None
         )
 
     def __enter__(self) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import in_stored_order
 from peft_posthoc.compute.workers import Workers
-from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
+from peft_posthoc.errors import AdapterError, LeftOutWarning, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.delta import Pair
 from peft_posthoc.extraction.outcomes import Layer, Outcome
@@ -24,13 +25,16 @@ from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.preflight import check
 from peft_posthoc.extraction.prepare import Prepared, prepare
 from peft_posthoc.extraction.processes import ALONE, Processes
+from peft_posthoc.extraction.report import MATERIAL, left_out
 from peft_posthoc.extraction.request import Options, Request, takes_options
+from peft_posthoc.extraction.series import Series
 from peft_posthoc.extraction.spool import Spool
 from peft_posthoc.extraction.work import factor_pairs
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
 from peft_posthoc.linalg.svd import cost
-from peft_posthoc.ranks.rules import Rank, is_value
+from peft_posthoc.ranks.rules import Rank, is_value, several
 from peft_posthoc.sources import Source, sides
+from peft_posthoc.text import asked, percent, surface
 
 
 @takes_options
@@ -64,7 +68,11 @@ def extract(
     Returns:
         The adapter, with its report.
 
+    Warns:
+        LeftOutWarning: A hundredth of the fine-tune's energy, or more, is not in the adapter.
+
     Raises:
+        AdapterError: It holds less than `min_energy` of the whole fine-tune.
         CheckpointError: A checkpoint cannot be read, or holds NaN or infinity.
         MismatchError: The two are not states of one model.
         NothingToCarryError: Nothing changed that LoRA can carry.
@@ -103,7 +111,12 @@ def extract(
             keep_factors=keep_factors,
         )
         adapter = prepared.adapter(outcomes, tuned_name=request.options["tuned_name"])
-        return prepared.settle(adapter)
+        adapter = prepared.settle(adapter)
+        if (least := request.options["min_energy"]) is not None:
+            _check_energy(adapter, request.rank, least)
+        if keep_factors and surface() == "python":
+            _warn_of_losses(adapter)
+        return adapter
     except KeyboardInterrupt as interrupt:
         if spool is not None and len(spool):
             interrupt.add_note(
@@ -117,6 +130,36 @@ def extract(
         if spool is not None and not isinstance(error, ShareDone):
             spool.remove()
         raise
+
+
+def _check_energy(adapter: Adapter, rank: object, least: float) -> None:
+    """See that the adapter, or each of several, holds enough of the whole fine-tune.
+
+    Raises:
+        AdapterError: One does not.
+    """
+    for one in Series.of(adapter, rank).adapters.values() if isinstance(rank, several) else [adapter]:
+        totals = one.report.totals
+        if totals.energy_of_all < least:
+            lost = "; ".join(f"{percent(share)}: {why}" for why, share in _losses(one))
+            raise AdapterError(
+                f"At rank {totals.rank} the adapter holds {totals.of_all} of the whole fine-tune's energy, less than "
+                f"`{asked('min_energy', least)}`, and is not written. Its weights hold {percent(totals.energy)} of "
+                f"their deltas'. Left out is {lost or 'nothing else'}."
+            )
+
+
+def _warn_of_losses(adapter: Adapter) -> None:
+    if losses := [f"{percent(share)}: {why}" for why, share in _losses(adapter) if share >= MATERIAL]:
+        text = f"Of the fine-tune's energy the adapter leaves out {'; '.join(losses)}. Its `report` has every tensor."
+        warnings.warn(text, LeftOutWarning, stacklevel=3)
+
+
+def _losses(adapter: Adapter) -> list[tuple[str, float]]:
+    """What is left out, by reason in the words of whoever asked: its share of the whole fine-tune, largest first."""
+    fates = adapter.plan.left_out
+    losses = [(fates[rows[0].weight].hint, share) for rows, share in left_out(adapter.report.rows).values()]
+    return sorted(losses, key=lambda loss: -loss[1])
 
 
 def _why_nothing_is_kept(prepared: Prepared, out: Path | None) -> str | None:

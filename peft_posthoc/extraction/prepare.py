@@ -24,6 +24,7 @@ from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.reasons import CODED, Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
+from peft_posthoc.extraction.swapped import swapped
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
 from peft_posthoc.models.decoders import is_plain_decoder
 from peft_posthoc.models.find import model_of
@@ -178,6 +179,8 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     )
     if refused:
         notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
+    if doubt := swapped(*opened):
+        notes = (*notes, doubt)
     beside = files_of_text(opened[1]) if options["with_tokenizer"] else {}
     if options["with_tokenizer"] and not beside:
         notes = (*notes, f"There is no tokenizer beside `{opened[1].label}`: none is copied.")
@@ -267,13 +270,12 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     except PatternError as error:
         raise ValueError(f"`{asked('rank_pattern', None)}`: {error}.") from error
 
-    for pattern in own:
-        # One that a pattern before it hides has met its modules.
-        if pattern not in by_hand.values() and not first_matches([pattern], modules.values()):
-            raise ValueError(
-                f"`{asked('rank_pattern', {pattern: rank_pattern[pattern]})}` ends the name of no module that is "
-                f"carried. Names look like `{next(iter(modules.values()))}`."
-            )
+    # One that a pattern before it hides has met its modules.
+    if idle := [each for each in own if each not in by_hand.values() and not first_matches([each], modules.values())]:
+        raise ValueError(
+            f"`{idle[0]}` in `{asked('rank_pattern', None)}` ends the name of no module that is carried. Names look "
+            f"like `{next(iter(modules.values()))}`."
+        )
 
     def of(weight: str, module: str) -> RankRule | None:
         if module in by_hand:

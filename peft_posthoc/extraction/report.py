@@ -310,7 +310,7 @@ def _powers_below(rank: int) -> list[int]:
 
 
 def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
-    for reason, (group, share) in _left_out(rows).items():
+    for reason, (group, share) in left_out(rows).items():
         if share >= MATERIAL:
             about = "About " if any(map(_is_unknown, group)) else ""
             yield f"{about}{percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
@@ -344,7 +344,7 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
         )
 
 
-def _left_out(rows: Iterable[Row]) -> dict[str, tuple[list[Row], float]]:
+def left_out(rows: Iterable[Row]) -> dict[str, tuple[list[Row], float]]:
     """By reason, what is left out, and its share of the whole fine-tune's energy."""
     energies, groups = _energies(rows), dict[str, list[Row]]()
     for row in rows:
@@ -362,7 +362,7 @@ def _left_out_lines(rows: tuple[Row, ...]) -> list[str]:
             f"whole: {len(whole):>7} norms, biases and the like: {percent(share)} of the fine-tune's energy, "
             f"{size(sum(row.bytes for row in whole))}"
         )
-    for reason, (group, share) in _left_out(rows).items():
+    for reason, (group, share) in left_out(rows).items():
         about = "about " if any(map(_is_unknown, group)) else ""
         lines.append(f"left out: {len(group):>4} x {reason}: {about}{percent(share)} of the fine-tune's energy")
     unchanged = sum(row.status == "unchanged" for row in rows)

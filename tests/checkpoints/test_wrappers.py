@@ -1,6 +1,7 @@
 """Models that were compiled: `torch.compile(module)` is a module of its own, and its name goes into theirs."""
 
 import copy
+import shutil
 import warnings
 
 import pytest
@@ -126,3 +127,18 @@ def test_a_folder_of_a_compiled_model_is_not_loaded_as_a_model(tmp_path):
     # transformers would take none of its weights, and give random ones.
     assert found.adapter is None
     assert found.cosine == whole.cosine
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tied_weight_that_a_folder_stores_under_both_its_names_is_one(side, tied_pair, tmp_path):
+    folders = list(tied_pair)
+    tensors = load_file(f"{folders[side]}/model.safetensors")
+    shutil.copytree(folders[side], tmp_path / "both")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "both" / "model.safetensors")
+    folders[side] = tmp_path / "both"
+    expected, found = (extract(*pair, 4, form="peft") for pair in (tied_pair, folders))
+    assert [(row.weight, row.status, row.modules) for row in found.report.rows] == [
+        (row.weight, row.status, row.modules) for row in expected.report.rows
+    ]
+    assert found.report.totals.energy_of_all == expected.report.totals.energy_of_all

@@ -39,6 +39,7 @@ FULL = {
     "exact": True,
     "device": "cpu",
     "dtype": "float16",
+    "min_energy": 0.5,
 }
 
 
@@ -53,6 +54,7 @@ def test_every_option_comes_back_from_json():
 VALUES = {
     str | None: st.none() | st.text(min_size=1),
     bool: st.booleans(),
+    float | None: st.none() | st.floats(0.01, 1),
     str | Iterable[str]: st.text(min_size=1) | st.lists(st.text(min_size=1), max_size=3),
     Mapping[str, int] | None: st.none() | st.dictionaries(st.text(min_size=1), st.integers(1, 9), max_size=2),
 }
@@ -112,7 +114,7 @@ def test_the_callback_shows_them_too():
     ("command", "missing"),
     [
         (phlora.get_command(None, "extract"), set()),
-        (phlora.get_command(None, "inspect"), {"tuned_name", "rank_pattern", "dtype", "with_tokenizer"}),
+        (phlora.get_command(None, "inspect"), {"tuned_name", "rank_pattern", "dtype", "min_energy", "with_tokenizer"}),
         (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename"}),
     ],
     ids=["extract", "inspect", "mergekit-phlora"],
@@ -158,6 +160,7 @@ def test_every_option_that_changes_factors_is_in_the_report_and_so_in_the_key_of
     """A layer that was finished under other options is not taken for one of these."""
     told = peft_posthoc.extract(*llama_pair, 2).provenance["options"]
     otherwise = {"base_revision", "tuned_revision", "tuned_name", "with_tokenizer", "choose", "leave_out", "dtype"}
+    otherwise |= {"min_energy"}
     assert set(told) == set(OPTIONS) - otherwise | {"rule"}
 
 

@@ -225,6 +225,20 @@ def test_a_rank_pattern_is_read_from_a_file(llama_pair, tmp_path):
             assert row["rank"] == by_hand
 
 
+def test_a_rank_pattern_that_matches_nothing_is_named(llama_pair, tmp_path):
+    # The second is hidden by the first, and no mistake; the last means a module that is not carried.
+    fine = {r".*_proj": 3, "q_proj": 5}
+    assert extract(*llama_pair, 2, rank_pattern=fine).report.totals.rank == 3
+    for pattern in ("q_prj", r"layers\.9\..*", "self_attn", "lm_head"):
+        with pytest.raises(ValueError, match="ends the name of no module that is carried") as refused:
+            extract(*llama_pair, 2, rank_pattern=fine | {pattern: 4})
+        assert str(refused.value).startswith(f"`{pattern}` in `rank_pattern=...`")
+        text = json.dumps({pattern: 4})
+        done = run("extract", *llama_pair, tmp_path / "out", "--rank", "2", "--rank-pattern", text)
+        assert (done.exit_code, list(tmp_path.iterdir())) == (1, [])
+        assert f"`{pattern}` in `--rank-pattern` ends the name" in done.output
+
+
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"q_proj": 0}', '{"q_proj": 1.5}', '{"(": 4}', "{", "nowhere.json"])
 def test_a_pattern_that_makes_no_sense_is_refused(text, tmp_path):
     with pytest.raises(click.BadParameter):

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from peft_posthoc import open_checkpoint
+from peft_posthoc import open_checkpoint, preflight
 from peft_posthoc.adapters.names import matched, target_modules
 from peft_posthoc.models.decoders import PLAIN_DECODERS
 from peft_posthoc.models.find import layout_of
@@ -97,6 +100,34 @@ def test_without_a_class_names_and_shapes_decide():
         "a.embed_tokens": (EMBEDDING, "embedding"),
         "a.q": (LINEAR, "layer"),
         "lm_head": (LINEAR, "head"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head"),
+    [
+        ("model.tok_embeddings", "output"),
+        ("transformer.embedding.word_embeddings", "transformer.output_layer"),
+        ("gpt_neox.embed_in", "embed_out"),
+        ("model.embed_tokens", "model.projection"),
+        ("model.odd", "output"),
+    ],
+)
+def test_the_head_of_a_model_with_code_of_its_own_is_told_by_its_shape_and_not_carried(tokens, head, tmp_path):
+    embedded = [] if tokens == "model.odd" else [tokens]  # Then the configuration alone says how many tokens there are.
+    shapes = dict.fromkeys([*embedded, "model.layers.0.up", head], (96, 32)) | {"model.layers.0.wo": (32, 32)}
+    for side in ("base", "tuned"):
+        (tmp_path / side).mkdir()
+        weights = {f"{module}.weight": torch.randn(shape) for module, shape in shapes.items()}
+        save_file(weights, tmp_path / side / "model.safetensors")
+        config = {"model_type": "mine", "vocab_size": 96, "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
+        (tmp_path / side / "config.json").write_text(json.dumps(config))
+    found = {row.weight: row.reason for row in preflight(tmp_path / "base", tmp_path / "tuned", 2).rows}
+    assert found == {
+        **{f"{module}.weight": "embedding (carried with --embeddings)" for module in embedded},
+        f"{head}.weight": "head (carried with --head)",
+        "model.layers.0.up.weight": "",
+        "model.layers.0.wo.weight": "",
     }
 
 

@@ -1,5 +1,6 @@
 """What a merge, or its adapter, is refused for."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,23 @@ def test_what_the_merged_model_cannot_follow_is_refused(flags, llama_pair, tmp_p
     refused(mergekit_runs.phlora(config, tmp_path / "out", *flags), f"use `phlora extract {flags[0]}`")
 
 
+def test_a_base_and_one_fine_tune_of_it_are_needed(three, tmp_path):
+    base, tuned, more = (three / name for name in ("base", "tuned", "tuned-too"))
+    cases = {
+        "needs `base_model`: the model": mergekit_runs.config(None, tuned, parameters={"rank": 8}),
+        f"one fine-tune of `{base}` among `models`. Got `{tuned}`, `{more}`.": mergekit_runs.config(base, tuned, more),
+        f"one fine-tune of `{base}` among `models`. Got none.": mergekit_runs.config(base, base),
+    }
+    for said, config in cases.items():
+        refused(mergekit_runs.phlora(config, tmp_path / "out"), said)
+        with pytest.raises(peft_posthoc.PosthocError, match=re.escape(said)):
+            mergekit_runs.stock(config, tmp_path / "out")
+
+
 def test_mergekits_own_rules_end_in_a_line(three, tmp_path):
     base, tuned, more = (three / name for name in ("base", "tuned", "tuned-too"))
-    refused(mergekit_runs.phlora(mergekit_runs.config(None, tuned, more), tmp_path / "out"), "names no `base_model`")
-    refused(
-        mergekit_runs.phlora(mergekit_runs.config(base, tuned, more), tmp_path / "out"), "requires exactly 2 inputs"
-    )
+    none = mergekit_runs.config(None, tuned, more, method="linear", each={"weight": 0.5})
+    refused(mergekit_runs.phlora(none, tmp_path / "out"), "names no `base_model`", "Say with `--base`")
     wide = models.save(models.llama(intermediate_size=64), tmp_path / "wide")
     refused(mergekit_runs.phlora(mergekit_runs.config(base, wide), tmp_path / "out"), "other shapes")
     refused(mergekit_runs.phlora(mergekit_runs.config(base, tuned, method="made-up"), tmp_path / "out"), "made-up")
