@@ -1,1 +1,1 @@
-"""What module and kind each weight of a model is."""
+"""Module and kind of each weight of a model."""

@@ -68,7 +68,7 @@ def second_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
 
 
 class _Last:
-    """What was made last: the pieces of one tensor are read one after the other."""
+    """The pieces that were made last: those of one tensor are read one after the other."""
 
     def __init__(self) -> None:
         self._made: tuple[Conversion | None, dict[str, Tensor]] = None, {}

@@ -52,7 +52,7 @@ def check_counts(config: Mapping[str, Any]) -> None:
     """Refuse more layers or experts than anybody can wait for.
 
     Raises:
-        CheckpointError: There are more.
+        CheckpointError: The configuration has more.
     """
     for part in (config, *(own for own in config.values() if isinstance(own, dict))):
         for key, value in part.items():

@@ -9,10 +9,8 @@ from peft_posthoc.models.kinds import EMBEDDING, LINEAR, LayerKind
 from peft_posthoc.models.layout import GUESSED, Layout, is_of_an_expert
 
 _TOKEN_LEAVES = ("embed_tokens", "word_embeddings", "wte", "shared", "tok_embeddings", "token_embedding", "embed_in")
-_EMBEDDING_LEAVES = (
-    *_TOKEN_LEAVES,
-    *("wpe", "position_embeddings", "token_type_embeddings", "embed_positions", "relative_attention_bias"),
-)
+_POSITION_LEAVES = ("wpe", "position_embeddings", "token_type_embeddings", "embed_positions", "relative_attention_bias")
+_EMBEDDING_LEAVES = _TOKEN_LEAVES + _POSITION_LEAVES
 # Routers beside experts, which are no plain layers.
 _ROUTER_LEAVES = ("gate", "router")
 _HEAD_LEAVES = ("lm_head", "embed_out")

@@ -1,4 +1,4 @@
-"""What a configuration tells of a model."""
+"""Facts about a model that its configuration has."""
 
 from __future__ import annotations
 

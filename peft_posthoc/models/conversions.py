@@ -19,7 +19,7 @@ Parts = tuple[tuple[str, ...], ...]
 
 
 class Loading(NamedTuple):
-    """How the tensors of files become those of a model."""
+    """The tensors of a model, as they come from those of files."""
 
     renamed: dict[str, str]
     """By name on disk, the model's own."""
@@ -113,13 +113,13 @@ def _rules(model: nn.Module) -> list[Any]:
 
 
 def _stacks_experts(rule: Any) -> bool:
-    """Whether a converter does nothing but stack experts, and the parts of each along the out features."""
+    """Tell whether a rule does nothing but stack experts, and the parts of each along the out features."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
     return steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 def written(model: nn.Module, name: str, parameter: Tensor) -> Parts:
-    """What transformers makes of a stack when it saves it: by expert, its tensors on disk; nothing if it is one."""
+    """The tensors by expert that transformers saves a stack as; none if it saves it as it is."""
     if not any(_stacks_experts(rule) for rule in _rules(model) if hasattr(rule, "operations")):
         return ()
     from transformers.core_model_loading import revert_weight_conversion

@@ -35,7 +35,7 @@ PLAIN_DECODERS: Mapping[str, bool] = {
 
 
 def is_plain_decoder(checkpoint: Checkpoint) -> bool:
-    """Whether it is one of `PLAIN_DECODERS`, on disk."""
+    """Tell whether a checkpoint on disk is one of `PLAIN_DECODERS`."""
     config = checkpoint.config or {}
     plain = config.get("model_type") in PLAIN_DECODERS and architecture(config).endswith("ForCausalLM")
     return plain and "model.embed_tokens.weight" in checkpoint.headers and checkpoint.module is None

@@ -26,7 +26,7 @@ class LayerKind:
     a_key: str = "lora_A.weight"
     b_key: str = "lora_B.weight"
     fan_in_fan_out: bool = False
-    """What `LoraConfig` must say of it."""
+    """The setting of this name in `LoraConfig`."""
 
     def size(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """`m` and `n` of a weight of this shape, or None if it has no matrix."""
@@ -93,7 +93,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Whether it is called, and gives what a linear layer gives: PEFT adds to that."""
+    """Tell whether a module is called, and gives what a linear layer gives: PEFT adds to that."""
     # `nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it: an adapter there has no effect.
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False

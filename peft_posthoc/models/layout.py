@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def is_of_an_expert(module: str) -> bool:
-    """Whether it is a module of one expert among several."""
+    """Tell whether a module is part of one expert among several."""
     return re.search(r"(^|\.)experts\.\d+\.", module) is not None
 
 
@@ -49,7 +49,7 @@ class Stack(NamedTuple):
     """A parameter that holds the matrices of several experts, or their biases as the rows of one matrix."""
 
     name: str
-    """What the model calls it."""
+    """The model's own."""
     shape: tuple[int, ...]
     """Experts x out x in features; in x out where transposed; two numbers only for biases."""
     kind: LayerKind
@@ -58,7 +58,7 @@ class Stack(NamedTuple):
 
     @property
     def units(self) -> tuple[str, ...]:
-        """What the expert's matrices are called here: `NAME[0]`, `NAME[1]`, ...; biases `NAME` alone."""
+        """Names of the experts' matrices: `NAME[0]`, `NAME[1]`, ...; of biases `NAME` alone."""
         return tuple(str(Part(self.name, e)) for e in range(self.shape[0])) if len(self.shape) == 3 else (self.name,)
 
 
@@ -76,7 +76,7 @@ class Layout:
     """Which module each weight of a model belongs to."""
 
     origin: str
-    """Where this knowledge comes from: a class, or names and shapes."""
+    """The source of this knowledge: a class, or names and shapes."""
     kinds: Mapping[str, LayerKind]
     """Every module that PEFT can adapt."""
     classes: Mapping[str, str] = field(default_factory=dict)
@@ -86,11 +86,11 @@ class Layout:
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """For a module whose weight is stored once and used again: the modules that use it."""
     prefix: str = ""
-    """What a checkpoint of the bare model leaves out of its names (`transformer.` for GPT-2)."""
+    """The beginning that names in a checkpoint of the bare model lack (`transformer.` for GPT-2)."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """By name on disk, the model's own name of a tensor, where transformers renames it when it loads."""
     conversions: tuple[Conversion, ...] = ()
-    """What is on disk in other pieces."""
+    """The model's tensors that are on disk in other pieces."""
     stacks: tuple[Stack, ...] = ()
     """The parameters of the experts, in the model's order."""
     mistaken: Mapping[str, LayerKind] = field(default_factory=dict)
@@ -114,11 +114,11 @@ class Layout:
         return module
 
     def name_of(self, weight: str) -> str:
-        """What the model itself calls a tensor of a checkpoint."""
+        """The model's own name of a checkpoint's tensor."""
         return f"{self.module_of(weight)}.{self.renamed.get(weight, weight).rpartition('.')[2]}"
 
     def names_of(self, weight: str) -> tuple[str, ...]:
-        """The same, and the names of those that share the tensor."""
+        """The model's own name of a checkpoint's tensor, and the names of those that share it."""
         own = self.name_of(weight)
         return own, *self.shared.get(own, ())
 
@@ -132,7 +132,7 @@ class Layout:
         return found
 
     def places(self, weight: str) -> list[Place]:
-        """Where the weight lives; none if it is not the weight of a module that PEFT can adapt."""
+        """The places of a weight; none if it is not the weight of a module that PEFT can adapt."""
         own = self.name_of(weight)
         if own in self.kinds and self.kinds[own].stacked:
             part = Part.named(own)
@@ -149,7 +149,7 @@ class Layout:
         return [Place(user, self.kinds[user], self._role(user)) for user in users]
 
     def of_experts(self, weight: str) -> bool:
-        """Whether it is a matrix, or the stacked matrices, of experts that are not taken apart."""
+        """Tell whether a weight is a matrix, or the stacked matrices, of experts that are not taken apart."""
         return self.name_of(weight) in self._expert_names or weight in self._expert_names
 
     @cached_property
@@ -158,7 +158,7 @@ class Layout:
         return {*(stack.name for stack in self.stacks), *parts}
 
     def without_ties(self, untied: Iterable[str]) -> Layout:
-        """The same layout, where these modules have weights of their own."""
+        """This layout, but with weights of their own for the modules of these weights."""
         own = {self.name_of(weight).removesuffix(".weight") for weight in untied}
         ties = {owner: tuple(user for user in users if user not in own) for owner, users in self.ties.items()}
         return replace(self, ties=ties)

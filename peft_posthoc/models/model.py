@@ -22,7 +22,7 @@ class Model:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Model:
-        """What a checkpoint's configuration and headers tell of its model."""
+        """The model of a checkpoint, by its configuration and headers."""
         layout = layout_of(checkpoint)
         checkpoint = as_model(checkpoint, layout)
         return cls(checkpoint, layout, slots_of(checkpoint.headers, layout))
@@ -41,6 +41,6 @@ class Model:
 
     @property
     def tied(self) -> bool:
-        """Whether the head's weight is the embedding's."""
+        """True if the head's weight is the embedding's."""
         layout = self.layout
         return any(layout.head in {owner, *users} for owner, users in layout.ties.items() if users)

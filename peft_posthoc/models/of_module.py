@@ -108,7 +108,7 @@ def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _reads_and_writes_text(model: nn.Module) -> bool:
-    """Whether PEFT's class for encoder-decoders fits: it hands over token ids, which one that listens does not take."""
+    """Tell whether PEFT's class for encoder-decoders fits: it hands over token ids, which one that listens refuses."""
     text = getattr(model, "main_input_name", "input_ids") == "input_ids"
     return text and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 

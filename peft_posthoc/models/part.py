@@ -16,10 +16,10 @@ class Part(NamedTuple):
     start: int
     """Which matrix, or the first of the rows."""
     to_end: bool = False
-    """Whether it is rows."""
+    """True for rows."""
 
     def __str__(self) -> str:
-        """What it is called."""
+        """The name of the part."""
         return f"{self.tensor}[{self.start}{':' if self.to_end else ''}]"
 
     @classmethod
@@ -30,6 +30,6 @@ class Part(NamedTuple):
 
 
 def is_rest(name: str) -> bool:
-    """Whether it is rows beyond those that another checkpoint has."""
+    """Tell whether a name is that of rows which another checkpoint lacks."""
     part = Part.named(name)
     return part is not None and part.to_end

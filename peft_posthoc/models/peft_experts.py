@@ -1,4 +1,4 @@
-"""What PEFT makes of the experts of a model when it loads an adapter with the names of single experts."""
+"""PEFT's reading of adapters that have the names of single experts."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _NAMES_CODE = (
 
 
 def comes_with_code(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration, of a model or a tokenizer, names code that comes with it."""
+    """Tell whether a configuration, of a model or a tokenizer, names code that comes with it."""
     return bool(config.get("auto_map"))
 
 

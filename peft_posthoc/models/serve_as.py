@@ -44,7 +44,7 @@ def _for_class(name: str, configs: list[Mapping[str, Any]]) -> dict[str, Any]:
     """A configuration for that class, found among these or in their `text_config`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such class, or no configuration for it.
     """
     from peft_posthoc.models.by_class import class_of
 

@@ -22,7 +22,7 @@ class Renamed(NamedTuple):
 
     checkpoint: Checkpoint
     notes: tuple[str, ...]
-    """What was done, for people."""
+    """The changes, for people."""
     used: frozenset[str] = frozenset()
     """The rules that changed a name."""
 
@@ -190,7 +190,7 @@ def _is_a_change(
     free: Mapping[str, object],
     bulk: float,
 ) -> bool:
-    """Whether it fits the bulk of the model; or a part of it, such as a vision tower, nearly completely."""
+    """Tell whether a change fits the bulk of the model; or a part, such as a vision tower, nearly completely."""
     cut, put = change
     part = max(sum(name.startswith(cut) for name in strange), sum(name.startswith(put) for name in free))
     return len(names) >= bulk or (len(names) >= 10 and 10 * len(names) >= 9 * part)

@@ -27,7 +27,7 @@ class Match(NamedTuple):
     resized: frozenset[str]
     """The tensors that no factors lead to, since they have other rows than the base's."""
     notes: tuple[str, ...]
-    """What was decided on the way, for people."""
+    """Decisions on the way, for people."""
 
 
 def match(
@@ -52,7 +52,7 @@ def match(
         of_tuned: Whether the adapter is for the tuned model's class, where that is another: it may have a new head.
 
     Raises:
-        MismatchError: They cannot be seen so.
+        MismatchError: Their names or experts cannot be brought together.
         ValueError: A rule is malformed, or changes no name; there is no such class.
     """
     base, told_base, used_base = by_rules(base, rules)

@@ -127,7 +127,7 @@ def _with_zeros(count: int, tensor: Tensor) -> Tensor:
 
 
 def way_out(names: Collection[str], sizes: tuple[int, int]) -> str:
-    """What to do about vocabularies of these sizes, for an error."""
+    """The ways out of vocabularies of these sizes, for an error."""
     before, after = sizes
     return (
         f"The vocabularies differ: {before} rows in base, {after} in tuned ({', '.join(sorted(names)[:3])}). "

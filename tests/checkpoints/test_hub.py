@@ -407,3 +407,18 @@ def test_modules_beside_the_model_are_fetched_with_it(hub, phlora, pair, work):
     assert status == 0, stderr
     rows = json.loads((work / "out" / "phlora_report.json").read_text())["rows"]
     assert [row["cause"] for row in rows if row["weight"] == "2_Dense/linear.weight"] == ["beside-model"]
+
+
+def test_a_dry_run_of_an_adapter_fetches_nothing_of_the_base_that_it_names(hub, phlora, pair, tmp_path, work):
+    for path in pair:
+        hub.repository(f"named/{path.name}").commit(path, "main")
+    assert phlora("extract", "named/base", pair[1], tmp_path / "lora", "--rank", "4")[0] == 0
+    hub.repository("named/later").put({"model.safetensors": (pair[0] / "model.safetensors").read_bytes()}, "main")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    changed = config | {"base_model_name_or_path": "named/later/", "revision": None}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(changed))
+    hub.fetched.clear()
+    status, said, stderr = phlora("extract", pair[0], tmp_path / "lora", work / "out", "--dry-run", "--json")
+    assert status == 0, stderr
+    assert hub.fetched == []
+    assert json.loads(said)["download_bytes"] == (pair[0] / "model.safetensors").stat().st_size
