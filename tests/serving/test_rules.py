@@ -206,6 +206,24 @@ def test_embeddings_and_head_of_extract(pair, request, tmp_path):
     assert right == {"peft", "vllm", "sglang", "nim", "mlx"} | untied
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_vocabulary_that_must_be_resized_first_is_told_with_the_call(tmp_path):
+    model = models.llama()
+    base = models.save(model, tmp_path / "base")
+    model.resize_token_embeddings(104)
+    tuned = models.save(models.tuned_from(model), tmp_path / "tuned")
+    folder = extract(base, tuned, 8, form="peft", vocab="extend").save(tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(models.load(base), folder)
+    (outcome,) = check(folder, base=base, engines=["peft"]).outcomes
+    assert "resized-vocabulary" in {finding.rule for finding in outcome.findings}
+    assert outcome.verdict == "right"
+    first, then = outcome.serve
+    namespace = {"base": models.load(base), "PeftModel": peft.PeftModel}
+    exec(first, namespace)
+    exec(then, namespace)
+
+
 def test_the_flags_that_an_engine_is_started_with(good, llama_pair):
     serve = {outcome.engine: " ".join(outcome.serve) for outcome in check(good, base=llama_pair[0]).outcomes}
     assert f"vllm serve {llama_pair[0]} --enable-lora --max-lora-rank 16 --max-loras 1" in serve["vllm"]
