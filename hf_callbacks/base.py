@@ -85,7 +85,7 @@ def _differs(found: Checkpoint, model: nn.Module) -> str | None:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether this process holds all of it: neither sharded, nor partitioned away, nor on the meta device."""
+    """Tell whether this process holds all of it: neither sharded, nor partitioned away, nor on the meta device."""
     return type(tensor.data) is Tensor and tensor.numel() > 0 and not tensor.is_meta
 
 

@@ -1,4 +1,4 @@
-"""What has come to its end, adapters and uploads: told, logged, and sent on."""
+"""Adapters and uploads that have come to their end: told, logged, and sent on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Ended:
 
     def __init__(self, log: Log, *, by: TrainerCallback) -> None:
         self.is_first = True
-        """Whether no adapter of this run has been told of."""
+        """True as long as no adapter of this run has been told of."""
         self._log, self._by = log, by
 
     def adapters(self, run: Run, push: Push | None, ended: Iterable[Done]) -> None:

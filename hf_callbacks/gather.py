@@ -16,23 +16,23 @@ _WHOLE = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
 def saves_partitions(args: Any) -> bool:
-    """Whether a run's checkpoints hold DeepSpeed's own partitions in place of weights. The same on every process."""
+    """Tell whether a run's checkpoints hold DeepSpeed's partitions in place of weights. The same on every process."""
     config = getattr(args, "hf_deepspeed_config", None)
     return config is not None and config.is_zero3() and not config.get_value(_WHOLE, False)
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has spread the weights over the processes. The same on every process."""
+    """Tell whether ZeRO-3 has spread the weights over the processes. The same on every process."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP or tensor parallelism has."""
+    """Tell whether FSDP or tensor parallelism has."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def trains_adapter(model: nn.Module) -> bool:
-    """Whether a model is PEFT's, or has an adapter of PEFT's in it. The same on every process."""
+    """Tell whether a model is PEFT's, or has an adapter of PEFT's in it. The same on every process."""
     return hasattr(model, "peft_config") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 

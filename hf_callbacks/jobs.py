@@ -28,7 +28,7 @@ class Job(NamedTuple):
     step: int
     """When its checkpoint was saved."""
     task: Task | None
-    """What another process is given; None for work that was done here."""
+    """The task that another process is given; None for work that was done here."""
     made: Path
     """The folder that the command writes."""
     pinned: Path | None
@@ -42,7 +42,7 @@ class Done(NamedTuple):
     failure: str | None
     """Why there is no adapter."""
     killed: bool = False
-    """Whether it is because its process was killed: it can be made again."""
+    """True where its process was killed: it can be made again."""
 
 
 class Jobs:
@@ -71,7 +71,7 @@ class Jobs:
         self._waiting.append(job)
 
     def poll(self) -> list[Done]:
-        """What has come to its end since it was last asked; the next one is started."""
+        """Jobs that came to their end since it was last asked; the next one is started."""
         ended = []
         if self._running is not None:
             job, process, errors = self._running

@@ -1,4 +1,4 @@
-"""What the callback says: numbers to trackers and to the trainer's history, warnings to the logger.
+"""Words of the callback: numbers to trackers and to the trainer's history, warnings to the logger.
 
 Nothing of it is seen by the training. `Trainer.log` would be: it clears `control.should_log`, so that a process that
 logs alone skips a collective in which the others wait, and that step's loss is in no log.
@@ -23,7 +23,7 @@ _SUMMARY = "train_runtime"
 
 
 def is_summary(row: dict[str, Any]) -> bool:
-    """Whether a row of the log is the one that the Trainer ends a training with."""
+    """Tell whether a row of the log is the one that the Trainer ends a training with."""
     return _SUMMARY in row
 
 

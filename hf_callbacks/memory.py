@@ -1,4 +1,4 @@
-"""What a run writes down about itself, for when it is resumed or caught up with: its base and its options."""
+"""Notes of a run about itself, for when it is resumed or caught up with: its base and its options."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _FILE = "base.json"
 
 
 class Memory(NamedTuple):
-    """What is written down."""
+    """Everything that is written down."""
 
     base: Base
     request: dict[str, Any] | None = None
-    """What is extracted, as `Request.to_json` tells it; None where that cannot be told, or is not known."""
+    """The request, as `Request.to_json` tells it; None where that cannot be told, or is not known."""
     best: bool | None = None
-    """Whether the run ends with its best checkpoint, not with its last one; None if that is not known."""
+    """True where the run ends with its best checkpoint, not with its last one; None if that is not known."""
 
 
 def remember(memory: Memory, work: Path) -> None:
@@ -40,7 +40,7 @@ def remember(memory: Memory, work: Path) -> None:
 
 
 def remembered(work: Path) -> Memory | None:
-    """What an earlier part of the run wrote down; None if it did not.
+    """The notes of an earlier part of the run; None if it did not.
 
     Raises:
         CheckpointError: It is damaged.

@@ -1,4 +1,4 @@
-"""What an adapter holds, as numbers for a tracker."""
+"""Numbers of an adapter for a tracker."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Push:
         self._submit(held)
 
     def poll(self) -> list[Sent]:
-        """What has come to its end since it was last asked."""
+        """Uploads that came to their end since it was last asked."""
         ended = []
         while self._waiting and self._waiting[0][1].done():
             ended.append(self._next())

@@ -147,7 +147,7 @@ class Run:
         return _by_step("step", (path.parent for path in self.out.glob(f"step-*/{REPORT}")))
 
     def missing(self) -> dict[int, Path]:
-        """What has no adapter yet and none on its way: checkpoints, and what an interrupted run held on to."""
+        """Sources, by step, that have no adapter yet and none on its way: checkpoints, and what is still held."""
         # What is held can be read; a checkpoint of the same step may hold DeepSpeed's partitions.
         held = self.checkpoints() | self._pinned()
         done = self.adapters()
@@ -201,7 +201,7 @@ class Run:
         return self._ended(Done(job, None))
 
     def poll(self) -> list[Done]:
-        """What has come to its end since it was last asked: adapters are in their places."""
+        """Jobs that came to their end since it was last asked: adapters are in their places."""
         return [self._ended(done) for done in self._jobs.poll()]
 
     def wait(self) -> Iterator[Done]:

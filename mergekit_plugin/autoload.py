@@ -54,7 +54,7 @@ def status() -> None:
 
 
 def contents() -> dict[str, str]:
-    """What is written, by the suffix of the file's name."""
+    """Contents of the files, by the suffix of their names."""
     return {
         ".py": (Path(__file__).parent / "hook.py").read_text(encoding="utf-8"),
         ".pth": f"import {MODULE}; {MODULE}.install()\n",

@@ -217,7 +217,7 @@ def _warn(merge: Merge, options: MergeOptions, *, no_model: bool) -> None:
 
 
 def _run(config: Mapping[str, Any], source: str, out: str, options: MergeOptions) -> None:
-    """What `mergekit-yaml` does; and tell where the files and their config.json disagree about the type."""
+    """Merge as `mergekit-yaml` does; and tell where the files and their config.json disagree about the type."""
     run_merge(MergeConfiguration.model_validate(config), out, options=options, config_source=source)
     told = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
     wanted = told.get("dtype") or told.get("torch_dtype")

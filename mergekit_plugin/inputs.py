@@ -23,7 +23,7 @@ from peft_posthoc.models.by_class import check_counts
 
 
 def base_of(config: MergeConfiguration, given: str | None) -> ModelReference:
-    """What the adapter is for, as the configuration calls it.
+    """The model that the adapter is for, as the configuration calls it.
 
     Raises:
         PosthocError: There is no base, or it holds an adapter of its own.
@@ -73,7 +73,7 @@ def opened(model: ModelReference) -> Folder:
 
 
 def is_narrower(dtype: torch.dtype | None, model: Checkpoint) -> bool:
-    """Whether values of the model would be rounded to this type."""
+    """Tell whether values of the model would be rounded to this type."""
     floats = (header.dtype for header in model.headers.values() if header.dtype.is_floating_point)
     return dtype is not None and any(torch.promote_types(dtype, one) != dtype for one in floats)
 

@@ -30,7 +30,7 @@ from peft_posthoc.models.layout import Place
 
 
 class Merge:
-    """What a configuration asks for, planned by mergekit; no tensor is read before it is asked for.
+    """The merge that a configuration asks for, planned by mergekit; no tensor is read before it is asked for.
 
     Args:
         config: The configuration. It is changed, as by every plan of mergekit's.
@@ -75,7 +75,7 @@ class Merge:
 
     @property
     def by_phlora(self) -> bool:
-        """Whether the method is ours: then its parameters say what is carried, at which rank."""
+        """True where the method is ours: then its parameters say what is carried, at which rank."""
         return bool(self._config.merge_method == NAME)
 
     @cached_property
@@ -109,7 +109,7 @@ class Merge:
         }
 
     def _has_other_rows(self, name: str) -> bool:
-        """Whether rows of the base's tensor are other tokens' in the merge, or missing, and `vocab` has no use for it.
+        """Tell whether rows of the base's tensor are other tokens' in the merge, or missing, and of no use to `vocab`.
 
         As far as that can be seen: mergekit puts rows where it wants them before it merges.
         """
@@ -152,7 +152,7 @@ class Merge:
 
     @property
     def exact(self) -> bool:
-        """Whether the parameters of `phlora` ask for LAPACK's full SVD, of any weight."""
+        """True where the parameters of `phlora` ask for LAPACK's full SVD, of any weight."""
         return any(self._settings(name).exact for name in self._planned)
 
     @cached_property
@@ -163,7 +163,7 @@ class Merge:
 
     @cached_property
     def _beside(self) -> dict[str, Checkpoint]:
-        """What the other models hold and mergekit does not merge, by name."""
+        """Checkpoints, by name of a tensor that mergekit does not merge, of the models that hold it."""
         others = [self._as_read(model) for model in self._models if model != self._base]
         return {name: model for model in reversed(others) for name in model.headers if name not in self._planned}
 
@@ -189,7 +189,7 @@ class Merge:
         return Taken(name=name, source=target.tensor_task, dtype=target.dtype)
 
     def _header(self, name: str) -> Header | None:
-        """What a tensor of the result will be; None if there will be none.
+        """Shape and type of a tensor of the result; None if there will be none.
 
         Raises:
             CheckpointError: A model lacks a weight that mergekit will ask it for.

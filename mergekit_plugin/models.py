@@ -29,7 +29,7 @@ def folder_of(model: Hashable) -> str | None:
 
 @cache
 def plan_of(base: str, tuned: str) -> Plan:
-    """What can be carried between two model folders, from their headers.
+    """The plan of what can be carried between two model folders, from their headers.
 
     The shapes are taken from the base: by the time that weights meet in a merge, mergekit has made them equal.
     """
@@ -94,7 +94,7 @@ class AsMerged(Checkpoint):
         return tensor.to(self._header(Header((), tensor.dtype)).dtype)
 
     def _made(self, name: str) -> tuple[Header, set[str]] | None:
-        """What a tensor is that is made from others, and from which; None if it cannot be."""
+        """Shape and type of a tensor that is made from others, and their names; None if it cannot be made."""
         used = set()
 
         def empty(source: str) -> Tensor:

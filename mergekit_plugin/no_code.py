@@ -27,7 +27,7 @@ def refuse_trust(options: MergeOptions) -> None:
 
 
 def needs_code(error: Exception) -> bool:
-    """Whether it is transformers' refusal to read a model without code that comes with it."""
+    """Tell whether it is transformers' refusal to read a model without code that comes with it."""
     return "trust_remote_code" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""What `parameters:` may say of `merge_method: phlora`, for one weight."""
+"""Values of `parameters:` for `merge_method: phlora`, for one weight."""
 
 from __future__ import annotations
 

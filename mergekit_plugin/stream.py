@@ -1,4 +1,4 @@
-"""What mergekit's graph computes, as a checkpoint: each tensor is made when it is read, and forgotten."""
+"""Results of mergekit's graph as a checkpoint: each tensor is made when it is read, and forgotten."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Taken(Task[Tensor | None], frozen=True):  # type: ignore[misc, call-arg]
     dtype: str | None = None
 
     def arguments(self) -> dict[str, Task]:
-        """What is taken from."""
+        """The task that it is taken from."""
         return {"value": self.source}
 
     def group_label(self) -> str | None:
@@ -102,6 +102,6 @@ class Stream(Checkpoint):
 
 
 def aligned(inputs: Task, options: MergeOptions) -> dict[ModelReference, Tensor]:
-    """What the models have for a weight, once mergekit has aligned their vocabularies."""
+    """Tensors of the models for one weight, once mergekit has aligned their vocabularies."""
     (tensors,) = (value for _, value in Executor([inputs], math_device=options.device).run(quiet=True))
     return dict(tensors)

@@ -40,7 +40,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
     """
 
     delta: Delta | None = None
-    """What `from_delta` found. No dataclass field: it is not part of the saved configuration."""
+    """The findings of `from_delta`. No dataclass field: it is not part of the saved configuration."""
 
     @classmethod
     def from_delta(

@@ -45,7 +45,7 @@ class Sample:
     tuned: Tensor
 
     def values_in(self, module: nn.Module | None) -> Tensor | None:
-        """What a layer of a live model holds there; None where that is not to be seen: spread out, quantised, meta."""
+        """Values of a live model's layer there; None where that is not to be seen: spread out, quantised, meta."""
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.shape != self.shape:
@@ -57,7 +57,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What goes into the layers that PEFT builds."""
+    """Contents for the layers that PEFT builds."""
 
     adapter: Adapter
     biases: Mapping[str, Tensor]

@@ -85,21 +85,17 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> App
     advice = f"Say on which model it belongs: BASE+{label}."
     if not isinstance(name, str):
         raise AdapterError(f"`{label}` is a LoRA adapter that does not name its base. {advice}")
-    base: Checkpoint
-    if Path(name).is_dir():
-        where = Path(name)
-    elif is_repo_id(name):
-        try:
-            found = find(name, revision=commit if isinstance(commit, str) else None, role="base")
-            where, commit = found.get(), found.commit
-        except CheckpointError as error:
-            error.add_note(f"`{label}` is a LoRA adapter that names it as its base. {advice}")
-            raise
-    else:
+    is_there = Path(name).is_dir()
+    if not (is_there or is_repo_id(name)):
         raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is not there. {advice}")
-    if is_adapter(where):
-        raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is an adapter too. {advice}")
-    base = open_checkpoint(name) if Path(name).is_dir() else Folder(where, label=name, revision=commit)
+    try:
+        found = None if is_there else find(name, revision=commit if isinstance(commit, str) else None, role="base")
+        if is_adapter(Path(name)) if found is None else found.is_adapter:
+            raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is an adapter too. {advice}")
+        base = open_checkpoint(name, revision=found.commit if found else None, role="base")
+    except CheckpointError as error:
+        error.add_note(f"`{label}` is a LoRA adapter that names it as its base. {advice}")
+        raise
     return Applied(base, folder, label=f"{name}+{label}", revision=revision)
 
 

@@ -70,10 +70,12 @@ class AdapterOnModel:
         """Both."""
         self.slots: Mapping[str, Slot] = self._slots()
         """Every matrix of the base."""
+        self._filed = {self._own(name): name for name in folder.modules}
         self._places = dict(self._find())
         self._last: tuple[str, list[Factors]] = ("", [])
         self._fit()
-        self.biases = tuple(name for name, module in folder.modules.items() if module.bias and self.bias(name).any())
+        biased = {own: name for own, name in self._filed.items() if folder.modules[name].bias}
+        self.biases = tuple(own for own in biased if self.bias(own).any())
         """The modules to whose bias something is added that is not zero."""
 
     @property
@@ -112,7 +114,7 @@ class AdapterOnModel:
 
     def bias(self, module: str) -> Tensor:
         """The summand of a module's bias, in float64."""
-        found = self.folder.bias(module)
+        found = self.folder.bias(self._filed.get(module, module))
         if found is None:
             raise KeyError(module)
         return found
@@ -262,6 +264,10 @@ class AdapterOnModel:
             slots |= dict.fromkeys(names, Slot(kind if names == stack.units else LINEAR, m // each, n))
         return slots
 
+    def _own(self, module: str) -> str:
+        """The model's name of a module that the file may call as a checkpoint on disk does: PEFT renames it too."""
+        return module if module in self.slots else self.layout.module_of(f"{module}.weight")
+
     def _find(self) -> Iterable[tuple[str, Place]]:
         ends = tuple(f".{end}" for end in self.folder.config.get("target_parameters") or ())
         meant = [stack for stack in self.stacks if f".{stack.name}".endswith(ends)]
@@ -269,7 +275,7 @@ class AdapterOnModel:
         by_place = {place: stacks[name] for name, place in places_in_file(meant).items()}
         for module in self.folder.modules.values():
             if module.kind != "experts":
-                yield module.name, Place(module.name, 0, None)
+                yield self._own(module.name), Place(module.name, 0, None)
                 continue
             if module.name not in by_place:
                 raise AdapterError(

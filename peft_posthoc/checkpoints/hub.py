@@ -45,6 +45,11 @@ class Repository:
     role: str
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether there are no whole weights, but an adapter's."""
+        return _ADAPTER[1] in self.files
+
+    @property
     def missing(self) -> list[str]:
         """The files that are not in the cache."""
         from huggingface_hub import try_to_load_from_cache

@@ -71,9 +71,11 @@ def without_second_names(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoin
     and type that both checkpoints have.
     """
     headers = checkpoint.headers
+    # Of other columns, too, they would be no states of one model: nothing is read, or fetched, of those.
+    shared = [n for n in headers if n in other.headers and other.headers[n].shape[1:] == headers[n].shape[1:]]
 
     def is_second(name: str) -> bool:
-        alike = [twin for twin in headers if headers[twin] == headers[name] and twin in other.headers]
+        alike = [twin for twin in shared if headers[twin] == headers[name]]
         return len(alike) == 1 and torch.equal(checkpoint.read(name), checkpoint.read(alike[0]))
 
     if checkpoint.sequential:

@@ -1,4 +1,4 @@
-"""What every command writes: its result, and one line where something goes wrong."""
+"""Output of every command: its result, and one line where something goes wrong."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ RANK = ranks("32")
 
 
 class Asked(NamedTuple):
-    """What the options say."""
+    """The options that ask for ranks, as they were given."""
 
     options: Mapping[str, Any]
 
@@ -74,7 +74,7 @@ class Asked(NamedTuple):
         return [name for name, value in self.options.items() if value is not None]
 
     def shares_out(self) -> bool:
-        """Whether ranks are shared out among all layers."""
+        """Tell whether ranks are shared out among all layers."""
         return any(self.options[name] is not None for name in SHARED)
 
     def rule(self) -> RankRule | Allocation | None:

@@ -241,7 +241,9 @@ def _may_be_kept(
         # A new head, whose module the tuned model's class has. What is numbered is a layer that the base lacks.
         module = layout.module_of(name)
         numbered = any(part.isdigit() for part in module.split("."))
-        return layout.origin != GUESSED and module in layout.classes and not is_rest(name) and not numbered
+        # Of common decoders no class is asked: what else is in their file is no module of theirs.
+        known = layout.classes.get(module) or (module == layout.head and layout.origin != GUESSED)
+        return bool(known) and not is_rest(name) and not numbered
 
     names = [name for name in tuned.headers if fits(name) and name not in but]
     wanted, unwanted = (

@@ -1,1 +1,1 @@
-"""What every rank and every rank rule would keep."""
+"""Energies that every rank and every rank rule would keep."""

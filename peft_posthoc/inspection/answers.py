@@ -1,4 +1,4 @@
-"""What every rank rule would make of the same deltas: its ranks, what they hold, and what they take in a file."""
+"""Answers of every rank rule to the same deltas: ranks, what they hold, and what they take in a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Candidate:
     """One rule's answer."""
 
     flags: str
-    """What asks `phlora extract` for it."""
+    """The flags that ask `phlora extract` for it."""
     ranks: Mapping[str, int]
     """By weight name. None are there where the rule has no answer."""
     beyond: frozenset[str]
@@ -54,7 +54,7 @@ class Candidate:
 
     @property
     def measures(self) -> bool:
-        """Whether it is `auto`: what stands out of the noise."""
+        """True for `auto`: what stands out of the noise."""
         return isinstance(self.rule, above_noise)
 
     @property

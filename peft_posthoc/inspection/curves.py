@@ -21,9 +21,9 @@ class Curves:
     """By weight name: the share of that delta's energy that the best rank 1, 2, ... keeps. A small layer's curve is
     shorter than others."""
     total: Float[Tensor, " ranks"]
-    """The same over all layers together, weighted by energy."""
+    """Energy by rank over all layers together, weighted by energy."""
     bytes_per_rank: int
-    """What one rank more costs in the adapter file."""
+    """Bytes of one rank more in the adapter file."""
 
     @classmethod
     def of(cls, adapter: Adapter) -> Curves:

@@ -1,4 +1,4 @@
-"""What was found of the spectra of all deltas, as numbers and as text."""
+"""Spectra of all deltas, as numbers and as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.plan import tuned_bytes
-from peft_posthoc.extraction.report import Report, Row
+from peft_posthoc.extraction.report import Report
+from peft_posthoc.extraction.row import Row
 from peft_posthoc.inspection.answers import Candidate, candidates, of
 from peft_posthoc.inspection.curves import Curves
 from peft_posthoc.inspection.grid import Cell, cells
@@ -42,7 +43,7 @@ class Found:
 
     @classmethod
     def of(cls, adapter: Adapter, written: Mapping[str, Adapter] | None = None) -> Self:
-        """What an adapter's spectra tell.
+        """Read what an adapter's spectra tell.
 
         Args:
             adapter: Up to its ranks all is known.
@@ -91,7 +92,7 @@ class Found:
         return [*energies, *([auto] if auto else [])]
 
     def telling(self) -> Candidate:
-        """What keeps 90 % of every layer's energy; or half of it, where most need more for that than was factored."""
+        """The rule for 90 % of every layer's energy; or for half, where most layers need more than was factored."""
         half, most, *_ = (one for one in self.candidates if one.share is not None)
         return most if 4 * len(most.beyond) <= len(most.ranks) else half
 

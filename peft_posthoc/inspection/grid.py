@@ -11,7 +11,7 @@ class Cell(NamedTuple):
     """Where a weight is."""
 
     module: str
-    """What it is in its layer, such as `q_proj`: the same word in every layer."""
+    """Its part in its layer, such as `q_proj`: the same word in every layer."""
     layer: int | None
     """None where it is in no numbered one, as the head."""
 

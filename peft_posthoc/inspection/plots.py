@@ -68,7 +68,7 @@ def check_format(suffix: str) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ValueError: It cannot.
+        ValueError: matplotlib does not know the format.
     """
     require()
     from matplotlib.backend_bases import FigureCanvasBase
@@ -126,7 +126,7 @@ def drawings(inspection: Found) -> dict[str, str]:
 
 
 def captions(inspection: Found) -> dict[str, str]:
-    """What one should know to read each of `drawings`."""
+    """Captions that help to read each of `drawings`."""
     top = len(inspection.curves.total)
     told = {
         "Energy against rank": "E_r, the share of the squared norm of the change that the best rank r keeps: all "
@@ -170,7 +170,7 @@ def _styles(inspection: Found) -> dict[str, dict[str, Any]]:
 
 
 def _modules(inspection: Found) -> list[str]:
-    """Those of numbered layers first."""
+    """Modules, those of numbered layers first."""
     found = sorted(inspection.cells.values(), key=lambda cell: cell.layer is None)
     return list(dict.fromkeys(cell.module for cell in found))
 
@@ -281,7 +281,7 @@ def _allocation(figure: Any, inspection: Found, rule: Candidate) -> None:
 
 
 def _rules(inspection: Found) -> list[Candidate]:
-    """Those whose ranks are drawn: one by energy, and beside it that of the noise, or what was written at several."""
+    """Rules whose ranks are drawn: one by energy, and beside it that of the noise, or what was written at several."""
     first, *_ = inspection.candidates
     written = first.rule is None and len(set(first.ranks.values())) > 1
     beside = inspection.measured() or (first if written else None)

@@ -1,1 +1,1 @@
-"""What engines do with an adapter, and adapters that they all take."""
+"""Answers of engines to an adapter, and adapters that they all take."""

@@ -149,9 +149,11 @@ def chosen(engines: Iterable[str]) -> tuple[str, ...]:
 
 def judge(subject: Subject, engines: Iterable[str]) -> Check:
     """Hold an adapter against every rule of the engines."""
-    found = [(rule, rule.finds(subject)) for rule in RULES if subject.base is not None or not rule.needs_base]
+    names = tuple(engines)
+    rules = (rule for rule in RULES if any(map(rule.applies_to, names)))
+    found = [(rule, rule.finds(subject)) for rule in rules if subject.base is not None or not rule.needs_base]
     outcomes = []
-    for name in engines:
+    for name in names:
         broken = [Finding.of(rule, what, name, subject.label) for rule, what in found if what and rule.applies_to(name)]
         findings = tuple(sorted(broken, key=lambda finding: _ORDER[finding.severity]))
         engine = ENGINES[name]

@@ -44,7 +44,9 @@ def _vllm_rank(subject: Subject) -> int:
 
 
 def _peft(subject: Subject) -> list[str]:
-    return [f"PeftModel.from_pretrained(base, {subject.label!r})"]
+    size = subject.in_peft.vocabulary if subject.in_peft is not None else None
+    first = [] if size is None else [f"base.resize_token_embeddings({size})"]
+    return [*first, f"PeftModel.from_pretrained(base, {subject.label!r})"]
 
 
 def _vllm(subject: Subject) -> list[str]:

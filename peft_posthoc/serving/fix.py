@@ -49,7 +49,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What `fix` wrote."""
+    """The account of what `fix` wrote."""
 
     adapter: str
     out: str
@@ -254,7 +254,7 @@ def _extras(subject: Subject) -> Iterable[LeftOut]:
 
 
 def _matters(row: LeftOut) -> bool:
-    """Whether the adapter does something by it, as far as is known."""
+    """Tell whether the adapter does something by it, as far as is known."""
     return row.norm > 0 if row.why == "a change of a bias" else row.change != 0
 
 
@@ -270,7 +270,7 @@ def _before(base: Model | None, name: str) -> Tensor | None:
 def _told(
     subject: Subject, rank: int, dtype: torch.dtype, added: Mapping[str, Slot], config: Mapping[str, Any], idle: int
 ) -> Iterable[str]:
-    """What was rewritten, a line each."""
+    """Lines on what was rewritten."""
     scales = [subject.scale(module) for module in subject.modules]
     if {*scales} != {1.0}:
         yield f"scale {_range(scales)} folded into lora_B"

@@ -23,6 +23,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.kinds import EMBEDDING
 from peft_posthoc.models.model import Model
+from peft_posthoc.serving.arrived import Arrived, arrived
 from peft_posthoc.sources import open_checkpoint
 
 _LORA_BIAS = re.compile(r".+\.lora_B(?:\.[^.]+)?\.bias")
@@ -33,7 +34,7 @@ EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is known of an adapter without reading a tensor."""
+    """An adapter, as far as it is known without reading a tensor."""
 
     label: str
     config: Mapping[str, Any]
@@ -102,7 +103,7 @@ class Subject:
 
     @cached_property
     def lora_biases(self) -> tuple[str, ...]:
-        """What `lora_bias` adds beside the factors."""
+        """Tensors that `lora_bias` adds beside the factors."""
         return tuple(name for name in self._rest if _LORA_BIAS.fullmatch(name))
 
     @cached_property
@@ -159,11 +160,11 @@ class Subject:
     # What its configuration says.
 
     def without(self, *keys: str) -> tuple[str, ...]:
-        """Those of these keys that the configuration lacks."""
+        """Keys, of these, that the configuration lacks."""
         return tuple(key for key in keys if self.config.get(key) is None)
 
     def setting(self, *keys: str) -> tuple[str, ...]:
-        """Those of these keys that are set to something, with what."""
+        """Keys, of these, that are set to something, with their values."""
         return tuple(f"{key}={self.config[key]!r}" for key in keys if self.config.get(key))
 
     @property
@@ -178,7 +179,7 @@ class Subject:
 
     @property
     def rslora(self) -> bool:
-        """Whether PEFT divides by the root of the rank."""
+        """True where PEFT divides by the root of the rank."""
         return bool(self.config.get("use_rslora"))
 
     @property
@@ -193,8 +194,13 @@ class Subject:
         return tuple(str(name) for name in self.config.get("modules_to_save") or () if name not in allowed)
 
     def is_kept_whole(self, name: str) -> bool:
-        """Whether PEFT takes the tensor to belong to one of `modules_to_save`."""
+        """Tell whether PEFT takes the tensor to belong to one of `modules_to_save`."""
         return kept_whole(name, self.config)
+
+    @cached_property
+    def in_peft(self) -> Arrived | None:
+        """What PEFT does with it on the base; None without one, or where its class is not known."""
+        return None if self.base is None else arrived(self.base, self.config, self.headers, self.label)
 
     # Rank and scale.
 
@@ -203,7 +209,7 @@ class Subject:
         return self._settings[module].rank
 
     def scale(self, module: str) -> float:
-        """What PEFT multiplies the module's factors with."""
+        """The number that PEFT multiplies the module's factors with."""
         return self._settings[module].scale
 
     @cached_property

@@ -102,6 +102,7 @@ def fine_tuned(model, case):
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(cases)
 @example(Case("llama, tied", 0, 1.0, "under the head's name", "under the head's name", 0, False, "peft", 64, True))
+@example(Case("llama", 0, 1.0, "as transformers saves it", "as transformers saves it", 40, False, "peft", 64, True))
 @example(Case("gte", 0, 1.0, "as transformers saves it", "under live names", 40, False, "portable", 64, False))
 def test_the_share_that_is_told_is_the_share_that_arrives(case):
     torch.manual_seed(case.seed)

@@ -5,8 +5,9 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from peft_posthoc import extract
+from peft_posthoc import check, extract, verify
 from peft_posthoc.extraction.reasons import Reason
 from tests.make import architectures, models
 
@@ -35,6 +36,11 @@ def test_what_peft_renames_when_it_loads_is_filed_under_the_name_that_it_renames
     assert [row.status for row in rows] == ["extracted"] * 3
     model = loaded(transformers.LagunaForCausalLM, base, adapter.save(tmp_path / "a"))
     assert without_factors(model) == []
+    # And is read so: by `verify` as by whatever holds an adapter against its base.
+    seen = verify(tmp_path / "a", base, tuned, outputs=False).rows
+    near = {row.weight for row in seen if ".shared_expert" in row.weight and row.delta_cosine > 0.5}
+    assert near == {row.weight for row in rows}
+    assert check(tmp_path / "a", base=base, engines=["peft"]).wrong == ()
 
 
 def test_layers_whose_factors_peft_drops_under_any_name_are_left_out_or_whole(tmp_path):
@@ -57,7 +63,7 @@ def test_layers_whose_factors_peft_drops_under_any_name_are_left_out_or_whole(tm
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")
-def test_a_module_is_not_kept_whole_where_its_tensors_are_fused_on_disk(tmp_path):
+def test_a_module_of_which_a_checkpoint_has_not_all_is_not_kept_whole(tmp_path):
     text = {**architectures.SIZES, "head_dim": 8, "num_key_value_heads": 2, "moe_intermediate_size": 16}
     text |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "share_expert_dim": 16, "pad_token_id": 0}
     text |= {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention"] * 2}
@@ -65,8 +71,11 @@ def test_a_module_is_not_kept_whole_where_its_tensors_are_fused_on_disk(tmp_path
         text_config={**text, "num_sliding_attention_heads": 4}, vision_config=VISION, image_token_id=90
     )
     base, tuned = models.save_pair(transformers.Step3p7ForConditionalGeneration(config), tmp_path)
+    for folder in (base, tuned):
+        held = {name: tensor for name, tensor in load_file(models.weights_of(folder)).items() if "in_proj" not in name}
+        save_file(held, models.weights_of(folder), metadata={"format": "pt"})
     adapter = extract(base, tuned, 64, form="peft")
-    assert len(left_out(adapter, Reason.NOT_LOADED)) == 2  # The scales of the layer around the fused attention.
+    assert len(left_out(adapter, Reason.NOT_LOADED)) == 2  # The scales of the layer around the attention.
     model = loaded(transformers.Step3p7ForConditionalGeneration, base, adapter.save(tmp_path / "a"))
     assert any(".layernorm_before.modules_to_save." in name for name in model.state_dict())
 

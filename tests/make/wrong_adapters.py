@@ -23,6 +23,7 @@ BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "tied": lambda: models.llama(tie_word_embeddings=True),
     "qwen2": models.qwen2,
     "gpt_oss": architectures.ARCHITECTURES["gpt_oss"].make,
+    "laguna": models.laguna,
 }
 
 
@@ -119,6 +120,16 @@ def adapted_embedding(parts: Parts) -> None:
 
 def _experts(*leaves: str) -> Spoil:
     return lambda parts: [parts.factor(f"{LAYER}.mlp.experts.0.{leaf}", 16, 32) for leaf in leaves]
+
+
+def _shared_expert(parts: Parts) -> None:
+    parts.factor(f"{LAYER}.mlp.shared_experts.up_proj", 16, 32)
+
+
+def _new_tokens(parts: Parts) -> None:
+    for module in (HEAD, EMBEDDING):
+        parts.add(f"{module}.weight", 104, 32)
+    parts.configure(modules_to_save=["lm_head", "embed_tokens"])
 
 
 def _fused(parts: Parts) -> None:
@@ -235,6 +246,15 @@ CASES: dict[str, Case] = {
     "other-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
     "larger-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 40, RANK), "llama"),
     "smaller-shapes": Case(lambda parts: parts.add(f"{LAYER}.self_attn.q_proj.lora_B.weight", 24, RANK), "llama"),
+    "dropped-by-peft": Case(_shared_expert, "laguna"),
+    "refused-by-peft": Case(
+        _all(
+            lambda parts: parts.add(f"{LAYER.rpartition('.layers')[0]}.norm.weight", 33),
+            _config(modules_to_save=["model.norm"]),
+        ),
+        "llama",
+    ),
+    "resized-vocabulary": Case(_new_tokens, "llama"),
     "added-tokens": Case(lambda parts: parts.files.update({"added_tokens.json": {"<new>": 96}}), "llama"),
     "embeddings-vllm": Case(adapted_head, "qwen2"),
     "embeddings-vllm-unknown": Case(adapted_embedding),

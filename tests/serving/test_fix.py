@@ -19,12 +19,6 @@ from tests.make.spoiled import contents, refused, run, without_progress
 pytestmark = pytest.mark.filterwarnings("ignore:.*(lora_bias|tie_word_embeddings|save_embedding_layers).*:UserWarning")
 
 
-@pytest.fixture(scope="module")
-def good(llama_pair, tmp_path_factory):
-    """An adapter of every linear layer at rank 16, in the portable form."""
-    return extract(*llama_pair, wrong_adapters.RANK).save(tmp_path_factory.mktemp("good") / "adapter")
-
-
 @pytest.fixture
 def work(good, llama_pair, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()

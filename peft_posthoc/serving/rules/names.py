@@ -39,11 +39,16 @@ def strangers(subject: Subject) -> tuple[str, ...]:
     """Modules that the base's class does not have."""
     if subject.base is None:
         return ()
-    classes, handled = subject.base.layout.classes, {*subject.experts}
+    layout, handled = subject.base.layout, {*subject.experts}
+
+    def known(module: str) -> bool:
+        # By the name on disk too: what transformers renames in a checkpoint, PEFT renames in an adapter.
+        return not layout.classes.keys().isdisjoint((module, layout.module_of(f"{module}.weight")))
+
     return tuple(
         module
         for module in subject.modules
-        if module not in handled and module.removesuffix(".base_layer") not in classes
+        if module not in handled and not known(re.sub(r"(\.base_layer)+$", "", module))
     )
 
 

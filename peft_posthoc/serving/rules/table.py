@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from peft_posthoc.serving.rules import adapter_files, base, experts, modules, names, scale, targets, variants, whole
+from peft_posthoc.serving.rules import (
+    adapter_files,
+    arrivals,
+    base,
+    experts,
+    modules,
+    names,
+    scale,
+    targets,
+    variants,
+    whole,
+)
 from peft_posthoc.serving.rules.rule import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -13,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     *whole.RULES,
     *targets.RULES,
     *names.RULES,
+    *arrivals.RULES,
     *modules.RULES,
     *experts.RULES,
 )

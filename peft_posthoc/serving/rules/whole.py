@@ -45,9 +45,11 @@ def overwriting(subject: Subject) -> tuple[str, ...]:
 
 
 def incompletely_whole(subject: Subject) -> tuple[str, ...]:
-    """Modules of the base that PEFT takes to be in the file whole, and which are not."""
+    """Tensors, or modules, of the base that PEFT takes to be in the file whole, and which are not."""
     if subject.base is None:
         return ()
+    if subject.in_peft is not None:
+        return subject.in_peft.found.absent
     ends = subject.kept_whole()
     held = {name.removeprefix(PREFIX).rpartition(".")[0] for name in subject.headers}
     return tuple(
