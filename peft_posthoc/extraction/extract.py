@@ -25,8 +25,9 @@ from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.preflight import check
 from peft_posthoc.extraction.prepare import Prepared, prepare
 from peft_posthoc.extraction.processes import ALONE, Processes
-from peft_posthoc.extraction.report import MATERIAL, left_out
+from peft_posthoc.extraction.report import MATERIAL
 from peft_posthoc.extraction.request import Options, Request, takes_options
+from peft_posthoc.extraction.row import left_out
 from peft_posthoc.extraction.series import Series
 from peft_posthoc.extraction.spool import Spool
 from peft_posthoc.extraction.work import factor_pairs

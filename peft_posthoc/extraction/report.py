@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
+from peft_posthoc.extraction.row import Row, energies, energy_of, is_of_tuned, is_unknown, left_out, values
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
@@ -19,50 +20,6 @@ from peft_posthoc.text import percent, share_of_all, shorten, size
 MATERIAL = 0.01
 # ||delta|| / ||base|| over all matrices. Two unrelated models give 1.4; fine-tunes stay well below 0.3.
 IMPLAUSIBLE = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One tensor."""
-
-    weight: str
-    status: Literal["extracted", "whole", "unchanged", "left out"]
-    reason: str = ""
-    """Why it is not carried; empty where it is."""
-    modules: tuple[str, ...]
-    """Where PEFT adapts it."""
-    shape: tuple[int, ...]
-    dtype: str
-    rank: int = 0
-    """Singular triplets kept."""
-    energy: float | None
-    """E_r (PHLoRA, eq. 5): the share of the delta's energy that is kept."""
-    energy_at: Mapping[int, float] = field(default_factory=dict)
-    """The same for the powers of two below the kept rank, if the adapter were cut to them."""
-    relative_error: float | None
-    """`||delta - b @ a|| / ||delta||`, before rounding to the saved dtype."""
-    delta_norm: float | None
-    base_norm: float | None
-    tuned_norm: float | None = None
-    """Only where there is no delta to take."""
-    relative_delta: float | None
-    """`||delta|| / ||base||`."""
-    bytes: int
-    """In the adapter file."""
-    seconds: float
-    shortfall: float | None = None
-    """The certificate of the factorization: energy missed against the best rank-r approximation, relative."""
-    residual: float | None = None
-    """Of the worst kept triplet, `||delta v - sigma u||` relative to the largest sigma."""
-    noise: float | None = None
-    """The share of the delta's energy that rounding to the saved type can account for, at most. None where it was not
-    measured (`--rank auto` does), or the type does not tell."""
-    signal_rank: int | None = None
-    """How many singular values stand out of the noise. None where it was not measured."""
-    cause: Reason | None = None
-    """The reason as a code; None where it is carried."""
-    way_out: Mapping[str, Any] = field(default_factory=dict)
-    """Options that decide it, by name; null where their value is the user's to find."""
 
 
 @dataclass(frozen=True)
@@ -246,21 +203,21 @@ def _skipped(adapter: Findings, skipped: Skipped) -> Row:
 def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
     rows = list(rows)
     extracted = [row for row in rows if row.status == "extracted"]
-    kept = sum((row.energy or 0.0) * _energy(row) for row in extracted)
-    carried = sum(map(_energy, extracted))
-    energies = _energies(rows)
-    whole = sum(_energy(row) for row in rows if row.status == "whole")
+    kept = sum((row.energy or 0.0) * energy_of(row) for row in extracted)
+    carried = sum(map(energy_of, extracted))
+    whole_energy = sum(energies(rows).values())
+    whole = sum(energy_of(row) for row in rows if row.status == "whole")
     # Beyond its own rank a layer holds what it holds.
     at = {
-        rank: sum((row.energy_at.get(rank, row.energy) or 0.0) * _energy(row) for row in extracted)
+        rank: sum((row.energy_at.get(rank, row.energy) or 0.0) * energy_of(row) for row in extracted)
         for rank in _powers_below(max(row.rank for row in rows))
     }
     # Of matrices only: norms and biases are few and would hide a wrong base.
     matrices = [row for row in rows if len(row.shape) > 1 and row.relative_delta is not None]
-    moved = math.sqrt(sum(map(_energy, matrices)))
+    moved = math.sqrt(sum(map(energy_of, matrices)))
     return Totals(
         energy=kept / carried if carried else 1.0,
-        energy_of_all=(kept + whole) / sum(energies.values()),
+        energy_of_all=(kept + whole) / whole_energy,
         energy_at={rank: held / carried for rank, held in at.items() if carried},
         relative_error=math.sqrt(max(0.0, 1 - kept / carried)) if carried else 0.0,
         relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
@@ -273,36 +230,8 @@ def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
         whole=sum(row.status == "whole" for row in rows),
         unchanged=sum(row.status == "unchanged" for row in rows),
         left_out=sum(row.status == "left out" for row in rows),
-        unknown=_values(row for row in rows if _is_unknown(row)) / _values(row for row in rows if _is_of_tuned(row)),
+        unknown=values(row for row in rows if is_unknown(row)) / values(row for row in rows if is_of_tuned(row)),
     )
-
-
-def _energy(row: Row) -> float:
-    """Of its delta; none of a counter, such as the batches that a norm has seen: it is no weight."""
-    return (row.delta_norm or 0.0) ** 2 if "float" in row.dtype and row.cause is not Reason.NOT_FLOATING else 0.0
-
-
-def _energies(rows: Iterable[Row]) -> dict[str, float]:
-    """By weight, the energy of its delta; where that is unknown, that of as many of the other values on average."""
-    rows = list(rows)
-    known = {row.weight: _energy(row) for row in rows if not _is_unknown(row)}
-    compared = _values(row for row in rows if row.weight in known and row.delta_norm is not None)
-    each = sum(known.values()) / max(compared, 1)
-    return {row.weight: known.get(row.weight, each * math.prod(row.shape)) for row in rows}
-
-
-def _is_unknown(row: Row) -> bool:
-    """Whether the tuned model has it, and how it has changed cannot be told."""
-    packed = row.cause is Reason.NOT_FLOATING and len(row.shape) > 1
-    return packed or (row.status == "left out" and row.delta_norm is None and _is_of_tuned(row))
-
-
-def _is_of_tuned(row: Row) -> bool:
-    return row.cause not in (Reason.ONLY_IN_BASE, Reason.OF_QUANTIZED)
-
-
-def _values(rows: Iterable[Row]) -> int:
-    return sum(math.prod(row.shape) for row in rows)
 
 
 def _powers_below(rank: int) -> list[int]:
@@ -312,7 +241,7 @@ def _powers_below(rank: int) -> list[int]:
 def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
     for reason, (group, share) in left_out(rows).items():
         if share >= MATERIAL:
-            about = "About " if any(map(_is_unknown, group)) else ""
+            about = "About " if any(map(is_unknown, group)) else ""
             yield f"{about}{percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
     if totals.unknown >= MATERIAL:
         yield (
@@ -344,26 +273,16 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
         )
 
 
-def left_out(rows: Iterable[Row]) -> dict[str, tuple[list[Row], float]]:
-    """By reason, what is left out, and its share of the whole fine-tune's energy."""
-    energies, groups = _energies(rows), dict[str, list[Row]]()
-    for row in rows:
-        if row.status == "left out":
-            groups.setdefault(row.reason, []).append(row)
-    everything = sum(energies.values())
-    return {why: (group, sum(energies[row.weight] for row in group) / everything) for why, group in groups.items()}
-
-
 def _left_out_lines(rows: tuple[Row, ...]) -> list[str]:
     lines = []
     if whole := [row for row in rows if row.status == "whole"]:
-        share = sum(map(_energy, whole)) / sum(_energies(rows).values())
+        share = sum(map(energy_of, whole)) / sum(energies(rows).values())
         lines.append(
             f"whole: {len(whole):>7} norms, biases and the like: {percent(share)} of the fine-tune's energy, "
             f"{size(sum(row.bytes for row in whole))}"
         )
     for reason, (group, share) in left_out(rows).items():
-        about = "about " if any(map(_is_unknown, group)) else ""
+        about = "about " if any(map(is_unknown, group)) else ""
         lines.append(f"left out: {len(group):>4} x {reason}: {about}{percent(share)} of the fine-tune's energy")
     unchanged = sum(row.status == "unchanged" for row in rows)
     return [*lines, *([f"unchanged: {unchanged:>3}"] if unchanged else [])]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.plan import tuned_bytes
-from peft_posthoc.extraction.report import Report, Row
+from peft_posthoc.extraction.report import Report
+from peft_posthoc.extraction.row import Row
 from peft_posthoc.inspection.answers import Candidate, candidates, of
 from peft_posthoc.inspection.curves import Curves
 from peft_posthoc.inspection.grid import Cell, cells

@@ -11,7 +11,7 @@ from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.serve_as import layout_to_serve
-from peft_posthoc.models.ties import without_false_ties
+from peft_posthoc.models.ties import once, without_false_ties
 from peft_posthoc.pairing.experts import Experts, see_experts
 from peft_posthoc.pairing.names import Renamed, as_named, by_rules
 from peft_posthoc.pairing.vocabulary import Vocab, see_vocabulary
@@ -76,9 +76,10 @@ def match(
         layout = layout_of(base, tuned, of_tuned=of_tuned)
         tuned = as_model(tuned, layout)
     layout = without_false_ties(layout, base, tuned)
+    (base, again), (tuned, tuned_again) = once(base, layout), once(tuned, layout)
     base, tuned, layout = see_experts(base, tuned, layout, experts)
     base, tuned, resized, said = see_vocabulary(base, tuned, layout, vocab)
-    return Match(base, tuned, layout, resized, (*notes, *told, *said))
+    return Match(base, tuned, layout, resized, (*notes, *told, *again, *tuned_again, *said))
 
 
 def _as_base(tuned: Checkpoint, headers: Mapping[str, Header], layout: Layout) -> Renamed:

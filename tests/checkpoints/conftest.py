@@ -1,5 +1,14 @@
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from tests.make.fake_hub import FakeHub, environment
+from tests.make.hub_session import SESSION
+from tests.make.limits import HANG
 
 
 @pytest.fixture
@@ -15,3 +24,61 @@ def weights():
         "positions": torch.arange(7),
         "empty": torch.zeros(0, 4),
     }
+
+
+@pytest.fixture(scope="module")
+def served():
+    hub = FakeHub()
+    with hub.serve() as address:
+        yield hub, address
+
+
+@pytest.fixture
+def hub(served):
+    hub, _ = served
+    hub.fetched.clear()
+    hub.begun.clear()
+    hub.asked.clear()
+    return hub
+
+
+@pytest.fixture(scope="module")
+def phlora(served, tmp_path_factory):
+    """Run the command against the fake hub: (exit status, stdout, stderr)."""
+    _, address = served
+    process = subprocess.Popen(
+        [sys.executable, "-c", SESSION],
+        env=environment(address, tmp_path_factory.mktemp("home")),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(*arguments):
+        process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+        process.stdin.flush()
+        status, stdout, stderr, crash = json.loads(process.stdout.readline())
+        assert crash is None, crash
+        return status, stdout, stderr
+
+    yield run
+    process.stdin.close()
+    assert process.wait(timeout=HANG) == 0
+    process.stdout.close()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(base, tuned) folders of a model whose classes nobody knows."""
+    base = {f"layers.{i}.proj.weight": torch.randn(24, 16) for i in range(3)}
+    tuned = {name: weight + 0.01 * torch.randn(24, 16) for name, weight in base.items()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+@pytest.fixture
+def work(tmp_path):
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"

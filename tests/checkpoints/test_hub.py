@@ -10,70 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract, preflight, verify
 from tests.make import models
-from tests.make.fake_hub import FakeHub, environment
-from tests.make.limits import HANG
-
-# One interpreter for the module: the client reads its address and its cache when it is imported, which takes seconds.
-SESSION = """
-import json, sys
-import click
-from click.testing import CliRunner
-from peft_posthoc.cli.main import main
-
-@main.command()
-@click.argument("base")
-@click.argument("tuned")
-def from_delta(base, tuned):
-    from peft_posthoc import LoraConfig
-    LoraConfig.from_delta(base, tuned)
-
-for line in sys.stdin:
-    result = CliRunner().invoke(main, json.loads(line))
-    crashed = result.exception is not None and not isinstance(result.exception, SystemExit)
-    error = repr(result.exception) if crashed else None
-    print(json.dumps([result.exit_code, result.stdout, result.stderr, error]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def served():
-    hub = FakeHub()
-    with hub.serve() as address:
-        yield hub, address
-
-
-@pytest.fixture
-def hub(served):
-    hub, _ = served
-    hub.fetched.clear()
-    hub.begun.clear()
-    hub.asked.clear()
-    return hub
-
-
-@pytest.fixture(scope="module")
-def phlora(served, tmp_path_factory):
-    """Run the command against the fake hub: (exit status, stdout, stderr)."""
-    _, address = served
-    process = subprocess.Popen(
-        [sys.executable, "-c", SESSION],
-        env=environment(address, tmp_path_factory.mktemp("home")),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(*arguments):
-        process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
-        process.stdin.flush()
-        status, stdout, stderr, crash = json.loads(process.stdout.readline())
-        assert crash is None, crash
-        return status, stdout, stderr
-
-    yield run
-    process.stdin.close()
-    assert process.wait(timeout=HANG) == 0
-    process.stdout.close()
+from tests.make.fake_hub import environment
+from tests.make.hub_session import HUGE, adapter_of, refused
 
 
 def with_company(folder):
@@ -84,23 +22,6 @@ def with_company(folder):
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"weights of something else")
     return folder
-
-
-def adapter_of(folder):
-    config = json.loads((folder / "adapter_config.json").read_text())
-    report = json.loads((folder / "phlora_report.json").read_text())
-    return load_file(folder / "adapter_model.safetensors"), config, report["provenance"]
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """(base, tuned) folders of a model whose classes nobody knows."""
-    base = {f"layers.{i}.proj.weight": torch.randn(24, 16) for i in range(3)}
-    tuned = {name: weight + 0.01 * torch.randn(24, 16) for name, weight in base.items()}
-    for name, tensors in (("base", base), ("tuned", tuned)):
-        (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / "model.safetensors")
-    return tmp_path / "base", tmp_path / "tuned"
 
 
 def test_the_command_extracts_from_two_repositories_what_it_extracts_from_two_folders(served, hub, tmp_path):
@@ -220,26 +141,6 @@ def test_where_there_are_only_pickles_they_are_fetched_and_no_other(hub, phlora,
     assert hub.fetched == [("pickled/base", "pytorch_model.bin")]
 
 
-def refused(ran, out_parent, *fragments):
-    status, stdout, stderr = ran
-    assert status == 1
-    assert stdout == ""
-    last = stderr.splitlines()[-1]
-    assert last.startswith("phlora: error: "), stderr
-    assert stderr.count("phlora: error: ") == 1
-    assert "Traceback" not in stderr
-    for fragment in fragments:
-        assert fragment in last
-    assert list(out_parent.iterdir()) == []
-    return last
-
-
-@pytest.fixture
-def work(tmp_path):
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 @pytest.mark.parametrize("role", ["base", "tuned"])
 def test_a_missing_repository_is_named_with_its_role(role, hub, phlora, pair, work):
     sources = dict(zip(("base", "tuned"), pair, strict=True)) | {role: "nobody/nothing"}
@@ -353,72 +254,3 @@ def test_an_export_fetches_of_its_base_what_it_needs(hub, phlora, llama_pair, tm
     status, _, stderr = phlora("export", adapter, tmp_path / "no", "--to", "mlx", "--base", "org/nowhere")
     assert status == 1
     assert "neither a local folder nor a repository on the hub" in stderr
-
-
-HUGE = 10**17
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
-def test_nothing_is_fetched_that_the_disk_of_the_cache_does_not_hold(kind, hub, phlora, pair, work):
-    files = ["model.safetensors", "model.safetensors"]
-    if kind == "pickle":
-        torch.save(load_file(pair[0] / files[0]), pair[0] / "pytorch_model.bin")
-        (pair[0] / files[0]).unlink()
-        files[0] = "pytorch_model.bin"
-    for path, file in zip(pair, files, strict=True):
-        hub.repository(f"huge/{kind}-{path.name}").commit(path, "main")
-        hub.repository(f"huge/{kind}-{path.name}").claimed = {file: HUGE}
-    command = ["extract", f"huge/{kind}-base", f"huge/{kind}-tuned", work / "out"]
-    line = refused(phlora(*command), work, "are free at", "HF_HOME")
-    assert "200000000.0 GB" in line if kind == "safetensors" else "100000000.0 GB" in line
-    assert hub.fetched == []
-
-
-def test_what_is_in_the_cache_needs_no_room(hub, phlora, pair, work):
-    for path in pair:
-        hub.repository(f"cached/{path.name}").commit(path, "main")
-    status, said, stderr = phlora("extract", "cached/base", "cached/tuned", work / "out", "--dry-run", "--json")
-    assert status == 0, stderr
-    assert json.loads(said)["download_bytes"] == sum((path / "model.safetensors").stat().st_size for path in pair)
-    assert phlora("extract", "cached/base", "cached/tuned", work / "out")[0] == 0
-    for path in pair:
-        hub.repository(f"cached/{path.name}").claimed = {"model.safetensors": HUGE}
-    status, _, stderr = phlora("extract", "cached/base", "cached/tuned", work / "again")
-    assert status == 0, stderr
-
-
-def test_a_slash_behind_a_hub_id_or_a_folder_is_no_part_of_its_name(hub, phlora, pair, work):
-    for path in pair:
-        hub.repository(f"slash/{path.name}").commit(path, "main")
-    status, _, stderr = phlora("extract", "slash/base/", f"{pair[1]}/", work / "out")
-    assert status == 0, stderr
-    _, config, provenance = adapter_of(work / "out")
-    assert config["base_model_name_or_path"] == "slash/base"
-    assert provenance["tuned"] == str(pair[1])
-
-
-def test_modules_beside_the_model_are_fetched_with_it(hub, phlora, pair, work):
-    for path in pair:
-        (path / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
-        (path / "2_Dense").mkdir()
-        save_file({"linear.weight": torch.randn(4, 4)}, path / "2_Dense" / "model.safetensors")
-        hub.repository(f"sentences/{path.name}").commit(path, "main")
-    status, _, stderr = phlora("extract", "sentences/base", "sentences/tuned", work / "out")
-    assert status == 0, stderr
-    rows = json.loads((work / "out" / "phlora_report.json").read_text())["rows"]
-    assert [row["cause"] for row in rows if row["weight"] == "2_Dense/linear.weight"] == ["beside-model"]
-
-
-def test_a_dry_run_of_an_adapter_fetches_nothing_of_the_base_that_it_names(hub, phlora, pair, tmp_path, work):
-    for path in pair:
-        hub.repository(f"named/{path.name}").commit(path, "main")
-    assert phlora("extract", "named/base", pair[1], tmp_path / "lora", "--rank", "4")[0] == 0
-    hub.repository("named/later").put({"model.safetensors": (pair[0] / "model.safetensors").read_bytes()}, "main")
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    changed = config | {"base_model_name_or_path": "named/later/", "revision": None}
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(changed))
-    hub.fetched.clear()
-    status, said, stderr = phlora("extract", pair[0], tmp_path / "lora", work / "out", "--dry-run", "--json")
-    assert status == 0, stderr
-    assert hub.fetched == []
-    assert json.loads(said)["download_bytes"] == (pair[0] / "model.safetensors").stat().st_size

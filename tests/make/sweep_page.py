@@ -70,7 +70,7 @@ def _others(rows: Iterable[Mapping[str, Any]]) -> str:
     groups = defaultdict(list)
     for row in rows:
         if "not_kept" in row:
-            groups["transformers or diffusers itself loses parameters between saving and loading"].append(row["class"])
+            groups["its library does not load what it saved"].append(row["class"])
         elif "not_built" in row:
             groups[_why(row["not_built"])].append(row["class"])
     lines = [f"- {why} ({len(names)}): {', '.join(names)}.\n" for why, names in sorted(groups.items())]

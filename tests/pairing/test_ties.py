@@ -123,3 +123,16 @@ def test_live_models_are_tied_as_their_files_are(shared):
     adapter = extract(models.load(base), copy.deepcopy(models.load(tuned)), 4, form="peft")
     plain = extract(base, tuned, 4, form="peft")
     assert adapter.factors.keys() == plain.factors.keys()
+
+
+@pytest.mark.parametrize("twice", [(0,), (1,), (0, 1)], ids=["base", "tuned", "both"])
+def test_a_tied_weight_that_is_stored_twice_is_one_weight(twice, tied_pair, tmp_path):
+    sides = list(tied_pair)
+    for side in twice:
+        tensors = load_file(f"{sides[side]}/model.safetensors")
+        sides[side] = renamed(sides[side], tmp_path / str(side), {})
+        save_file(tensors | {HEAD: tensors[TOKENS].clone()}, sides[side] / "model.safetensors", {"format": "pt"})
+    adapter, plain = (extract(*pair, RANK, form="peft") for pair in (sides, tied_pair))
+    assert adapter.factors.keys() == plain.factors.keys()
+    assert adapter.report.totals.energy_of_all == plain.report.totals.energy_of_all
+    assert {row.weight for row in adapter.report.rows} == {row.weight for row in plain.report.rows}
