@@ -127,7 +127,7 @@ def _captured(model: nn.Module, loaded: dict[str, Tensor]) -> Iterator[None]:
         loaded.update(state)
         return nn.modules.module._IncompatibleKeys([], [])
 
-    model.load_state_dict = load  # type: ignore[method-assign]
+    model.load_state_dict = load  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -138,9 +138,11 @@ class _Origins(TorchDispatchMode):
     """Of every tensor made from others, the names of those."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # With the tensor itself: its id is then no other's.
-        self._known = {id(tensor): (tensor, (name,)) for name, tensor in named.items()}
+        self._known: dict[int, tuple[Tensor, tuple[str, ...]]] = {
+            id(tensor): (tensor, (name,)) for name, tensor in named.items()
+        }
 
     def of(self, tensor: Tensor) -> tuple[str, ...]:
         """The names of the tensors that it was made from."""

@@ -34,7 +34,9 @@ def test_rows_are_in_the_order_of_the_class_and_without_one_by_number(tmp_path, 
     found = preflight(*sides, 4, form="peft" if known else "portable").rows
     rows = [row.modules[0] for row in found if row.status == "carried"]
     if known or type(model).__name__ == "LlamaForCausalLM":
-        assert rows == [name for name, _ in model.named_modules() if name in set(rows)]
+        # Matrices of experts are a parameter's, and stand where its module does.
+        modules = dict.fromkeys(name.rpartition(".")[0] if "[" in name else name for name in rows)
+        assert [*modules] == [name for name, _ in model.named_modules() if name in modules]
     blocks = [[int(part) for part in name.split(".") if part.isdecimal()] for name in rows]
     numbered = [block[0] for block, name in zip(blocks, rows, strict=True) if block and "decoder" not in name]
     assert numbered == sorted(numbered)

@@ -89,5 +89,6 @@ def _on_disk(plan: Plan) -> dict[str, str]:
 def _without(plan: Plan, modules: Collection[str], why: LeftOut) -> Plan:
     """The plan without factors in these modules, nor zeros beside others'."""
     weights = [name for name, places in plan.carried.items() if any(place.module in modules for place in places)]
-    slots, called = ({m: one for m, one in held.items() if m not in modules} for held in (plan.slots, plan.called))
+    slots = {module: slot for module, slot in plan.slots.items() if module not in modules}
+    called = {module: name for module, name in plan.called.items() if module not in modules}
     return replace(plan, fates={**plan.fates, **dict.fromkeys(weights, why)}, slots=slots, called=called)

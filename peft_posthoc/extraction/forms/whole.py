@@ -50,6 +50,8 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
             return kept[name]
         if name in misread:
             return misread[name]
+        if isinstance(before, LeftOut) and before.reason is Reason.DROPPED:
+            return LeftOut(Reason.NOT_LOADED, (layout.module_of(name),))
         if isinstance(before, LeftOut) and name in free:
             if "." not in name:
                 return LeftOut(Reason.OF_THE_MODEL, (before.text,))
