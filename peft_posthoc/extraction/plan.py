@@ -255,6 +255,8 @@ def _matches(patterns: Iterable[str], names: Sequence[str], option: str) -> set[
 def _fate(
     name: str, base: Mapping[str, Header], tuned: Mapping[str, Header], layout: Layout, choose: Choice
 ) -> Factored | LeftOut:
+    if name not in base and layout.name_of(name) in layout.unread:
+        return LeftOut(Reason.UNREAD)
     if reason := _no_matrix(name, base, tuned):
         return LeftOut(reason)
     places = layout.places(name)

@@ -15,6 +15,7 @@ class Reason(StrEnum):
 
     ONLY_IN_BASE = "only-in-base", "only in base"
     ONLY_IN_TUNED = "only-in-tuned", "only in tuned"
+    UNREAD = "unread", "only in tuned, and not read when a model of its class is loaded"
     OTHER_SHAPE = "other-shape", "shapes differ ({exclude})", {"exclude": None}
     BESIDE_MODEL = "beside-model", "a module beside the model, in a folder of its own ({0})"
     QUANTIZED = "quantized", "quantized ({0}): its numbers need their scales"

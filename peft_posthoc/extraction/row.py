@@ -76,7 +76,7 @@ def is_unknown(row: Row) -> bool:
 
 def is_of_tuned(row: Row) -> bool:
     """Whether the tuned model has it."""
-    return row.cause not in (Reason.ONLY_IN_BASE, Reason.OF_QUANTIZED)
+    return row.cause not in (Reason.ONLY_IN_BASE, Reason.UNREAD, Reason.OF_QUANTIZED)
 
 
 def values(rows: Iterable[Row]) -> int:

@@ -101,6 +101,8 @@ class Layout:
     """The module of the token embeddings."""
     task_type: str | None = None
     """The task for which PEFT has a class that adds nothing to the model."""
+    unread: frozenset[str] = frozenset()
+    """Tensors on disk, by the model's name, that its class passes over when it loads: older versions' buffers."""
     auto_mapping: Mapping[str, str] | None = None
     """PEFT's words for the model's class, where no task says it."""
     fan_in_fan_out: bool = False

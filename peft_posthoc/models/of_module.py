@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +24,7 @@ def layout_of_module(model: nn.Module, origin: str, files: Iterable[Collection[s
         origin: What the layout calls its source.
         files: Of each checkpoint, the names of its tensors.
     """
+    files = [*files]
     names = {module: name for name, module in model.named_modules()}
     uncalled = {f"{name}.{leaf}" for module, name in names.items() for leaf in _UNCALLED.get(type(module).__name__, ())}
     kinds = {
@@ -46,7 +49,7 @@ def layout_of_module(model: nn.Module, origin: str, files: Iterable[Collection[s
     kinds |= {unit: stack.kind for stack in stacks for unit in stack.units}
     linear_like = [kind for name, kind in kinds.items() if name != head and kind is not EMBEDDING and not kind.kernel]
     task = task_type(type(model).__name__, encoder_decoder=_reads_and_writes_text(model))
-    return Layout(
+    layout = Layout(
         origin=origin,
         kinds=kinds,
         classes={name: type(module).__name__ for module, name in names.items()},
@@ -63,6 +66,18 @@ def layout_of_module(model: nn.Module, origin: str, files: Iterable[Collection[s
         auto_mapping=auto_mapping(type(model)) if task is None else None,
         fan_in_fan_out=bool(linear_like) and all(kind.fan_in_fan_out for kind in linear_like),
     )
+    return replace(
+        layout, unread=frozenset(_unread(model, {layout.name_of(name) for names in files for name in names}))
+    )
+
+
+def _unread(model: nn.Module, names: Collection[str]) -> set[str]:
+    """The names of tensors that the class passes over in silence: it has none, or makes it when it is built."""
+    stored = model.state_dict().keys()
+    made = {name for name, _ in model.named_buffers()} - stored
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    found = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    return {name for name in names if name not in stored and (name in made or found.search(name))}
 
 
 def _stacked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, LayerKind]]:

@@ -26,6 +26,7 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
         names: The tensors that may be kept: the tuned checkpoint has them.
     """
     layout = plan.layout
+    names = [name for name in names if not _is_unread(name, plan)]
     biases = _biases(plan, names)
     whole = _better_whole(plan, names, biases)
     carried = {weight: places for weight, places in plan.carried.items() if weight not in whole}
@@ -66,6 +67,10 @@ def _has_no_slot(name: str, plan: Plan) -> bool:
     """Whether it could have no factors; what could have them and has none was not chosen."""
     other_rows = name in plan.left_out and plan.left_out[name].reason is Reason.OTHER_ROWS
     return other_rows or not any(place.module in plan.slots for place in plan.layout.places(name))
+
+
+def _is_unread(name: str, plan: Plan) -> bool:
+    return name in plan.left_out and plan.left_out[name].reason is Reason.UNREAD
 
 
 def _homes(name: str, layout: Layout, blocked: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -163,8 +168,8 @@ def _blocked(plan: Plan, free: Collection[str]) -> set[str]:
     layout = plan.layout
     inside: dict[str, list[bool]] = defaultdict(list)
     for name in plan.headers:
-        if is_rest(name):
-            continue  # Rows beyond the base's vocabulary: the module itself has none of them.
+        if is_rest(name) or _is_unread(name, plan):
+            continue  # Rows beyond the base's vocabulary, and older buffers: the module itself has none of them.
         for own in layout.names_of(name):
             parts = own.split(".")
             for depth in range(1, len(parts)):
