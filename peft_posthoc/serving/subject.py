@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peft_posthoc.adapters.config import PICKLE, WEIGHTS, read_config
+from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS, read_config
 from peft_posthoc.adapters.foreign import refuse_foreign
 from peft_posthoc.adapters.scale import Setting, alpha_of, parameters_of, rank_of, settings
 from peft_posthoc.adapters.tensors import Factored, factored, kept_whole
@@ -225,6 +225,8 @@ def _opened(folder: str | os.PathLike[str]) -> Model:
     """
     if not Path(folder).is_dir():
         raise CheckpointError(f"The base `{folder}` is no folder. Give the folder of the model to be served.")
+    if (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"The base `{folder}` is an adapter. Give the folder of the model to be served.")
     return Model.of(open_checkpoint(folder, role="base"))
 
 

@@ -144,6 +144,7 @@ def test_bad_options(work):
     misused(run("check", "adapter", "--engine", "tensorflow"), "tensorflow")
     misused(run("check", "adapter", "--dtype", "float16"), "--fix")
     refused(run("check", "adapter", "--base", "org/name"), "is no folder")
+    refused(run("check", "adapter", "--base", "adapter"), "The base `adapter` is an adapter.")
     refused(run("check", "adapter", "--json", "nowhere/x.json"), "no folder `nowhere`")
     (work / "notmodel").mkdir()
     refused(run("check", "adapter", "--base", "notmodel"), "No weights in `notmodel`")
