@@ -59,14 +59,15 @@ def verify(
     show(result, json_to, quiet=quiet, table=result.rest())
     if result.failure:
         raise PosthocError(
-            f"The weights were compared, the outputs were not: {result.failure} With `--weights-only` that is enough."
+            f"The weights were compared, the outputs were not: {result.failure.rstrip('.')}. "
+            "With `--weights-only` that is enough."
         )
-    if min_cosine is not None and result.cosine < min_cosine:
+    if min_cosine is not None and not result.cosine >= min_cosine:  # What is no number passes neither way.
         raise PosthocError(f"The cosine with the whole delta is {result.cosine:.4f}, below --min-cosine {min_cosine}.")
     if max_kl is not None:
         if result.adapter is None or result.adapter.kl is None:
             raise PosthocError(f"--max-kl cannot be checked: no logits were compared ({result.outputs_note}).")
-        if result.adapter.kl > max_kl:
+        if not result.adapter.kl <= max_kl:
             raise PosthocError(f"KL(tuned || base + adapter) is {result.adapter.kl:.5f} nats, above --max-kl {max_kl}.")
     if not result.nearer:
         raise PosthocError(result.verdict())

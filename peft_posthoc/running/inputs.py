@@ -37,11 +37,14 @@ def inputs_for(
 
     Raises:
         CheckpointError: There is no tokenizer for the prompts, it cannot be read, or it makes no token of one.
-        ValueError: A sequence of token ids is empty.
+        ValueError: A sequence of token ids is empty, or one is larger than any.
     """
     if token_ids:
         if not all(map(len, token_ids)):
             raise ValueError(f"`{asked('token_ids', None)}` needs at least one token id in every sequence.")
+        largest = torch.iinfo(torch.int64).max
+        if beyond := [token for ids in token_ids for token in ids if abs(token) > largest]:
+            raise ValueError(f"Token id {beyond[0]} is in no vocabulary.")
         return [torch.tensor([list(ids)]) for ids in token_ids], f"on {len(token_ids)} given sequences of token ids"
     texts = list(prompts) or list(PROMPTS)
     tokenizer = tokenizer_of(tuned) or tokenizer_of(base)
@@ -88,7 +91,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
         if _names_code(checkpoint):
             return None
         raise CheckpointError(
-            f"The tokenizer of `{checkpoint.label}` cannot be read: {type(error).__name__}: {error}"
+            f"The tokenizer of `{checkpoint.label}` cannot be read: {type(error).__name__}: {error}."
         ) from error
 
 

@@ -50,6 +50,7 @@ def break_model():
 FAILURES = {
     "beyond the vocabulary": (["--token-ids", "96"], None, "Token id 96 is not in the vocabulary of `tuned`, 0 to 95."),
     "below it": (["--token-ids", "-1"], None, "Token id -1 is not in the vocabulary of `tuned`, 0 to 95."),
+    "beyond all numbers": (["--token-ids", "9" * 23], None, f"Token id {'9' * 23} is in no vocabulary."),
     "no ids": (["--token-ids", ""], None, "`--token-ids` needs at least one token id in every sequence."),
     "no tokenizer": (["--prompt", "hello"], None, "There is no tokenizer beside `tuned` or `base` for the prompts."),
     "a broken tokenizer": ([], break_tokenizer, "The tokenizer of `tuned` cannot be read: "),
@@ -80,6 +81,11 @@ def test_a_result_that_is_nearer_than_the_base_says_so(place):
     assert result.stdout.endswith("Base + adapter is nearer to tuned than base is.\n")
     only = run("--weights-only")
     assert only.stdout.endswith("Base + adapter is nearer to tuned than base is, by its weights.\n")
+
+
+@pytest.mark.parametrize("bar", ["--min-cosine", "--max-kl"])
+def test_a_bar_that_is_no_number_is_passed_by_nothing(place, bar):
+    assert run("--token-ids", "1 2 3", bar, "nan").exit_code == 1
 
 
 @pytest.mark.parametrize("factor", [-1, 0])
