@@ -28,7 +28,7 @@ from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_callbacks import PosthocLoraCallback
-from peft_posthoc import Adapter, extract
+from peft_posthoc import Adapter, LeftOutWarning, extract
 
 
 class Plan(NamedTuple):
@@ -263,6 +263,7 @@ def main(work: Path, quick: bool) -> None:
     disable_progress_bars()  # datasets'
     # PEFT asks the model by a name that transformers is about to change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    warnings.simplefilter("ignore", LeftOutWarning)  # The table tells it.
     plan = QUICK if quick else FULL
     size = plan.size
     work.mkdir(parents=True, exist_ok=True)

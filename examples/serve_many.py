@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from peft_posthoc import check, extract
+from peft_posthoc import LeftOutWarning, check, extract
 
 NO_ADAPTER = "__base__"  # PEFT's name for it in a mixed batch
 ROUNDING = 1e-4  # nats: a row of a batch of another size is computed in another order
@@ -186,6 +186,7 @@ def main(folder: Path, count: int, rank: int, json_to: Path | None) -> None:
     torch.set_num_threads(1)  # The model is so small that threads would wait for each other.
     # PEFT asks the model by a name that transformers is about to change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    warnings.simplefilter("ignore", LeftOutWarning)  # The table tells it.
     if not (folder / "tenants.json").is_file():
         if folder.exists() and any(folder.iterdir()):
             raise click.ClickException(f"`{folder}` is not empty, and no whole earlier run. Delete it or name another.")

@@ -2,6 +2,7 @@ from .checkpoints.checkpoint import Checkpoint
 from .errors import (
     AdapterError,
     CheckpointError,
+    LeftOutWarning,
     MismatchError,
     MissingExtraError,
     NothingToCarryError,
@@ -43,6 +44,7 @@ __all__ = [
     "Fixed",
     "Given",
     "Inspection",
+    "LeftOutWarning",
     "LoraConfig",
     "LowRank",
     "MismatchError",

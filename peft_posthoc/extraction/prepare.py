@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,7 +72,7 @@ class Prepared:
     beside: Mapping[str, Path] = field(default_factory=dict)
     """By name: files of the tuned model that are copied beside the adapter."""
 
-    @property
+    @cached_property
     def rules(self) -> dict[str, RankRule]:
         """By carried weight."""
         return {name: fate.rule for name, fate in self.plan.factored.items() if fate.rule is not None}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-
-import yaml
-from huggingface_hub import metadata_load
+from typing import Any
 
 from peft_posthoc.adapters.named_base import same_base
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
@@ -39,11 +37,20 @@ def swapped(base: Checkpoint, tuned: Checkpoint) -> str | None:
 def _bases_of(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
     """What a model says that it was made from: its configuration and its card."""
     told = [(checkpoint.config or {}).get("_name_or_path")]
-    try:
-        if regular(folder / "README.md").stat().st_size <= _LARGEST_CARD:
-            found = (metadata_load(folder / "README.md") or {}).get("base_model")
-            told += found if isinstance(found, list) else [found]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # A card is for people, and need not be readable.
-        pass
+    if (folder / "README.md").exists():
+        found = _base_in_card(folder / "README.md")
+        told += found if isinstance(found, list) else [found]
     own = {str(folder), checkpoint.label}
     yield from (one for one in told if isinstance(one, str) and one and one not in own)
+
+
+def _base_in_card(card: Path) -> Any:
+    """What a model's card says that it was made from; None where it cannot be read: it is for people."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        small = regular(card).stat().st_size <= _LARGEST_CARD
+        return (metadata_load(card) or {}).get("base_model") if small else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None

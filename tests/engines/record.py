@@ -85,7 +85,7 @@ class Right:
         self.base = subjects.next_token(models.load(self.pair.base))
         self.tuned = subjects.next_token(models.load(self.pair.tuned))
         self.adapters = subjects.right_adapters(self.pair, folder / name)
-        self.wrong = subjects.wrong_adapters(self.adapters["full rank"], folder / name / "wrong")
+        self.wrong = subjects.spoiled_adapters(self.adapters["full rank"], folder / name / "wrong")
         self.held = {
             what: subjects.next_token(models.load(subjects.held(self.pair, adapter, folder / name / f"held {what}")))
             for what, adapter in self.adapters.items()

@@ -65,11 +65,12 @@ SCALED = {
     "own ranks and alphas": _ranked(QKV, rank_pattern=QKV, alpha_pattern=QKV),
     "mlp of its own rank and alpha": _ranked(MLP, rank_pattern=MLP, alpha_pattern=MLP),
 }
-# Of `tests/make/wrong_adapters.py`, what can be served on a dense language model of a small vocabulary.
+# Of `tests/make/wrong_adapters.py`, what can be served on a dense language model of a small vocabulary; no engine looks
+# at which base an adapter names.
 SPOILED = {
     name: case
     for name, case in wrong_adapters.CASES.items()
-    if not {"expert", "experts", "towers", "vocabulary", "dropped", "refused"} & {*name.split("-")}
+    if not {"expert", "experts", "towers", "vocabulary", "dropped", "refused", "another"} & {*name.split("-")}
 } | {name: wrong_adapters.Case(spoil) for name, spoil in SCALED.items()}
 # Where an engine does otherwise than `check` says, and why.
 UNLIKE = {
@@ -127,7 +128,7 @@ def right_adapters(pair: Pair, folder: Path) -> dict[str, Path]:
     }
 
 
-def wrong_adapters(good: Path, folder: Path) -> dict[str, Path]:
+def spoiled_adapters(good: Path, folder: Path) -> dict[str, Path]:
     """The adapter, spoiled in each of the ways."""
     return {name: wrong_adapters.make(wrong_adapters.Case(spoil), good, folder / name) for name, spoil in WRONG.items()}
 

@@ -23,6 +23,8 @@ def dropped(subject: Subject) -> tuple[str, ...]:
         if name.startswith(PREFIX)
         and not name.startswith(told)
         and name not in found.misfits
+        # PEFT leaves biases alone that the configuration does not speak of.
+        and not name.endswith(".bias")
         # The base that is given may be served as another class, which has a head of its own.
         and (".lora_" in name or own_name(name).rpartition(".")[0] in classes)
     )
