@@ -39,7 +39,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--sequences", default=960, show_default=True, type=click.IntRange(4), help="Texts to fit on.")
 @click.option("--length", default=128, show_default=True, type=click.IntRange(2), help="Tokens of a text at most.")
 @click.option(
-    "--passes", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Over the texts."
+    "--passes", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Over the texts."
 )
 @click.option(
     "--lr",

@@ -47,7 +47,7 @@ class distil:
 
     lr: float = 0.05
     size: int = 8
-    passes: float = 1.0
+    passes: float = 2.0
 
     def __call__(
         self,
