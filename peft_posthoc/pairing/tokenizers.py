@@ -16,6 +16,7 @@ from peft_posthoc.pairing.difference import Difference, alike
 from peft_posthoc.text import shorten
 
 _CONFIG, _SPECIAL, _WHOLE = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
+_MORE = "additional_chat_templates"
 _TEMPLATE, _TEMPLATES, _GENERATION = "chat_template.jinja", "chat_template.json", "generation_config.json"
 # What is fetched from the hub to be compared: a few kB. The vocabulary is not.
 _SMALL = (_CONFIG, _SPECIAL, _TEMPLATE, _TEMPLATES, _GENERATION)
@@ -71,10 +72,13 @@ class _Beside:
     @cached_property
     def templates(self) -> Mapping[str, str]:
         """By name: the default one, and those for tools and the like."""
+        more = {path.stem: self._text(f"{_MORE}/{path.name}").strip() for path in self.folder.glob(f"{_MORE}/*.jinja")}
         found = self._text(_TEMPLATE) or self.read(_TEMPLATES).get("chat_template") or self.config.get("chat_template")
         if isinstance(found, list):
-            return {str(one.get("name")): str(one.get("template")).strip() for one in found if isinstance(one, dict)}
-        return {"default": str(found).strip()} if found else {}
+            own = {str(one.get("name")): str(one.get("template")).strip() for one in found if isinstance(one, dict)}
+        else:
+            own = {"default": str(found).strip()} if found else {}
+        return own | more
 
     def read(self, name: str) -> dict[str, Any]:
         """The object in a file; empty if there is none."""

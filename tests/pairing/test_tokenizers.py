@@ -75,6 +75,15 @@ def test_a_template_is_the_same_in_its_own_file_and_within_the_configuration(pai
     assert told(pair) == {"chat_template": ("the chat template", True)}
 
 
+def test_a_template_in_the_folder_of_further_ones_is_told(pair):
+    chat = tokenizer()
+    chat.chat_template = {"default": TURN}
+    chat.save_pretrained(pair[0])
+    chat.chat_template = {"default": TURN, "tool_use": TURN}
+    chat.save_pretrained(pair[1])
+    assert told(pair) == {"chat_template": ("the chat template", True)}
+
+
 def test_tokenizer_files_of_other_versions_that_say_the_same_tell_nothing(pair):
     edit(
         pair[1],
