@@ -185,8 +185,12 @@ class AdapterOnModel:
             return before, self._wide(module, before).added(before, self.slots[module].kind)
         return before, before if added is None else before.double() + added
 
-    def only_factors(self, who: str) -> None:
+    def only_factors(self, who: str, *, convolutions: bool = False) -> None:
         """See that nothing but factors is in the file.
+
+        Args:
+            who: The program that is to read it.
+            convolutions: Whether it reads those of convolutions.
 
         Raises:
             AdapterError: There is something else, which that program does not read.
@@ -202,10 +206,10 @@ class AdapterOnModel:
                 f"`{label}` adds to the bias of `{self.biases[0]}` (`lora_bias`), which {who} does not read. Use "
                 f"`{asked('to', 'merged')}`."
             )
-        convolutions = [name for name in self._places if self.slots[name].kind.kernel]
-        if convolutions:
+        kernels = [name for name in self._places if self.slots[name].kind.kernel]
+        if kernels and not convolutions:
             raise AdapterError(
-                f"`{label}` has factors for the convolution `{convolutions[0]}`, which {who} does not read. Use "
+                f"`{label}` has factors for the convolution `{kernels[0]}`, which {who} does not read. Use "
                 f"`{asked('to', 'merged')}`."
             )
 

@@ -11,7 +11,7 @@ from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import noting
 
-TO = ("gguf", "mlx", "vllm-moe", "peft-moe", "merged")
+TO = ("gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged")
 
 
 @click.command()
@@ -40,6 +40,7 @@ def export(
     \b
     gguf      a file for llama.cpp and Ollama
     mlx       a folder for MLX-LM
+    diffusers a folder for `pipe.load_lora_weights`
     vllm-moe  experts one by one, as vLLM and SGLang read them
     peft-moe  experts stacked, as PEFT computes with them
     merged    a full checkpoint of BASE + ADAPTER

@@ -19,7 +19,7 @@ from peft_posthoc.formats.open import open_deltas
 from peft_posthoc.formats.result import Exported, Out, check_place
 from peft_posthoc.sources import Source
 
-To = Literal["gguf", "mlx", "vllm-moe", "peft-moe", "merged"]
+To = Literal["gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged"]
 
 
 class Target(NamedTuple):
@@ -37,6 +37,7 @@ class Target(NamedTuple):
 TARGETS: dict[str, Target] = {
     "gguf": Target("peft_posthoc.formats.gguf", "write", "file"),
     "mlx": Target("peft_posthoc.formats.mlx", "write", "folder"),
+    "diffusers": Target("peft_posthoc.formats.diffusers", "write", "folder"),
     "vllm-moe": Target("peft_posthoc.formats.experts", "write_per_expert", "adapter"),
     "peft-moe": Target("peft_posthoc.formats.experts", "write_stacked", "adapter"),
     "merged": Target("peft_posthoc.formats.merged", "write", "folder", values=True),
@@ -61,9 +62,9 @@ def export(
     Args:
         adapter: Any PEFT LoRA folder.
         out: What to write: a file for `gguf`, a folder for the others.
-        to: `gguf` for llama.cpp and Ollama; `mlx` for MLX-LM; `vllm-moe` and `peft-moe` for the experts of a mixture
-            one by one, as serving engines read them, and stacked, as PEFT computes with them; `merged` for a full
-            checkpoint of base + adapter.
+        to: `gguf` for llama.cpp and Ollama; `mlx` for MLX-LM; `diffusers` for its pipelines; `vllm-moe` and `peft-moe`
+            for the experts of a mixture one by one, as serving engines read them, and stacked, as PEFT computes with
+            them; `merged` for a full checkpoint of base + adapter.
         base: The model that the adapter is for: a folder, a hub id, or for `merged` anything that `extract` takes. By
             default what the adapter's configuration names. Only `merged` reads its weights.
         base_revision: Branch, tag or commit, where `base` is a hub id.

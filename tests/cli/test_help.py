@@ -22,7 +22,7 @@ def test_no_mark_of_click_is_shown(command):
 
 def test_each_target_of_an_export_has_a_line():
     lines = [line.split()[0] for line in text_of("export").splitlines() if line.startswith("  ")]
-    assert lines[1:6] == ["gguf", "mlx", "vllm-moe", "peft-moe", "merged"]
+    assert lines[1:7] == ["gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged"]
 
 
 def test_the_default_of_a_command_is_the_one_that_its_help_names():

@@ -15,7 +15,7 @@ from peft_posthoc import AdapterError, CheckpointError, export, extract
 from peft_posthoc.cli import main as cli
 from peft_posthoc.cli.export import TO
 from peft_posthoc.formats.export import TARGETS
-from tests.make import lora, models
+from tests.make import diffusion, lora, models
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
 
@@ -212,6 +212,8 @@ def test_a_base_that_is_not_the_one_which_the_adapter_names_is_noted(to, work):
 def test_the_page_s_blocks_run_as_printed(work):
     models.save_pair(models.mixtral(), work / "moe")
     extract("moe/base", "moe/tuned", 2, experts="fused").save("moe-adapter")
+    models.save_pair(diffusion.unet(), work / "unet")
+    extract("unet/base", "unet/tuned", 2).save("unet-adapter")
     blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
     assert [language for language, _ in blocks] == ["sh", "python"]
     for line in blocks[0][1].splitlines():
