@@ -120,7 +120,7 @@ class distil:
             interrupted = True
         finally:
             bar.close()
-            _put(factors, best_factors)
+            put(factors, best_factors)
         return Fit(before, best, kept, done, time.monotonic() - start, interrupted)
 
 
@@ -140,7 +140,8 @@ def _copies(factors: Mapping[str, Parameter]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _put(factors: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> None:
+def put(factors: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> None:
+    """Give the factors of a live model other values."""
     for name, own in factors.items():
         own.copy_(values[name])
 

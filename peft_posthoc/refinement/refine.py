@@ -21,10 +21,10 @@ from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.distance import distances
-from peft_posthoc.refinement.distil import distil
+from peft_posthoc.refinement.distil import distil, put
 from peft_posthoc.refinement.live import Live, factors_of, load_live, says
 from peft_posthoc.refinement.refined import Refined
-from peft_posthoc.refinement.sequences import Batch, Split, split
+from peft_posthoc.refinement.sequences import KINDS, Batch, Split, split
 from peft_posthoc.refinement.texts import Sampled, Texts, Writers
 from peft_posthoc.sources import Source, open_pair
 
@@ -94,10 +94,16 @@ def refine(
     fit = chosen(
         speaks, wanted, factors, parts, seed=seed, seconds=minutes and 60 * minutes, device=where, progress=progress
     )
-    tensors = {name: source.tensor(name) for name in source.headers}
-    if not fit.kept:
-        for module in source.modules.values():
-            tensors |= _saved(module, factors, tensors)
+    stored = {name: source.tensor(name) for name in source.headers}
+    tensors, after, kept = stored, fit.before, fit.kept
+    if not kept:
+        # What is judged is what is written: rounded to the types of the file.
+        rounded = {name: x for module in source.modules.values() for name, x in _saved(module, factors, stored).items()}
+        put(factors, rounded)
+        found = distances(speaks, wanted, parts.held_out, size=chosen.size, device=where)
+        kept = any(not found[kind].kl <= fit.before[kind].kl for kind in fit.before)
+        if not kept:
+            tensors, after = stored | rounded, found
     options = {
         "texts": {"kind": type(given).__name__.lower(), "sequences": sequences, "length": length},
         "method": {"kind": type(chosen).__name__, **asdict(chosen)},
@@ -108,8 +114,8 @@ def refine(
         adapter=source.label,
         base=alone,
         before=fit.before,
-        after=fit.after,
-        kept=fit.kept,
+        after=after,
+        kept=kept,
         interrupted=fit.interrupted,
         steps=fit.steps,
         texts=Counter(text.kind for text in parts.fitted),
@@ -139,9 +145,10 @@ def _texts(live: Live, given: Texts, sequences: int, length: int, seed: int, pro
         writers = Writers(live.adapted, live.tuned, live.tokenizer, live.vocabulary)
         written = given.write(writers, count=sequences, length=length, seed=seed, progress=progress)
     parts = split([text for text in written if len(text.ids) > 1])
-    if not parts.fitted or not parts.held_out:
+    if not parts.fitted or {text.kind for text in parts.held_out} != {*KINDS}:
         raise PosthocError(
-            f"Of {len(written)} texts too few have two tokens or more to fit on some and judge by others."
+            f"Of {len(written)} texts too few differ, and have two tokens or more, to fit on some and judge by others of "
+            "each kind. Give more."
         )
     return parts
 

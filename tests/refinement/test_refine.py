@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_posthoc import MismatchError, PosthocError, Sampled, distil, extract, refine
+from peft_posthoc.refinement.distance import distances
+from peft_posthoc.refinement.distil import Fit
+from peft_posthoc.refinement.sequences import Tokens
 
 CONFIG = LlamaConfig(
     vocab_size=48,
@@ -129,6 +133,39 @@ def test_steps_that_lead_away_are_not_kept(pair: tuple[Path, Path], tmp_path: Pa
     assert refined.after == refined.before
     assert all(torch.equal(refined.tensors[name], x) for name, x in before.items())
     assert "as it was" in refined.table()
+
+
+@dataclass(frozen=True)
+class Boasts:
+    """A method that spoils the factors and says that they are better."""
+
+    size: int = 8
+
+    def __call__(self, model: Any, wanted: Any, factors: Any, texts: Any, *, device: Any, **_: Any) -> Fit:
+        before = distances(model, wanted, texts.held_out, size=8, device=device)
+        with torch.no_grad():
+            for factor in factors.values():
+                factor *= 3
+        return Fit(before, {kind: replace(one, kl=0.0) for kind, one in before.items()}, False, 1, 0.0)
+
+
+def test_what_is_written_is_judged_whatever_a_method_says(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    refined = refine(adapter, *pair, method=Boasts(), **SMALL)  # type: ignore[arg-type]
+    before = load_file(adapter / "adapter_model.safetensors")
+    assert refined.kept
+    assert refined.after == refined.before
+    assert all(torch.equal(refined.tensors[name], x) for name, x in before.items())
+
+
+def test_too_few_texts_to_judge_each_kind_by_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    class OneKind:
+        def write(self, writers: Any, **_: Any) -> list[Tokens]:
+            return [Tokens((i, i + 1), "task") for i in range(20)]
+
+    adapter = _adapter(pair, tmp_path / "svd")
+    with pytest.raises(PosthocError, match="of each kind"):
+        refine(adapter, *pair, texts=OneKind(), **SMALL)
 
 
 def test_the_account_says_that_the_old_shares_are_of_the_old_factors(pair: tuple[Path, Path], tmp_path: Path) -> None:
