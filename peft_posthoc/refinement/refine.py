@@ -147,8 +147,8 @@ def _texts(live: Live, given: Texts, sequences: int, length: int, seed: int, pro
     parts = split([text for text in written if len(text.ids) > 1])
     if not parts.fitted or {text.kind for text in parts.held_out} != {*KINDS}:
         raise PosthocError(
-            f"Of {len(written)} texts too few differ, and have two tokens or more, to fit on some and judge by others of "
-            "each kind. Give more."
+            f"Of {len(written)} texts too few differ, and have two tokens or more, to fit on some and judge by others "
+            "of each kind. Give more."
         )
     return parts
 
