@@ -15,6 +15,7 @@ from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
+from peft_posthoc.refinement.chain import Chain
 from peft_posthoc.refinement.distance import Model, Score, distances
 from peft_posthoc.refinement.sequences import Batch, Tokens
 from peft_posthoc.running.inputs import tokenizer_of
@@ -44,6 +45,10 @@ class Live:
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
         """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
         return distances(says(self.adapted), says(self.tuned), texts, size=size, device=self.device)
+
+    def chains(self) -> tuple[Chain, Chain]:
+        """Both, to run a stretch at a time."""
+        return Chain(self.adapted, self.device), Chain(self.tuned, self.device)
 
 
 def load_live(base: Checkpoint, tuned: Checkpoint, adapter: str | PathLike[str], device: torch.device) -> Live:
