@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.refinement.distance import Distance, Model, distances, divergence
+from peft_posthoc.refinement.movable import put
 from peft_posthoc.refinement.sequences import Kind, Split, batches, shuffled
 
 Score = Mapping[Kind, Distance]
@@ -137,13 +138,6 @@ def _pace(share: float) -> float:
 
 def _copies(factors: Mapping[str, Parameter]) -> dict[str, Tensor]:
     return {name: own.detach().clone() for name, own in factors.items()}
-
-
-@torch.no_grad()
-def put(factors: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> None:
-    """Give the factors of a live model other values."""
-    for name, own in factors.items():
-        own.copy_(values[name])
 
 
 def _better(now: Score, best: Score, start: Score) -> bool:
