@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -15,8 +16,8 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.config import architecture
-from peft_posthoc.refinement.distance import Model
-from peft_posthoc.refinement.sequences import Batch
+from peft_posthoc.refinement.distance import Model, Score, distances
+from peft_posthoc.refinement.sequences import Batch, Tokens
 from peft_posthoc.running.inputs import tokenizer_of
 from peft_posthoc.running.load import load_model, rows_of, with_adapter
 
@@ -54,6 +55,10 @@ class Live:
         configs = [model.config.get_text_config() for model in (self.adapted, self.tuned)]
         told = [getattr(config, "max_position_embeddings", None) for config in configs]
         return min((most for most in told if most), default=None)
+
+    def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
+        """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
+        return distances(says(self.adapted), says(self.tuned, self.device), texts, size=size, device=self.device)
 
 
 def load_live(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from peft_posthoc.adapters.arrivals import ask
@@ -55,7 +54,8 @@ def factors_of(model: Any, name: str, file: AdapterFile) -> dict[str, Parameter]
     wanted = [factor for module in file.modules.values() for factor in module.tensor_names()]
     arrived: Mapping[str, tuple[str, ...]] = {}
     if any(factor not in own for factor in wanted):  # PEFT renames some as it loads them.
-        built = build(model.get_base_model().config.to_dict())
+        base = model.get_base_model()
+        built = build({**base.config.to_dict(), "architectures": [type(base).__name__]})
         arrived = {} if built is None else ask(built, file.config, file.headers).parameters
     found = {}
     for factor in wanted:
@@ -95,10 +95,3 @@ def movable(model: Any, factors: Mapping[str, Parameter]) -> Iterator[None]:
         for name, own in factors.items():
             own.grad = None
             own.data = before[name]
-
-
-@torch.no_grad()
-def put(factors: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> None:
-    """Give the factors of a live model other values."""
-    for name, own in factors.items():
-        own.copy_(values[name])

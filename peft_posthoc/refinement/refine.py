@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -17,13 +16,14 @@ from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.json_file import read_json
-from peft_posthoc.refinement.distance import distances
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.live import Live, says
-from peft_posthoc.refinement.movable import factors_of, movable, put
+from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.movable import factors_of, movable
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.sequences import KINDS, Batch, Split, split
+from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.texts import Sampled, Texts, Writers
 from peft_posthoc.sources import Source
 
@@ -34,7 +34,7 @@ def refine(
     tuned: Source | None = None,
     *,
     texts: Texts | None = None,
-    method: distil | None = None,
+    method: Method | None = None,
     sequences: int = 960,
     length: int = 128,
     minutes: float | None = None,
@@ -58,7 +58,7 @@ def refine(
             for an adapter that is on its model.
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
-        method: How the factors are fitted.
+        method: How the factors are fitted: `distil` or `compensated`.
         sequences: How many texts.
         length: How many tokens each has at most.
         minutes: When to stop fitting at the latest.
@@ -102,21 +102,11 @@ def refine(
         chosen, given = method or distil(), texts or Sampled()
         length = min(length, live.longest or length)
         parts = _texts(live, given, sequences, length, seed, progress)
-        speaks, wanted = says(live.adapted), says(live.tuned, live.device)
         with live.adapted.disable_adapter():
-            alone = distances(speaks, wanted, parts.held_out, size=chosen.size, device=live.device)
+            alone = live.distances(parts.held_out, size=chosen.size)
         stored = {name: source.tensor(name) for name in source.headers}
         with movable(live.adapted, factors):
-            fit = chosen(
-                speaks,
-                wanted,
-                factors,
-                parts,
-                seed=seed,
-                seconds=minutes and 60 * minutes,
-                device=live.device,
-                progress=progress,
-            )
+            fit = chosen(live, factors, parts, seed=seed, seconds=minutes and 60 * minutes, progress=progress)
             tensors, after, kept = stored, fit.before, fit.kept
             if not kept:
                 # What is judged is what is written: rounded to the types of the file.
@@ -124,7 +114,7 @@ def refine(
                     name: x for module in source.modules.values() for name, x in _saved(module, factors, stored).items()
                 }
                 put(factors, rounded)
-                judged = distances(speaks, wanted, parts.held_out, size=chosen.size, device=live.device)
+                judged = live.distances(parts.held_out, size=chosen.size)
                 kept = any(not judged[kind].kl <= fit.before[kind].kl for kind in fit.before)
                 if not kept:
                     tensors, after = stored | rounded, judged
@@ -132,7 +122,7 @@ def refine(
         start = _report(source)
     options = {
         "texts": {"kind": type(given).__name__.lower(), "sequences": sequences, "length": length},
-        "method": {"kind": type(chosen).__name__, **asdict(chosen)},
+        "method": {"kind": type(chosen).__name__, **vars(chosen)},
         "minutes": minutes,
         "seed": seed,
     }
@@ -144,6 +134,7 @@ def refine(
         kept=kept,
         interrupted=fit.interrupted,
         steps=fit.steps,
+        unmoved=fit.unmoved,
         texts=Counter(text.kind for text in parts.fitted),
         seconds=fit.seconds,
         options=options,
