@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.config import architecture
@@ -36,6 +37,8 @@ class Live:
     """transformers', or None."""
     name: str = "default"
     """The adapter's on the model."""
+    together: Together = ALONE
+    """Processes that each have both models."""
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +61,14 @@ class Live:
 
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
         """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
-        return distances(says(self.adapted), says(self.tuned, self.device), texts, size=size, device=self.device)
+        return distances(
+            says(self.adapted),
+            says(self.tuned, self.device),
+            texts,
+            size=size,
+            device=self.device,
+            together=self.together,
+        )
 
 
 def load_live(
