@@ -67,7 +67,7 @@ class Chain:
 
     def enter(self, batch: Batch) -> Tensor:
         """The hidden states that the first block reads."""
-        return self._calls(input_ids=batch.ids, attention_mask=batch.mask)[0].hidden
+        return self._with_ids(batch)[0].hidden
 
     def check(self, batch: Batch) -> None:
         """See that the model is a chain.
@@ -75,8 +75,7 @@ class Chain:
         Raises:
             PosthocError: Its blocks do not run one after the other, or read something of the tokens but hidden states.
         """
-        calls = self._calls(input_ids=batch.ids, attention_mask=batch.mask)
-        for call, again in zip(calls, self._without_ids(batch), strict=True):
+        for call, again in zip(self._with_ids(batch), self._without_ids(batch), strict=True):
             if not _alike((call.args[1:], call.kwargs), (again.args[1:], again.kwargs), call.hidden, again.hidden):
                 raise PosthocError(
                     f"The blocks of {type(self.model).__name__} read more of the tokens than hidden states; `distil` "
@@ -102,9 +101,13 @@ class Chain:
             logits: Tensor = self.model(inputs_embeds=self._nothing(1, len(hidden)), use_cache=False).logits
         return logits[0]
 
+    def _with_ids(self, batch: Batch) -> list[Call]:
+        return self._calls(input_ids=batch.ids.to(self._device), attention_mask=batch.mask.to(self._device))
+
     def _without_ids(self, batch: Batch) -> list[Call]:
         """What each block is called with, but for hidden states: the embeddings are not asked."""
-        return self._calls(inputs_embeds=self._nothing(*batch.ids.shape), attention_mask=batch.mask)
+        nothing = self._nothing(*batch.ids.shape)
+        return self._calls(inputs_embeds=nothing, attention_mask=batch.mask.to(self._device))
 
     def _nothing(self, *shape: int) -> Tensor:
         """What the embeddings may have given."""

@@ -16,6 +16,7 @@ from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, 
 from peft_posthoc.refinement.live import Live
 from peft_posthoc.refinement.method import Fit, better, finite
 from peft_posthoc.refinement.sequences import Split, batches
+from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
 from peft_posthoc.refinement.walk import Stretch, Walk
 
@@ -45,11 +46,12 @@ class compensated:
         seed: int,
         seconds: float | None,
         progress: bool,
+        state: State | None = None,
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
         began, interrupted = time.monotonic(), False
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
-        layers = layers_of(live.adapted, live.tuned, factors)
+        layers = layers_of(live, factors)
         unmoved, fitted = dict(layers.others), set[str]()
         by_length = sorted(texts.fitted, key=lambda text: len(text.ids))
         parts = list(batches(by_length, self.size, device=live.device))
@@ -57,7 +59,7 @@ class compensated:
         try:
             with Walk(live.chains(), parts) as walk, torch.no_grad():
                 for stretch in walk.stretches():
-                    waiting = {k: one for k, one in layers.linear.items() if k not in fitted and k not in unmoved}
+                    waiting = {k: one for k, one in layers.linear.items() if k not in fitted | unmoved.keys()}
                     groups, odd = _groups(stretch, waiting)
                     unmoved |= odd
                     for group in groups:
@@ -71,6 +73,8 @@ class compensated:
         except _OutOfTime:
             pass
         except KeyboardInterrupt:
+            if live.together.size > 1:
+                raise  # The others may be elsewhere.
             interrupted = True
         except BaseException:
             put(factors, start)
@@ -139,7 +143,7 @@ def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Te
                 gram = read.new_zeros(read.shape[1], read.shape[1])
             gram.addmm_(read.mT, read)
             for one in group:
-                lacking = (theirs[one.name].outputs - mine[one.name].outputs)[piece.counted].float()
+                lacking = (theirs[one.name].outputs.to(read.device) - mine[one.name].outputs)[piece.counted].float()
                 if one.name not in crosses:
                     crosses[one.name] = read.new_zeros(read.shape[1], lacking.shape[1])
                 crosses[one.name].addmm_(read.mT, lacking)

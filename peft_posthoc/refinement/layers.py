@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind, kind_of
+from peft_posthoc.refinement.live import Live
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,12 @@ class Layers(NamedTuple):
     """By name, why their factors stay as they are."""
 
 
-def layers_of(adapted: nn.Module, tuned: nn.Module, factors: Mapping[str, Parameter]) -> Layers:
-    """Sort the modules that have factors.
-
-    Args:
-        adapted: PEFT's model.
-        tuned: The tuned one.
-        factors: Of the adapter, by the names of the file.
-    """
-    found = Layers({}, {})
-    for module in dict.fromkeys(name.partition(".lora_")[0] for name in factors):
-        own, layer = module.removeprefix(PREFIX), cast(Any, adapted.get_submodule(module))
+def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
+    """Sort the modules that have factors, `factors` by the names of the file."""
+    found, chosen = Layers({}, {}), {id(factor) for factor in factors.values()}
+    places = [name for name, own in live.adapted.named_parameters() if id(own) in chosen]
+    for module in dict.fromkeys(name.partition(".lora_")[0] for name in places):
+        own, layer = module.removeprefix(PREFIX), cast(Any, live.adapted.get_submodule(module))
         base = layer.base_layer
         kind = kind_of(base)
         if kind is None or kind.stacked or isinstance(base, nn.ModuleList):
@@ -89,11 +85,11 @@ def layers_of(adapted: nn.Module, tuned: nn.Module, factors: Mapping[str, Parame
             found.others[own] = "an embedding has no earlier layer's error to make up for"
         elif kind.kernel:
             found.others[own] = "a convolution is not fitted in closed form"
-        elif f"{module}.lora_B.bias" in factors:
+        elif layer.lora_B[live.name].bias is not None:
             found.others[own] = "its factors come with a bias"
         else:
-            a, b = (factors[f"{module}.{key}"] for key in (kind.a_key, kind.b_key))
-            one = Layer(own, base, tuned.get_submodule(own), kind, a, b, layer.scaling[layer.active_adapters[0]])
+            a, b = (factor[live.name].weight for factor in (layer.lora_A, layer.lora_B))
+            one = Layer(own, base, live.tuned.get_submodule(own), kind, a, b, layer.scaling[live.name])
             if one.rank:
                 found.linear[own] = one
     return found
