@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class compensated:
 
     damping: float = 0.03
     size: int = 8
+    streams: ClassVar[bool] = True
 
     def __call__(
         self,

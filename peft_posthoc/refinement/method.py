@@ -42,6 +42,10 @@ class Method(Protocol):
     def size(self) -> int:
         """Texts in a batch."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether it has a block of each model at work at a time, so that neither need fit into memory."""
+
     def __call__(
         self,
         live: Live,

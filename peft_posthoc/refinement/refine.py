@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peft_posthoc.adapters.cast import cast, widest
@@ -17,12 +16,12 @@ from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.live import Live, says
+from peft_posthoc.refinement.live import Live
 from peft_posthoc.refinement.method import Method
 from peft_posthoc.refinement.movable import factors_of, movable
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
-from peft_posthoc.refinement.sequences import KINDS, Batch, Split, split
+from peft_posthoc.refinement.sequences import KINDS, Split, split
 from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.texts import Sampled, Texts, Writers
 from peft_posthoc.sources import Source
@@ -87,6 +86,7 @@ def refine(
         raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
     if tuned is None:
         raise ValueError("`refine(tuned=...)` is the model to come near to; it has no default.")
+    chosen, given = method or distil(), texts or Sampled()
     with opened(
         adapter,
         base,
@@ -96,10 +96,10 @@ def refine(
         device=device,
         tokenizer=tokenizer,
         adapter_name=adapter_name,
+        streams=chosen.streams,
     ) as found:
         source, live = found.file, found.live
         factors = factors_of(live.adapted, live.name, source)
-        chosen, given = method or distil(), texts or Sampled()
         length = min(length, live.longest or length)
         parts = _texts(live, given, sequences, length, seed, progress)
         with live.adapted.disable_adapter():
@@ -158,8 +158,8 @@ def _texts(live: Live, given: Texts, sequences: int, length: int, seed: int, pro
         PosthocError: They are too few.
     """
     with live.adapted.disable_adapter():
-        _check_finite(live)
-        writers = Writers(live.adapted, live.tuned, live.tokenizer, live.vocabulary)
+        live.check_finite()
+        writers = Writers(*live.writers(), live.tokenizer, live.vocabulary)
         written = given.write(writers, count=sequences, length=length, seed=seed, progress=progress)
     parts = split([text for text in written if len(text.ids) > 1])
     if not parts.fitted or {text.kind for text in parts.held_out} != {*KINDS}:
@@ -168,19 +168,6 @@ def _texts(live: Live, given: Texts, sequences: int, length: int, seed: int, pro
             "of each kind. Give more."
         )
     return parts
-
-
-@torch.no_grad()
-def _check_finite(live: Live) -> None:
-    """See that there is something to draw from.
-
-    Raises:
-        PosthocError: A model's outputs are no numbers.
-    """
-    for name, model in (("tuned model", live.tuned), ("base", live.adapted)):
-        ids = torch.arange(min(live.vocabulary, 8), device=model.device)[None]
-        if not torch.isfinite(says(model)(Batch(ids, torch.ones_like(ids)))).all():
-            raise PosthocError(f"The {name} says what is no number: there is nothing to fit to.")
 
 
 def _saved(module: Module, factors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -39,6 +39,8 @@ class Stretch(NamedTuple):
     """Of a batch of texts."""
     held: Callable[[], AbstractContextManager[object]]
     """Keeps its weights in memory."""
+    last: bool = False
+    """Whether its outputs are logits."""
 
 
 class Walk:
@@ -53,13 +55,18 @@ class Walk:
 
     def __init__(self, chains: tuple[Chain, Chain], batches: Sequence[Batch]) -> None:
         self._chains, self.batches = chains, batches
-        self._folder = tempfile.TemporaryDirectory(prefix="phlora-")
+        self._exit = ExitStack()
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phlora-")))
+            for chain in self._chains:
+                stack.enter_context(chain.rest_held())
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._folder.cleanup()
+        self._exit.close()
 
     def stretches(self) -> Iterator[Stretch]:
         """One after the other: what a stretch gives with the factors that it has by then is what the next one reads."""
@@ -76,7 +83,7 @@ class Walk:
                     (piece,) = stretch.pieces(place)
                     for side in SIDES:
                         torch.save(piece.run[side](), self._file(side, place))
-        yield Stretch("head", self._ends, partial(self._held, end))
+        yield Stretch("head", self._ends, partial(self._held, end), last=True)
 
     def _stretch(self, index: int, name: str) -> Stretch:
         def run(side: Side, place: int) -> Tensor:
@@ -103,7 +110,7 @@ class Walk:
             yield
 
     def _file(self, side: Side, place: int) -> Path:
-        return Path(self._folder.name) / f"{side}-{place}.pt"
+        return self._folder / f"{side}-{place}.pt"
 
     def _read(self, side: Side, place: int) -> Tensor:
         found: Tensor = torch.load(self._file(side, place), weights_only=True)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from peft_posthoc.adapters.config import read_config, try_patterns
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
 from peft_posthoc.models.remote_code import without_code
 
 
-def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
-    """The model of a checkpoint that lies in a folder, in float32.
+def load_model(
+    checkpoint: Checkpoint, cls: Any, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> Any:
+    """The model of a checkpoint that lies in a folder.
 
     Args:
         checkpoint: With a folder.
         cls: Its class in transformers.
         device: Where it goes.
+        dtype: What it computes in; `auto`: the file's own.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -30,16 +35,28 @@ def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
     folder = checkpoint.folder
     if folder is None:
         raise ValueError(f"`load_model(checkpoint=...)` needs one in a folder. Got `{checkpoint.label}`.")
-    check_folder(folder)
-    check_counts(checkpoint.config or {})
-    try:
-        config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # Models within the model are made from its configuration, and ask about the code that it names.
-        config = cls.config_class.from_dict(without_code(config.to_dict()))
-        model = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+    with told_of(checkpoint):
+        config = config_of(checkpoint, cls)
+        model = cls.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False)
         return model.to(device).eval()
+
+
+def config_of(checkpoint: Checkpoint, cls: Any) -> Any:
+    """The configuration of a checkpoint that lies in a folder, as transformers reads it, without code that it names."""
+    check_folder(folder := checkpoint.folder or "")
+    check_counts(checkpoint.config or {})
+    config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Models within the model are made from its configuration, and ask about the code that it names.
+    return cls.config_class.from_dict(without_code(config.to_dict()))
+
+
+@contextmanager
+def told_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """Tell in one line what transformers says of a checkpoint that it cannot load."""
+    try:
+        yield
+    except PosthocError:
+        raise
     except Exception as error:
         # Each class fails in its own way on a configuration that it does not expect.
         raise CheckpointError(
@@ -47,8 +64,13 @@ def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
         ) from error
 
 
-def with_adapter(model: Any, adapter: str | PathLike[str]) -> Any:
+def with_adapter(model: Any, adapter: str | PathLike[str], *, empty: bool = False) -> Any:
     """The model with an adapter on it, as PEFT loads it.
+
+    Args:
+        model: transformers'.
+        adapter: A folder.
+        empty: Whether the model has no weights; the adapter then has none either.
 
     Raises:
         AdapterError: PEFT cannot, or would be held up without end by a pattern.
@@ -58,7 +80,7 @@ def with_adapter(model: Any, adapter: str | PathLike[str]) -> Any:
     check_folder(adapter)
     try_patterns(read_config(Path(adapter)), [name for name, _ in model.named_modules()], adapter)
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter))
+        return peft.PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=empty)
     except Exception as error:
         raise AdapterError(f"PEFT cannot load `{adapter}`: {type(error).__name__}: {error}") from error
 
