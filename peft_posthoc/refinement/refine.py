@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
@@ -13,26 +12,26 @@ from torch import Tensor
 
 from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.module import Module
-from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.writer import REPORT
-from peft_posthoc.compute.device import pick_device
-from peft_posthoc.errors import AdapterError, PosthocError
+from peft_posthoc.errors import PosthocError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.live import Live, factors_of, load_live, says
+from peft_posthoc.refinement.live import Live, says
 from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.movable import factors_of, movable
+from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.sequences import KINDS, Batch, Split, split
 from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.texts import Sampled, Texts, Writers
-from peft_posthoc.sources import Source, open_pair
+from peft_posthoc.sources import Source
 
 
 def refine(
-    adapter: str | os.PathLike[str],
-    base: Source,
-    tuned: Source,
+    adapter: Refinable,
+    base: Source | None = None,
+    tuned: Source | None = None,
     *,
     texts: Texts | None = None,
     method: Method | None = None,
@@ -43,6 +42,8 @@ def refine(
     base_revision: str | None = None,
     tuned_revision: str | None = None,
     device: str = "cpu",
+    tokenizer: Any = None,
+    adapter_name: str = "default",
     progress: bool = False,
 ) -> Refined:
     """Fit an adapter's factors to the tuned model's outputs, without labels, and by default without data.
@@ -51,8 +52,10 @@ def refine(
     task's and general: on neither is the adapter ever further from the tuned model than it was.
 
     Args:
-        adapter: A PEFT LoRA folder of `base`.
-        base: The model before, as in `extract`: a folder or a hub id, of a causal language model.
+        adapter: A PEFT LoRA folder of `base`, or what `extract` gave; or PEFT's model with the adapter on it, which is
+            refined in place: its factors get other values in their own types, and nothing else of it changes.
+        base: The model before, as in `extract`: a folder or a hub id of a causal language model, or a live one. None
+            for an adapter that is on its model.
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
         method: How the factors are fitted: `distil` or `compensated`.
@@ -62,7 +65,9 @@ def refine(
         seed: Of all that is drawn.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
-        device: Where to compute.
+        device: Where models are loaded to; live ones stay where they are.
+        tokenizer: What text is encoded with; by default what lies beside `tuned` or `base`.
+        adapter_name: Of the adapter on a live model.
         progress: Show progress bars on stderr.
 
     Returns:
@@ -80,27 +85,41 @@ def refine(
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
-    where, source = pick_device(device), open_adapter(adapter)
-    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    with torch.random.fork_rng():  # PEFT draws what it then replaces.
-        live = load_live(*opened, adapter, where)
-    factors = factors_of(live.adapted)
-    _check_names(source, factors)
-    chosen, given = method or distil(), texts or Sampled()
-    parts = _texts(live, given, sequences, length, seed, progress)
-    with live.adapted.disable_adapter():
-        alone = live.distances(parts.held_out, size=chosen.size)
-    fit = chosen(live, factors, parts, seed=seed, seconds=minutes and 60 * minutes, progress=progress)
-    stored = {name: source.tensor(name) for name in source.headers}
-    tensors, after, kept = stored, fit.before, fit.kept
-    if not kept:
-        # What is judged is what is written: rounded to the types of the file.
-        rounded = {name: x for module in source.modules.values() for name, x in _saved(module, factors, stored).items()}
-        put(factors, rounded)
-        found = live.distances(parts.held_out, size=chosen.size)
-        kept = any(not found[kind].kl <= fit.before[kind].kl for kind in fit.before)
-        if not kept:
-            tensors, after = stored | rounded, found
+    if tuned is None:
+        raise ValueError("`refine(tuned=...)` is the model to come near to; it has no default.")
+    with opened(
+        adapter,
+        base,
+        tuned,
+        base_revision=base_revision,
+        tuned_revision=tuned_revision,
+        device=device,
+        tokenizer=tokenizer,
+        adapter_name=adapter_name,
+    ) as found:
+        source, live = found.file, found.live
+        factors = factors_of(live.adapted, live.name, source)
+        chosen, given = method or distil(), texts or Sampled()
+        length = min(length, live.longest or length)
+        parts = _texts(live, given, sequences, length, seed, progress)
+        with live.adapted.disable_adapter():
+            alone = live.distances(parts.held_out, size=chosen.size)
+        stored = {name: source.tensor(name) for name in source.headers}
+        with movable(live.adapted, factors):
+            fit = chosen(live, factors, parts, seed=seed, seconds=minutes and 60 * minutes, progress=progress)
+            tensors, after, kept = stored, fit.before, fit.kept
+            if not kept:
+                # What is judged is what is written: rounded to the types of the file.
+                rounded = {
+                    name: x for module in source.modules.values() for name, x in _saved(module, factors, stored).items()
+                }
+                put(factors, rounded)
+                judged = live.distances(parts.held_out, size=chosen.size)
+                kept = any(not judged[kind].kl <= fit.before[kind].kl for kind in fit.before)
+                if not kept:
+                    tensors, after = stored | rounded, judged
+            put(factors, tensors)
+        start = _report(source)
     options = {
         "texts": {"kind": type(given).__name__.lower(), "sequences": sequences, "length": length},
         "method": {"kind": type(chosen).__name__, **vars(chosen)},
@@ -108,7 +127,7 @@ def refine(
         "seed": seed,
     }
     return Refined(
-        adapter=source.label,
+        adapter=found.called,
         base=alone,
         before=fit.before,
         after=after,
@@ -121,11 +140,11 @@ def refine(
         options=options,
         tensors=tensors,
         config=source.config,
-        start=_report(source),
+        start=start,
         provenance={
-            "refined": source.label,
+            "refined": found.called,
             "base": source.config.get("base_model_name_or_path"),
-            "tuned": opened[1].label,
+            "tuned": found.tuned,
             "options": options,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
@@ -162,17 +181,6 @@ def _check_finite(live: Live) -> None:
         ids = torch.arange(min(live.vocabulary, 8), device=model.device)[None]
         if not torch.isfinite(says(model)(Batch(ids, torch.ones_like(ids)))).all():
             raise PosthocError(f"The {name} says what is no number: there is nothing to fit to.")
-
-
-def _check_names(source: AdapterFile, factors: Mapping[str, Tensor]) -> None:
-    """See that the model holds every factor of the file as it is.
-
-    Raises:
-        AdapterError: PEFT holds one under another name, or in another shape.
-    """
-    for name in (name for module in source.modules.values() for name in module.tensor_names()):
-        if name not in factors or factors[name].shape != source.headers[name].shape:
-            raise AdapterError(f"PEFT does not hold `{name}` of `{source.label}` as the file does; it is not refined.")
 
 
 def _saved(module: Module, factors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
