@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import click
 
 from peft_posthoc.cli.options import MODELS, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
-from peft_posthoc.errors import noting
+from peft_posthoc.errors import ShareDone, noting
 
 if TYPE_CHECKING:
     from peft_posthoc.refinement.method import Method
@@ -56,7 +57,7 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",)}
     type=_POSITIVE,
     help="compensated: how strongly layers are drawn to the tuned weights, where text says little.  [default: 0.03]",
 )
-@click.option("--minutes", type=_POSITIVE, help="Stop fitting after so many.")
+@click.option("--minutes", type=_POSITIVE, help="How long all of it may take, loading and judging included.")
 @click.option("--seed", default=0, show_default=True, help="Of all that is drawn.")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @MODELS
@@ -82,15 +83,32 @@ def refine(
     ADAPTER is a LoRA folder of BASE. Its modules, ranks and scale stay. No labels are needed, and no data: without a
     file the two models write the text. Held-out text judges: on none is OUT further from TUNED than ADAPTER.
     """
+    since = time.monotonic()
     check_file(json_to, "--json")
     from peft_posthoc.adapters.writer import check_target
+    from peft_posthoc.extraction.processes import Processes
     from peft_posthoc.refinement.refine import refine as run
 
     chosen = _method(method, {"lr": lr, "passes": passes, "damping": damping})
     given = _texts(prompts, texts, field, prefix)
     check_target(out, force=force)
     quiet_hosts()
-    refined = run(adapter, texts=given, method=chosen, progress=not quiet, **options)
+    processes = Processes.from_environment()
+    try:
+        refined = run(
+            adapter,
+            texts=given,
+            method=chosen,
+            out=out,
+            since=since,
+            processes=processes,
+            progress=not quiet and not processes.rank,
+            **options,
+        )
+    except ShareDone:
+        return
+    if processes.rank:
+        return
     refined.save(out, force=force)
     with noting(f"The adapter is at `{out}`."):
         show(refined, json_to, quiet=quiet, more=[f"Adapter written to {out}"])

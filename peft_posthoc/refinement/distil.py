@@ -71,7 +71,7 @@ class distil:
                 at = pace.at(at.done, steps, at.judged)
                 if seconds is not None:
                     at = together.first(at)
-                if at.judged != (due := pace.due(at)):
+                if at.done and at.judged != (due := pace.due(at)):
                     at = at._replace(judged=due)
                     if better(now := judge(), best, before):
                         best, best_factors, kept = now, copies(factors), False

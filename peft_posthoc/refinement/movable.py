@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from peft_posthoc.adapters.arrivals import ask
+from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.models.by_class import build
@@ -95,3 +97,15 @@ def movable(model: Any, factors: Mapping[str, Parameter]) -> Iterator[None]:
         for name, own in factors.items():
             own.grad = None
             own.data = before[name]
+
+
+def rounded(file: AdapterFile, factors: Mapping[str, Parameter], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors as they are now, in the types and shapes of the file."""
+    found: dict[str, Tensor] = {}
+    for module in file.modules.values():
+        a, b = module.tensor_names()
+        wide = widest((stored[a].dtype, stored[b].dtype))
+        parts = module.split(factors[a].detach().cpu(), factors[b].detach().cpu())
+        joined = module.join([cast(part.a, part.b, wide, module.name) for part in parts])
+        found |= {name: x.to(stored[name].dtype).reshape(stored[name].shape) for name, x in joined.items()}
+    return found

@@ -17,7 +17,7 @@ from peft_posthoc.compute.together import ALONE, Together
 class _Row(NamedTuple):
     """A text on its way."""
 
-    index: int
+    place: int
     start: list[int]
     added: list[int]
     most: int
@@ -73,7 +73,7 @@ def write_on(
                     progress.update(sum(row.done for row in written[-len(part) :]))
         rows, seed = [], seed + len(parts)
         for row in together.gather(written):
-            added[row.index] = row.added
+            added[row.place] = row.added
             rows += [] if row.done else [row]
     return added
 
@@ -112,7 +112,7 @@ def _with(row: _Row, new: list[int], ends: Sequence[int], *, late: bool) -> _Row
     if end is not None:
         return row._replace(added=[*row.added, *new[: end + 1]], done=True)
     left = row.most - len(new)
-    return _Row(row.index, [*row.start, *new], [*row.added, *new], left, late or left == 0)
+    return _Row(row.place, [*row.start, *new], [*row.added, *new], left, late or left == 0)
 
 
 def without_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:

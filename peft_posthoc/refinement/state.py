@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.refinement.sequences import Tokens
 
 _TEXTS, _FIT = "texts.safetensors", "fit.safetensors"
@@ -106,6 +108,50 @@ class State:
             raise AdapterError(
                 f"What an interrupted run goes on from cannot be kept in `{self.folder}`: {error}."
             ) from error
+
+
+def state_of(out: str | os.PathLike[str], parts: Sequence[Any]) -> State | None:
+    """The state of a fit by all that it depends on; None if there is something to know it by that could change unseen.
+
+    Args:
+        out: Where the adapter will be.
+        parts: Dataclasses, tensors by name, plain values; None where there is nothing to know a part by.
+    """
+    try:
+        known = [_known(part) for part in parts]
+        json.dumps(known)
+    except TypeError:
+        return None
+    return State(out, known)
+
+
+def _known(part: Any) -> Any:
+    if part is None:
+        raise TypeError("there is nothing to know it by")
+    if isinstance(part, Mapping) and all(isinstance(x, Tensor) for x in part.values()):
+        digest = hashlib.sha256()
+        for name, x in sorted(part.items()):
+            digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+            digest.update(x.contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+    if isinstance(part, Mapping | list):
+        return part
+    return [type(part).__name__, {field.name: getattr(part, field.name) for field in fields(part)}]
+
+
+@contextmanager
+def going_on(state: State | None) -> Iterator[None]:
+    """Tell of what is kept, where the `with` block is interrupted; remove it, where it fails for good."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if state is not None and state.folder.is_dir():
+            interrupt.add_note(f"Text and fit are kept in `{state.folder}`. The same command goes on from there.")
+        raise
+    except (PosthocError, ValueError):
+        if state is not None:
+            state.remove()
+        raise
 
 
 def clear(out: str | os.PathLike[str]) -> None:
