@@ -15,7 +15,7 @@ from tqdm import tqdm
 from peft_posthoc.linalg.regression import damp, regress, root_of
 from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
 from peft_posthoc.refinement.live import Live
-from peft_posthoc.refinement.method import Fit, better, finite
+from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.sequences import Split, batches
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
@@ -87,10 +87,7 @@ class compensated:
         finally:
             bar.close()
         unmoved |= dict.fromkeys(layers.linear.keys() - fitted - unmoved.keys(), "its turn did not come")
-        after = live.distances(texts.held_out, size=self.size)
-        if kept := not better(after, before, before):
-            put(factors, start)
-            after = before
+        after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         return Fit(before, after, kept, len(fitted), time.monotonic() - began, interrupted, unmoved)
 
     def _fit(self, stretch: Stretch, places: int, group: Sequence[Layer]) -> bool:

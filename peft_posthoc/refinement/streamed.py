@@ -54,7 +54,7 @@ class Streamed(Live):
         ]
         with Walk(self.chains(), [batch for _, batch in parts]) as walk:
             for stretch in walk.stretches():
-                if stretch.last:
+                if stretch.role == "exit":
                     with stretch.held():
                         for place, (kind, _) in enumerate(parts):
                             for piece in stretch.pieces(place):

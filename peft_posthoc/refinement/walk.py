@@ -34,13 +34,12 @@ class Piece(NamedTuple):
 class Stretch(NamedTuple):
     """A part of both models: what comes before the blocks, a block, or what comes after them."""
 
-    name: str
+    role: Literal["entry", "block", "exit"]
+    """What comes out of the exit are logits."""
     pieces: Callable[[int], list[Piece]]
     """Of a batch of texts."""
     held: Callable[[], AbstractContextManager[object]]
     """Keeps its weights in memory."""
-    last: bool = False
-    """Whether its outputs are logits."""
 
 
 class Walk:
@@ -68,11 +67,16 @@ class Walk:
     def __exit__(self, *error: object) -> None:
         self._exit.close()
 
+    @property
+    def count(self) -> int:
+        """How many stretches there are."""
+        return len(self._chains[0].blocks) + 2
+
     def stretches(self) -> Iterator[Stretch]:
         """One after the other: what a stretch gives with the factors that it has by then is what the next one reads."""
         end = len(self._chains[0].blocks)
         for index in range(-1, end):
-            stretch = self._stretch(index, "embeddings" if index < 0 else f"block {index}")
+            stretch = self._stretch(index)
             if index < 0:
                 with stretch.held(), torch.no_grad():
                     for chain in self._chains:
@@ -83,9 +87,9 @@ class Walk:
                     (piece,) = stretch.pieces(place)
                     for side in SIDES:
                         torch.save(piece.run[side](), self._file(side, place))
-        yield Stretch("head", self._ends, partial(self._held, end), last=True)
+        yield Stretch("exit", self._ends, partial(self._held, end))
 
-    def _stretch(self, index: int, name: str) -> Stretch:
+    def _stretch(self, index: int) -> Stretch:
         def run(side: Side, place: int) -> Tensor:
             chain, batch = self._chains[side], self.batches[place]
             return chain.enter(batch) if index < 0 else chain.through(index, batch, self._read(side, place))
@@ -93,7 +97,7 @@ class Walk:
         def pieces(place: int) -> list[Piece]:
             return [Piece((partial(run, 0, place), partial(run, 1, place)), self.batches[place].mask.bool().flatten())]
 
-        return Stretch(name, pieces, partial(self._held, index))
+        return Stretch("entry" if index < 0 else "block", pieces, partial(self._held, index))
 
     def _ends(self, place: int) -> list[Piece]:
         mask = self.batches[place].mask.bool()
