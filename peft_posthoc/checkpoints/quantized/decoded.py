@@ -10,7 +10,9 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
-from peft_posthoc.checkpoints.quantized.fp8 import fp8
+from peft_posthoc.checkpoints.quantized.compressed import compressed
+from peft_posthoc.checkpoints.quantized.fp4 import fp4
+from peft_posthoc.checkpoints.quantized.scaled import scaled
 from peft_posthoc.checkpoints.quantized.steps import steps
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.checkpoints.view import Piece, View, same
@@ -18,13 +20,13 @@ from peft_posthoc.errors import CheckpointError
 from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
-READERS: tuple[Reader, ...] = (fp8,)
+READERS: tuple[Reader, ...] = (scaled, fp4, compressed)
 
 
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
 
-    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str) -> None:
         """Show what is decoded in place of what it is made of.
 
         Args:
@@ -44,7 +46,7 @@ class Decoded(View):
         if one is None:
             return super().steps(name)
         codes, *beside = map(self._source, one.sources)
-        return steps(lambda moved: one.make(moved, *beside), codes, one.bits)
+        return steps(lambda moved: one.make(moved, *beside), codes, one.bits, along=one.along)
 
     def coded_as(self, name: str) -> str | None:
         """The format of a weight that is decoded."""
@@ -72,7 +74,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
             if gone.isdisjoint(one.sources):
                 coded[name] = one
                 gone |= {*one.sources, *one.beside}
-    return Decoded(checkpoint, coded, method=stored.told.get("quant_method")) if coded else checkpoint
+    return Decoded(checkpoint, coded, method=stored.method) if coded else checkpoint
 
 
 def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
