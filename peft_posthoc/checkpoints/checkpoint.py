@@ -66,7 +66,8 @@ def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.is_meta or not tensor.numel() or identity not in seen:
+        # A table of what codes mean is shared by all weights that were quantised in one process, and tied to none.
+        if tensor.is_meta or not tensor.numel() or identity not in seen or name.endswith("quant_map"):
             kept[name] = tensor
         seen.add(identity)
     return kept
