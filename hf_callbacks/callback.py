@@ -107,6 +107,8 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(f"`push_to_hub` must be a repository such as 'me/adapters'. Got {push_to_hub!r}.")
         if own := sorted(_TOLD_BY_THE_RUN & set(options)):
             raise ValueError(f"`{own[0]}` is known of every checkpoint of a run. Leave it out.")
+        if isinstance(served := options.get("for_base"), str | PathLike):
+            options["for_base"] = given(served, None).source
         self._request = Request.of(rank, **options)
         if isinstance(as_rule(rank), several):
             raise ValueError("One adapter is made of every checkpoint, at one rank. Several are given.")

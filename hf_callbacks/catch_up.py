@@ -59,6 +59,7 @@ _OF_RANKS = set(WORDS)
 @option("form")
 @option("min_energy")
 @CHOICE
+@option("for_base")
 @option("vocab")
 @option("with_tokenizer")
 @NAMES

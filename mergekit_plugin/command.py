@@ -70,6 +70,7 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
 @option("min_energy")
 @CHOICE
 @option("serve_as")
+@option("for_base")
 @option("with_tokenizer")
 @option(
     "vocab",
@@ -92,6 +93,7 @@ def main(
     rank: Asked,
     rank_pattern: dict[str, int],
     serve_as: str | None,
+    for_base: str | None,
     vocab: str | None,
     with_tokenizer: bool,
     **choice: Any,
@@ -151,6 +153,7 @@ def main(
             "leave_out": merge.leave_out,
             "form": form,
             "min_energy": min_energy,
+            "for_base": for_base,
             "dtype": dtype or out_dtype or merge.dtype,
             "device": merge_options.device or "cpu",
             **choice,

@@ -51,6 +51,10 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
 
+    def steps(self, name: str) -> Tensor | None:
+        """Of a tensor that is decoded from codes, the grid's step at each value; None where it is stored as it is."""
+        return None
+
 
 def place_of(checkpoint: Checkpoint) -> Path | None:
     """The folder with what lies beside the weights, such as a tokenizer.

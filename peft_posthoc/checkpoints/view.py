@@ -60,6 +60,12 @@ class View(Checkpoint):
         piece = self._pieces[name]
         return piece.make(*map(self._source, piece.sources))
 
+    def steps(self, name: str) -> Tensor | None:
+        """The steps of the grids, put together as the values are."""
+        piece = self._pieces[name]
+        steps = [self._checkpoint.steps(source) for source in piece.sources]
+        return piece.make(*steps) if steps and all(one is not None for one in steps) else None
+
     def stored_names(self, name: str) -> set[str]:
         """The checkpoint's own names of what the tensor is made of."""
         return {own for source in self._pieces[name].sources for own in stored_names(self._checkpoint, source)}

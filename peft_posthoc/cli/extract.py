@@ -27,6 +27,7 @@ from peft_posthoc.errors import ShareDone, noting
 @HTML
 @option("form")
 @CHOICE
+@option("for_base")
 @option("vocab")
 @option("with_tokenizer")
 @NAMES

@@ -48,6 +48,7 @@ class Adapter(Findings):
         notes: Sequence[str] = (),
         differences: Sequence[Difference] = (),
         beside: Mapping[str, Path] | None = None,
+        served: Checkpoint | None = None,
     ) -> Adapter:
         """Put together what the loop found.
 
@@ -76,6 +77,7 @@ class Adapter(Findings):
                 "base_revision": base.revision,
                 "tuned": tuned_name or tuned.label,
                 "tuned_revision": tuned.revision,
+                **({} if served is None else {"for_base": served.label, "for_base_revision": served.revision}),
                 "layout": plan.layout.origin,
                 "options": dict(options),
                 "versions": {

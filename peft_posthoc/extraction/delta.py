@@ -18,6 +18,10 @@ class Pair(NamedTuple):
     name: str
     base: Tensor | None
     tuned: Tensor | None
+    served: Tensor | None = None
+    """What the base that the adapter is served on has in its place, where that is another."""
+    steps: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Of base and tuned, as far as they are quantised: the grid's step at each value."""
 
     @property
     def bytes(self) -> int:
@@ -75,3 +79,24 @@ def not_finite(pair: Pair) -> str:
             count = f"{int((~good).sum())} of {good.numel()} values"
             return f"The {role} checkpoint holds NaN or infinity in `{pair.name}` ({count})."
     return f"The difference of base and tuned overflows in `{pair.name}`."
+
+
+class Served(NamedTuple):
+    """What quantising the base did to a weight, and what then separates it from the tuned one."""
+
+    error: float
+    """`||served - base||_F`."""
+    delta: float
+    """`||tuned - served||_F`: the total delta."""
+
+
+def served(pair: Pair) -> Served | None:
+    """Compare both weights of a pair with that of the base that is served; None where there is none."""
+    if pair.base is None or pair.tuned is None or pair.served is None:
+        return None
+    energies = [0.0, 0.0]
+    for parts in zip(*map(chunks, (pair.base, pair.tuned, pair.served)), strict=True):
+        before, after, quantised = (part.float() for part in parts)
+        energies[0] += energy_of(quantised - before)
+        energies[1] += energy_of(after - quantised)
+    return Served(*map(math.sqrt, energies))

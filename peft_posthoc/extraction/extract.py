@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Unpack
@@ -95,7 +95,8 @@ def extract(
             raise ValueError(f"Several processes hand over what they did beside the adapter, and {nothing_kept}.")
     elif place is not None:
         carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
-        spool = Spool(place, [before.identity, after.identity, prepared.options, carried])
+        models = [side.identity for side in (before, after, prepared.served) if side is not None]
+        spool = Spool(place, [*models, prepared.options, carried])
         if processes.size > 1:
             spool.patience = 0.0
     try:
@@ -106,6 +107,7 @@ def extract(
             rules,
             spool,
             processes,
+            served=prepared.served,
             exact=request.options["exact"],
             device=prepared.device,
             progress=progress,
@@ -167,7 +169,7 @@ def _why_nothing_is_kept(prepared: Prepared, out: Path | None) -> str | None:
     """Why another process, or a later one, could not go on from finished layers; None if it can."""
     if out is None:
         return "there is no `out`"
-    if not (prepared.base.identity and prepared.tuned.identity):
+    if not all(side.identity for side in (prepared.base, prepared.tuned, prepared.served) if side is not None):
         return "a model that is not on disk has nothing to know it by"
     if not all(map(is_value, (*prepared.rules.values(), prepared.allocation))):
         return "a rank rule that is no dataclass, such as a function, has nothing to know it by"
@@ -194,6 +196,7 @@ def _outcomes(
     spool: Spool | None,
     processes: Processes,
     *,
+    served: Checkpoint | None,
     exact: bool,
     device: torch.device,
     progress: bool,
@@ -224,7 +227,7 @@ def _outcomes(
     )
     with (
         bar,
-        read_pairs(base, tuned, mine) as pairs,
+        read_pairs(base, tuned, mine, served=served, only=plan.carried) as pairs,
         factor_pairs(pairs, plan.fates, largest=largest, exact=exact, device=device) as found,
     ):
         for outcome in found:
@@ -258,15 +261,30 @@ def _cost(
 
 
 @contextlib.contextmanager
-def read_pairs(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Iterator[Pair]]:
+def read_pairs(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    names: Iterable[str],
+    *,
+    served: Checkpoint | None = None,
+    only: Container[str] = (),
+) -> Iterator[Iterator[Pair]]:
     """The tensors of these names in both checkpoints, one pair at a time, the next one read ahead.
+
+    Of those in `only`, what the served base has too, and the steps of the grids of what is quantised.
 
     They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
     and Ctrl-C only ever comes to the main thread.
     """
 
     def read(name: str) -> Pair:
-        return Pair(name, *(side.read(name) if name in side.headers else None for side in (base, tuned)))
+        before, after = (side.read(name) if name in side.headers else None for side in (base, tuned))
+        pair = Pair(name, before, after)
+        if name not in only:
+            return pair
+        return pair._replace(
+            served=None if served is None else served.read(name), steps=(base.steps(name), tuned.steps(name))
+        )
 
     with Workers(waiting=1) as reader:
         yield reader.map(read, names)

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.extraction.delta import Served
 from peft_posthoc.linalg.lowrank import LowRank, Triplets
 from peft_posthoc.linalg.noise import Noise
 
@@ -24,6 +25,11 @@ class Layer(NamedTuple):
     signal: int | None = None
     """How many singular values stand out of the noise, among those that the factorization saw. None where no rule
     asked."""
+    grid: tuple[float, float] | None = None
+    """`||error||_F^2` that the grids of base and tuned are expected to have put on the delta; zero of one that is not
+    quantised. None where neither is."""
+    served: Served | None = None
+    """How the base that is served differs from both, where that is another."""
 
     @property
     def lowrank(self) -> LowRank:

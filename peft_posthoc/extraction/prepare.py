@@ -34,17 +34,17 @@ from peft_posthoc.models.part import is_rest
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import differences
 from peft_posthoc.pairing.experts import Experts
-from peft_posthoc.pairing.pair import match
+from peft_posthoc.pairing.pair import match, served_as
 from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
-from peft_posthoc.sources import Source, open_pair
+from peft_posthoc.sources import Source, open_checkpoint, open_pair
 from peft_posthoc.text import asked, shorten
 
 # Options that the report, and the key under which finished layers are kept, have in another way: which models, as the
 # identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
 # A new option is in both.
-_MODELS = {"base_revision", "tuned_revision", "tuned_name"}
+_MODELS = {"base_revision", "tuned_revision", "tuned_name", "for_base"}
 _TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy", "with_tokenizer"}
 
 
@@ -71,6 +71,8 @@ class Prepared:
     """Of configuration and tokenizer: what no adapter carries."""
     beside: Mapping[str, Path] = field(default_factory=dict)
     """By name: files of the tuned model that are copied beside the adapter."""
+    served: Checkpoint | None = None
+    """The base that the adapter is served on, where that is another."""
 
     @cached_property
     def rules(self) -> dict[str, RankRule]:
@@ -106,6 +108,7 @@ class Prepared:
             notes=self.notes,
             differences=self.differences,
             beside=self.beside,
+            served=self.served,
         )
 
 
@@ -156,6 +159,16 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         layout=layout,
         whole=whole,
     )
+    served = None
+    if options["for_base"] is not None:
+        served = served_as(
+            open_checkpoint(options["for_base"], role="served base"),
+            opened[0],
+            {name: before.headers[name].shape for name in plan.carried},
+            rules=rename,
+            serve_as=options["serve_as"],
+            experts=cast(Experts, mixture),
+        )
     named = options["dtype"]
     dtype = getattr(torch, str(named), None) if named else after.headers[next(iter(plan.carried))].dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -204,6 +217,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         frozenset(by_hand),
         differences(*opened),
         beside,
+        served,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.meaning import meaning, norms
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
 from peft_posthoc.extraction.row import Row, energies, energy_of, is_of_tuned, is_unknown, left_out, values
@@ -51,6 +52,12 @@ class Totals:
     left_out: int
     unknown: float = 0.0
     """Of the fine-tune's values, the share in tensors with nothing in base to compare them with."""
+    grid: tuple[float, float] | None = None
+    """`||error||` that the grids of base and tuned are expected to have put on the deltas, where one is quantised."""
+    served_error: float | None = None
+    """`||served - base||`, where the adapter is served on another form of the base."""
+    served_delta: float | None = None
+    """`||tuned - served||`."""
 
     @property
     def of_all(self) -> str:
@@ -77,8 +84,10 @@ class Report:
         rows = tuple(_rows(adapter))
         totals = _totals(rows, adapter.file.rank, adapter.file.padding)
         beside = adapter.differences
-        warnings = (*adapter.file.warnings, *_warnings(rows, totals), *told_as_warnings(beside))
-        return cls(rows, totals, warnings, (*adapter.notes, *told_as_notes(beside)), adapter.provenance, beside)
+        said, warned = meaning(rows, adapter.provenance)
+        warnings = (*adapter.file.warnings, *warned, *_warnings(rows, totals), *told_as_warnings(beside))
+        notes = (*adapter.notes, *said, *told_as_notes(beside))
+        return cls(rows, totals, warnings, notes, adapter.provenance, beside)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -166,6 +175,9 @@ def _extracted(adapter: Findings, layer: Layer) -> Row:
         residual=float(factors.residual.max()),
         noise=None if layer.noise is None else min(layer.noise.energy / factors.norm**2, 1.0),
         signal_rank=layer.signal,
+        grid=layer.grid and (math.sqrt(layer.grid[0]), math.sqrt(layer.grid[1])),
+        served_error=layer.served.error if layer.served else None,
+        served_delta=layer.served.delta if layer.served else None,
     )
 
 
@@ -231,6 +243,7 @@ def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
         unchanged=sum(row.status == "unchanged" for row in rows),
         left_out=sum(row.status == "left out" for row in rows),
         unknown=values(row for row in rows if is_unknown(row)) / values(row for row in rows if is_of_tuned(row)),
+        **norms(rows),
     )
 
 

@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from peft_posthoc.extraction.plan import Choice
     from peft_posthoc.ranks.rules import Rank
+    from peft_posthoc.sources import Source
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,6 +78,13 @@ class Options(TypedDict, total=False):
     serve_as: Annotated[
         str | None,
         Option("The class, or a model's folder, that the adapter is for.  [default: BASE's]", metavar="CLASS"),
+    ]
+    for_base: Annotated[
+        "Source | None",
+        Option(
+            "BASE's quantised form, which the adapter is served on: its factors stay those of BASE and TUNED.",
+            metavar="MODEL",
+        ),
     ]
     vocab: Annotated[
         str,
@@ -147,6 +156,8 @@ class Request:
             made[name] = (made[name],) if isinstance(made[name], str) else tuple(made[name])
         made["rank_pattern"] = dict(made["rank_pattern"] or {})
         made["leave_out"] = dict(made["leave_out"] or {})
+        if isinstance(made["for_base"], PathLike):
+            made["for_base"] = str(made["for_base"])
         made["dtype"] = made["dtype"] and str(made["dtype"]).removeprefix("torch.")
         _check(made)
         return cls(given, cast(Options, MappingProxyType(made)))
@@ -160,8 +171,9 @@ class Request:
         from peft_posthoc.ranks.spelling import spell
 
         told = {name: value for name, value in self.options.items() if value not in (OPTIONS[name].default, {})}
-        if own := [name for name in _OF_PYTHON if name in told]:
-            raise ValueError(f"`{own[0]}` cannot be handed to another process.")
+        own = [name for name in _OF_PYTHON if name in told]
+        if own or not isinstance(told.get("for_base", ""), str):
+            raise ValueError(f"`{[*own, 'for_base'][0]}` cannot be handed to another process.")
         return {"rank": spell(self.rank), **{k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}}
 
     @classmethod

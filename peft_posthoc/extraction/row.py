@@ -48,6 +48,13 @@ class Row:
     measured (`--rank auto` does), or the type does not tell."""
     signal_rank: int | None = None
     """How many singular values stand out of the noise. None where it was not measured."""
+    grid: tuple[float, float] | None = None
+    """`||error||` that the grids of base and tuned are expected to have put on the delta: steps over sqrt(12), zero of
+    one that is not quantised. None where neither is."""
+    served_error: float | None = None
+    """`||served - base||`, where the adapter is served on another form of the base."""
+    served_delta: float | None = None
+    """`||tuned - served||`: the total delta, of which the adapter has the task's part."""
     cause: Reason | None = None
     """The reason as a code; None where it is carried."""
     way_out: Mapping[str, Any] = field(default_factory=dict)

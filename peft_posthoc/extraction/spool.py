@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.extraction.delta import Served
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.json_file import read_json
 from peft_posthoc.linalg.lowrank import LowRank
@@ -123,8 +124,9 @@ def _outcome(path: Path) -> Outcome:
         if "factors" not in numbers:
             return Skipped(**numbers)
         energy, norm, shortfall = numbers.pop("factors")
-        noise = numbers.pop("noise")
-        numbers["noise"] = None if noise is None else Noise(*noise)
+        for name, kind in (("noise", Noise), ("served", Served)):
+            numbers[name] = None if numbers[name] is None else kind(*numbers[name])
+        numbers["grid"] = None if numbers["grid"] is None else tuple(numbers["grid"])
         a, b, s, residual = (file.get_tensor(name) for name in ("a", "b", "s", "residual"))
     return Layer(factors=LowRank(a, b, s, energy, norm, shortfall, residual), **numbers)
 

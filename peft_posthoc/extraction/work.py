@@ -15,11 +15,11 @@ from torch import Tensor
 from peft_posthoc.compute.precision import full_precision
 from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import CheckpointError, PosthocError
-from peft_posthoc.extraction.delta import Delta, Pair, difference, not_finite
+from peft_posthoc.extraction.delta import Delta, Pair, difference, not_finite, served
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import CODED, LeftOut
-from peft_posthoc.linalg.noise import rounding
+from peft_posthoc.linalg.noise import error_of, rounding
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum, in_advance
 from peft_posthoc.linalg.svd import truncated_svd
@@ -92,7 +92,17 @@ def _factor(pair: Pair, fate: Factored, *, exact: bool, device: torch.device | N
     if asks is rule:
         told(Spectrum(found.s, found.norm**2, (matrix.shape[0], matrix.shape[1])))
     found = found._replace(a=found.a.cpu(), b=found.b.cpu())
-    return Layer(pair.name, found, delta.base_norm, time.perf_counter() - start, told.noise, told.signal)
+    grids = [None if steps is None else error_of(steps) for steps in pair.steps]
+    return Layer(
+        pair.name,
+        found,
+        delta.base_norm,
+        time.perf_counter() - start,
+        told.noise,
+        told.signal,
+        grid=(grids[0] or 0.0, grids[1] or 0.0) if any(one is not None for one in grids) else None,
+        served=served(pair),
+    )
 
 
 class _Told:
@@ -101,7 +111,7 @@ class _Told:
     def __init__(self, rule: RankRule, pair: Pair, delta: Delta) -> None:
         self._rule, self._base_norm, self._measures = rule, delta.base_norm, getattr(rule, "measures_noise", False)
         both = pair.base is not None and pair.tuned is not None
-        self.noise = rounding(pair.base, pair.tuned, delta.values) if self._measures and both else None  # type: ignore[arg-type]
+        self.noise = rounding(*pair[1:3], delta.values, pair.steps) if self._measures and both else None  # type: ignore[arg-type]
         self.signal: int | None = None
 
     def __call__(self, spectrum: Spectrum) -> int:

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peft_posthoc.linalg.norms import chunks, energy_of
+
 _COARSE = (torch.bfloat16, torch.float16)
 # Rows at a time: what is made of them stays in the cache.
 _VALUES = 1 << 18
@@ -37,9 +39,14 @@ class Noise(NamedTuple):
 
 
 def rounding(
-    base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"], delta: Float[Tensor, "*shape"]
+    base: Float[Tensor, "*shape"],
+    tuned: Float[Tensor, "*shape"],
+    delta: Float[Tensor, "*shape"],
+    steps: tuple[Float[Tensor, "*shape"] | None, Float[Tensor, "*shape"] | None] = (None, None),
 ) -> Noise | None:
-    """The noise that saving in bfloat16 or float16 put on `delta = tuned - base`; None where `tuned` has another type.
+    """The noise that saving in bfloat16 or float16, or quantising, put on `delta = tuned - base`.
+
+    None where neither is known to have put any: `tuned` has another type, and no grid is given.
 
     Both checkpoints count if both are rounded. That is too much where the fine-tune started from the rounded base, and
     where changes are so small that most are rounded away; so no row or column has more than it holds at all.
@@ -48,17 +55,22 @@ def rounding(
         base: The weight before, as saved.
         tuned: The weight after, as saved.
         delta: Their difference, in float32 or float64.
+        steps: Of each, where it is quantised, the grid's step at every value: it takes the place of the type's.
     """
-    if tuned.dtype not in _COARSE or delta.ndim != 2:
+    before, after = steps
+    if (tuned.dtype not in _COARSE and before is None and after is None) or delta.ndim != 2:
         return None
     m, n = delta.shape
     rows, columns = torch.zeros(2, m, dtype=torch.float64), torch.zeros(2, n, dtype=torch.float64)
-    step = max(1, _VALUES // n)
-    for start in range(0, m, step):
-        part = slice(start, start + step)
-        variance = _spacing(tuned[part]).square_()
-        if base.dtype in _COARSE:
-            variance += _spacing(base[part]).square_()
+    height = max(1, _VALUES // n)
+    for start in range(0, m, height):
+        part = slice(start, start + height)
+        variance = torch.zeros(delta[part].shape)
+        for saved, step in ((base, before), (tuned, after)):
+            if step is not None:
+                variance += step[part].float().square()
+            elif saved.dtype in _COARSE:
+                variance += _spacing(saved[part]).square_()
         for i, squares in enumerate((variance, delta[part].float().square())):
             rows[i, part] = squares.sum(1).double().cpu()
             columns[i] += squares.sum(0).double().cpu()
@@ -74,9 +86,25 @@ def rounding(
 def _spacing(x: Tensor) -> Tensor:
     """The distance to the next value of the type of `x`, in float32."""
     kind = torch.finfo(x.dtype)
+    return spacing(x, eps=kind.eps, smallest=kind.smallest_normal)
+
+
+def spacing(x: Tensor, *, eps: float, smallest: float) -> Tensor:
+    """The distance to the next value of a floating type, in float32.
+
+    Args:
+        x: Values of the type.
+        eps: Its distance at 1.
+        smallest: The smallest power of two that it has all digits at.
+    """
     # The exponent alone, as a float: a power of two at most `|x|`.
     power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
-    return power.clamp_(min=kind.smallest_normal).mul_(kind.eps)
+    return power.clamp_(min=smallest).mul_(eps)
+
+
+def error_of(steps: Float[Tensor, "*shape"]) -> float:
+    """`||error||_F^2` that rounding to a grid of these steps is expected to make."""
+    return sum(energy_of(part) for part in chunks(steps)) / 12
 
 
 def white(m: int, n: int) -> float:

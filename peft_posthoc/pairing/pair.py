@@ -82,6 +82,42 @@ def match(
     return Match(base, tuned, layout, resized, (*notes, *told, *again, *tuned_again, *said))
 
 
+def served_as(
+    served: Checkpoint,
+    base: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rules: Sequence[str] = (),
+    serve_as: str | None = None,
+    experts: Experts = "none",
+) -> Checkpoint:
+    """See another form of the base, such as a quantised one, under the names of the weights that are carried.
+
+    Args:
+        served: It.
+        base: The base.
+        shapes: By name, the weights.
+        rules: As in `match`.
+        serve_as: As in `match`.
+        experts: As in `match`.
+
+    Raises:
+        MismatchError: It lacks one of the weights, or has it in another shape.
+    """
+    used = by_rules(base, rules)[2] | by_rules(served, rules)[2]
+    own = [rule for rule in rules if rule in used]
+    seen = match(base, served, rules=own, serve_as=serve_as, experts=experts).tuned
+    for name, shape in shapes.items():
+        if name not in seen.headers or (found := seen.headers[name].shape) != shape:
+            what = f"is {list(found)} in `{served.label}`" if name in seen.headers else f"is not in `{served.label}`"
+            raise MismatchError(
+                f"`{name}` {what}, and {list(shape)} in the base `{base.label}`: "
+                f"`{asked('for_base', served.label)}` is no form of it. Give the base's own quantised form, or leave "
+                f"the weight out with `{asked('exclude', None)}`."
+            )
+    return seen
+
+
 def _as_base(tuned: Checkpoint, headers: Mapping[str, Header], layout: Layout) -> Renamed:
     """The tuned checkpoint under the names of the base's files; by way of the live model's, if more are found so."""
     wanted = {name: header.shape for name, header in headers.items()}

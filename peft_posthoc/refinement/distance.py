@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ class Distance:
     top1: float
     """Share of the tokens after which both would say the same next."""
     tokens: int
+
+
+Score = Mapping[Kind, Distance]
 
 
 def divergence(said: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -14,8 +15,8 @@ from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import AdapterError, CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
-from peft_posthoc.refinement.distance import Model
-from peft_posthoc.refinement.sequences import Batch
+from peft_posthoc.refinement.distance import Model, Score, distances
+from peft_posthoc.refinement.sequences import Batch, Tokens
 from peft_posthoc.running.inputs import tokenizer_of
 from peft_posthoc.running.load import load_model, rows_of, with_adapter
 
@@ -33,6 +34,16 @@ class Live:
     """transformers', or None."""
     vocabulary: int
     """Tokens that both know."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        found: torch.device = next(self.tuned.parameters()).device
+        return found
+
+    def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
+        """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
+        return distances(says(self.adapted), says(self.tuned), texts, size=size, device=self.device)
 
 
 def load_live(base: Checkpoint, tuned: Checkpoint, adapter: str | PathLike[str], device: torch.device) -> Live:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -20,11 +19,12 @@ from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.json_file import read_json
-from peft_posthoc.refinement.distance import distances
-from peft_posthoc.refinement.distil import distil, put
+from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.live import Live, factors_of, load_live, says
+from peft_posthoc.refinement.method import Method
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.sequences import KINDS, Batch, Split, split
+from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.texts import Sampled, Texts, Writers
 from peft_posthoc.sources import Source, open_pair
 
@@ -35,7 +35,7 @@ def refine(
     tuned: Source,
     *,
     texts: Texts | None = None,
-    method: distil | None = None,
+    method: Method | None = None,
     sequences: int = 960,
     length: int = 128,
     minutes: float | None = None,
@@ -55,7 +55,7 @@ def refine(
         base: The model before, as in `extract`: a folder or a hub id, of a causal language model.
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
-        method: How the factors are fitted.
+        method: How the factors are fitted: `distil` or `compensated`.
         sequences: How many texts.
         length: How many tokens each has at most.
         minutes: When to stop fitting at the latest.
@@ -88,25 +88,22 @@ def refine(
     _check_names(source, factors)
     chosen, given = method or distil(), texts or Sampled()
     parts = _texts(live, given, sequences, length, seed, progress)
-    speaks, wanted = says(live.adapted), says(live.tuned)
     with live.adapted.disable_adapter():
-        alone = distances(speaks, wanted, parts.held_out, size=chosen.size, device=where)
-    fit = chosen(
-        speaks, wanted, factors, parts, seed=seed, seconds=minutes and 60 * minutes, device=where, progress=progress
-    )
+        alone = live.distances(parts.held_out, size=chosen.size)
+    fit = chosen(live, factors, parts, seed=seed, seconds=minutes and 60 * minutes, progress=progress)
     stored = {name: source.tensor(name) for name in source.headers}
     tensors, after, kept = stored, fit.before, fit.kept
     if not kept:
         # What is judged is what is written: rounded to the types of the file.
         rounded = {name: x for module in source.modules.values() for name, x in _saved(module, factors, stored).items()}
         put(factors, rounded)
-        found = distances(speaks, wanted, parts.held_out, size=chosen.size, device=where)
+        found = live.distances(parts.held_out, size=chosen.size)
         kept = any(not found[kind].kl <= fit.before[kind].kl for kind in fit.before)
         if not kept:
             tensors, after = stored | rounded, found
     options = {
         "texts": {"kind": type(given).__name__.lower(), "sequences": sequences, "length": length},
-        "method": {"kind": type(chosen).__name__, **asdict(chosen)},
+        "method": {"kind": type(chosen).__name__, **vars(chosen)},
         "minutes": minutes,
         "seed": seed,
     }
@@ -118,6 +115,7 @@ def refine(
         kept=kept,
         interrupted=fit.interrupted,
         steps=fit.steps,
+        unmoved=fit.unmoved,
         texts=Counter(text.kind for text in parts.fitted),
         seconds=fit.seconds,
         options=options,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class Refined:
     """Whether the factors are as they were, because nothing that was tried was better on both kinds of text."""
     interrupted: bool
     steps: int
+    unmoved: Mapping[str, str]
+    """Modules that the method could not fit, and why: their factors are as they were."""
     texts: Mapping[Kind, int]
     """How many the factors were fitted on."""
     seconds: float
@@ -49,7 +52,7 @@ class Refined:
             name: {kind: asdict(distance) for kind, distance in score.items()}
             for name, score in (("base", self.base), ("before", self.before), ("after", self.after))
         }
-        plain = ("adapter", "kept", "interrupted", "steps", "texts", "seconds", "options")
+        plain = ("adapter", "kept", "interrupted", "steps", "unmoved", "texts", "seconds", "options")
         return {"format": 1, **{name: getattr(self, name) for name in plain}, **scores}
 
     def table(self) -> str:
@@ -69,6 +72,9 @@ class Refined:
         """What came of it, a line each."""
         made = f"{self.steps} steps on {sum(self.texts.values())} texts in {self.seconds:.0f} s."
         stopped = ["Interrupted: the best so far is kept."] if self.interrupted else []
+        if self.unmoved:
+            by_reason = Counter(self.unmoved.values())
+            stopped += [f"{count} modules keep their factors: {why}." for why, count in by_reason.items()]
         if self.kept:
             return [*stopped, f"Nothing better was found on both kinds of text: the adapter is as it was. {made}"]
         nearer = ", ".join(

@@ -32,6 +32,7 @@ FULL = {
     "experts": "fused",
     "rename": ["a=>b", r"(c)\.d=>\1"],
     "serve_as": "LlamaForCausalLM",
+    "for_base": "org/base-4bit",
     "vocab": "extend",
     "rank_pattern": {"q_proj": 4},
     "with_tokenizer": True,
@@ -76,7 +77,7 @@ def test_any_request_is_the_same_after_json(data):
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
 
 
-@pytest.mark.parametrize("own", [{"choose": tuple}, {"leave_out": {"a": "b"}}])
+@pytest.mark.parametrize("own", [{"choose": tuple}, {"leave_out": {"a": "b"}}, {"for_base": torch.nn.Linear(2, 2)}])
 def test_what_only_python_can_say_is_not_told_in_json(own):
     with pytest.raises(ValueError, match=f"`{next(iter(own))}` cannot be handed to another process"):
         Request.of(4, **own).to_json()
@@ -114,7 +115,10 @@ def test_the_callback_shows_them_too():
     ("command", "missing"),
     [
         (phlora.get_command(None, "extract"), set()),
-        (phlora.get_command(None, "inspect"), {"tuned_name", "rank_pattern", "dtype", "min_energy", "with_tokenizer"}),
+        (
+            phlora.get_command(None, "inspect"),
+            {"tuned_name", "rank_pattern", "dtype", "for_base", "min_energy", "with_tokenizer"},
+        ),
         (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename"}),
     ],
     ids=["extract", "inspect", "mergekit-phlora"],
@@ -160,7 +164,7 @@ def test_every_option_that_changes_factors_is_in_the_report_and_so_in_the_key_of
     """A layer that was finished under other options is not taken for one of these."""
     told = peft_posthoc.extract(*llama_pair, 2).provenance["options"]
     otherwise = {"base_revision", "tuned_revision", "tuned_name", "with_tokenizer", "choose", "leave_out", "dtype"}
-    otherwise |= {"min_energy"}
+    otherwise |= {"min_energy", "for_base"}
     assert set(told) == set(OPTIONS) - otherwise | {"rule"}
 
 

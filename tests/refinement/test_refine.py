@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_posthoc import MismatchError, PosthocError, Sampled, distil, extract, refine
-from peft_posthoc.refinement.distance import distances
-from peft_posthoc.refinement.distil import Fit
+from peft_posthoc.refinement.method import Fit
 from peft_posthoc.refinement.sequences import Tokens
 
 CONFIG = LlamaConfig(
@@ -141,8 +140,8 @@ class Boasts:
 
     size: int = 8
 
-    def __call__(self, model: Any, wanted: Any, factors: Any, texts: Any, *, device: Any, **_: Any) -> Fit:
-        before = distances(model, wanted, texts.held_out, size=8, device=device)
+    def __call__(self, live: Any, factors: Any, texts: Any, **_: Any) -> Fit:
+        before = live.distances(texts.held_out, size=8)
         with torch.no_grad():
             for factor in factors.values():
                 factor *= 3
@@ -151,7 +150,7 @@ class Boasts:
 
 def test_what_is_written_is_judged_whatever_a_method_says(pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = _adapter(pair, tmp_path / "svd")
-    refined = refine(adapter, *pair, method=Boasts(), **SMALL)  # type: ignore[arg-type]
+    refined = refine(adapter, *pair, method=Boasts(), **SMALL)
     before = load_file(adapter / "adapter_model.safetensors")
     assert refined.kept
     assert refined.after == refined.before

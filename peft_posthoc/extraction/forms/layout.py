@@ -136,8 +136,8 @@ class FileLayout:
         return adapter_config(
             self.rank,
             self.target_modules,
-            base=provenance["base"],
-            revision=provenance["base_revision"],
+            base=provenance.get("for_base", provenance["base"]),
+            revision=provenance.get("for_base_revision", provenance["base_revision"]),
             task_type=self.model.task_type,
             auto_mapping=self.model.auto_mapping,
             fan_in_fan_out=self.model.fan_in_fan_out,

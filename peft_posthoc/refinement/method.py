@@ -1,0 +1,89 @@
+"""What a way to fit factors is given and gives: `distil`, `compensated` and `blocks` are called the same way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch.nn import Parameter
+
+from peft_posthoc.errors import PosthocError
+from peft_posthoc.refinement.distance import Score
+from peft_posthoc.refinement.live import Live
+from peft_posthoc.refinement.sequences import Split
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a method has come to."""
+
+    before: Score
+    """On held-out text, of the factors as they were."""
+    after: Score
+    """Of those that are in the model now."""
+    kept: bool
+    """Whether the factors are as they were: none that were tried is better."""
+    steps: int
+    """Of an optimiser; of a closed form, the modules that were fitted."""
+    seconds: float
+    interrupted: bool = False
+    """Whether Ctrl-C ended it; what was best by then is in the model."""
+    unmoved: Mapping[str, str] = field(default_factory=dict)
+    """Modules that the method cannot fit, and why: their factors are as they were."""
+
+
+class Method(Protocol):
+    """A way to fit an adapter's factors to the tuned model: a frozen dataclass of its settings."""
+
+    @property
+    def size(self) -> int:
+        """Texts in a batch."""
+
+    def __call__(
+        self,
+        live: Live,
+        factors: Mapping[str, Parameter],
+        texts: Split,
+        *,
+        seed: int,
+        seconds: float | None,
+        progress: bool,
+    ) -> Fit:
+        """Fit the factors in place.
+
+        Args:
+            live: Both models.
+            factors: What is moved, by name: parameters of base + adapter.
+            texts: To fit on, and to judge by.
+            seed: Of all that is drawn.
+            seconds: When to stop at the latest.
+            progress: Show a progress bar on stderr.
+
+        Raises:
+            PosthocError: The outputs of a model are not finite.
+        """
+
+
+def finite(score: Score) -> Score:
+    """The score of the start.
+
+    Raises:
+        PosthocError: It is no number.
+    """
+    if not all(math.isfinite(distance.kl) for distance in score.values()):
+        raise PosthocError("The tuned model, or base + adapter, says what is no number on the held-out text.")
+    return score
+
+
+def better(now: Score, best: Score, start: Score) -> bool:
+    """Whether no kind of text is further off than at the start, and all together are nearer than the best."""
+    if any(not now[kind].kl <= start[kind].kl for kind in start):
+        return False
+    return _mean(now, start) < _mean(best, start)
+
+
+def _mean(score: Score, start: Score) -> float:
+    """The distance against the start's, a mean over the kinds of text."""
+    return sum(score[kind].kl / start[kind].kl if start[kind].kl else 1.0 for kind in start) / len(start)
