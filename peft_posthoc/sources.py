@@ -17,6 +17,7 @@ from peft_posthoc.adapters.foreign import format_of, refuse_foreign
 from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.decoded import decoded
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
 from peft_posthoc.checkpoints.folder import File, Folder
 from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id
@@ -212,4 +213,5 @@ def open_checkpoint(
         )
     if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
         checkpoint = with_modules(checkpoint, beside)
-    return as_computed(unwrapped(checkpoint), beside)
+
+    return decoded(as_computed(unwrapped(checkpoint), beside))

@@ -4,10 +4,65 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.coded import Coded
+from peft_posthoc.errors import CheckpointError, MissingExtraError
+
+# Beside codes of 4 bits, what they are, as JSON in bytes; it ends in the kind of codes.
+_STATE = ".quant_state.bitsandbytes__"
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Coded]:
+    """The weights that a checkpoint holds so, by name.
+
+    Raises:
+        CheckpointError: What lies beside codes does not describe them.
+    """
+    headers = checkpoint.headers
+    states = {name.partition(_STATE)[0]: name for name in headers if _STATE in name}
+    beside: dict[str, list[str]] = {weight: [] for weight in states}
+    for name in headers:
+        # `q_proj.weight.absmax` and its like; the state's own name has one more dot.
+        weight = name.partition(_STATE)[0] if _STATE in name else name.rpartition(".")[0]
+        if weight in beside:
+            beside[weight].append(name)
+    found = {w: _of_four_bits(checkpoint, w, states[w], own) for w, own in beside.items() if w in headers}
+    for name in [name for name in headers if name.rpartition(".")[2] == "SCB"]:
+        weight, form = (f"{name.removesuffix('SCB')}{leaf}" for leaf in ("weight", "weight_format"))
+        if weight in headers:
+            sources = (weight, name, *([form] if form in headers else ()))
+            header = Header(headers[weight].shape, torch.float32)
+            found[weight] = Coded(sources, header, partial(_eight_bits, weight), _steps_of_eight_bits)
+    return found
+
+
+def _of_four_bits(checkpoint: Checkpoint, weight: str, state: str, beside: list[str]) -> Coded:
+    leaves = tuple(name.removeprefix(f"{weight}.") for name in beside)
+    try:
+        told = said(checkpoint.read(state))
+        header = Header(tuple(map(int, told["shape"])), getattr(torch, told["dtype"]))
+        missing = {"absmax", *(("nested_absmax", "nested_quant_map") if "nested_offset" in told else ())} - {*leaves}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"`{state}` of `{checkpoint.label}` does not say what its codes are: {error!r}."
+        ) from error
+    if missing:
+        raise CheckpointError(
+            f"`{checkpoint.label}` lacks `{weight}.{min(missing)}`, without which its codes mean nothing."
+        )
+    return Coded((weight, *beside), header, partial(_four_bits, leaves), partial(_steps_of_four_bits, leaves))
+
+
+def said(state: Tensor) -> dict[str, Any]:
+    """What the state of codes says: `shape`, `dtype`, `blocksize`, ..."""
+    read: dict[str, Any] = json.loads(bytes(state.tolist()))
+    return read
 
 
 def four_bits(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -17,21 +72,37 @@ def four_bits(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         weight: Codes, two in a byte, however the bytes are stored.
         state: What is stored beside it, without its name: `absmax`, `quant_map`, `quant_state.bitsandbytes__nf4`, ...
     """
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    # A row of codes would be taken for a transposed weight.
-    codes = weight.contiguous().view(torch.uint8).reshape(-1, 1)
-    told = QuantState.from_dict(dict(state), torch.device("cpu"))
+    functional = _functional()
+    told = functional.QuantState.from_dict(dict(state), torch.device("cpu"))
     # As one row: its CPU kernel (0.50, with AVX-512) takes other blocks' scales where a row is no whole number of them.
     shape, told.shape = told.shape, torch.Size([torch.Size(told.shape).numel()])
-    decoded: Tensor = dequantize_4bit(codes, told)
+    # As a column: a row of codes would be taken for a transposed weight.
+    decoded: Tensor = functional.dequantize_4bit(_bytes(weight)[:, None], told)
     return decoded.reshape(shape)
 
 
-def said(state: Tensor) -> dict[str, Any]:
-    """What a `quant_state` says: `shape`, `dtype`, `blocksize`, ..."""
-    read: dict[str, Any] = json.loads(bytes(state.tolist()))
-    return read
+def _four_bits(leaves: tuple[str, ...], weight: Tensor, *state: Tensor) -> Tensor:
+    return four_bits(weight, dict(zip(leaves, state, strict=True)))
+
+
+def _steps_of_four_bits(leaves: tuple[str, ...], weight: Tensor, *state: Tensor) -> Tensor:
+    """Half the way from each code's lower neighbour to its upper one, in the block's scale."""
+    functional = _functional()
+    told = functional.QuantState.from_dict(dict(zip(leaves, state, strict=True)), torch.device("cpu"))
+    scales = told.absmax
+    if told.nested:
+        scales = functional.dequantize_blockwise(told.absmax, told.state2) + told.offset
+    table = functional.get_4bit_type(told.quant_type, device="cpu")
+    values, order = table.sort()
+    gaps = torch.empty_like(values)
+    gaps[order] = torch.cat([values[:1], values, values[-1:]]).unfold(0, 3, 1)[:, [0, 2]].diff().flatten() / 2
+    parts, count = _bytes(weight), torch.Size(told.shape).numel()
+    codes = torch.stack([parts >> 4, parts & 15], 1).flatten()[:count].int()
+    return (gaps[codes] * scales.repeat_interleave(told.blocksize)[:count]).reshape(told.shape)
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(torch.uint8).flatten()
 
 
 def eight_bits(weight: Tensor, scales: Tensor) -> Tensor:
@@ -41,7 +112,28 @@ def eight_bits(weight: Tensor, scales: Tensor) -> Tensor:
         weight: Out x in features.
         scales: Of every out feature, the largest absolute value.
     """
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
-    decoded: Tensor = int8_vectorwise_dequant(weight, scales)
+    decoded: Tensor = _functional().int8_vectorwise_dequant(weight, scales)
     return decoded
+
+
+def _eight_bits(name: str, weight: Tensor, scales: Tensor, form: Tensor | None = None) -> Tensor:
+    if form is not None and int(form):
+        raise CheckpointError(
+            f"`{name}` is stored in an order of bitsandbytes' older kernels ({int(form)}), which is not read. Load the "
+            "model and save it again with bitsandbytes 0.45 or later."
+        )
+    return eight_bits(weight, scales)
+
+
+def _steps_of_eight_bits(weight: Tensor, scales: Tensor, form: Tensor | None = None) -> Tensor:
+    return (scales[:, None] / 127).expand(weight.shape)
+
+
+def _functional() -> Any:
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Weights in bitsandbytes' codes need bitsandbytes ({error}): `pip install 'peft-posthoc[quantised]'`."
+        ) from error
+    return functional

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.coded import Coded
 from peft_posthoc.checkpoints.grid import unpacked, weight_of
+from peft_posthoc.errors import CheckpointError
+
+# What the stored zeros lack, by form of the format.
+_LACKING = {"gptq": 1, "gptq_v2": 0}
+_BITS = (4, 8, 3, 2)
+_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 
 
 def gptq(
@@ -23,11 +35,80 @@ def gptq(
         group: How many in features share a group, where `g_idx` does not say.
     """
     codes = unpacked(qweight.T, bits)
-    if g_idx is None or not len(g_idx):
-        g_idx = torch.arange(codes.shape[1]) // group
+    groups = _groups(g_idx, codes.shape[1], group)
     zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
     if qzeros is not None:
         # Zero itself is stored as the largest number in the first version. GPTQModel reads it so; kernels made after
         # ExLlama's take it for 2**bits, which no quantizer writes.
         zeros = (unpacked(qzeros, bits)[:, : scales.shape[1]] + offset) & (2**bits - 1)
-    return weight_of(codes[:, : len(g_idx)], zeros.T, scales.T, g_idx.long())
+    return weight_of(codes[:, : len(groups)], zeros.T, scales.T, groups)
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Coded]:
+    """The weights that a checkpoint holds so, by name: none where no configuration says what the codes are.
+
+    Raises:
+        CheckpointError: They are in a form that is not read.
+    """
+    config = (checkpoint.config or {}).get("quantization_config") or {}
+    if config.get("quant_method") != "gptq":
+        return {}
+    form, headers = str(config.get("checkpoint_format") or "gptq"), checkpoint.headers
+    modules = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
+    if modules and form not in _LACKING:
+        raise CheckpointError(
+            f"`{checkpoint.label}` holds codes in GPTQ's form `{form}`, which is not read; `gptq` and `gptq_v2` are."
+        )
+    coded = {module: [part for part in _PARTS if f"{module}.{part}" in headers] for module in modules}
+    return {f"{m}.weight": _layer(checkpoint, m, parts, config) for m, parts in coded.items() if "scales" in parts}
+
+
+def _layer(checkpoint: Checkpoint, module: str, parts: list[str], config: Mapping[str, Any]) -> Coded:
+    headers = [checkpoint.headers[f"{module}.{part}"] for part in parts]
+    shapes = {part: header.shape for part, header in zip(parts, headers, strict=True)}
+    count, out = shapes["scales"]
+    n = shapes.get("g_idx", (0,))[0]
+    bits = _bits(shapes, int(config.get("bits") or 0))
+    if bits not in _BITS:
+        raise CheckpointError(
+            f"`{checkpoint.label}` holds `{module}` in GPTQ's codes of {bits} bits, which are not read; of 2, 3, 4 and "
+            "8 they are."
+        )
+    n = n or shapes["qweight"][0] * 32 // bits
+    group = int(config.get("group_size") or -1)
+    offset = _LACKING[str(config.get("checkpoint_format") or "gptq")]
+    how = {"bits": bits, "offset": offset, "group": group if group > 0 else -(-n // count)}
+    return Coded(
+        tuple(f"{module}.{part}" for part in parts),
+        Header((out, n), headers[parts.index("scales")].dtype),
+        partial(_made, parts, how),
+        partial(_steps, parts, how),
+    )
+
+
+def _bits(shapes: Mapping[str, tuple[int, ...]], asked: int) -> int:
+    """The bits that are asked for, or that a layer has in their place: GPTQModel may give some layers others."""
+    out, n = shapes["scales"][1], shapes.get("g_idx", (0,))[0]
+    words = [(out, shapes["qzeros"][1])] if "qzeros" in shapes else []
+    words += [(n, shapes["qweight"][0])] if n else []
+    return next((b for b in (asked, *_BITS) if words and all(_words(count, b) == held for count, held in words)), asked)
+
+
+def _words(count: int, bits: int) -> int:
+    """How many words hold so many numbers; of 3 bits, three words hold 32."""
+    return -(-count // 32) * 3 if bits == 3 else -(-count * bits // 32)
+
+
+def _made(parts: list[str], how: Mapping[str, int], *tensors: Tensor) -> Tensor:
+    found: dict[str, Any] = {"qzeros": None, "g_idx": None, **dict(zip(parts, tensors, strict=True))}
+    return gptq(**found, **how)
+
+
+def _steps(parts: list[str], how: Mapping[str, int], *tensors: Tensor) -> Tensor:
+    found = dict(zip(parts, tensors, strict=True))
+    n = found["qweight"].shape[0] * 32 // how["bits"]
+    return found["scales"].T[:, _groups(found.get("g_idx"), n, how["group"])]
+
+
+def _groups(g_idx: Tensor | None, n: int, group: int) -> Tensor:
+    return torch.arange(n) // group if g_idx is None or not len(g_idx) else g_idx.long()

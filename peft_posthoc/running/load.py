@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_posthoc.adapters.config import read_config, try_patterns
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.decoded import as_decoded
+from peft_posthoc.checkpoints.modules import module_of
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
@@ -18,6 +22,9 @@ from peft_posthoc.models.remote_code import without_code
 
 def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
     """The model of a checkpoint that lies in a folder, in float32.
+
+    What its files hold as codes is decoded as everywhere here, a tensor at a time, into a model of plain layers:
+    transformers has no kernels on a CPU for most kinds of codes, and needs a library for each.
 
     Args:
         checkpoint: With a folder.
@@ -35,16 +42,60 @@ def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
     try:
         config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Models within the model are made from its configuration, and ask about the code that it names.
-        config = cls.config_class.from_dict(without_code(config.to_dict()))
-        model = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        kept = without_code(config.to_dict())
+        decoded = as_decoded(checkpoint)
+        if decoded is None:
+            model = cls.from_pretrained(
+                folder,
+                config=cls.config_class.from_dict(kept),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        else:
+            model = _with_weights(cls, cls.config_class.from_dict(_of_plain_layers(kept)), decoded)
         return model.to(device).eval()
+    except CheckpointError:
+        raise
     except Exception as error:
         # Each class fails in its own way on a configuration that it does not expect.
         raise CheckpointError(
             f"transformers cannot load `{checkpoint.label}`: {type(error).__name__}: {error}"
         ) from error
+
+
+def _of_plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that asks for no codes, those within it too."""
+    return {
+        key: _of_plain_layers(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
+def _with_weights(cls: Any, config: Any, checkpoint: Checkpoint) -> Any:
+    """A model with the weights of a checkpoint."""
+    from transformers import __version__
+
+    weights: dict[str, Any] = {name: _Read(checkpoint, name) for name in checkpoint.headers if not module_of(name)}
+    if int(__version__.partition(".")[0]) < 5:  # It takes tensors alone, all at once.
+        weights = {name: one[...] for name, one in weights.items()}
+    model, told = cls.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    if missing := sorted(told["missing_keys"]):
+        raise CheckpointError(f"`{checkpoint.label}` lacks weights of a {cls.__name__}: {', '.join(missing[:5])}.")
+    return model
+
+
+class _Read:
+    """A tensor that is read when transformers takes it, as it takes a slice of a safetensors file."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, part: Any) -> Tensor:
+        return self._checkpoint.read(self._name)[part]
 
 
 def with_adapter(model: Any, adapter: str | PathLike[str]) -> Any:

@@ -39,11 +39,10 @@ def gptq(weight, bits, *, v1, act_order):
     order = torch.randperm(weight.shape[1]) if act_order else torch.arange(weight.shape[1])
     codes, zeros, scales, made = grid(weight[:, order], bits)
     back = order.argsort()
-    words = 32 * bits if bits == 3 else 32
-    filled = torch.nn.functional.pad(codes[:, back], (0, -weight.shape[1] % words))
+    filled = torch.nn.functional.pad(codes[:, back], (0, -weight.shape[1] % 32))
     tensors = {
         "qweight": pack(filled, bits).T.contiguous(),
-        "qzeros": pack(torch.nn.functional.pad(zeros.T - v1, (0, -weight.shape[0] % words)), bits),
+        "qzeros": pack(torch.nn.functional.pad(zeros.T - v1, (0, -weight.shape[0] % 32)), bits),
         "scales": scales.T.contiguous(),
         "g_idx": (torch.arange(weight.shape[1]) // GROUP)[back].int(),
     }
