@@ -12,13 +12,16 @@ from torch import Tensor
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.as_model import converted, second_names
 from peft_posthoc.models.layout import Conversion
 from peft_posthoc.models.ties import without_false_ties
-from peft_posthoc.text import asked
+from peft_posthoc.text import asked, percent
 
+# Of the values that an adapter changes, the share from which it is worth saying that a grid would not have the change.
+_MOST = 0.5
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,7 +30,7 @@ class Merge:
 
     Raises:
         AdapterError: The adapter changes something that has no place in it.
-        CheckpointError: The base is quantized.
+        CheckpointError: The base holds codes that are not decoded.
     """
 
     def __init__(self, deltas: AdapterOnModel, dtype: torch.dtype | None) -> None:
@@ -38,10 +41,10 @@ class Merge:
         base, names = deltas.base, deltas.base.headers
         if base.sequential:
             raise CheckpointError(f"`{base.label}` can be read once only. Write it to a folder first.")
-        if (base.config or {}).get("quantization_config"):
+        if coded := next(iter(quantized(deltas.stored).items()), None):
             raise CheckpointError(
-                f"The base `{base.label}` is quantized; what is added to rounded weights is lost in rounding. Give the "
-                "model that it was made from."
+                f"The base `{base.label}` holds `{coded[0]}` in a form that is not decoded ({coded[1].format}). Give "
+                "the model that it was made from."
             )
         untied = self._untied()
         stored = {self._layout.name_of(name): name for name in names}
@@ -58,6 +61,7 @@ class Merge:
         }
         self._check()
         self._dtype, self._is_untied = dtype, bool(untied)
+        self._values = self._unmoved = 0  # of weights on a grid
         self._fused: dict[str, Conversion] = {}
         self._parts: tuple[Conversion | None, dict[str, Tensor]] = None, {}
         self._names: dict[str, str] = {}
@@ -69,7 +73,7 @@ class Merge:
         """The configuration, as it is to be; None if the base has none."""
         if self._deltas.base.config is None:
             return None
-        config = _raw_config(self._deltas)
+        config = {key: value for key, value in _raw_config(self._deltas).items() if key != "quantization_config"}
         config = config if self.vocabulary is None else self.vocabulary.config(config)
         parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
         if self._is_untied:
@@ -92,6 +96,17 @@ class Merge:
         if name in self._fused:
             return self._as_stored(self._fused[name])[name]
         return self._read(self._names[name])
+
+    def of_grid(self) -> list[str]:
+        """What is to be said, once all is read, of a base that is quantised."""
+        if not self._values:
+            return []
+        share = self._unmoved / self._values
+        lost = f"{percent(share)} of what the adapter changes is within half a step of the base's grid"
+        return [
+            f"`{self._deltas.base.label}` is quantised: the merged model is written in floating point.",
+            *([f"{lost}: quantised again in the same way, that would be as it was before."] if share > _MOST else []),
+        ]
 
     def _name_as_stored(self) -> None:
         """Find by which of the base's own names and pieces the model's tensors are saved."""
@@ -132,6 +147,9 @@ class Merge:
         dtype = self._merged[name].dtype
         before, merged = self._deltas.read(self._own[name], self._sources[name], dtype)
         after = merged.to(dtype).contiguous()
+        if merged is not before and (steps := self._deltas.base.steps(self._sources[name])) is not None:
+            self._values += after.numel()
+            self._unmoved += int(((merged.float() - before.float()).abs() < steps / 2).sum())
         if after is not before and not torch.isfinite(after).all() and torch.isfinite(before).all():
             raise AdapterError(f"`{name}` overflows {dtype} with the adapter. Choose another `{asked('dtype', None)}`.")
         return after

@@ -96,6 +96,17 @@ def in_stored_order(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.in_stored_order() if isinstance(checkpoint, View) else list(checkpoint.headers)
 
 
+def as_decoded(checkpoint: Checkpoint) -> Checkpoint | None:
+    """What codes are decoded to, under the names that transformers knows; None where there are none.
+
+    Args:
+        checkpoint: It, or a view of it.
+    """
+    while isinstance(checkpoint, View) and not checkpoint.from_codes:
+        checkpoint = checkpoint.seen
+    return checkpoint if checkpoint.from_codes else None
+
+
 def same(checkpoint: Checkpoint, name: str) -> Piece:
     """A tensor of the checkpoint as it is."""
     return Piece((name,), checkpoint.headers[name], _itself)

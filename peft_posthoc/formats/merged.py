@@ -44,7 +44,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
 
     Raises:
         AdapterError: The adapter changes what a checkpoint of this base has no place for, or it cannot be written.
-        CheckpointError: The base cannot be read, or is quantized.
+        CheckpointError: The base cannot be read, or holds codes that are not decoded.
     """
     merge = Merge(deltas, dtype)
     total = sum(header.bytes for header in merge.headers.values())
@@ -74,7 +74,14 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
             files.append(SAFETENSORS_INDEX)
         dtypes = ", ".join(sorted({str(h.dtype).removeprefix("torch.") for h in merge.headers.values()}))
         exported = Exported.of(
-            "merged", deltas, out, dtype=dtypes, rank=None, files=files, size=total, notes=merge.notes
+            "merged",
+            deltas,
+            out,
+            dtype=dtypes,
+            rank=None,
+            files=files,
+            size=total,
+            notes=(*merge.notes, *merge.of_grid()),
         )
         write_report(made, exported)
         # safetensors makes files that only their owner can read; servers often run as somebody else.

@@ -18,7 +18,7 @@ from peft_posthoc.models.by_class import class_of
 from peft_posthoc.refinement.distance import Model, Score, distances
 from peft_posthoc.refinement.sequences import Batch, Tokens
 from peft_posthoc.running.inputs import tokenizer_of
-from peft_posthoc.running.load import load_model, rows_of, with_adapter
+from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 
 _FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
 
@@ -56,7 +56,7 @@ def load_live(base: Checkpoint, tuned: Checkpoint, adapter: str | PathLike[str],
     """
     names = [((one.config or {}).get("architectures") or [None])[0] for one in (base, tuned)]
     for one in (base, tuned):
-        if one.folder is None:
+        if not is_loadable(one):
             raise CheckpointError(f"`{one.label}` is no model in a folder or on the hub; only such are loaded.")
     if names[0] is None or names[0] != names[1]:
         raise MismatchError(f"The configurations name no common model class ({names[0]} and {names[1]}).")

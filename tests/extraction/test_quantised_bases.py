@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import CheckpointError, LoraConfig, distil, extract, get_peft_model, open_checkpoint, refine, verify
-from tests.make import models, quantised
+from tests.make import coded, models
 
 RANK = 4
 
 
 def tuned_from(made, folder, like):
     """The fine-tune of what a quantised model computes, whose attention has changed by a rank of 4."""
-    models.save(models.load(quantised.dequantized(made, folder, like)), folder)
+    models.save(models.load(coded.dequantized(made, folder, like)), folder)
     weights = load_file(folder / "model.safetensors")
     for name, value in weights.items():
         if "self_attn" in name:
@@ -31,8 +31,8 @@ class Pair:
         model = models.llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
         self.plain = models.save(model, where / "plain")
         self.base = where / "base"
-        self.made = quantised.save(model, self.base, scheme)
-        self.dequantized = quantised.dequantized(self.made, where / "dequantized", model)
+        self.made = coded.save(model, self.base, scheme)
+        self.dequantized = coded.dequantized(self.made, where / "dequantized", model)
         self.tuned = tuned_from(self.made, where / "tuned", model)
 
 
@@ -49,7 +49,7 @@ def pair(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("scheme", quantised.SCHEMES)
+@pytest.mark.parametrize("scheme", coded.SCHEMES)
 def test_a_base_reads_as_what_it_computes_to_the_last_bit(scheme, pair):
     of = pair(scheme)
     read = open_checkpoint(of.base)
@@ -60,7 +60,7 @@ def test_a_base_reads_as_what_it_computes_to_the_last_bit(scheme, pair):
         assert torch.equal(found, wanted.to(found.dtype)), name
 
 
-@pytest.mark.parametrize("scheme", quantised.SCHEMES)
+@pytest.mark.parametrize("scheme", coded.SCHEMES)
 def test_what_was_put_on_the_base_is_found(scheme, pair):
     of = pair(scheme)
     found, wanted = (extract(base, of.tuned, "auto") for base in (of.base, of.dequantized))
@@ -73,10 +73,10 @@ def test_what_was_put_on_the_base_is_found(scheme, pair):
         assert torch.equal(a, other[0])
 
 
-@pytest.mark.parametrize("scheme", quantised.BITSANDBYTES)
+@pytest.mark.parametrize("scheme", coded.BITSANDBYTES)
 def test_a_live_model_of_bitsandbytes_is_a_base(scheme, pair):
     of = pair(scheme)
-    model = quantised.live(of.plain, scheme)
+    model = coded.live(of.plain, scheme)
     found = LoraConfig.from_delta(model, of.tuned, RANK).delta.adapter.factors
     wanted = LoraConfig.from_delta(of.dequantized, of.tuned, RANK).delta.adapter.factors
     assert found.keys() == wanted.keys()

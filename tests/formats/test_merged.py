@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, CheckpointError, export, extract, open_checkpoint
 from tests.make import architectures, lora, models
+from tests.make.grids import OnGrid
 
 EPS = torch.finfo(torch.float32).eps
 NAMES = ("llama", "llama-tied", "gpt2", "qwen2", "mixtral", "qwen2_moe", "gpt_oss", "bert", "t5", "resnet")
@@ -217,11 +218,6 @@ def test_what_has_no_place_in_a_checkpoint_is_refused(llama_pair, tmp_path):
         export(adapter, tmp_path / "out", "merged", base=other)
     with pytest.raises(AdapterError, match="does not have as a layer"):
         export(adapter, tmp_path / "out", "merged", base=models.save(models.gpt2(), tmp_path / "gpt2"))
-    shutil.copytree(base, tmp_path / "quantized")
-    config = json.loads((tmp_path / "quantized" / "config.json").read_text())
-    (tmp_path / "quantized" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-    with pytest.raises(CheckpointError, match="is quantized"):
-        export(adapter, tmp_path / "out", "merged", base=tmp_path / "quantized")
     assert not (tmp_path / "out").exists()
 
 
@@ -231,8 +227,35 @@ def test_a_base_in_eight_bits_is_refused(llama_pair, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     save_file({n: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for n, v in load_file(file).items()}, file)
-    with pytest.raises(CheckpointError, match=r"is float8_e4m3fn; .* lost in rounding"):
+    with pytest.raises(CheckpointError, match=r"in a form that is not decoded \(float8\)"):
         export(adapter, tmp_path / "out", "merged", base=tmp_path / "base")
+
+
+def test_a_quantised_base_is_written_decoded_and_what_its_grid_would_not_keep_is_told(llama_pair, tmp_path):
+    base, tuned = llama_pair
+    low = OnGrid(load_file(f"{base}/model.safetensors"), label="low", group=16)
+    low.config = json.loads(Path(base, "config.json").read_text()) | {"quantization_config": {"bits": 4}}
+    shares = []
+    for size in (1.0, 0.01):
+        adapter = full(base, tuned, tmp_path / f"a{size}")
+        deltas = load_file(adapter / "adapter_model.safetensors")
+        save_file({n: x * size**0.5 for n, x in deltas.items()}, adapter / "adapter_model.safetensors")
+        done = export(adapter, tmp_path / f"out{size}", "merged", base=low)
+        config = json.loads((tmp_path / f"out{size}/config.json").read_text())
+        assert "quantization_config" not in config
+        merged = load_file(tmp_path / f"out{size}/model.safetensors")
+        inside = total = 0
+        for module, delta in models.lora_deltas(models.load_adapter(base, adapter)).items():
+            name = f"{module}.weight"
+            assert torch.allclose(merged[name], low.read(name) + delta, atol=1e-6)
+            inside += int((delta.abs() < low.steps(name) / 2).sum())
+            total += delta.numel()
+        shares.append(inside / total)
+        assert any("written in floating point" in note for note in done.notes)
+        told = [note for note in done.notes if "within half a step of the base's grid" in note]
+        assert len(told) == (shares[-1] > 0.5)
+        assert all(f"{100 * shares[-1]:.1f}% of what the adapter changes" in note for note in told)
+    assert shares[0] < 0.5 < shares[1]
 
 
 def test_a_lora_bias_needs_a_bias_to_be_added_to(tmp_path):

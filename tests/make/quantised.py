@@ -1,132 +1,95 @@
-"""Tiny models as GPTQ, AWQ and bitsandbytes store them, and what they compute, known from their making."""
+"""Folders of quantised models, each made of a plain one, with the library whose format it is where there is one."""
 
 import json
-import warnings
+import shutil
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.make import models
 
-GROUP = 16
+
+def fp8(weight):
+    """FP8 with one scale for a tensor."""
+    scale = weight.abs().max() / 448
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale.float()}
 
 
-def pack(numbers, bits):
-    """Whole numbers along the last side as words, low bits first, by Python's own arithmetic."""
-    rows = []
-    for row in numbers.tolist():
-        stream = sum(number << bits * at for at, number in enumerate(row))
-        words = [stream >> 32 * at & 0xFFFFFFFF for at in range(-(-len(row) * bits // 32))]
-        rows.append([word - (1 << 32) if word >> 31 else word for word in words])
-    return torch.tensor(rows, dtype=torch.int32)
+def fp8_rows(weight):
+    """FP8 with a scale for each row."""
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale.float()}
 
 
-def grid(weight, bits):
-    """Codes, zeros, scales and groups of a weight, and what they stand for."""
-    highest, groups = 2**bits - 1, torch.arange(weight.shape[1]) // GROUP
-    parts = weight.unflatten(1, (-1, GROUP))
-    low, high = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
-    scales = ((high - low) / highest).half()
-    zeros = (-low / scales.float()).round().clamp(1, highest)
-    codes = (weight / scales.float()[:, groups] + zeros[:, groups]).round().clamp(0, highest)
-    return codes.int(), zeros.int(), scales, (codes - zeros[:, groups]).half() * scales[:, groups]
+def int4(weight, group=16):
+    """compressed-tensors' pack-quantized."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-
-def gptq(weight, bits, *, v1, act_order):
-    """The tensors of a layer, and its weight."""
-    order = torch.randperm(weight.shape[1]) if act_order else torch.arange(weight.shape[1])
-    codes, zeros, scales, made = grid(weight[:, order], bits)
-    back = order.argsort()
-    filled = torch.nn.functional.pad(codes[:, back], (0, -weight.shape[1] % 32))
-    tensors = {
-        "qweight": pack(filled, bits).T.contiguous(),
-        "qzeros": pack(torch.nn.functional.pad(zeros.T - v1, (0, -weight.shape[0] % 32)), bits),
-        "scales": scales.T.contiguous(),
-        "g_idx": (torch.arange(weight.shape[1]) // GROUP)[back].int(),
+    groups = weight.unflatten(1, (-1, group))
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    codes = (groups / scale).round().clamp(-8, 7).to(torch.int8).flatten(1)
+    return {
+        "weight_packed": pack_to_int32(codes, 4),
+        "weight_scale": scale.squeeze(-1),
+        "weight_shape": torch.tensor(weight.shape),
     }
-    return tensors, made[:, back].contiguous()
 
 
-def awq(weight):
-    codes, zeros, scales, made = grid(weight, 4)
-    order = [0, 2, 4, 6, 1, 3, 5, 7]
-    codes, zeros = (one.T.unflatten(1, (-1, 8))[..., order].flatten(1) for one in (codes, zeros))
-    return {"qweight": pack(codes, 4), "qzeros": pack(zeros, 4), "scales": scales.T.contiguous()}, made
+def nf4(weight):
+    """bitsandbytes' 4 bits."""
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    return {"weight": codes, **{f"weight.{name}": x for name, x in state.as_dict(packed=True).items()}}
 
 
-def gemv(weight):
-    codes, zeros, scales, made = grid(weight, 4)
-    more = -zeros.shape[1] % 8
-    filled = [torch.nn.functional.pad(one, (0, more)) for one in (zeros, scales)]
-    return {"qweight": pack(codes, 4), "qzeros": pack(filled[0], 4), "scales": filled[1]}, made
+def _weights(kind, bits, **more):
+    return {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **more}
 
 
-def _gptq(bits, form, **how):
-    said = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "sym": False, "checkpoint_format": form}
-    return {**said, "desc_act": how["act_order"]}, lambda weight: gptq(weight, bits, v1=int(form == "gptq"), **how)
+def _compressed(form, weights, ignore):
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    told = {"config_groups": {"group_0": group}, "format": form, "ignore": ["lm_head", *ignore]}
+    return {"quant_method": "compressed-tensors", "quantization_status": "compressed", **told}
 
 
-def _awq(version, layer):
-    return {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": version, "zero_point": True}, layer
-
-
-BY_HAND = {
-    "gptq, 2 bits": _gptq(2, "gptq", act_order=False),
-    "gptq, 3 bits": _gptq(3, "gptq", act_order=True),
-    "gptq, 4 bits": _gptq(4, "gptq_v2", act_order=True),
-    "gptq, 8 bits": _gptq(8, "gptq_v2", act_order=False),
-    "awq": _awq("gemm", awq),
-    "awq gemv": _awq("gemv", gemv),
+CONFIGS = {
+    fp8: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="tensor"), ignore),
+    fp8_rows: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="channel"), ignore),
+    int4: lambda ignore: _compressed("pack-quantized", _weights("int", 4, strategy="group", group_size=16), ignore),
+    nf4: lambda ignore: {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", *ignore],
+    },
 }
-BITSANDBYTES = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4, nested": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "int8": {"load_in_8bit": True},
-}
-SCHEMES = [*BY_HAND, *BITSANDBYTES]
 
 
-def save(model, folder, scheme):
-    """Quantise the linear layers of a model but its head, and save it.
+def quantise(folder, out, how, *, but=()):
+    """Write a model with the matrices of its layers quantised.
 
-    Returns:
-        The weights that it then computes with, by name.
+    Args:
+        folder: A plain model, in one file.
+        out: Where it goes.
+        how: One of the functions above.
+        but: Modules that stay as they are, by parts of their names.
     """
-    if scheme in BITSANDBYTES:
-        models.save(model, folder / "plain")
-        return save_by_bitsandbytes(folder / "plain", folder, scheme)
-    said, layer = BY_HAND[scheme]
-    models.save(model, folder)
-    tensors = load_file(folder / "model.safetensors")
-    made = dict(tensors)
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        own, made[name] = layer(tensors.pop(name))
-        tensors |= {name.replace("weight", leaf): value.contiguous() for leaf, value in own.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
-    return made
-
-
-def live(plain, scheme):
-    """A model that bitsandbytes quantises when it is loaded."""
-    config = transformers.BitsAndBytesConfig(**BITSANDBYTES[scheme])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return transformers.AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, device_map="cpu")
-
-
-def save_by_bitsandbytes(plain, folder, scheme):
-    model = live(plain, scheme)
-    model.save_pretrained(folder)
-    return {name: value.clone() for name, value in model.dequantize(dtype=torch.float32).state_dict().items()}
-
-
-def dequantized(made, folder, like):
-    """A folder of a plain model with these weights."""
-    model = models.load(like)
-    model.load_state_dict({name: value.float() for name, value in made.items()}, strict=False)
-    return models.save(model, Path(folder))
+    shutil.copytree(folder, out)
+    file, stored = models.weights_of(out), {}
+    skipped = set()
+    for name, tensor in load_file(file).items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module.endswith(("_proj", "proj")) and tensor.ndim == 2:
+            if not any(part in name for part in but):
+                stored |= {f"{module}.{own}": x.contiguous() for own, x in how(tensor).items()}
+                continue
+            skipped.add(module)
+        stored[name] = tensor
+    save_file(stored, file, metadata={"format": "pt"})
+    path = Path(out) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": CONFIGS[how](sorted(skipped))}))
+    return str(out)

@@ -3,58 +3,59 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
-from peft_posthoc.checkpoints.coded import Coded
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
+from peft_posthoc.checkpoints.steps import steps
 from peft_posthoc.errors import CheckpointError, MissingExtraError
 
 # Beside codes of 4 bits, what they are, as JSON in bytes; it ends in the kind of codes.
 _STATE = ".quant_state.bitsandbytes__"
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Coded]:
-    """The weights that a checkpoint holds so, by name.
+def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every weight that is stored so.
 
     Raises:
         CheckpointError: What lies beside codes does not describe them.
     """
-    headers = checkpoint.headers
+    headers = stored.headers
     states = {name.partition(_STATE)[0]: name for name in headers if _STATE in name}
-    beside: dict[str, list[str]] = {weight: [] for weight in states}
+    beside: dict[str, list[str]] = {weight: [] for weight in states if weight in headers}
     for name in headers:
         # `q_proj.weight.absmax` and its like; the state's own name has one more dot.
         weight = name.partition(_STATE)[0] if _STATE in name else name.rpartition(".")[0]
         if weight in beside:
             beside[weight].append(name)
-    found = {w: _of_four_bits(checkpoint, w, states[w], own) for w, own in beside.items() if w in headers}
-    for name in [name for name in headers if name.rpartition(".")[2] == "SCB"]:
-        weight, form = (f"{name.removesuffix('SCB')}{leaf}" for leaf in ("weight", "weight_format"))
-        if weight in headers:
-            sources = (weight, name, *([form] if form in headers else ()))
+    for weight, own in beside.items():
+        yield weight, _of_four_bits(stored, weight, states[weight], own)
+    for name in headers:
+        weight, form = stored.beside(name, "weight"), stored.beside(name, "weight_format")
+        if name.rpartition(".")[2] == "SCB" and weight is not None:
             header = Header(headers[weight].shape, torch.float32)
-            found[weight] = Coded(sources, header, partial(_eight_bits, weight), _steps_of_eight_bits)
-    return found
+            sources = (weight, name, *([form] if form else ()))
+            yield weight, Coded(sources, header, partial(_eight_bits, weight), _steps_of_eight_bits)
 
 
-def _of_four_bits(checkpoint: Checkpoint, weight: str, state: str, beside: list[str]) -> Coded:
+def _of_four_bits(stored: Stored, weight: str, state: str, beside: list[str]) -> Coded:
     leaves = tuple(name.removeprefix(f"{weight}.") for name in beside)
     try:
-        told = said(checkpoint.read(state))
+        told = said(stored.checkpoint.read(state))
         header = Header(tuple(map(int, told["shape"])), getattr(torch, told["dtype"]))
-        missing = {"absmax", *(("nested_absmax", "nested_quant_map") if "nested_offset" in told else ())} - {*leaves}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"`{state}` of `{checkpoint.label}` does not say what its codes are: {error!r}."
+            f"`{state}` of `{stored.checkpoint.label}` does not say what its codes are: {error!r}."
         ) from error
-    if missing:
+    needed = {"absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if "nested_offset" in told else ())}
+    if missing := needed - {*leaves}:
         raise CheckpointError(
-            f"`{checkpoint.label}` lacks `{weight}.{min(missing)}`, without which its codes mean nothing."
+            f"`{stored.checkpoint.label}` lacks `{weight}.{min(missing)}`, without which its codes mean nothing."
         )
     return Coded((weight, *beside), header, partial(_four_bits, leaves), partial(_steps_of_four_bits, leaves))
 
@@ -86,19 +87,7 @@ def _four_bits(leaves: tuple[str, ...], weight: Tensor, *state: Tensor) -> Tenso
 
 
 def _steps_of_four_bits(leaves: tuple[str, ...], weight: Tensor, *state: Tensor) -> Tensor:
-    """Half the way from each code's lower neighbour to its upper one, in the block's scale."""
-    functional = _functional()
-    told = functional.QuantState.from_dict(dict(zip(leaves, state, strict=True)), torch.device("cpu"))
-    scales = told.absmax
-    if told.nested:
-        scales = functional.dequantize_blockwise(told.absmax, told.state2) + told.offset
-    table = functional.get_4bit_type(told.quant_type, device="cpu")
-    values, order = table.sort()
-    gaps = torch.empty_like(values)
-    gaps[order] = torch.cat([values[:1], values, values[-1:]]).unfold(0, 3, 1)[:, [0, 2]].diff().flatten() / 2
-    parts, count = _bytes(weight), torch.Size(told.shape).numel()
-    codes = torch.stack([parts >> 4, parts & 15], 1).flatten()[:count].int()
-    return (gaps[codes] * scales.repeat_interleave(told.blocksize)[:count]).reshape(told.shape)
+    return steps(lambda codes: _four_bits(leaves, codes, *state), _bytes(weight), 4)
 
 
 def _bytes(weight: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
-from peft_posthoc.checkpoints.coded import Coded
-from peft_posthoc.checkpoints.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
+from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.steps import steps
 from peft_posthoc.errors import CheckpointError
 
 # Where a word has each of eight neighbours: a kernel gets 0 and 1, then 2 and 3, from the halves of a word at once.
@@ -53,42 +55,39 @@ def _groups(codes: Tensor, count: int) -> Tensor:
     return torch.arange(codes.shape[1]) // (codes.shape[1] // count)
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Coded]:
-    """The weights that a checkpoint holds so, by name.
+def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every weight that is stored so.
 
     Raises:
         CheckpointError: They are in a form that is not read.
     """
-    config = (checkpoint.config or {}).get("quantization_config") or {}
-    if config.get("quant_method") != "awq":
-        return {}
-    headers = checkpoint.headers
-    modules = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
-    version, bits = str(config.get("version") or "gemm").lower(), int(config.get("bits") or 4)
-    if modules and (version not in ("gemm", "gemv") or bits != 4):
-        raise CheckpointError(
-            f"`{checkpoint.label}` holds codes of {bits} bits in AWQ's form `{version}`, which are not read; of 4 bits "
-            "in `gemm` and `gemv` they are."
-        )
-    group, found = int(config.get("group_size") or -1), {}
-    for module in modules:
-        sources = [f"{module}.{part}" for part in ("qweight", "scales", "qzeros")]
-        sources = [name for name in sources if name in headers]
-        words, scales = headers[sources[0]].shape, headers.get(f"{module}.scales")
-        if scales is None:
+    if stored.told.get("quant_method") != "awq":
+        return
+    version, bits = str(stored.told.get("version") or "gemm").lower(), int(stored.told.get("bits") or 4)
+    group = int(stored.told.get("group_size") or -1)
+    for name in stored.headers:
+        scales = stored.beside(name, "scales")
+        if not name.endswith(".qweight") or scales is None:
             continue
+        if version not in ("gemm", "gemv") or bits != 4:
+            raise CheckpointError(
+                f"`{stored.checkpoint.label}` holds codes of {bits} bits in AWQ's form `{version}`, which are not "
+                "read; of 4 bits in `gemm` and `gemv` they are."
+            )
+        zeros, (rows, words) = stored.beside(name, "qzeros"), stored.headers[name].shape
+        shape, make = (8 * words, rows), gemm
         if version == "gemv":
-            size = group if group > 0 else 8 * words[1]
-            shape, make, steps = (words[0], 8 * words[1]), partial(gemv, group=size), partial(_steps_of_gemv, size)
-        else:
-            shape, make, steps = (8 * words[1], words[0]), gemm, _steps_of_gemm
-        found[f"{module}.weight"] = Coded(tuple(sources), Header(shape, scales.dtype), make, steps)
-    return found
+            shape, make = (rows, 8 * words), partial(gemv, group=group if group > 0 else 8 * words)
+        yield (
+            f"{name.removesuffix('.qweight')}.weight",
+            Coded(
+                (name, scales, *([zeros] if zeros else ())),
+                Header(shape, stored.headers[scales].dtype),
+                make,
+                partial(_steps, make),
+            ),
+        )
 
 
-def _steps_of_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None = None) -> Tensor:
-    return scales.T.repeat_interleave(len(qweight) // len(scales), 1)
-
-
-def _steps_of_gemv(group: int, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Tensor:
-    return scales[:, : 8 * qweight.shape[1] // group].repeat_interleave(group, 1)
+def _steps(make: Callable[..., Tensor], codes: Tensor, *beside: Tensor) -> Tensor:
+    return steps(lambda other: make(other, *beside), codes, 4)
