@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
-from peft_posthoc.checkpoints.steps import steps
 from peft_posthoc.errors import CheckpointError
 
 # Where a word has each of eight neighbours: a kernel gets 0 and 1, then 2 and 3, from the halves of a word at once.
@@ -78,16 +77,6 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
         shape, make = (8 * words, rows), gemm
         if version == "gemv":
             shape, make = (rows, 8 * words), partial(gemv, group=group if group > 0 else 8 * words)
-        yield (
-            f"{name.removesuffix('.qweight')}.weight",
-            Coded(
-                (name, scales, *([zeros] if zeros else ())),
-                Header(shape, stored.headers[scales].dtype),
-                make,
-                partial(_steps, make),
-            ),
-        )
-
-
-def _steps(make: Callable[..., Tensor], codes: Tensor, *beside: Tensor) -> Tensor:
-    return steps(lambda other: make(other, *beside), codes, 4)
+        sources = (name, scales, *([zeros] if zeros else ()))
+        header = Header(shape, stored.headers[scales].dtype)
+        yield f"{name.removesuffix('.qweight')}.weight", Coded(sources, header, make, 4, "4-bit integers")

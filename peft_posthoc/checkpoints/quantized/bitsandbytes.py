@@ -12,7 +12,6 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.steps import steps
 from peft_posthoc.errors import CheckpointError, MissingExtraError
 
 # Beside codes of 4 bits, what they are, as JSON in bytes; it ends in the kind of codes.
@@ -36,11 +35,11 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     for weight, own in beside.items():
         yield weight, _of_four_bits(stored, weight, states[weight], own)
     for name in headers:
-        weight, form = stored.beside(name, "weight"), stored.beside(name, "weight_format")
-        if name.rpartition(".")[2] == "SCB" and weight is not None:
-            header = Header(headers[weight].shape, torch.float32)
-            sources = (weight, name, *([form] if form else ()))
-            yield weight, Coded(sources, header, partial(_eight_bits, weight), _steps_of_eight_bits)
+        codes, form = stored.beside(name, "weight"), stored.beside(name, "weight_format")
+        if name.rpartition(".")[2] == "SCB" and codes is not None:
+            sources = (codes, name, *([form] if form else ()))
+            header = Header(headers[codes].shape, torch.float32)
+            yield codes, Coded(sources, header, partial(_eight_bits, codes), 8, "8-bit integers")
 
 
 def _of_four_bits(stored: Stored, weight: str, state: str, beside: list[str]) -> Coded:
@@ -57,7 +56,8 @@ def _of_four_bits(stored: Stored, weight: str, state: str, beside: list[str]) ->
         raise CheckpointError(
             f"`{stored.checkpoint.label}` lacks `{weight}.{min(missing)}`, without which its codes mean nothing."
         )
-    return Coded((weight, *beside), header, partial(_four_bits, leaves), partial(_steps_of_four_bits, leaves))
+    kind = state.partition(_STATE)[2].upper()
+    return Coded((weight, *beside), header, partial(_four_bits, leaves), 4, kind)
 
 
 def said(state: Tensor) -> dict[str, Any]:
@@ -86,10 +86,6 @@ def _four_bits(leaves: tuple[str, ...], weight: Tensor, *state: Tensor) -> Tenso
     return four_bits(weight, dict(zip(leaves, state, strict=True)))
 
 
-def _steps_of_four_bits(leaves: tuple[str, ...], weight: Tensor, *state: Tensor) -> Tensor:
-    return steps(lambda codes: _four_bits(leaves, codes, *state), _bytes(weight), 4)
-
-
 def _bytes(weight: Tensor) -> Tensor:
     return weight.contiguous().view(torch.uint8).flatten()
 
@@ -112,10 +108,6 @@ def _eight_bits(name: str, weight: Tensor, scales: Tensor, form: Tensor | None =
             "model and save it again with bitsandbytes 0.45 or later."
         )
     return eight_bits(weight, scales)
-
-
-def _steps_of_eight_bits(weight: Tensor, scales: Tensor, form: Tensor | None = None) -> Tensor:
-    return (scales[:, None] / 127).expand(weight.shape)
 
 
 def _functional() -> Any:

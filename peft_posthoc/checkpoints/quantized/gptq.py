@@ -11,7 +11,6 @@ from torch import Tensor
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
-from peft_posthoc.checkpoints.steps import steps
 from peft_posthoc.errors import CheckpointError
 
 # What the stored zeros lack, by form of the format.
@@ -79,12 +78,13 @@ def _layer(stored: Stored, module: str, parts: list[str], offset: int) -> Coded:
         )
     n = shapes.get("g_idx", (0,))[0] or shapes["qweight"][0] * 32 // bits
     group = int(stored.told.get("group_size") or -1)
-    made = partial(_made, parts, bits=bits, offset=offset, group=group if group > 0 else -(-n // count))
+    how = {"bits": bits, "offset": offset, "group": group if group > 0 else -(-n // count)}
     return Coded(
         tuple(f"{module}.{part}" for part in parts),
         Header((out, n), headers["scales"].dtype),
-        made,
-        lambda codes, *beside: steps(lambda other: made(other, *beside), codes, bits),
+        partial(_made, parts, **how),
+        bits,
+        f"{bits}-bit integers",
     )
 
 
