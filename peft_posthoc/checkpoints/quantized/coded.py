@@ -51,6 +51,11 @@ class Stored:
         """By what it was quantized, as its configuration says."""
         return str(self.told.get("quant_method") or "")
 
+    def number(self, key: str) -> int:
+        """A whole number that says how it was quantized; 0 where none does."""
+        value = self.told.get(key)
+        return value if isinstance(value, int) else 0
+
     def beside(self, name: str, *leaves: str) -> str | None:
         """The first of `leaves` that is stored in the module of a tensor, in full."""
         module = name.rpartition(".")[0]
