@@ -14,9 +14,9 @@ from rank_pairs import Pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_posthoc import Prompts, Sampled, extract
-from peft_posthoc.refinement.distance import distances
-from peft_posthoc.refinement.live import says
-from peft_posthoc.refinement.texts import Texts, Writers
+from peft_posthoc.running.live import says
+from peft_posthoc.texts.distance import distances
+from peft_posthoc.texts.texts import Texts, Writers
 
 GENERAL, SEED_OF_GENERAL = 64, 99
 CPU = torch.device("cpu")

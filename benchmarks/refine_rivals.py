@@ -11,13 +11,13 @@ from peft import LoraConfig, get_peft_model
 from refine_models import CPU, Models
 
 from peft_posthoc.linalg.regression import damp, regress, root_of
-from peft_posthoc.refinement.distance import divergence
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.layers import layers_of
-from peft_posthoc.refinement.live import factors_of, load_live, says
-from peft_posthoc.refinement.sequences import Tokens, batches, shuffled, split
-from peft_posthoc.refinement.texts import Writers
+from peft_posthoc.running.live import factors_of, load_live, says
 from peft_posthoc.sources import open_pair
+from peft_posthoc.texts.distance import divergence
+from peft_posthoc.texts.sequences import Tokens, batches, shuffled, split
+from peft_posthoc.texts.texts import Writers
 
 DAMPING = 0.03  # as in `compensated`
 LR = 1e-3  # of 3e-4, 1e-3 and 3e-3 the best for LoRA from zero on the first pair

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.refinement.chat import Turn, turn_of
-from peft_posthoc.refinement.sampling import without_end, write_on
-from peft_posthoc.refinement.sequences import Tokens
 from peft_posthoc.text import asked
+from peft_posthoc.texts.chat import Turn, turn_of
+from peft_posthoc.texts.sampling import without_end, write_on
+from peft_posthoc.texts.sequences import Tokens
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peft_posthoc import Given, PosthocError, Prompts, Sampled
-from peft_posthoc.refinement.chat import turn_of
-from peft_posthoc.refinement.distance import Distance, distances, divergence
-from peft_posthoc.refinement.sampling import write_on
-from peft_posthoc.refinement.sequences import Batch, Tokens, batches, shuffled, split
-from peft_posthoc.refinement.texts import Writers
+from peft_posthoc.texts.chat import turn_of
+from peft_posthoc.texts.distance import Distance, distances, divergence
+from peft_posthoc.texts.sampling import write_on
+from peft_posthoc.texts.sequences import Batch, Tokens, batches, shuffled, split
+from peft_posthoc.texts.texts import Writers
 
 WORDS = ["[UNK]", "<s>", "</s>", "<user>", "<bot>", *"abcdefgh"]
 TEMPLATE = "<s> {% for m in messages %}<user> {{ m.content }} <bot> {% endfor %}"
