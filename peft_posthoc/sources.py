@@ -24,6 +24,7 @@ from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id, 
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
 from peft_posthoc.checkpoints.modules import listed_modules, with_modules
+from peft_posthoc.checkpoints.quantized.decoded import decoded
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
 from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
@@ -221,4 +222,4 @@ def open_checkpoint(
         )
     if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
         checkpoint = with_modules(checkpoint, beside)
-    return as_computed(unwrapped(checkpoint), beside)
+    return as_computed(decoded(unwrapped(checkpoint), beside), beside)

@@ -11,17 +11,24 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc.serving.engines import ENGINES
 from peft_posthoc.serving.rules.table import RULES
-from tests.make import architectures, models
+from tests.make import architectures, models, quantised
 
 LAYER = "base_model.model.model.layers.0"
 HEAD = "base_model.model.lm_head"
 EMBEDDING = "base_model.model.model.embed_tokens"
 RANK = 16
 IN_LAYER = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
+QUANTISED = {  # by name: of what base, how, and which modules are left as they are
+    "llama in NF4": ("llama", quantised.nf4, ()),
+    "llama in INT4": ("llama", quantised.int4, ()),
+    "llama in FP8 but for v": ("llama", quantised.fp8, ("v_proj",)),
+    "mixture in FP8 by rows": ("qwen3_moe", quantised.fp8_rows, ()),
+}
 BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": models.llama,
     "tied": lambda: models.llama(tie_word_embeddings=True),
     "qwen2": models.qwen2,
+    "qwen3_moe": models.qwen3_moe,
     "gpt_oss": architectures.ARCHITECTURES["gpt_oss"].make,
     "laguna": models.laguna,
 }
@@ -135,6 +142,11 @@ def _new_tokens(parts: Parts) -> None:
 def _fused(parts: Parts) -> None:
     parts.configure(target_parameters=["mlp.experts.down_proj"])
     parts.factor(f"{LAYER}.mlp.experts", 32, 16)
+
+
+def _in_fp8(parts: Parts) -> None:
+    parts.cut(24)
+    parts.tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in parts.tensors.items()}
 
 
 def _names_of_adapter(parts: Parts) -> None:
@@ -277,6 +289,14 @@ CASES: dict[str, Case] = {
     "dense-beside-experts": Case(_experts("gate_proj", "up_proj", "down_proj")),
     "partial-experts": Case(_experts("gate_proj")),
     "expert-names-trtllm": Case(_experts("gate_proj", "up_proj", "down_proj")),
+    "format-vllm": Case(lambda parts: None, "llama in NF4"),
+    "format-tgi": Case(lambda parts: None, "llama in NF4"),
+    "format-lorax": Case(lambda parts: None, "llama in INT4"),
+    "fused-in-part": Case(lambda parts: None, "llama in FP8 but for v"),
+    "quantised-experts": Case(_experts("gate_proj", "up_proj", "down_proj"), "mixture in FP8 by rows"),
+    "quantised-experts-sglang": Case(_experts("gate_proj", "up_proj", "down_proj"), "mixture in FP8 by rows"),
+    "quantised-experts-trtllm": Case(_experts("gate_proj", "up_proj", "down_proj"), "mixture in FP8 by rows"),
+    "fp8-rank-trtllm": Case(_in_fp8),
 }
 
 # Close to what a rule is about, and right: these rules must not see them.
@@ -330,6 +350,10 @@ FINE: dict[str, tuple[tuple[str, ...], Case]] = {
         ("partial-experts", "dense-beside-experts", "expert-names-trtllm"),
         Case(_all(lambda p: p.drop(".mlp."), _experts("w1", "w2", "w3"))),
     ),
+    "a base that is quantised, all of it": (
+        ("format-vllm", "format-tgi", "fused-in-part", "quantised-experts", "wrong-path"),
+        Case(lambda parts: None, "llama in INT4"),
+    ),
     "initial weights that leave the base alone": (("init-vllm", "init-peft"), Case(_config(init_lora_weights="eva"))),
 }
 
@@ -346,7 +370,10 @@ def base_of(case: Case, folder: Path) -> Path | None:
     if case.base is None:
         return None
     where = folder / case.base
-    if not where.exists():
+    if case.base in QUANTISED and not where.exists():
+        plain, how, but = QUANTISED[case.base]
+        quantised.quantise(base_of(Case(case.spoil, plain), folder), where, how, but=but)
+    elif not where.exists():
         torch.manual_seed(0)
         models.save(BASES[case.base](), where)
     return where

@@ -9,6 +9,7 @@ from peft_posthoc.serving.rules import (
     experts,
     modules,
     names,
+    quantised,
     scale,
     targets,
     variants,
@@ -18,6 +19,7 @@ from peft_posthoc.serving.rules.rule import Rule
 
 RULES: tuple[Rule, ...] = (
     *base.RULES,
+    *quantised.RULES,
     *adapter_files.RULES,
     *scale.RULES,
     *variants.RULES,

@@ -1,0 +1,95 @@
+"""Folders of quantised models, each made of a plain one, with the library whose format it is where there is one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.make import models
+
+
+def fp8(weight):
+    """FP8 with one scale for a tensor."""
+    scale = weight.abs().max() / 448
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale.float()}
+
+
+def fp8_rows(weight):
+    """FP8 with a scale for each row."""
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale.float()}
+
+
+def int4(weight, group=16):
+    """compressed-tensors' pack-quantized."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    groups = weight.unflatten(1, (-1, group))
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    codes = (groups / scale).round().clamp(-8, 7).to(torch.int8).flatten(1)
+    return {
+        "weight_packed": pack_to_int32(codes, 4),
+        "weight_scale": scale.squeeze(-1),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def nf4(weight):
+    """bitsandbytes' 4 bits."""
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    return {"weight": codes, **{f"weight.{name}": x for name, x in state.as_dict(packed=True).items()}}
+
+
+def _weights(kind, bits, **more):
+    return {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **more}
+
+
+def _compressed(form, weights, ignore):
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    told = {"config_groups": {"group_0": group}, "format": form, "ignore": ["lm_head", *ignore]}
+    return {"quant_method": "compressed-tensors", "quantization_status": "compressed", **told}
+
+
+CONFIGS = {
+    fp8: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="tensor"), ignore),
+    fp8_rows: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="channel"), ignore),
+    int4: lambda ignore: _compressed("pack-quantized", _weights("int", 4, strategy="group", group_size=16), ignore),
+    nf4: lambda ignore: {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", *ignore],
+    },
+}
+
+
+def quantise(folder, out, how, *, but=()):
+    """Write a model with the matrices of its layers quantised.
+
+    Args:
+        folder: A plain model, in one file.
+        out: Where it goes.
+        how: One of the functions above.
+        but: Modules that stay as they are, by parts of their names.
+    """
+    shutil.copytree(folder, out)
+    file, stored = models.weights_of(out), {}
+    skipped = set()
+    for name, tensor in load_file(file).items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module.endswith(("_proj", "proj")) and tensor.ndim == 2:
+            if not any(part in name for part in but):
+                stored |= {f"{module}.{own}": x.contiguous() for own, x in how(tensor).items()}
+                continue
+            skipped.add(module)
+        stored[name] = tensor
+    save_file(stored, file, metadata={"format": "pt"})
+    path = Path(out) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": CONFIGS[how](sorted(skipped))}))
+    return str(out)
