@@ -48,8 +48,7 @@ def experts(subject: Subject) -> tuple[str, ...]:
 
 def experts_not_fp8(subject: Subject) -> tuple[str, ...]:
     """The same, where that is anything but FP8 of one scale for a tensor."""
-    method = ((subject.base.checkpoint.config or {}) if subject.base else {}).get("quantization_config") or {}
-    plain = all("fp8" in how.casefold() for how in subject.quantised.values()) and not method.get("weight_block_size")
+    plain = all(how.rpartition(", ")[2] == "FP8" for how in subject.quantised.values())
     return () if plain else experts(subject)
 
 
