@@ -116,6 +116,10 @@ class Gguf(Checkpoint):
         found = gaps(values) if next_ones is None else values.sub_(self._decoded(name, next_ones)).abs_()
         return self._scaled(name, found)
 
+    def coded_as(self, name: str) -> str | None:
+        """The name of the format, of a quantised tensor."""
+        return None if self.types[name] in _PLAIN else "GGUF"
+
     def _stored(self, name: str) -> Any:
         import numpy as np
 
