@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
+from peft_posthoc.errors import CheckpointError
 
 # Where a word has each of eight neighbours: a kernel gets 0 and 1, then 2 and 3, from the halves of a word at once.
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> Tensor:
+def gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None = None) -> Tensor:
     """The weight of a linear layer, out x in features, from words along the out features.
 
     Args:
@@ -46,3 +52,31 @@ def _across(words: Tensor) -> Tensor:
 
 def _groups(codes: Tensor, count: int) -> Tensor:
     return torch.arange(codes.shape[1]) // (codes.shape[1] // count)
+
+
+def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every weight that is stored so.
+
+    Raises:
+        CheckpointError: They are in a form that is not read.
+    """
+    if stored.told.get("quant_method") != "awq":
+        return
+    version, bits = str(stored.told.get("version") or "gemm").lower(), int(stored.told.get("bits") or 4)
+    group = int(stored.told.get("group_size") or -1)
+    for name in stored.headers:
+        scales = stored.beside(name, "scales")
+        if not name.endswith(".qweight") or scales is None:
+            continue
+        if version not in ("gemm", "gemv") or bits != 4:
+            raise CheckpointError(
+                f"`{stored.checkpoint.label}` holds codes of {bits} bits in AWQ's form `{version}`, which are not "
+                "read; of 4 bits in `gemm` and `gemv` they are."
+            )
+        zeros, (rows, words) = stored.beside(name, "qzeros"), stored.headers[name].shape
+        shape, make = (8 * words, rows), gemm
+        if version == "gemv":
+            shape, make = (rows, 8 * words), partial(gemv, group=group if group > 0 else 8 * words)
+        sources = (name, scales, *([zeros] if zeros else ()))
+        header = Header(shape, stored.headers[scales].dtype)
+        yield f"{name.removesuffix('.qweight')}.weight", Coded(sources, header, make, 4, "4-bit integers")

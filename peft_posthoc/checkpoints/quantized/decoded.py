@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, gptq
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
 from peft_posthoc.checkpoints.quantized.fp8 import fp8
 from peft_posthoc.checkpoints.quantized.steps import steps
@@ -18,11 +19,13 @@ from peft_posthoc.errors import CheckpointError
 from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
-READERS: tuple[Reader, ...] = (fp8,)
+READERS: tuple[Reader, ...] = (fp8, gptq.weights, awq.weights, bitsandbytes.weights)
 
 
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
+
+    from_codes = True
 
     def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str | None) -> None:
         """Show what is decoded in place of what it is made of.
@@ -36,7 +39,7 @@ class Decoded(View):
         self._coded, self._method = coded, method
         pieces = {name: same(checkpoint, name) for name in checkpoint.headers if name not in gone}
         pieces |= {name: Piece(one.sources, one.header, one.make) for name, one in coded.items()}
-        super().__init__(checkpoint, pieces)
+        super().__init__(checkpoint, pieces, module=checkpoint.module)
 
     def steps(self, name: str) -> Tensor | None:
         """The grid's step at each value of a decoded weight."""
