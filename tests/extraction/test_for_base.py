@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from peft_posthoc import MismatchError, extract
+from peft_posthoc import MismatchError, extract, preflight
 from peft_posthoc.cli.main import main
 from tests.make import models
 from tests.make.grids import OnGrid
@@ -114,6 +114,15 @@ def test_a_fine_tune_of_the_rounded_weights_is_known_by_the_error_that_it_lacks(
         assert float((found - task[layer.weight]).norm()) <= 1e-3 * float(task[layer.weight].norm())
     assert "the fine-tune started from the rounded weights, as merges of QLoRA do" in adapter.report.notes[0]
     assert not [warning for warning in adapter.report.warnings if "quantising" in warning]
+
+
+def test_a_dry_run_counts_what_is_read_of_the_served_base_and_refuses_as_the_run_does():
+    tuned = plus(BASE, weights(1, SMALL, RANK))
+    plain, planned = preflight(BASE, tuned, RANK), preflight(BASE, tuned, RANK, for_base=served())
+    assert planned.read_bytes == plain.read_bytes * 3 // 2
+    assert planned.adapter_bytes == plain.adapter_bytes
+    with pytest.raises(MismatchError, match="is not in `lacking`"):
+        preflight(BASE, tuned, RANK, for_base=OnGrid({NAMES[0]: BASE[NAMES[0]]}, label="lacking"))
 
 
 def test_a_base_of_another_shape_is_refused_with_both_shapes():
