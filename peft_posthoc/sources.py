@@ -19,13 +19,16 @@ from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
 from peft_posthoc.checkpoints.folder import File, Folder
-from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id
+from peft_posthoc.checkpoints.gguf import SUFFIX, Gguf, only_model
+from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id, repo_and_file
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
 from peft_posthoc.checkpoints.modules import listed_modules, with_modules
+from peft_posthoc.checkpoints.quantized.decoded import decoded
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
 from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.models.from_gguf import as_model_of_gguf
 
 # One of several files of a model: `model-00002-of-00004.safetensors`.
 _SHARD = re.compile(r"-\d+-of-(\d+)\b")
@@ -123,15 +126,20 @@ def _of_folder(path: Path, *, label: str, commit: str | None = None) -> Checkpoi
         return Distcp(path, shards, label=label)
     if (partitions := find_partitions(path)) is not None:
         return Zero(path, partitions, label=label)
+    names = {file.name for file in path.iterdir()}
+    if not weight_files(names) and (model := only_model(names, label)):
+        return as_model_of_gguf(Gguf(path / model, label=label))
     return Folder(path, label=label, revision=commit)
 
 
-def _of_file(path: Path, *, label: str) -> File:
+def _of_file(path: Path, *, label: str) -> Checkpoint:
     """The model in a single file.
 
     Raises:
         CheckpointError: The file holds a part of a model.
     """
+    if path.suffix == SUFFIX:
+        return as_model_of_gguf(Gguf(path, label=label))
     count = _SHARD.search(path.name)
     if count and int(count[1]) > 1:
         raise CheckpointError(
@@ -173,12 +181,14 @@ def open_checkpoint(
         path, label = Path(source), str(source).rstrip("/") or str(source)
         if path.is_dir():
             checkpoint, beside = _of_folder(path, label=label), path
-        elif path.is_file() and path.suffix in SUFFIXES:
+        elif path.is_file() and path.suffix in (*SUFFIXES, SUFFIX):
             checkpoint, beside = _of_file(path, label=label), path.parent
-        elif is_repo_id(label) and not path.exists():
-            found = find(label, revision=revision, role=role)
+        elif not path.exists() and (named := repo_and_file(label)):
+            found = find(named[0], revision=revision, role=role, file=named[1])
             headers = found.headers()
-            if headers is None:
+            if found.files[0].endswith(SUFFIX):
+                checkpoint = as_model_of_gguf(Gguf(found.get() / found.files[0], label=label, revision=found.commit))
+            elif headers is None:
                 checkpoint = _of_folder(found.get(), label=label, commit=found.commit)
             else:
                 checkpoint = OnHub(found, headers)
@@ -189,7 +199,7 @@ def open_checkpoint(
         elif not path.exists() and (both := sides(label)):
             checkpoint = adapted(*both, role=role)
         else:
-            kinds = ", ".join(SUFFIXES)
+            kinds = ", ".join((*SUFFIXES, SUFFIX))
             what = "is no regular file" if path.exists() else "does not exist"
             what = f"is a file of another kind than {kinds}" if path.is_file() else what
             raise CheckpointError(
@@ -212,4 +222,4 @@ def open_checkpoint(
         )
     if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
         checkpoint = with_modules(checkpoint, beside)
-    return as_computed(unwrapped(checkpoint), beside)
+    return as_computed(decoded(unwrapped(checkpoint), beside), beside)

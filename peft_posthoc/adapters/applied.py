@@ -15,7 +15,7 @@ from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.model_files import state_of
-from peft_posthoc.checkpoints.quantized import quantized
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.models.find import layout_of
 

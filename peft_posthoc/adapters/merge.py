@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.checkpoints.quantized import quantized
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.as_model import converted, second_names

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import Folder, dtype_of
+from peft_posthoc.checkpoints.gguf import SUFFIX, only_model, split_names
 from peft_posthoc.checkpoints.model_files import config_of, is_index, no_weights, shards_of, weight_files
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import free_at, on_one_disk
@@ -28,6 +29,13 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def is_repo_id(source: str) -> bool:
     """Tell whether `source` could be a hub id, by its form alone."""
     return _REPO_ID.fullmatch(source) is not None
+
+
+def repo_and_file(source: str) -> tuple[str, str | None] | None:
+    """A hub id, and the file of `org/name/FILE.gguf`; None where it is neither by its form."""
+    parts = source.split("/", 2)
+    repo_id, file = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+    return (repo_id, file) if is_repo_id(repo_id) and (file is None or file.endswith(SUFFIX)) else None
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,14 @@ class OnHub(Checkpoint):
         return self._fetched.read(name)
 
 
-def find(repo_id: str, *, revision: str | None = None, role: str = "source", adapter: bool = False) -> Repository:
+def find(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    role: str = "source",
+    adapter: bool = False,
+    file: str | None = None,
+) -> Repository:
     """See what of a hub repository is needed, and fetch its small files: the configuration, an index of shards.
 
     Args:
@@ -132,6 +147,7 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
         revision: Branch, tag or commit; the default branch if None.
         role: What messages call it.
         adapter: Take the LoRA adapter; otherwise only where the repository has no whole weights.
+        file: Take this GGUF file, with the others that it is one of.
 
     Raises:
         CheckpointError: No such repository or revision, no access, no connection, or no weights in it.
@@ -143,8 +159,14 @@ def find(repo_id: str, *, revision: str | None = None, role: str = "source", ada
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         names = sizes.keys()
         wanted = [] if adapter else weight_files(names)
+        if file is not None:
+            wanted = split_names(file)
+            if missing := [part for part in wanted if part not in names]:
+                raise CheckpointError(f"`{repo_id}` on the hub has no file `{missing[0]}`.")
         if not wanted and (adapter or _ADAPTER[0] in names):
             wanted = [file for file in _ADAPTER if file in names]
+        if not wanted and (model := only_model(names, repo_id)):
+            wanted = split_names(model)
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
         indexed = is_index(wanted[0])

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.modules import module_of
-from peft_posthoc.checkpoints.quantized import quantized
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import CheckpointError, MismatchError, NothingToCarryError
 from peft_posthoc.extraction.fate import Factored, Fate, Whole
 from peft_posthoc.extraction.reasons import LeftOut, Reason, told

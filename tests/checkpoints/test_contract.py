@@ -19,7 +19,7 @@ from peft_posthoc.checkpoints.wrappers import unwrapped
 from peft_posthoc.pairing.names import renamed
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import open_pair
-from tests.make import laws, models
+from tests.make import gguf_files, laws, models
 from tests.make.by_peft import by_peft
 from tests.make.fake_hub import FakeHub, environment
 from tests.make.limits import HANG
@@ -110,7 +110,24 @@ def fewer_rows(model, where):
     return lambda: match(open_checkpoint(model), open_checkpoint(where / "model"), vocab="truncate").tuned
 
 
-ON_DISK = [folder, sharded, pickled, file, shards, adapted, compiled, under_other_names, experts, fewer_rows]
+def for_llama_cpp(model, where):
+    gguf_files.save(models.load(model), where / "model.gguf", "llama")
+    return lambda: open_checkpoint(where / "model.gguf")
+
+
+ON_DISK = [
+    folder,
+    sharded,
+    pickled,
+    file,
+    for_llama_cpp,
+    shards,
+    adapted,
+    compiled,
+    under_other_names,
+    experts,
+    fewer_rows,
+]
 SOURCES = [*ON_DISK, state_dict, module]
 
 
@@ -144,7 +161,7 @@ def test_the_identity_changes_when_a_file_does_and_no_earlier(source, model, tmp
     before = opened().identity
     assert before is not None
     assert opened().identity == before
-    written = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".bin", ".distcp")]
+    written = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".bin", ".distcp", ".gguf")]
     assert written
     for path in written:
         was = path.stat().st_mtime_ns

@@ -13,10 +13,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from peft_posthoc.checkpoints.awq import gemm, gemv
-from peft_posthoc.checkpoints.bitsandbytes import eight_bits, four_bits, said
-from peft_posthoc.checkpoints.gptq import gptq
-from peft_posthoc.checkpoints.grid import unpacked
+from peft_posthoc.checkpoints.quantized.awq import gemm, gemv
+from peft_posthoc.checkpoints.quantized.bitsandbytes import eight_bits, four_bits, said
+from peft_posthoc.checkpoints.quantized.gptq import gptq
+from peft_posthoc.checkpoints.quantized.grid import unpacked
 
 KEPT = Path(__file__).parent / "quantised/gptqmodel.safetensors"
 LAYERS = ["gptq.2", "gptq.3", "gptq_v2.3", "gptq_v2.4", "gptq.4", "gptq.8", "awq.4"]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract, preflight, verify
-from tests.make import models
+from tests.make import gguf_files, models
 from tests.make.fake_hub import environment
 from tests.make.hub_session import HUGE, adapter_of, refused
 
@@ -84,6 +84,30 @@ def test_of_a_sharded_repository_the_index_and_its_shards_are_fetched(hub, phlor
     extract(str(base), str(tuned)).save(tmp_path / "expected")
     tensors, expected = adapter_of(tmp_path / "out")[0], adapter_of(tmp_path / "expected")[0]
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_of_a_repository_of_gguf_files_the_one_that_is_named_is_fetched(hub, phlora, tmp_path):
+    model = models.llama()
+    tuned = models.save(models.tuned_from(model), tmp_path / "tuned")
+    (tmp_path / "repo/parts").mkdir(parents=True)
+    for name in ("one.gguf", "two.gguf", "parts/three.gguf"):
+        gguf_files.save(model, tmp_path / "repo" / name, "llama")
+    gguf_files.split(tmp_path / "repo/parts/three.gguf")
+    (tmp_path / "none").mkdir()
+    commit = hub.repository("for/llama.cpp").commit(tmp_path / "repo", "main")
+    said = phlora("extract", "for/llama.cpp", tuned, tmp_path / "out")
+    refused(said, tmp_path / "none", "2 models in GGUF: one.gguf, two.gguf. Give one of them: `for/llama.cpp/one.gguf`")
+    parts = [f"parts/three-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for name, wanted in (("two.gguf", ["two.gguf"]), (parts[0], parts)):
+        hub.fetched.clear()
+        status, _, stderr = phlora("extract", f"for/llama.cpp/{name}", tuned, tmp_path / "out", "--force")
+        assert status == 0, stderr
+        assert sorted(file for _, file in hub.fetched) == wanted
+        _, config, provenance = adapter_of(tmp_path / "out")
+        assert (provenance["base"], provenance["base_revision"]) == (f"for/llama.cpp/{name}", commit)
+        assert config["base_model_name_or_path"] == provenance["base"]
+    said = phlora("extract", "for/llama.cpp/four.gguf", tuned, tmp_path / "out")
+    refused(said, tmp_path / "none", "`for/llama.cpp` on the hub has no file `four.gguf`")
 
 
 def test_of_tokenizers_the_small_files_are_fetched_and_compared(hub, phlora, pair):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import CheckpointError, extract, verify
 from peft_posthoc.checkpoints.memory import InMemory
-from peft_posthoc.checkpoints.quantized import quantized
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from tests.make import models
 
 M, N = 48, 32
@@ -21,11 +21,7 @@ def codes(dtype, *shape):
 
 
 FORMATS = {
-    "float8": lambda: {"weight": torch.randn(M, N).to(torch.float8_e4m3fn), "weight_scale": torch.rand(1)},
-    "float8 in blocks": lambda: {
-        "weight": torch.randn(M, N).to(torch.float8_e4m3fn),
-        "weight_scale_inv": torch.rand(3, 2),
-    },
+    "float8": lambda: {"weight": torch.randn(M, N).to(torch.float8_e4m3fn)},  # Without its scale.
     "compressed-tensors": lambda: {
         "weight_packed": codes(torch.int32, M, N // 8),
         "weight_scale": torch.rand(M, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
 
 
 def gptq(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
 
 # Where a word has each of eight neighbours: a kernel gets 0 and 1, then 2 and 3, from the halves of a word at once.
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)

@@ -1,0 +1,1 @@
+"""Quantized weights: a file for each way in which they are stored, and a view that shows them decoded."""

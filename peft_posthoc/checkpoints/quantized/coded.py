@@ -1,0 +1,60 @@
+"""A weight that is stored as codes: which tensors it lies in, and how its numbers are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+
+
+class Coded(NamedTuple):
+    """A weight that is made of stored tensors."""
+
+    sources: tuple[str, ...]
+    """What is read to make it."""
+    header: Header
+    """Of the weight: its shape, and the type that it is decoded to."""
+    make: Callable[..., Tensor]
+    """The weight, from the sources in their order."""
+    steps: Callable[..., Tensor]
+    """The grid's step at each of its values, in float32, from the same."""
+    beside: tuple[str, ...] = ()
+    """Stored tensors that go with it and are not read: the scales of activations, a shape."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint with quantized weights, as readers see it."""
+
+    checkpoint: Checkpoint
+    told: Mapping[str, Any]
+    """What says how it was quantized: `quantization_config`, or what stands for it. Empty where nothing does."""
+    dtype: torch.dtype
+    """Of the model, as its configuration says."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Of all that is stored."""
+        return self.checkpoint.headers
+
+    def beside(self, name: str, *leaves: str) -> str | None:
+        """The first of `leaves` that is stored in the module of a tensor, in full."""
+        module = name.rpartition(".")[0]
+        names = (f"{module}.{leaf}" if module else leaf for leaf in leaves)
+        return next((own for own in names if own in self.headers), None)
+
+
+class Reader(Protocol):
+    """What knows one way of storing: it finds its own weights, told by names and types."""
+
+    def __call__(self, stored: Stored) -> Iterator[tuple[str, Coded]]:
+        """Each weight by its own name. Small tensors may be read, codes not.
+
+        Raises:
+            CheckpointError: What is stored fits no weight: a scale of another shape, or none.
+        """

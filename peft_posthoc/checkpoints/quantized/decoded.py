@@ -1,0 +1,86 @@
+"""A quantized checkpoint, seen as the weights that it stands for: each is decoded when it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
+from peft_posthoc.checkpoints.quantized.fp8 import fp8
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
+from peft_posthoc.checkpoints.view import Piece, View, same
+from peft_posthoc.errors import CheckpointError
+from peft_posthoc.json_file import read_json
+
+# In this order each finds its own among what the ones before it left.
+READERS: tuple[Reader, ...] = (fp8,)
+
+
+class Decoded(View):
+    """A checkpoint of which some weights are decoded; all others are as they are stored."""
+
+    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded]) -> None:
+        """Show what is decoded in place of what it is made of."""
+        gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
+        self._coded = coded
+        pieces = {name: same(checkpoint, name) for name in checkpoint.headers if name not in gone}
+        pieces |= {name: Piece(one.sources, one.header, one.make) for name, one in coded.items()}
+        super().__init__(checkpoint, pieces)
+
+    def steps(self, name: str) -> Tensor | None:
+        """The grid's step at each value of a decoded weight."""
+        one = self._coded.get(name)
+        return super().steps(name) if one is None else one.steps(*map(self._source, one.sources))
+
+
+def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
+    """The checkpoint with its quantized weights decoded; itself, where it has none that a reader knows.
+
+    Args:
+        checkpoint: As it is stored.
+        beside: The folder that it is in, which may have `hf_quant_config.json`.
+
+    Raises:
+        CheckpointError: What is stored fits no weight.
+    """
+    if not quantized(checkpoint):
+        return checkpoint
+    stored = Stored(checkpoint, _told(checkpoint, beside), dtype_of_model(checkpoint))
+    coded: dict[str, Coded] = {}
+    gone: set[str] = set()
+    for reader in READERS:
+        for name, one in reader(stored):
+            if gone.isdisjoint(one.sources):
+                coded[name] = one
+                gone |= {*one.sources, *one.beside}
+    return Decoded(checkpoint, coded) if coded else checkpoint
+
+
+def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
+    """The type that the model computes in, as its configuration says; bfloat16 where it does not."""
+    config: Any = checkpoint.config or {}
+    told = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    named = getattr(torch, str(told).removeprefix("torch."), None)
+    if isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize >= 2:
+        return named
+    return torch.bfloat16
+
+
+def _told(checkpoint: Checkpoint, beside: Path | None) -> dict[str, Any]:
+    """What says how the weights are stored, wherever it stands."""
+    told = (checkpoint.config or {}).get("quantization_config")
+    if isinstance(told, dict):
+        return told
+    file = None if beside is None else beside / "hf_quant_config.json"
+    if file is not None and file.is_file():
+        try:
+            read = read_json(file)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"`{file}` cannot be read: {error}.") from error
+        inner = read.get("quantization") if isinstance(read, dict) else None
+        return {"quant_method": "modelopt", **inner} if isinstance(inner, dict) else {}
+    return {}

@@ -1,0 +1,89 @@
+"""Weights of 8-bit floats, and a scale for each weight, row or block of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
+from peft_posthoc.errors import CheckpointError
+
+_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every weight of 8-bit floats that has its scale beside it.
+
+    The scale is `X.weight_scale_inv` (DeepSeek, Qwen; a factor all the same), `X.weight_scale` (compressed-tensors,
+    ModelOpt, ComfyUI) or `X.scale_weight` (ComfyUI's older files).
+    """
+    for name, header in stored.headers.items():
+        if header.dtype not in _FLOATS:
+            continue
+        leaf = name.rpartition(".")[2]
+        scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}")
+        if scale is None:
+            continue
+        _check(name, header.shape, scale, stored.headers[scale].shape)
+        beside = [stored.beside(name, other) for other in ("input_scale", "scale_input", "activation_scale")]
+        yield (
+            name,
+            Coded(
+                (name, scale),
+                Header(header.shape, stored.dtype),
+                partial(weight, dtype=stored.dtype),
+                steps,
+                tuple(other for other in beside if other),
+            ),
+        )
+
+
+def weight(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Codes times scale, computed in float32 and rounded once."""
+    return codes.float().mul_(_spread(scale, codes)).to(dtype)
+
+
+def steps(codes: Tensor, scale: Tensor) -> Tensor:
+    """What lies between a value and the next: its float's unit in the last place, scaled."""
+    told = torch.finfo(codes.dtype)
+    exponent = codes.float().abs().clamp_(min=told.smallest_normal).log2_().floor_()
+    return exponent.exp2_().mul_(told.eps).mul_(_spread(scale, codes).abs())
+
+
+def factor(scale: Tensor) -> Tensor:
+    """A scale as float32; bytes are exponents of two (ue8m0)."""
+    return scale.float().sub_(127).exp2_() if scale.dtype == torch.uint8 else scale.float()
+
+
+def _spread(scale: Tensor, codes: Tensor) -> Tensor:
+    """A scale for each value, or one that broadcasts to them."""
+    told = factor(scale)
+    if told.numel() == 1:
+        return told.reshape(())
+    if told.ndim == 1:
+        return told.reshape(-1, *[1] * (codes.ndim - 1))
+    for side in (-2, -1):
+        if told.shape[side] not in (1, codes.shape[side]):
+            block = -(-codes.shape[side] // told.shape[side])
+            told = told.repeat_interleave(block, side).narrow(side, 0, codes.shape[side])
+    return told
+
+
+def _check(name: str, shape: tuple[int, ...], scale: str, of_scale: tuple[int, ...]) -> None:
+    """See that the scale is for a weight, for its rows, or for blocks of it.
+
+    Raises:
+        CheckpointError: It is for none of these.
+    """
+    count = torch.Size(of_scale).numel()
+    fits = count == 1 or of_scale in ((shape[0],), (shape[0], *[1] * (len(shape) - 1)))
+    if not fits and len(of_scale) == len(shape) >= 2:
+        blocks = [-(-m // k) if k else 0 for m, k in zip(shape[-2:], of_scale[-2:], strict=True)]
+        whole = [b and -(-m // b) == k for m, k, b in zip(shape[-2:], of_scale[-2:], blocks, strict=True)]
+        fits = shape[:-2] == of_scale[:-2] and all(whole)
+    if not fits:
+        raise CheckpointError(f"`{scale}` is {of_scale}; it scales neither `{name}` ({shape}) nor its rows or blocks.")

@@ -1,0 +1,64 @@
+"""Quantized checkpoints as sources: the weights that codes stand for, and the step of their grid."""
+
+import pytest
+import torch
+
+from peft_posthoc import CheckpointError, extract
+from peft_posthoc.checkpoints.memory import InMemory
+from peft_posthoc.sources import open_checkpoint
+
+E4M3 = torch.float8_e4m3fn
+
+
+def quantised(weight, shape, largest=448.0):
+    """8-bit floats of blocks that fill a grid of `shape`, and their scales."""
+    rows, columns = (-(-m // k) for m, k in zip(weight.shape, shape, strict=True))
+    scale = torch.empty(shape)
+    codes = torch.empty(weight.shape, dtype=E4M3)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            scale[i, j] = weight[at].abs().max() / largest
+            codes[at] = (weight[at] / scale[i, j]).to(E4M3)
+    return codes, scale
+
+
+def by_hand(codes, scale, dtype=torch.bfloat16):
+    rows, columns = (-(-m // k) for m, k in zip(codes.shape, scale.shape, strict=True))
+    wanted = torch.empty(codes.shape)
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            wanted[i, j] = float(codes[i, j]) * float(scale[i // rows, j // columns])
+    return wanted.to(dtype)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (10, 1), (3, 2), (10, 6)])
+@pytest.mark.parametrize("leaf", ["weight_scale_inv", "weight_scale", "scale_weight"])
+def test_eight_bit_floats_are_scaled_by_weight_row_or_block(grid, leaf):
+    codes, scale = quantised(torch.randn(10, 6), grid)
+    source = open_checkpoint({"layer.weight": codes, f"layer.{leaf}": scale, "layer.bias": torch.ones(10)})
+    assert list(source.headers) == ["layer.bias", "layer.weight"]
+    assert source.headers["layer.weight"].shape == (10, 6)
+    assert torch.equal(source.read("layer.weight"), by_hand(codes, scale))
+
+
+def test_the_step_is_to_the_next_float_of_the_grid():
+    codes = torch.tensor([[1.0, 1.75, 2.0, 448.0, 0.0, -3.5]]).to(E4M3)
+    source = open_checkpoint({"layer.weight": codes, "layer.weight_scale": torch.tensor([0.5])})
+    assert source.steps("layer.weight").tolist() == [[2**-4, 2**-4, 2**-3, 16.0, 2**-10, 2**-3]]
+    assert open_checkpoint({"a": torch.ones(2, 2)}).steps("a") is None
+
+
+def test_a_scale_of_another_shape_is_refused():
+    with pytest.raises(CheckpointError, match=r"`layer.weight_scale` is \(7,\).*rows or blocks"):
+        open_checkpoint({"layer.weight": torch.ones(10, 6).to(E4M3), "layer.weight_scale": torch.ones(7)})
+
+
+def test_a_planted_delta_on_a_quantised_base_is_found():
+    codes, scale = quantised(torch.randn(48, 32), (1, 1))
+    base = {"layer.weight": codes, "layer.weight_scale": scale}
+    b, a = torch.randn(48, 2), torch.randn(2, 32)
+    tuned = by_hand(codes, scale).float() + b @ a
+    adapter = extract(InMemory(base, label="base"), {"layer.weight": tuned}, rank=2, dtype=torch.float32)
+    ((_, factors, *_),) = adapter.layers.values()
+    assert torch.allclose(factors.b @ factors.a, b @ a, atol=1e-4)

@@ -1,0 +1,116 @@
+"""GGUF files read under their own names: every type that `gguf` decodes, files in parts, and damaged ones."""
+
+import os
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from peft_posthoc import CheckpointError
+from peft_posthoc.checkpoints.gguf import Gguf
+from tests.make import gguf_files, models
+
+QUANT = gguf.GGMLQuantizationType
+PLAIN = {
+    QUANT.F64: torch.float64,
+    QUANT.F32: torch.float32,
+    QUANT.F16: torch.float16,
+    QUANT.BF16: torch.bfloat16,
+    QUANT.I8: torch.int8,
+    QUANT.I16: torch.int16,
+    QUANT.I32: torch.int32,
+    QUANT.I64: torch.int64,
+}
+QUANTISED = [kind for kind in QUANT if kind not in PLAIN and hasattr(gguf.quants, kind.name)]
+
+
+def written(path, tensors):
+    """A file of tensors as they are stored: by name, their bytes and their type."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, (stored, kind) in tensors.items():
+        writer.add_tensor(name, stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_blocks(kind, rows):
+    """Rows of three blocks, of which no number is decoded at a time; of any bits but infinities."""
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    return np.random.default_rng(0).integers(0, 60, (rows, 3 * size), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+def test_every_type_is_decoded_as_gguf_does_to_the_last_bit(kind, tmp_path):
+    stored = random_blocks(kind, 1 + 2 * (1 << 16) // gguf.GGML_QUANT_SIZES[kind][0] // 3)
+    file = Gguf(written(tmp_path / "a.gguf", {"w.weight": (stored, kind)}), label="a")
+    found, wanted = file.read("w.weight"), gguf.dequantize(stored, kind)
+    assert (file.types["w.weight"], file.headers["w.weight"].dtype) == (kind.name, torch.float32)
+    assert file.headers["w.weight"].shape == tuple(found.shape) == wanted.shape
+    assert found.numpy().tobytes() == wanted.astype(np.float32).tobytes()
+
+
+def test_many_types_are_among_them():
+    """Of those in use, each: a new one of the package is read as soon as it decodes it."""
+    assert {"Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"} <= {kind.name for kind in QUANTISED}
+    assert {"IQ4_NL", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M", "MXFP4", "NVFP4"} <= {kind.name for kind in QUANTISED}
+
+
+@pytest.mark.parametrize("kind", PLAIN, ids=lambda kind: kind.name)
+def test_plain_numbers_are_themselves(kind, tmp_path):
+    wanted = (8 * torch.randn(3, 7, 5)).to(PLAIN[kind])
+    stored = wanted.view(torch.uint8).numpy() if kind is QUANT.BF16 else wanted.numpy()
+    found = Gguf(written(tmp_path / "a.gguf", {"w": (stored, kind)}), label="a")
+    assert found.headers["w"] == (wanted.shape, wanted.dtype)
+    assert torch.equal(found.read("w"), wanted)
+
+
+def test_a_type_that_gguf_does_not_decode_is_refused(tmp_path):
+    stored = random_blocks(QUANT.Q8_K, 2)
+    path = written(tmp_path / "a.gguf", {"w.weight": (stored, QUANT.Q8_K)})
+    with pytest.raises(CheckpointError, match=r"holds `w.weight` as Q8_K, which the installed gguf does not decode"):
+        Gguf(path, label="a")
+
+
+def test_of_several_files_any_opens_all(tmp_path):
+    whole = Gguf(gguf_files.save(models.llama(), tmp_path / "whole.gguf", "llama"), label="whole")
+    wanted = {name: whole.read(name).clone() for name in whole.headers}
+    parts = gguf_files.split(tmp_path / "whole.gguf")
+    for part in parts:
+        found = Gguf(part, label="parts")
+        assert found.metadata["llama.block_count"] == 2
+        assert found.headers == whole.headers
+        assert all(torch.equal(found.read(name), wanted[name]) for name in wanted)
+    parts[0].unlink()
+    with pytest.raises(
+        CheckpointError, match=r"is one of 2 files of a model; beside it is no whole-00001-of-00002\.gguf"
+    ):
+        Gguf(parts[1], label="parts")
+
+
+def test_what_is_damaged_or_changes_is_told_in_a_line(tmp_path):
+    path = gguf_files.save(models.llama(), tmp_path / "a.gguf", "llama")
+    good = path.read_bytes()
+    for bad in (b"", b"GGUF", b"no such thing at all", good[:100], good[:-5000], good[:40] + b"\xff" * 60 + good[100:]):
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"`.*a\.gguf` is not a readable GGUF file"):
+            Gguf(path, label="a")
+    path.write_bytes(good)
+    file = Gguf(path, label="a")
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        file.read("output_norm.weight")
+
+
+def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
+    import sys
+
+    from peft_posthoc import MissingExtraError
+
+    path = gguf_files.save(models.llama(), tmp_path / "a.gguf", "llama")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'peft-posthoc\[quantised\]'"):
+        Gguf(path, label="a")
