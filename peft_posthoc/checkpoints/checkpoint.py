@@ -55,6 +55,10 @@ class Checkpoint(Protocol):
         """Of a tensor that is decoded from codes, the grid's step at each value; None where it is stored as it is."""
         return None
 
+    def form(self, name: str) -> str | None:
+        """The format that a tensor is quantised in; None where it is stored as it is."""
+        return None
+
 
 def place_of(checkpoint: Checkpoint) -> Path | None:
     """The folder with what lies beside the weights, such as a tokenizer.

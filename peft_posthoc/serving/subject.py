@@ -19,7 +19,7 @@ from peft_posthoc.adapters.scale import Setting, alpha_of, parameters_of, rank_o
 from peft_posthoc.adapters.tensors import Factored, factored, kept_whole
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.folder import File
-from peft_posthoc.checkpoints.quantized import quantized
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.kinds import EMBEDDING
@@ -201,8 +201,12 @@ class Subject:
     @cached_property
     def quantised(self) -> dict[str, str]:
         """By module whose weight the base holds as codes, their format; none without a base."""
-        held = {} if self.base is None else quantized(self.base.checkpoint)
-        return {one.weight.removesuffix(".weight"): one.format for one in held.values()}
+        if self.base is None:
+            return {}
+        base = self.base.checkpoint
+        held = {one.weight: one.format for one in quantized(base).values()}
+        held |= {name: form for name in base.headers if (form := base.form(name))}
+        return {name.removesuffix(".weight"): form for name, form in held.items()}
 
     @cached_property
     def in_peft(self) -> Arrived | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,26 @@ READERS: tuple[Reader, ...] = (fp8,)
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
 
-    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded]) -> None:
-        """Show what is decoded in place of what it is made of."""
+    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], told: Mapping[str, Any]) -> None:
+        """Show what is decoded in place of what it is made of.
+
+        Args:
+            checkpoint: As it is stored.
+            coded: By name, what is decoded.
+            told: What says how it was quantized.
+        """
+        held = {one.weight: one.format for one in quantized(checkpoint).values()}
+        more = told.get("format") or told.get("quant_algo")
+        self._forms = {name: " ".join(filter(None, (held.get(name, "quantized"), more))) for name in coded}
         gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
         self._coded = coded
         pieces = {name: same(checkpoint, name) for name in checkpoint.headers if name not in gone}
         pieces |= {name: Piece(one.sources, one.header, one.make) for name, one in coded.items()}
         super().__init__(checkpoint, pieces)
+
+    def form(self, name: str) -> str | None:
+        """The format of a decoded weight."""
+        return self._forms.get(name)
 
     def steps(self, name: str) -> Tensor | None:
         """The grid's step at each value of a decoded weight."""
@@ -57,7 +71,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
             if gone.isdisjoint(one.sources):
                 coded[name] = one
                 gone |= {*one.sources, *one.beside}
-    return Decoded(checkpoint, coded) if coded else checkpoint
+    return Decoded(checkpoint, coded, stored.told) if coded else checkpoint
 
 
 def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
