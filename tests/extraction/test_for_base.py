@@ -7,9 +7,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from peft_posthoc import MismatchError, extract, preflight
+from peft_posthoc import MismatchError, check, extract, preflight
 from peft_posthoc.cli.main import main
-from tests.make import models
+from tests.make import coded_folders, models
 from tests.make.grids import OnGrid
 
 NAMES = [f"layers.0.{leaf}.weight" for leaf in ("q_proj", "o_proj")]
@@ -145,3 +145,55 @@ def test_the_command_names_the_served_base_and_an_interrupted_run_is_another_for
     assert told["provenance"]["base"] == base
     assert 0 < told["totals"]["served_error"] < 1e-2 * told["totals"]["served_delta"]
     assert "served_error" in told["rows"][0]
+
+
+@pytest.fixture(scope="module")
+def fp8_pair(tmp_path_factory):
+    """A model, its form in FP8, and a full fine-tune of it in 16 bits."""
+    torch.manual_seed(0)
+    where = tmp_path_factory.mktemp("fp8")
+    model = models.llama(hidden_size=128, intermediate_size=192, num_hidden_layers=1).bfloat16()
+    base, tuned = models.save_pair(model, where, scale=2e-3, rank=4)
+    return base, coded_folders.quantise(base, where / "fp8", coded_folders.fp8), tuned
+
+
+def test_a_folder_in_fp8_is_served_and_named(fp8_pair, tmp_path):
+    base, low, tuned = fp8_pair
+    adapter = extract(base, tuned, 4, for_base=low)
+    files = [extract(base, tuned, 4).save(tmp_path / "plain"), adapter.save(tmp_path / "for-fp8")]
+    both = [load_file(file / "adapter_model.safetensors") for file in files]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0] | both[1])
+    assert json.loads((files[1] / "adapter_config.json").read_text())["base_model_name_or_path"] == low
+    (said,) = (note for note in adapter.report.notes if "To be served on" in note)
+    assert said.startswith(f"To be served on `{low}` (compressed-tensors float-quantized): the task's delta has norm")
+    totals = adapter.report.totals
+    assert 0 < totals.served_error < totals.served_delta
+    found = rules_broken(files[1], low)
+    assert not {"another-base", "maybe-another-base", "wrong-path"} & set().union(*found)
+    assert sum("format-lorax" in one for one in found) == 1
+    # The 16-bit base's own adapter is as right there; another model's form is not.
+    assert not any("another-base" in one for one in rules_broken(files[0], low))
+    other = models.save(models.load(base).apply(shuffled), tmp_path / "other")
+    low = coded_folders.quantise(other, tmp_path / "other-fp8", coded_folders.fp8)
+    assert all("another-base" in one for one in rules_broken(files[0], low))
+
+
+def rules_broken(adapter, base):
+    return [{one.rule for one in outcome.findings} for outcome in check(adapter, base=base).outcomes]
+
+
+@torch.no_grad()
+def shuffled(module):
+    if isinstance(module, torch.nn.Linear):
+        module.weight.copy_(module.weight.flip(0))
+
+
+def test_the_error_of_a_folder_in_fp8_is_expected_from_its_scales(fp8_pair):
+    base, low, tuned = fp8_pair
+    for pair in ((low, base), (base, low)):
+        for row in extract(*pair, 1).report.rows:
+            if row.status == "extracted":
+                assert sum(row.grid) == pytest.approx(row.delta_norm, rel=0.05)
+    report = extract(low, tuned, "auto").report
+    assert f"`{low}` (compressed-tensors float-quantized) is quantised: the delta is the total one" in report.notes[0]
+    assert {row.signal_rank for row in report.rows if row.status == "extracted"} == {4}
