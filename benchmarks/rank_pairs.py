@@ -27,15 +27,16 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from demo import fine_tune, kept, train_base
-from demo_model import FULL, Batch, collate, source_batches, source_files, train, train_tokenizer
+from demo_model import FULL, PROMPT_END, Batch, collate, source_batches, source_files, train, train_tokenizer
 from demo_task import MODULES, train_and_test
 
 SMALL = FULL._replace(vocabulary=2048, width=192, base_steps=300, base_lr=1e-3)
 TUNE_STEPS, TEST = 240, 16  # batches
+PROMPTS = 256
 
 
 class Pair(NamedTuple):
-    """A base, a full fine-tune of it, and batches of the task that neither has seen."""
+    """A base, a full fine-tune of it, batches of the task that neither has seen, and prompts that were trained on."""
 
     title: str
     task: str
@@ -43,6 +44,8 @@ class Pair(NamedTuple):
     base: Path
     tuned: Path
     test: Sequence[Batch]
+    prompts: Sequence[str] = ()
+    """Without their answers; of prose, how each sample begins."""
 
 
 class _Task(NamedTuple):
@@ -60,7 +63,8 @@ def make_pairs(work: Path) -> Iterator[Pair]:
     tuned = kept(work / "demo" / "tuned", [*FULL, version], lambda folder: fine_tune(demo, folder, reports, FULL))
     tokenizer = AutoTokenizer.from_pretrained(demo, trust_remote_code=False)
     batches = [collate(test[i : i + 25], tokenizer) for i in range(0, len(test), 25)]
-    yield Pair("Llama", "reports to JSON", FULL.tune_lr, demo, tuned, batches)
+    asked = [report.prose + PROMPT_END for report in reports[:PROMPTS]]
+    yield Pair("Llama", "reports to JSON", FULL.tune_lr, demo, tuned, batches, asked)
     yield _pair(work, "Llama", demo, _PROSE, 5e-5)
     gpt2, qwen2 = _base(work, "gpt2", _gpt2), _base(work, "qwen2", _qwen2)
     yield _pair(work, "GPT-2", gpt2, _PROSE, 3e-4)
@@ -94,7 +98,14 @@ def _pair(work: Path, title: str, base: Path, task: _Task, lr: float) -> Pair:
 
     version = (base / "model.safetensors").stat().st_mtime_ns
     tuned = kept(base.parent / f"tuned-{task.name.split()[0]}", [task.name, lr, TUNE_STEPS, version], make)
-    return Pair(title, task.name, lr, base, tuned, batches[TUNE_STEPS : TUNE_STEPS + TEST])
+    asked = [tokenizer.decode(row) for batch in batches[:TUNE_STEPS] for row in _asked(batch)]
+    return Pair(title, task.name, lr, base, tuned, batches[TUNE_STEPS : TUNE_STEPS + TEST], asked[:PROMPTS])
+
+
+def _asked(batch: Batch) -> Iterator[list[int]]:
+    for ids, mask, labels in zip(*batch, strict=True):
+        asked = ids[mask.bool() & (labels == -100)]
+        yield (asked if len(asked) else ids[:32]).tolist()
 
 
 def _gpt2(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -147,11 +158,11 @@ def _sorted(tokenizer: PreTrainedTokenizerFast) -> list[Batch]:
             if names not in seen:
                 seen.add(names)
                 rows.append((f"sort: {' '.join(names)}\n", " ".join(sorted(names))))
-        batches.append(_collated(rows, tokenizer))
+        batches.append(collated(rows, tokenizer))
     return batches
 
 
-def _collated(rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Batch:
+def collated(rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Batch:
     """Prompts and answers padded to one length on the left; the loss is the answers'."""
     pairs = [(tokenizer.encode(one), [*tokenizer.encode(other), tokenizer.eos_token_id]) for one, other in rows]
     width = max(len(prompt) + len(answer) for prompt, answer in pairs)

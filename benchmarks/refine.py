@@ -1,126 +1,125 @@
-"""How much of what a small rank loses comes back by refining? `refine.py WORK [RANK...]` prints docs/refine.md's table.
+"""How much of what a small rank loses comes back by refining? `refine.py WORK` prints docs/refine.md's table.
 
-For each pair an adapter of the linear layers and the head is extracted, and refined without data and with 64 unlabelled
-prompts of the task. Measured are the loss on batches of the task that no model has seen, and KL(tuned || adapted) on
-general text that the base wrote and nothing was fitted on. Rows that are there already are not made again.
+For each pair an adapter of the linear layers and the head is extracted and refined, without data and with 64 unlabelled
+prompts out of the data that the pair was tuned on. Measured on batches of the task that no model has seen: the loss of
+an answer's token, and how many answers are right in every token (the true tokens before each are given). And
+KL(tuned || adapted) on general text that the base wrote and nothing was fitted on.
+
+Every row is a file in WORK/rows. Rows that are there are not made again, and the table is of those that are there, so
+that the script may be stopped, and called again for other ranks, methods, seeds or pairs. The pair of real weights is
+among them where `TATQA` is set (`smollm2_pair.py`).
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
-import statistics
-import sys
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from rank_pairs import Batch, Pair, make_pairs
-from ranks import loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from rank_pairs import Pair, make_pairs
+from refine_models import Models
+from refine_rivals import Text, from_start, whitened
+from refine_table import table
+from smollm2_pair import make_pair
 
-from peft_posthoc import Prompts, Sampled, extract, refine
-from peft_posthoc.refinement.distance import distances
-from peft_posthoc.refinement.live import says
-from peft_posthoc.refinement.texts import Texts, Writers
+from peft_posthoc import refine
+from peft_posthoc.refinement.compensated import compensated
+from peft_posthoc.refinement.method import Method
 from peft_posthoc.running.load import with_adapter
 
-PROMPTS, GENERAL, SEED_OF_GENERAL = 64, 64, 99
-CPU = torch.device("cpu")
+PROMPTS = 64
 
 
-@dataclass(frozen=True)
-class Models:
-    """A pair in memory, and what adapters of it are judged by."""
+class Case(NamedTuple):
+    """A row of the table, but for what is measured."""
 
-    pair: Pair
-    tuned: Any
-    tokenizer: Any
-    general: Sequence[Any]
-
-    @classmethod
-    def of(cls, pair: Pair) -> Models:
-        """Load both models, and let the base write."""
-        base, tuned = (_load(path) for path in (pair.base, pair.tuned))
-        tokenizer = AutoTokenizer.from_pretrained(pair.base, trust_remote_code=False)
-        writers = Writers(base, tuned, tokenizer, len(tokenizer))
-        written = Sampled().write(writers, count=2 * GENERAL, length=128, seed=SEED_OF_GENERAL, progress=False)
-        return cls(pair, tuned, tokenizer, [text for text in written if text.kind == "general"])
-
-    def score(self, model: Any) -> dict[str, float]:
-        """The loss on the task, and the distance on general text."""
-        found = distances(says(model), says(self.tuned), self.general, size=16, device=CPU)
-        return {"loss": loss(model, self.pair.test), "general": found["general"].kl}
-
-    def prompts(self) -> list[str]:
-        """Prompts of the task without their answers; of prose, how each sample begins."""
-        rows = [row for batch in self.pair.test for row in _prompts(batch)]
-        return [self.tokenizer.decode(row) for row in rows[:PROMPTS]]
+    method: str
+    rank: int = 0
+    prompts: int = 0
+    seed: int = 0
 
 
-def _load(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+def refined(method: Method | None, models: Models, case: Case, text: Text) -> dict[str, Any]:
+    """What `refine` comes to, as it is called by users."""
+    began = time.monotonic()
+    found = refine(
+        models.start(case.rank),
+        models.pair.base,
+        models.pair.tuned,
+        texts=models.texts(case.prompts),
+        method=method,
+        seed=case.seed,
+        **text.options(),
+    )
+    seconds = time.monotonic() - began
+    folder = models.work / "refined" / models.name
+    found.save(folder, force=True)
+    return {**models.score(with_adapter(models.base(), folder)), "seconds": seconds, "kept": found.kept}
 
 
-def _prompts(batch: Batch) -> Iterable[list[int]]:
-    for ids, mask, labels in zip(*batch, strict=True):
-        asked = ids[mask.bool() & (labels == -100)]
-        yield (asked if len(asked) else ids[:32]).tolist()
+METHODS: dict[str, Callable[[Models, Case, Text], dict[str, Any]]] = {
+    "refined": lambda models, case, text: refined(None, models, case, text),
+    "compensated": lambda models, case, text: refined(compensated(), models, case, text),
+    "whitened SVD": lambda models, case, text: whitened(models, case.rank, case.prompts, case.seed, text),
+    "LoRA from zero": lambda models, case, text: from_start(True, models, case.rank, case.prompts, case.seed, text),
+    "LoRA from PiSSA": lambda models, case, text: from_start("pissa", models, case.rank, case.prompts, case.seed, text),
+}
 
 
-def rows(pair: Pair, work: Path, ranks: Sequence[int], seeds: Sequence[int]) -> Iterable[dict[str, Any]]:
-    """What each adapter of a pair comes to."""
-    models = Models.of(pair)
-    yield {"method": "base", **models.score(_load(pair.base))}
-    yield {"method": "tuned", **models.score(models.tuned)}
-    for rank in ranks:
-        start = work / f"svd-r{rank}"
-        extract(str(pair.base), str(pair.tuned), rank, head=True, dtype=torch.float32).save(start, force=True)
-        yield {"method": "SVD", "rank": rank, **models.score(with_adapter(_load(pair.base), start))}
-        given: dict[str, tuple[Texts, int]] = {
-            "refined, no data": (Sampled(), 960),
-            f"refined, {PROMPTS} prompts": (Prompts(models.prompts()), 480),
-        }
-        for method, (texts, sequences) in given.items():
-            for seed in seeds:
-                began = time.monotonic()
-                refined = refine(start, pair.base, pair.tuned, texts=texts, sequences=sequences, seed=seed)
-                seconds = time.monotonic() - began
-                refined.save(work / "refined", force=True)
-                found = models.score(with_adapter(_load(pair.base), work / "refined"))
-                yield {"method": method, "rank": rank, "seed": seed, "seconds": round(seconds), **found}
+def measured(models: Models, case: Case, text: Text) -> dict[str, Any]:
+    """What a row says."""
+    match case.method:
+        case "base":
+            return models.score(models.base())
+        case "tuned":
+            return models.score(models.tuned)
+        case "SVD":
+            return models.score(with_adapter(models.base(), models.start(case.rank)))
+        case _:
+            return METHODS[case.method](models, case, text)
 
 
-def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
-    """A row for every adapter; of several seeds the mean, and the spread in brackets."""
-    yield "| pair | rank | adapter | task loss | of the gap closed | general KL | seconds |"
-    yield "|---|--:|---|--:|--:|--:|--:|"
-    for name, own in found.items():
-        (tuned,) = (row["loss"] for row in own if row["method"] == "tuned")
-        for rank in sorted({row["rank"] for row in own if "rank" in row}):
-            (svd,) = (row["loss"] for row in own if row["method"] == "SVD" and row["rank"] == rank)
-            for method in dict.fromkeys(row["method"] for row in own if row.get("rank") == rank):
-                same = [row for row in own if row["method"] == method and row.get("rank") == rank]
-                losses, general = ([row[key] for row in same] for key in ("loss", "general"))
-                closed = statistics.mean((svd - one) / (svd - tuned) for one in losses)
-                seconds = statistics.mean(row.get("seconds", 0) for row in same)
-                spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
-                yield (
-                    f"| {name} (tuned {tuned:.3f}) | {rank} | {method} | {statistics.mean(losses):.3f}{spread} | "
-                    f"{'' if method == 'SVD' else f'{closed:.0%}'} | {statistics.mean(general):.3f} | "
-                    f"{'' if method == 'SVD' else f'{seconds:.0f}'} |"
-                )
+def pairs(work: Path) -> Iterator[Pair]:
+    """The six pairs of `rank_pairs.py`, and that of real weights."""
+    yield from make_pairs(work)
+    if os.environ.get("TATQA"):
+        yield make_pair(work / "smollm2")
+
+
+def main() -> None:
+    """Make the rows that are asked for and not there yet, then print all that are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[4, 8, 16, 32])
+    parser.add_argument("--methods", nargs="*", default=[*METHODS], choices=[*METHODS])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[0, PROMPTS])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--pairs", nargs="*", default=[""], help="what a pair's name holds, of those that are wanted")
+    parser.add_argument("--sequences", type=int, help="texts, if not the default's")
+    parser.add_argument("--minutes", type=float, help="when a fit ends at the latest")
+    asked = parser.parse_args()
+    text = Text(asked.sequences, asked.minutes)
+    for pair in pairs(asked.work):
+        models = Models(pair, asked.work)
+        if not any(part in models.name for part in asked.pairs):
+            continue
+        cases = [Case("base"), Case("tuned"), *(Case("SVD", rank) for rank in asked.ranks)]
+        cases += itertools.starmap(Case, itertools.product(asked.methods, asked.ranks, asked.prompts, asked.seeds))
+        for case in sorted(cases, key=lambda case: case.seed):
+            file = asked.work / "rows" / models.name / f"{'-'.join(map(str, case)).replace(' ', '-')}.json"
+            if not file.exists():
+                row = {"pair": f"{pair.title}, {pair.task}, {pair.lr:g}", **case._asdict(), **text.options()}
+                row |= measured(models, case, text)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(row))
+                print(row, flush=True)
+    print("\n".join(table(json.loads(file.read_text()) for file in sorted((asked.work / "rows").glob("*/*.json")))))
 
 
 if __name__ == "__main__":
-    work, ranks = Path(sys.argv[1]), [int(rank) for rank in sys.argv[2:]] or [8]
-    done: dict[str, list[dict[str, Any]]] = {}
-    for pair in make_pairs(work):
-        name = f"{pair.title}, {pair.task}, {pair.lr:g}"
-        kept = work / f"refine-{name.replace(' ', '-').replace(',', '')}-{'-'.join(map(str, ranks))}.json"
-        if not kept.exists():
-            kept.write_text(json.dumps(list(rows(pair, work, ranks, seeds=(0,)))))
-        done[name] = json.loads(kept.read_text())
-        print("\n".join(table(done)), flush=True)
+    main()

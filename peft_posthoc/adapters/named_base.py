@@ -70,12 +70,14 @@ def _same_place(one: Path, other: Path) -> bool:
 def _same_tensors(one: Path, other: Path) -> bool:
     try:
         left, right = (decoded(Folder(path, label=str(path)), path) for path in (one, other))
+        shapes = [{name: header.shape for name, header in side.headers.items()} for side in (left, right)]
+        if shapes[0] != shapes[1]:
+            return False
         names = list(left.headers)
         some = names[:: max(1, len(names) // _SAMPLE)]
-        if not any(side.form(name) for side in (left, right) for name in names):
-            return left.headers == right.headers and all(torch.equal(left.read(n), right.read(n)) for n in some)
-        shapes = [{name: header.shape for name, header in side.headers.items()} for side in (left, right)]
-        return shapes[0] == shapes[1] and all(_rounded(left.read(name), right.read(name)) for name in some)
+        if any(side.coded_as(name) for side in (left, right) for name in names):
+            return all(_rounded(left.read(name), right.read(name)) for name in some)
+        return left.headers == right.headers and all(torch.equal(left.read(name), right.read(name)) for name in some)
     except PosthocError:
         return False
 

@@ -55,8 +55,8 @@ class Checkpoint(Protocol):
         """Of a tensor that is decoded from codes, the grid's step at each value; None where it is stored as it is."""
         return None
 
-    def form(self, name: str) -> str | None:
-        """The format that a tensor is quantised in; None where it is stored as it is."""
+    def coded_as(self, name: str) -> str | None:
+        """Of a tensor that is decoded from codes, the name of their format; None where it is stored as it is."""
         return None
 
 

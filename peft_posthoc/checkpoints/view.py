@@ -66,9 +66,10 @@ class View(Checkpoint):
         steps = [self._checkpoint.steps(source) for source in piece.sources]
         return piece.make(*steps) if steps and all(one is not None for one in steps) else None
 
-    def form(self, name: str) -> str | None:
-        """The format of what the tensor is made of."""
-        return next(filter(None, map(self._checkpoint.form, self._pieces[name].sources)), None)
+    def coded_as(self, name: str) -> str | None:
+        """The format of the first that is decoded, of what the tensor is made of."""
+        formats = map(self._checkpoint.coded_as, self._pieces[name].sources)
+        return next((one for one in formats if one is not None), None)
 
     def stored_names(self, name: str) -> set[str]:
         """The checkpoint's own names of what the tensor is made of."""

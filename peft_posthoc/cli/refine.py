@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +11,16 @@ import click
 
 from peft_posthoc.cli.options import MODELS, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
-from peft_posthoc.errors import noting
+from peft_posthoc.errors import ShareDone, noting
 
 if TYPE_CHECKING:
+    from peft_posthoc.refinement.method import Method
     from peft_posthoc.refinement.texts import Texts
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _POSITIVE = click.FloatRange(0, min_open=True)
+_METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",)}
+"""The ways to refine, with the options that are theirs."""
 
 
 @click.command()
@@ -39,16 +44,20 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--sequences", default=960, show_default=True, type=click.IntRange(4), help="Texts to fit on.")
 @click.option("--length", default=128, show_default=True, type=click.IntRange(2), help="Tokens of a text at most.")
 @click.option(
-    "--passes", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Over the texts."
-)
-@click.option(
-    "--lr",
-    default=0.05,
+    "--method",
+    default="distil",
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Step, relative to the size of each factor.",
+    type=click.Choice(list(_METHODS)),
+    help="The whole model by gradients, or each layer in closed form.",
 )
-@click.option("--minutes", type=_POSITIVE, help="Stop fitting after so many.")
+@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 2]")
+@click.option("--lr", type=_POSITIVE, help="distil: step, relative to the size of each factor.  [default: 0.05]")
+@click.option(
+    "--damping",
+    type=_POSITIVE,
+    help="compensated: how strongly layers are drawn to the tuned weights, where text says little.  [default: 0.03]",
+)
+@click.option("--minutes", type=_POSITIVE, help="How long all of it may take, loading and judging included.")
 @click.option("--seed", default=0, show_default=True, help="Of all that is drawn.")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @MODELS
@@ -60,8 +69,10 @@ def refine(
     texts: Path | None,
     field: str | None,
     prefix: str | None,
-    lr: float,
-    passes: float,
+    method: str,
+    lr: float | None,
+    passes: float | None,
+    damping: float | None,
     force: bool,
     quiet: bool,
     json_to: str | None,
@@ -72,18 +83,45 @@ def refine(
     ADAPTER is a LoRA folder of BASE. Its modules, ranks and scale stay. No labels are needed, and no data: without a
     file the two models write the text. Held-out text judges: on none is OUT further from TUNED than ADAPTER.
     """
+    since = time.monotonic()
     check_file(json_to, "--json")
     from peft_posthoc.adapters.writer import check_target
-    from peft_posthoc.refinement.distil import distil
+    from peft_posthoc.extraction.processes import Processes
     from peft_posthoc.refinement.refine import refine as run
 
+    chosen = _method(method, {"lr": lr, "passes": passes, "damping": damping})
     given = _texts(prompts, texts, field, prefix)
     check_target(out, force=force)
     quiet_hosts()
-    refined = run(adapter, texts=given, method=distil(lr=lr, passes=passes), progress=not quiet, **options)
+    processes = Processes.from_environment()
+    try:
+        refined = run(
+            adapter,
+            texts=given,
+            method=chosen,
+            out=out,
+            since=since,
+            processes=processes,
+            progress=not quiet and not processes.rank,
+            **options,
+        )
+    except ShareDone:
+        return
+    if processes.rank:
+        return
     refined.save(out, force=force)
     with noting(f"The adapter is at `{out}`."):
         show(refined, json_to, quiet=quiet, more=[f"Adapter written to {out}"])
+
+
+def _method(name: str, options: Mapping[str, float | None]) -> Method:
+    import peft_posthoc
+
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given.keys() - {*_METHODS[name]}:
+        raise click.UsageError(f"--{key} does not belong to --method {name}.")
+    chosen: Method = getattr(peft_posthoc, name)(**given)
+    return chosen
 
 
 def _texts(prompts: Path | None, texts: Path | None, field: str | None, prefix: str | None) -> Texts:

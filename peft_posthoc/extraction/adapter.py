@@ -146,7 +146,7 @@ class Adapter(Findings):
 def _quantised(plan: Plan, **sides: Checkpoint | None) -> dict[str, Any]:
     """The formats that carried weights are quantised in, by side; nothing where none is."""
     forms = {
-        role: sorted({form for name in plan.carried if (form := side.form(name))})
+        role: sorted({form for name in plan.carried if (form := side.coded_as(name))})
         for role, side in sides.items()
         if side is not None
     }

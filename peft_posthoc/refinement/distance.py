@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.refinement.sequences import KINDS, Batch, Kind, Tokens, batches
 
 Model = Callable[[Batch], Tensor]
@@ -43,18 +44,28 @@ def divergence(said: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def distances(
-    model: Model, wanted: Model, texts: Sequence[Tokens], *, size: int, device: torch.device
+    model: Model,
+    wanted: Model,
+    texts: Sequence[Tokens],
+    *,
+    size: int,
+    device: torch.device,
+    together: Together = ALONE,
 ) -> dict[Kind, Distance]:
-    """The distance on the texts of each kind that is among them."""
+    """The distance on the texts of each kind that is among them; several processes share them out."""
     found: dict[Kind, Distance] = {}
     for kind in KINDS:
-        kl, same, count = 0.0, 0, 0
         own = sorted((text for text in texts if text.kind == kind), key=lambda text: len(text.ids))
-        for batch in batches(own, size, device=device):
-            mine, theirs = model(batch), wanted(batch)
-            kl += divergence(mine, theirs, batch.mask).item()
-            same += int(((mine.argmax(-1) == theirs.argmax(-1)) & batch.mask.bool()).sum())
-            count += int(batch.mask.sum())
-        if count:
-            found[kind] = Distance(max(kl / count, 0.0), same / count, count)
+        if not own:
+            continue
+        kl = same = count = 0.0
+        with together.agreed():
+            for batch in batches(together.share(own), size, device=device):
+                mine, theirs = model(batch), wanted(batch)
+                kl += divergence(mine, theirs, batch.mask).item()
+                same += int(((mine.argmax(-1) == theirs.argmax(-1)) & batch.mask.bool()).sum())
+                count += int(batch.mask.sum())
+        together.sum([summed := torch.tensor([kl, same, count], dtype=torch.float64, device=device)])
+        kl, same, count = summed.tolist()
+        found[kind] = Distance(max(kl / count, 0.0), same / count, int(count))
     return found

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from peft_posthoc.refinement.distance import Score, divergence
+from peft_posthoc.refinement.distance import Distance, Model, Score, divergence
 from peft_posthoc.refinement.live import Live, says
 from peft_posthoc.refinement.method import Fit, better, finite
-from peft_posthoc.refinement.sequences import Split, batches, shuffled
+from peft_posthoc.refinement.pace import At, Pace
+from peft_posthoc.refinement.sequences import Split, Tokens, batches, shuffled
+from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, put
 
 
@@ -41,43 +46,100 @@ class distil:
         seed: int,
         seconds: float | None,
         progress: bool,
+        state: State | None = None,
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
-        start, (model, wanted) = time.monotonic(), (says(live.adapted), says(live.tuned))
+        start, (model, wanted) = time.monotonic(), (says(live.adapted), says(live.tuned, live.device))
+        together = live.together
 
         def judge() -> Score:
             return live.distances(texts.held_out, size=self.size)
 
         before = finite(judge())
-        best, best_factors, kept = before, copies(factors), True
+        judging = time.monotonic() - start
+        best, best_factors, kept, interrupted, at = before, copies(factors), True, False, At()
         steps = max(1, math.ceil(self.passes * len(texts.fitted) / self.size))
-        every = max(1, steps // 6)
-        optimizer = Steps(factors, self.lr)
-        done = judged = 0
-        interrupted = False
-        bar = tqdm(total=steps, desc="Fitting", unit=" steps", disable=not progress)
+        optimizer = Steps(factors, self.lr, together)
+        found = together.first(None if state is None else state.fit())
+        if found is not None:
+            at, best, kept = _restored(*found, factors, best_factors, optimizer)
+        pace = Pace(at, seconds and seconds - judging, together.first(judging))
+        bar = tqdm(total=steps, initial=at.done, desc="Fitting", unit=" steps", disable=not progress)
         try:
-            for part in shuffled(texts.fitted, self.size, seed):
-                share = done / steps if seconds is None else max(done / steps, (time.monotonic() - start) / seconds)
-                if done - judged == every or share >= 1:
-                    judged = done
+            for part in islice(shuffled(texts.fitted, self.size, seed), at.done, None):
+                at = pace.at(at.done, steps, at.judged)
+                if seconds is not None:
+                    at = together.first(at)
+                if at.done and at.judged != (due := pace.due(at)):
+                    at = at._replace(judged=due)
                     if better(now := judge(), best, before):
                         best, best_factors, kept = now, copies(factors), False
-                if share >= 1:
+                if at.share >= 1:
                     break
-                (batch,) = batches(part, self.size, device=live.device)
-                with torch.no_grad():
-                    theirs = wanted(batch)
-                loss = divergence(model(batch), theirs, batch.mask) / batch.mask.sum()
-                if not math.isfinite(value := loss.item()):
+                if state is not None and state.is_due:
+                    state.keep(*_parts(at, best, kept, factors, best_factors, optimizer))
+                with together.agreed():
+                    loss, tokens = _loss(model, wanted, together.share(part), live.device)
+                    summed = torch.stack([loss.detach(), tokens])
+                together.sum([summed])
+                if not math.isfinite(value := float(summed[0] / summed[1])):
                     break  # The steps were too large: what was best before is kept.
-                optimizer.step(loss, share)
-                done += 1
+                optimizer.step(loss / summed[1], at.share)
+                at = at._replace(done=at.done + 1)
                 bar.update()
                 bar.set_postfix(kl=f"{value:.3g}")
         except KeyboardInterrupt:
+            if together.size > 1:
+                raise  # The others may be elsewhere.
             interrupted = True
         finally:
             bar.close()
             put(factors, best_factors)
-        return Fit(before, best, kept, done, time.monotonic() - start, interrupted)
+        return Fit(before, best, kept, at.done, at.seconds, interrupted)
+
+
+def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The divergence on some texts, a sum over their tokens, and how many these are."""
+    if not texts:
+        return torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
+    (batch,) = batches(texts, len(texts), device=device)
+    with torch.no_grad():
+        theirs = wanted(batch)
+    return divergence(model(batch), theirs, batch.mask), batch.mask.sum().float()
+
+
+def _parts(
+    at: At,
+    best: Score,
+    kept: bool,
+    factors: Mapping[str, Parameter],
+    best_factors: Mapping[str, Tensor],
+    optimizer: Steps,
+) -> tuple[dict[str, Tensor], Any]:
+    """All that a fit goes on from, as tensors and plain values."""
+    tensors = {
+        **{f"now.{name}": own.detach() for name, own in factors.items()},
+        **{f"best.{name}": own for name, own in best_factors.items()},
+        **{f"adam.{name}": own for name, own in optimizer.tensors().items()},
+    }
+    return tensors, {"at": at, "best": {kind: asdict(one) for kind, one in best.items()}, "kept": kept}
+
+
+def _restored(
+    tensors: Mapping[str, Tensor],
+    numbers: Any,
+    factors: Mapping[str, Parameter],
+    best_factors: Mapping[str, Tensor],
+    optimizer: Steps,
+) -> tuple[At, Score, bool]:
+    """Put all that into its place again; the numbers come back."""
+    groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "adam": {}}
+    for name, value in tensors.items():
+        group, own = name.split(".", 1)
+        groups[group][own] = value
+    put(factors, groups["now"])
+    for name, value in groups["best"].items():
+        best_factors[name].copy_(value)
+    optimizer.restore(groups["adam"])
+    best = {kind: Distance(**one) for kind, one in numbers["best"].items()}
+    return At(*numbers["at"]), best, numbers["kept"]

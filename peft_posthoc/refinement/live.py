@@ -1,26 +1,30 @@
-"""Live models for a fit: the tuned model, and base + adapter with factors that can move, as logits of batches."""
+"""Live models for a fit: the tuned model, and base + adapter, as logits of batches; loaded, or a user's own."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
 
-from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import AdapterError, CheckpointError, MismatchError
+from peft_posthoc.compute.together import ALONE, Together
+from peft_posthoc.errors import CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
+from peft_posthoc.models.config import architecture
+from peft_posthoc.refinement.chain import Chain
 from peft_posthoc.refinement.distance import Model, Score, distances
 from peft_posthoc.refinement.sequences import Batch, Tokens
 from peft_posthoc.running.inputs import tokenizer_of
 from peft_posthoc.running.load import load_model, rows_of, with_adapter
 
-_FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
+Side = Checkpoint | nn.Module
+"""A model that is to be loaded, or one that is alive."""
 
 
 @dataclass(frozen=True)
@@ -30,86 +34,152 @@ class Live:
     adapted: Any
     """PEFT's model."""
     tuned: Any
-    tokenizer: Any
+    tokenizer: Any = None
     """transformers', or None."""
-    vocabulary: int
-    """Tokens that both know."""
+    name: str = "default"
+    """The adapter's on the model."""
+    together: Together = ALONE
+    """Processes that each have both models."""
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
-        found: torch.device = next(self.tuned.parameters()).device
+        """Where logits are compared."""
+        found: torch.device = self.adapted.device
         return found
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that both models and the tokenizer know."""
+        known = [rows_of(self.adapted) or 0, rows_of(self.tuned) or 0]
+        return min([*known, len(self.tokenizer)] if self.tokenizer is not None else known)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that both models can read; None where their configurations do not say."""
+        configs = [model.config.get_text_config() for model in (self.adapted, self.tuned)]
+        told = [getattr(config, "max_position_embeddings", None) for config in configs]
+        return min((most for most in told if most), default=None)
 
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
         """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
-        return distances(says(self.adapted), says(self.tuned), texts, size=size, device=self.device)
+        return distances(
+            says(self.adapted),
+            says(self.tuned, self.device),
+            texts,
+            size=size,
+            device=self.device,
+            together=self.together,
+        )
+
+    def chains(self) -> tuple[Chain, Chain]:
+        """Both, to run a stretch at a time."""
+        return Chain(self.adapted, self.device), Chain(self.tuned, self.tuned.device)
 
 
-def load_live(base: Checkpoint, tuned: Checkpoint, adapter: str | PathLike[str], device: torch.device) -> Live:
-    """Load both models and put the adapter on the base.
+def load_live(
+    base: Side,
+    tuned: Side,
+    adapter: str | PathLike[str],
+    file: AdapterFile,
+    *,
+    device: torch.device,
+    tokenizer: Any = None,
+) -> Live:
+    """Load both models and put the adapter on the base; of a base that is alive, on a copy.
+
+    Args:
+        base: The model before.
+        tuned: The model after.
+        adapter: Its folder.
+        file: The same, opened.
+        device: Where models are loaded to.
+        tokenizer: By default what lies beside the tuned model, or the base.
 
     Raises:
         AdapterError: PEFT cannot load the adapter.
         CheckpointError: A model cannot be loaded, or is none that says next tokens.
         MismatchError: They are of two classes, or know other tokens.
     """
-    names = [((one.config or {}).get("architectures") or [None])[0] for one in (base, tuned)]
-    for one in (base, tuned):
-        if one.folder is None:
-            raise CheckpointError(f"`{one.label}` is no model in a folder or on the hub; only such are loaded.")
-    if names[0] is None or names[0] != names[1]:
-        raise MismatchError(f"The configurations name no common model class ({names[0]} and {names[1]}).")
-    cls = class_of(str(names[0]))
-    if cls is None or not hasattr(cls, "generate"):
-        raise CheckpointError(f"{names[0]} is no language model of transformers: there are no next tokens to fit to.")
-    after, before = load_model(tuned, cls, device), load_model(base, cls, device)
-    for model in (after, before):
-        if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
-            raise CheckpointError(f"{names[0]} says no next tokens of a text: only causal language models are refined.")
+    _check_classes(base, tuned)
+    after = load_side(tuned, device)
+    before = load_side(base, device)
+    if isinstance(base, nn.Module):
+        before = copy.deepcopy(before)
     rows = [rows_of(model) for model in (before, after)]
     if rows[0] != rows[1]:
-        file = open_adapter(adapter)
         if not any(file.headers[name].shape[:1] == (rows[1],) for name in file.whole):
-            raise MismatchError(f"`{base.label}` knows {rows[0]} tokens, `{tuned.label}` {rows[1]}.")
+            raise MismatchError(f"`{label(base)}` knows {rows[0]} tokens, `{label(tuned)}` {rows[1]}.")
         before.resize_token_embeddings(rows[1], mean_resizing=False)
-    adapted = with_adapter(before, adapter)
-    tokenizer = tokenizer_of(tuned) or tokenizer_of(base)
-    vocabulary = min(rows[1] or 0, len(tokenizer) if tokenizer is not None else rows[1] or 0)
-    return Live(adapted, after, tokenizer, vocabulary)
+    with torch.random.fork_rng():  # PEFT draws what it then replaces.
+        adapted = with_adapter(before, adapter)
+    own = [tokenizer, *(tokenizer_of(side) for side in (tuned, base) if not isinstance(side, nn.Module))]
+    return Live(adapted, after, next((one for one in own if one is not None), None))
 
 
-def says(model: Any) -> Model:
-    """A causal language model as a function of batches to logits."""
-
-    def logits(batch: Batch) -> Tensor:
-        found: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-        return found
-
-    return logits
-
-
-def factors_of(model: Any, adapter: str = "default") -> dict[str, Parameter]:
-    """The factors of an adapter on a PEFT model, made to be moved; everything else is made not to be.
-
-    Args:
-        model: PEFT's, with the adapter active.
-        adapter: Its name.
-
-    Returns:
-        By the names of the file, which have no adapter's name in them; in float32.
+def load_side(side: Side, device: torch.device) -> Any:
+    """A causal language model, loaded if it is not alive yet.
 
     Raises:
-        AdapterError: There are none.
+        CheckpointError: It cannot be loaded, or is none that says next tokens.
     """
-    found = {}
-    for name, own in model.named_parameters():
-        parts = name.split(".")
-        chosen = adapter in parts and not _FACTORS.isdisjoint(parts)
-        own.requires_grad_(chosen)
-        if chosen:
-            own.data = own.data.float()
-            found[name.replace(f".{adapter}", "", 1)] = own
-    if not found:
-        raise AdapterError(f"The model holds no LoRA factors of an adapter `{adapter}`.")
-    return found
+    name = label(side)
+    if isinstance(side, nn.Module):
+        model: Any = side
+    elif side.folder is None:
+        raise CheckpointError(f"`{name}` is no model in a folder or on the hub; only such are loaded.")
+    else:
+        cls = class_of(_class_name(side))
+        if cls is None or not hasattr(cls, "generate"):
+            raise CheckpointError(f"`{name}` is no language model of transformers: there are no next tokens to fit to.")
+        model = load_model(side, cls, device)
+    if not hasattr(model, "generate") or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise CheckpointError(f"`{name}` says no next tokens of a text: only causal language models are refined.")
+    return model
+
+
+def label(side: Side) -> str:
+    """What messages call a model."""
+    if isinstance(side, Checkpoint):
+        return side.label
+    return getattr(getattr(side, "config", None), "_name_or_path", None) or type(side).__name__
+
+
+def _check_classes(base: Side, tuned: Side) -> None:
+    names = [_class_name(side) for side in (base, tuned)]
+    if not names[0] or names[0] != names[1]:
+        raise MismatchError(f"There is no common class of both models ({names[0] or None} and {names[1] or None}).")
+
+
+def _class_name(side: Side) -> str:
+    if isinstance(side, Checkpoint):
+        return architecture(side.config or {})
+    own: Any = side
+    return type(own.get_base_model() if hasattr(own, "get_base_model") else own).__name__
+
+
+def check_pair(adapted: Any, tuned: Any) -> None:
+    """See that two live models say the same tokens.
+
+    Raises:
+        MismatchError: They are of two classes, or know other tokens.
+    """
+    _check_classes(adapted, tuned)
+    rows = [rows_of(model) for model in (adapted, tuned)]
+    if rows[0] != rows[1]:
+        raise MismatchError(f"`{label(adapted)}` knows {rows[0]} tokens, `{label(tuned)}` {rows[1]}.")
+
+
+def says(model: Any, device: torch.device | None = None) -> Model:
+    """A causal language model as a function of batches to logits.
+
+    Args:
+        model: Wherever it is.
+        device: Where the logits go; its own if None.
+    """
+
+    def logits(batch: Batch) -> Tensor:
+        own = model.device
+        found: Tensor = model(input_ids=batch.ids.to(own), attention_mask=batch.mask.to(own), use_cache=False).logits
+        return found if device is None else found.to(device)
+
+    return logits

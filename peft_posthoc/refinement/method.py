@@ -13,6 +13,7 @@ from peft_posthoc.errors import PosthocError
 from peft_posthoc.refinement.distance import Score
 from peft_posthoc.refinement.live import Live
 from peft_posthoc.refinement.sequences import Split
+from peft_posthoc.refinement.state import State
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Method(Protocol):
         seed: int,
         seconds: float | None,
         progress: bool,
+        state: State | None = None,
     ) -> Fit:
         """Fit the factors in place.
 
@@ -58,8 +60,9 @@ class Method(Protocol):
             factors: What is moved, by name: parameters of base + adapter.
             texts: To fit on, and to judge by.
             seed: Of all that is drawn.
-            seconds: When to stop at the latest.
+            seconds: How long it may take, judging included.
             progress: Show a progress bar on stderr.
+            state: Where it keeps what it goes on from after an interruption.
 
         Raises:
             PosthocError: The outputs of a model are not finite.

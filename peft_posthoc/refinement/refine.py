@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from peft_posthoc.adapters.cast import cast, widest
-from peft_posthoc.adapters.module import Module
-from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.compute.device import pick_device
-from peft_posthoc.errors import AdapterError, PosthocError
+from peft_posthoc.compute.together import Together
+from peft_posthoc.errors import PosthocError
+from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.json_file import read_json
+from peft_posthoc.refinement.clock import Clock
+from peft_posthoc.refinement.distance import Score
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.live import Live, factors_of, load_live, says
-from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.live import Live, says
+from peft_posthoc.refinement.method import Fit, Method
+from peft_posthoc.refinement.movable import factors_of, movable, rounded
+from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
-from peft_posthoc.refinement.sequences import KINDS, Batch, Split, split
+from peft_posthoc.refinement.sequences import KINDS, Batch, Split, Tokens, split
+from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.texts import Sampled, Texts, Writers
-from peft_posthoc.sources import Source, open_pair
+from peft_posthoc.sources import Source
+from peft_posthoc.text import asked
+
+_WRITING = 0.5
+"""Of the time that is left after loading, what may go into text."""
 
 
 def refine(
-    adapter: str | os.PathLike[str],
-    base: Source,
-    tuned: Source,
+    adapter: Refinable,
+    base: Source | None = None,
+    tuned: Source | None = None,
     *,
     texts: Texts | None = None,
     method: Method | None = None,
@@ -43,6 +53,11 @@ def refine(
     base_revision: str | None = None,
     tuned_revision: str | None = None,
     device: str = "cpu",
+    tokenizer: Any = None,
+    adapter_name: str = "default",
+    out: str | os.PathLike[str] | None = None,
+    since: float | None = None,
+    processes: Processes = ALONE,
     progress: bool = False,
 ) -> Refined:
     """Fit an adapter's factors to the tuned model's outputs, without labels, and by default without data.
@@ -51,18 +66,26 @@ def refine(
     task's and general: on neither is the adapter ever further from the tuned model than it was.
 
     Args:
-        adapter: A PEFT LoRA folder of `base`.
-        base: The model before, as in `extract`: a folder or a hub id, of a causal language model.
+        adapter: A PEFT LoRA folder of `base`, or what `extract` gave; or PEFT's model with the adapter on it, which is
+            refined in place: its factors get other values in their own types, and nothing else of it changes.
+        base: The model before, as in `extract`: a folder or a hub id of a causal language model, or a live one. None
+            for an adapter that is on its model.
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
         method: How the factors are fitted: `distil` or `compensated`.
         sequences: How many texts.
         length: How many tokens each has at most.
-        minutes: When to stop fitting at the latest.
+        minutes: How long all of it may take, from loading to the last judging. Text takes half of what is left after
+            loading at most, and stops in time; the fit has the rest.
         seed: Of all that is drawn.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
-        device: Where to compute.
+        device: Where models are loaded to; live ones stay where they are.
+        tokenizer: What text is encoded with; by default what lies beside `tuned` or `base`.
+        adapter_name: Of the adapter on a live model.
+        out: Where the adapter will be saved. What an interrupted run goes on from is kept beside it until it is.
+        since: When the minutes began, as `time.monotonic()` told; now if None.
+        processes: Those that share the work, as `Processes.from_environment()` finds them: each holds both models.
         progress: Show progress bars on stderr.
 
     Returns:
@@ -72,6 +95,7 @@ def refine(
         AdapterError: The folder is no plain LoRA adapter, or PEFT does not load it.
         CheckpointError: A model cannot be loaded, or is no causal language model.
         MismatchError: The two models are not of one class.
+        ShareDone: Something went wrong, and the first of several processes tells of it.
         PosthocError: There is no text to fit on, or the models' outputs are no numbers.
         ValueError: An argument makes no sense.
     """
@@ -80,35 +104,54 @@ def refine(
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
-    where, source = pick_device(device), open_adapter(adapter)
-    opened = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    with torch.random.fork_rng():  # PEFT draws what it then replaces.
-        live = load_live(*opened, adapter, where)
-    factors = factors_of(live.adapted)
-    _check_names(source, factors)
-    chosen, given = method or distil(), texts or Sampled()
-    parts = _texts(live, given, sequences, length, seed, progress)
-    with live.adapted.disable_adapter():
-        alone = live.distances(parts.held_out, size=chosen.size)
-    fit = chosen(live, factors, parts, seed=seed, seconds=minutes and 60 * minutes, progress=progress)
-    stored = {name: source.tensor(name) for name in source.headers}
-    tensors, after, kept = stored, fit.before, fit.kept
-    if not kept:
-        # What is judged is what is written: rounded to the types of the file.
-        rounded = {name: x for module in source.modules.values() for name, x in _saved(module, factors, stored).items()}
-        put(factors, rounded)
-        found = live.distances(parts.held_out, size=chosen.size)
-        kept = any(not found[kind].kl <= fit.before[kind].kl for kind in fit.before)
-        if not kept:
-            tensors, after = stored | rounded, found
-    options = {
+    if tuned is None:
+        raise ValueError("`refine(tuned=...)` is the model to come near to; it has no default.")
+    clock, given, chosen = Clock(minutes, since), texts or Sampled(), method or distil()
+    together = Together(processes.rank, processes.size, pick_device(device))
+    asked_for = {
         "texts": {"kind": type(given).__name__.lower(), "sequences": sequences, "length": length},
         "method": {"kind": type(chosen).__name__, **vars(chosen)},
         "minutes": minutes,
         "seed": seed,
     }
+    with ExitStack() as stack:
+        with together.agreed():
+            found = stack.enter_context(
+                opened(
+                    adapter,
+                    base,
+                    tuned,
+                    base_revision=base_revision,
+                    tuned_revision=tuned_revision,
+                    device=device,
+                    tokenizer=tokenizer,
+                    adapter_name=adapter_name,
+                )
+            )
+            factors = factors_of(found.live.adapted, found.live.name, found.file)
+            stored = {name: found.file.tensor(name) for name in found.file.headers}
+        work = _Work(replace(found.live, together=together), given, chosen, clock, seed, progress)
+        state = None
+        if out is not None and not together.rank:
+            state = state_of(out, [found.models, stored, dict(found.file.config), given, chosen, asked_for])
+        with going_on(state):
+            parts = work.texts(sequences, min(length, work.live.longest or length), state)
+            alone, judging = work.alone(parts)
+            with movable(work.live.adapted, factors):
+                seconds = clock.seconds if clock.seconds is None else clock.seconds - judging
+                fit = chosen(work.live, factors, parts, seed=seed, seconds=seconds, progress=progress, state=state)
+                tensors, after, kept = stored, fit.before, fit.kept
+                if not kept:
+                    # What is judged is what is written: rounded to the types of the file.
+                    put(factors, saved := rounded(found.file, factors, stored))
+                    judged = work.live.distances(parts.held_out, size=chosen.size)
+                    kept = any(not judged[kind].kl <= fit.before[kind].kl for kind in fit.before)
+                    if not kept:
+                        tensors, after = stored | saved, judged
+                put(factors, tensors)
+        start = _report(found.file)
     return Refined(
-        adapter=source.label,
+        adapter=found.called,
         base=alone,
         before=fit.before,
         after=after,
@@ -118,37 +161,76 @@ def refine(
         unmoved=fit.unmoved,
         texts=Counter(text.kind for text in parts.fitted),
         seconds=fit.seconds,
-        options=options,
+        options=asked_for,
         tensors=tensors,
-        config=source.config,
-        start=_report(source),
+        config=found.file.config,
+        start=start,
         provenance={
-            "refined": source.label,
-            "base": source.config.get("base_model_name_or_path"),
-            "tuned": opened[1].label,
-            "options": options,
+            "refined": found.called,
+            "base": found.file.config.get("base_model_name_or_path"),
+            "tuned": found.tuned,
+            "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
+        notes=tuple(_notes(state, fit, clock)),
     )
 
 
-def _texts(live: Live, given: Texts, sequences: int, length: int, seed: int, progress: bool) -> Split:
-    """The texts, held out or not.
+@dataclass(frozen=True)
+class _Work:
+    """What the steps of a refinement share."""
 
-    Raises:
-        PosthocError: They are too few.
-    """
-    with live.adapted.disable_adapter():
-        _check_finite(live)
-        writers = Writers(live.adapted, live.tuned, live.tokenizer, live.vocabulary)
-        written = given.write(writers, count=sequences, length=length, seed=seed, progress=progress)
-    parts = split([text for text in written if len(text.ids) > 1])
-    if not parts.fitted or {text.kind for text in parts.held_out} != {*KINDS}:
-        raise PosthocError(
-            f"Of {len(written)} texts too few differ, and have two tokens or more, to fit on some and judge by others "
-            "of each kind. Give more."
+    live: Live
+    given: Texts
+    method: Method
+    clock: Clock
+    seed: int
+    progress: bool
+
+    def texts(self, sequences: int, length: int, state: State | None) -> Split:
+        """The texts, held out or not.
+
+        Raises:
+            PosthocError: They are too few.
+        """
+        live = self.live
+        with live.adapted.disable_adapter():
+            with live.together.agreed():
+                _check_finite(live)
+            written = live.together.first(None if state is None else state.texts())
+            if written is None:
+                written = self._written(sequences, length)
+                if state is not None:
+                    state.keep_texts(written)
+        parts = split([text for text in written if len(text.ids) > 1])
+        if not parts.fitted or {text.kind for text in parts.held_out} != {*KINDS}:
+            late = self.clock.seconds is not None and len(written) < sequences
+            more = f"Give more time: `{asked('minutes', None)}`." if late else "Give more."
+            raise PosthocError(
+                f"Of {len(written)} texts too few differ, and have two tokens or more, to fit on some and judge by "
+                f"others of each kind. {more}"
+            )
+        return parts
+
+    def _written(self, sequences: int, length: int) -> list[Tokens]:
+        live = self.live
+        writers = Writers(
+            live.adapted,
+            live.tuned,
+            live.tokenizer,
+            live.vocabulary,
+            until=self.clock.until(_WRITING),
+            together=live.together,
         )
-    return parts
+        written = self.given.write(writers, count=sequences, length=length, seed=self.seed, progress=self.progress)
+        return live.together.first(written)
+
+    def alone(self, parts: Split) -> tuple[Score, float]:
+        """How far the base is, and how long it takes to see that."""
+        start = time.monotonic()
+        with self.live.adapted.disable_adapter():
+            found = self.live.distances(parts.held_out, size=self.method.size)
+        return found, time.monotonic() - start
 
 
 @torch.no_grad()
@@ -164,24 +246,14 @@ def _check_finite(live: Live) -> None:
             raise PosthocError(f"The {name} says what is no number: there is nothing to fit to.")
 
 
-def _check_names(source: AdapterFile, factors: Mapping[str, Tensor]) -> None:
-    """See that the model holds every factor of the file as it is.
-
-    Raises:
-        AdapterError: PEFT holds one under another name, or in another shape.
-    """
-    for name in (name for module in source.modules.values() for name in module.tensor_names()):
-        if name not in factors or factors[name].shape != source.headers[name].shape:
-            raise AdapterError(f"PEFT does not hold `{name}` of `{source.label}` as the file does; it is not refined.")
-
-
-def _saved(module: Module, factors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's factors as they are now, in the types of the file."""
-    a, b = module.tensor_names()
-    wide = widest((stored[a].dtype, stored[b].dtype))
-    parts = module.split(factors[a].detach().cpu(), factors[b].detach().cpu())
-    joined = module.join([cast(part.a, part.b, wide, module.name) for part in parts])
-    return {name: tensor.to(stored[name].dtype).reshape(stored[name].shape) for name, tensor in joined.items()}
+def _notes(state: State | None, fit: Fit, clock: Clock) -> Iterator[str]:
+    if state is not None and fit.interrupted:
+        again = f"The same command with `{asked('force')}`" if asked("force").startswith("-") else "The same call"
+        yield f"What it goes on from is kept in `{state.folder}`. {again} goes on from there."
+    if state is not None and state.others:
+        yield "What an interrupted run with other options or models had kept for this place was not used."
+    if clock.seconds is not None and not fit.steps:
+        yield f"The time was over before the fit began. Give more (`{asked('minutes', None)}`)."
 
 
 def _report(source: AdapterFile) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.refinement.distance import Distance
 from peft_posthoc.refinement.sequences import Kind
+from peft_posthoc.refinement.state import clear
 
 _SAID: dict[Kind, str] = {"task": "like the task's", "general": "general"}
 
@@ -45,6 +46,8 @@ class Refined:
     start: Any
     """The report of the adapter before, None if it had none: its shares are of those factors, not of these."""
     provenance: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    """What else there is to say of the run."""
 
     def to_dict(self) -> dict[str, Any]:
         """The account as plain JSON values."""
@@ -75,6 +78,7 @@ class Refined:
         if self.unmoved:
             by_reason = Counter(self.unmoved.values())
             stopped += [f"{count} modules keep their factors: {why}." for why, count in by_reason.items()]
+        stopped += self.notes
         if self.kept:
             return [*stopped, f"Nothing better was found on both kinds of text: the adapter is as it was. {made}"]
         nearer = ", ".join(
@@ -96,3 +100,5 @@ class Refined:
         """
         report = {"refined": self.to_dict(), "start": self.start}
         write_folder(folder, Contents(self.tensors, self.config, report, self.provenance), force=force)
+        if not self.interrupted:
+            clear(folder)

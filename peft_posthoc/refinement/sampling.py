@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from peft_posthoc.compute.together import ALONE, Together
+
+
+class _Row(NamedTuple):
+    """A text on its way."""
+
+    place: int
+    start: list[int]
+    added: list[int]
+    most: int
+    """Tokens that may be added."""
+    done: bool = False
 
 
 def write_on(
@@ -16,8 +32,10 @@ def write_on(
     *,
     ends: Sequence[int],
     size: int = 32,
+    until: float = math.inf,
+    together: Together = ALONE,
     progress: Any = None,
-) -> list[list[int]]:
+) -> list[list[int] | None]:
     """Let a model go on from each start, drawn from its own distribution as it is.
 
     What a checkpoint says of sampling (temperature, top-k) is not used. The draws are PyTorch's: seed them outside.
@@ -25,44 +43,81 @@ def write_on(
     Args:
         model: A causal language model of transformers.
         starts: Token ids to go on from, at least one each.
-        tokens: How many each may add.
-        ends: Tokens that end a text; they are not part of the answer.
+        tokens: How many each may add. Together with its start that is no more than the model can read.
+        ends: Tokens that end a text.
         size: How many are written at a time.
+        until: When to stop, as `time.monotonic()` tells.
+        together: Processes that share the texts out; the texts are those of one process.
         progress: A bar to move on by each text.
 
     Returns:
-        What was added to each.
+        What was added to each, the end that it came to included; None where there was no time to begin.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    added: list[list[int] | None] = [None] * len(starts)
+    rows = [_Row(i, list(start), [], tokens[i]) for i, start in enumerate(starts)]
+    seed = int(torch.randint(1 << 62, ()))
+    while rows:
+        rows.sort(key=lambda row: (len(row.start), row.most))
+        parts = list(enumerate(rows[first : first + size] for first in range(0, len(rows), size)))
+        # Should the time be up, there are some of each length.
+        random.Random(0).shuffle(parts)
+        written: list[_Row] = []
+        with together.agreed(), torch.random.fork_rng(), _without_settings(model):
+            for at, part in together.share(parts):
+                if time.monotonic() >= until:
+                    break
+                torch.manual_seed(seed + at)
+                written += _written(model, part, ends, until)
+                if progress is not None:
+                    progress.update(sum(row.done for row in written[-len(part) :]))
+        rows, seed = [], seed + len(parts)
+        for row in together.gather(written):
+            added[row.place] = row.added
+            rows += [] if row.done else [row]
+    return added
+
+
+@torch.no_grad()
+def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], until: float) -> list[_Row]:
+    """A batch of texts, gone on with as far as it goes."""
     from transformers import GenerationConfig
 
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    longest = max(len(row.start) for row in rows)
+    most = max(row.most for row in rows)
+    # What is padded takes places too; who has room left goes on in another batch.
+    if places := getattr(model.config.get_text_config(), "max_position_embeddings", None):
+        most = max(1, min(most, places - longest))
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row.start) :] = torch.tensor(row.start)
+        mask[i, longest - len(row.start) :] = 1
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,  # PyTorch draws from all tokens; 50 is transformers' default.
+        max_new_tokens=most,
+        max_time=None if math.isinf(until) else max(until - time.monotonic(), 0.0),
+        eos_token_id=list(ends) or None,
+        pad_token_id=0,
+    )
     device = next(model.parameters()).device
-    order = sorted(range(len(starts)), key=lambda i: (len(starts[i]), tokens[i]))
-    added: list[list[int]] = [[] for _ in starts]
-    for first in range(0, len(order), size):
-        part = order[first : first + size]
-        longest = max(len(starts[i]) for i in part)
-        ids = torch.zeros(len(part), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(part):
-            ids[row, longest - len(starts[i]) :] = torch.tensor(list(starts[i]))
-            mask[row, longest - len(starts[i]) :] = 1
-        config = GenerationConfig(
-            do_sample=True,
-            top_k=0,  # PyTorch draws from all tokens; 50 is transformers' default.
-            max_new_tokens=max(tokens[i] for i in part),
-            eos_token_id=list(ends) or None,
-            pad_token_id=0,
-        )
-        with torch.no_grad(), _without_settings(model):
-            written = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
-        for row, i in enumerate(part):
-            new = written[row, longest:].tolist()[: tokens[i]]
-            end = next((k for k, token in enumerate(new) if token in ends), len(new))
-            added[i] = new[:end]
-            if progress is not None:
-                progress.update()
-    return added
+    found = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)[:, longest:]
+    late = time.monotonic() >= until
+    return [_with(row, new[: row.most], ends, late=late) for row, new in zip(rows, found.tolist(), strict=True)]
+
+
+def _with(row: _Row, new: list[int], ends: Sequence[int], *, late: bool) -> _Row:
+    end = next((i for i, token in enumerate(new) if token in ends), None)
+    if end is not None:
+        return row._replace(added=[*row.added, *new[: end + 1]], done=True)
+    left = row.most - len(new)
+    return _Row(row.place, [*row.start, *new], [*row.added, *new], left, late or left == 0)
+
+
+def without_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """A text without the token that ended it."""
+    return list(ids[:-1] if ids and ids[-1] in ends else ids)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from peft_posthoc.compute.together import ALONE, Together
+
 
 class Steps:
     """Adam, with a rate for each factor relative to the root mean square of its values.
@@ -16,10 +18,11 @@ class Steps:
     Args:
         factors: What is moved; those that are all zero stay so.
         lr: Relative to their size.
+        together: Processes whose losses add up.
     """
 
-    def __init__(self, factors: Mapping[str, Parameter], lr: float) -> None:
-        self._lr = lr
+    def __init__(self, factors: Mapping[str, Parameter], lr: float, together: Together = ALONE) -> None:
+        self._lr, self._together = lr, together
         groups = [{"params": [own], "size": _size(own)} for own in factors.values() if own.any()]
         self._adam = torch.optim.Adam(groups, lr=0.0)
 
@@ -28,8 +31,27 @@ class Steps:
         for group in self._adam.param_groups:
             group["lr"] = self._lr * group["size"] * _pace(share)
         self._adam.zero_grad()
-        loss.backward()
+        with self._together.agreed():
+            loss.backward()
+        if self._together.size > 1:
+            moved = [own for group in self._adam.param_groups for own in group["params"]]
+            for own in moved:
+                own.grad = torch.zeros_like(own) if own.grad is None else own.grad
+            self._together.sum([own.grad for own in moved])
         self._adam.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What Adam knows of the steps so far."""
+        known = self._adam.state_dict()["state"]
+        return {f"{i}.{key}": value for i, one in known.items() for key, value in one.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what it knew."""
+        known: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            i, key = name.split(".", 1)
+            known.setdefault(int(i), {})[key] = value
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": known})
 
 
 def _size(factor: Tensor) -> float:

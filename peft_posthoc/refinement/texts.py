@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +13,12 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.refinement.chat import Turn, turn_of
-from peft_posthoc.refinement.sampling import write_on
+from peft_posthoc.refinement.sampling import without_end, write_on
 from peft_posthoc.refinement.sequences import Tokens
+from peft_posthoc.text import asked
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,31 @@ class Writers:
     tokenizer: Any
     vocabulary: int
     """Tokens that both models know."""
+    until: float = math.inf
+    """When to stop, as `time.monotonic()` tells."""
+    together: Together = ALONE
+    """Processes that write together."""
+
+    def write_on(
+        self,
+        model: Any,
+        starts: Sequence[Sequence[int]],
+        room: Sequence[int],
+        *,
+        ends: Sequence[int],
+        progress: Any,
+        share: float = 1.0,
+    ) -> list[list[int] | None]:
+        """What a model adds to each start, within a share of the time that is left; None where that was over."""
+        now = time.monotonic()
+        until = self.until if math.isinf(self.until) else now + share * max(self.until - now, 0.0)
+        return write_on(model, starts, room, ends=ends, until=until, together=self.together, progress=progress)
+
+    def general(self, openings: Sequence[list[int]], length: int, bar: Any) -> list[Tokens]:
+        """What the base makes of texts of no subject."""
+        room = [max(1, length - len(opening)) for opening in openings]
+        written = self.write_on(self.base, openings, room, ends=self.ends, progress=bar)
+        return _general(openings, written, self.ends)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """A text as token ids.
@@ -88,19 +117,23 @@ class Sampled:
             openings[general:] = [list(turn.before)] * (count - general)
         elif self.prefix is not None:
             openings[general:] = [writers.encode(self.prefix)] * (count - general)
+        if (taken := len(openings[-1]) + (len(turn.after) if turn is not None else 0)) + 1 >= length:
+            raise PosthocError(
+                f"What stands around a prompt has {taken} tokens, which leaves no room in texts of {length} tokens for "
+                f"a prompt and its answer. Allow longer texts (`{asked('length', None)}`)."
+            )
         room = [max(1, length - len(opening)) for opening in openings]
         # How long a prompt is, nobody knows: anything up to three quarters of the text.
         room[general:] = [draw.randint(1, max(1, 3 * free // 4)) for free in room[general:]]
         ends = [*writers.ends, *(turn.after[:1] if turn is not None else ())]
         with _seeded(seed), tqdm(total=2 * count - general, desc="Writing text", disable=not progress) as bar:
-            written = write_on(writers.base, openings, room, ends=ends, progress=bar)
-            texts = [
-                Tokens((*opening, *more), "general")
-                for opening, more in zip(openings[:general], written[:general], strict=True)
-            ]
+            # What it writes here takes two thirds of all; the rest are answers.
+            written = writers.write_on(writers.base, openings, room, ends=ends, progress=bar, share=2 / 3)
+            texts = _general(openings[:general], written[:general], ends)
             starts = [
-                [*opening, *more, *(turn.after if turn is not None else ())]
+                [*opening, *without_end(more, ends), *(turn.after if turn is not None else ())]
                 for opening, more in zip(openings[general:], written[general:], strict=True)
+                if more is not None
             ]
             return texts + _answered(writers, starts, length, bar)
 
@@ -129,12 +162,8 @@ class Prompts:
         starts = [own[i % len(own)] for i in range(count - general)]
         openings = [writers.opening(draw) for _ in range(general)]
         with _seeded(seed), tqdm(total=count, desc="Writing text", disable=not progress) as bar:
-            answered = _answered(writers, starts, length, bar)
-            room = [max(1, length - len(opening)) for opening in openings]
-            written = write_on(writers.base, openings, room, ends=writers.ends, progress=bar)
-        return answered + [
-            Tokens((*opening, *more), "general") for opening, more in zip(openings, written, strict=True)
-        ]
+            answered = _answered(writers, starts, length, bar, share=3 / 4)
+            return answered + writers.general(openings, length, bar)
 
 
 @dataclass(frozen=True)
@@ -151,23 +180,23 @@ class Given:
         draw, general = random.Random(seed), count // 4
         openings = [writers.opening(draw) for _ in range(general)]
         with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
-            room = [max(1, length - len(opening)) for opening in openings]
-            written = write_on(writers.base, openings, room, ends=writers.ends, progress=bar)
-        return [
-            *(Tokens(tuple(ids), "task") for ids in own[: count - general]),
-            *(Tokens((*opening, *more), "general") for opening, more in zip(openings, written, strict=True)),
-        ]
+            written = writers.general(openings, length, bar)
+        return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]
 
 
-def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any) -> list[Tokens]:
+def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any, share: float = 1.0) -> list[Tokens]:
     """Each start with what the tuned model goes on with, its end included."""
     starts = [start[: length - 1] for start in starts]
     room = [length - len(start) for start in starts]
-    written = write_on(writers.tuned, starts, room, ends=writers.ends, progress=bar)
-    end = writers.ends[:1]
+    written = writers.write_on(writers.tuned, starts, room, ends=writers.ends, progress=bar, share=share)
+    return [Tokens((*start, *more), "task") for start, more in zip(starts, written, strict=True) if more is not None]
+
+
+def _general(openings: Sequence[list[int]], written: Sequence[list[int] | None], ends: Sequence[int]) -> list[Tokens]:
     return [
-        Tokens((*start, *more, *(end if len(more) < free else ())), "task")
-        for start, more, free in zip(starts, written, room, strict=True)
+        Tokens((*opening, *without_end(more, ends)), "general")
+        for opening, more in zip(openings, written, strict=True)
+        if more is not None
     ]
 
 

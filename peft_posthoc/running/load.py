@@ -69,3 +69,30 @@ def rows_of(model: Any) -> int | None:
         return len(model.get_input_embeddings().weight)
     except (AttributeError, NotImplementedError):
         return None
+
+
+def save_adapter(model: Any, folder: str | PathLike[str], name: str) -> Path:
+    """Write an adapter that is on a live model, as PEFT does.
+
+    Args:
+        model: PEFT's.
+        folder: Where to.
+        name: The adapter's on the model.
+
+    Returns:
+        The folder that it is in.
+
+    Raises:
+        AdapterError: There is none of this name, or PEFT cannot write it.
+    """
+    held = list(getattr(model, "peft_config", ()))
+    if name not in held:
+        raise AdapterError(
+            f"The {type(model).__name__} holds no adapter `{name}`. It holds {', '.join(held) or 'none'}."
+        )
+    try:
+        # Rows of the base are not the adapter's; and PEFT would ask the hub about them.
+        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    except Exception as error:
+        raise AdapterError(f"PEFT cannot write adapter `{name}`: {type(error).__name__}: {error}") from error
+    return Path(folder) if name == "default" else Path(folder) / name

@@ -203,9 +203,9 @@ class Subject:
         """By module whose weight the base holds as codes, their format; none without a base."""
         if self.base is None:
             return {}
-        base = self.base.checkpoint
-        held = {one.weight: one.format for one in quantized(base).values()}
-        held |= {name: form for name in base.headers if (form := base.form(name))}
+        stored = self.base.checkpoint
+        held = {one.weight: one.format for one in quantized(stored).values()}
+        held |= {name: form for name in stored.headers if (form := stored.coded_as(name))}
         return {name.removesuffix(".weight"): form for name, form in held.items()}
 
     @cached_property

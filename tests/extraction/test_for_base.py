@@ -165,7 +165,7 @@ def test_a_folder_in_fp8_is_served_and_named(fp8_pair, tmp_path):
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0] | both[1])
     assert json.loads((files[1] / "adapter_config.json").read_text())["base_model_name_or_path"] == low
     (said,) = (note for note in adapter.report.notes if "To be served on" in note)
-    assert said.startswith(f"To be served on `{low}` (compressed-tensors float-quantized): the task's delta has norm")
+    assert said.startswith(f"To be served on `{low}` (compressed-tensors, FP8): the task's delta has norm")
     totals = adapter.report.totals
     assert 0 < totals.served_error < totals.served_delta
     found = rules_broken(files[1], low)
@@ -193,7 +193,7 @@ def test_the_error_of_a_folder_in_fp8_is_expected_from_its_scales(fp8_pair):
     for pair in ((low, base), (base, low)):
         for row in extract(*pair, 1).report.rows:
             if row.status == "extracted":
-                assert sum(row.grid) == pytest.approx(row.delta_norm, rel=0.05)
+                assert sum(row.grid) == pytest.approx(row.delta_norm, rel=0.1)
     report = extract(low, tuned, "auto").report
-    assert f"`{low}` (compressed-tensors float-quantized) is quantised: the delta is the total one" in report.notes[0]
+    assert f"`{low}` (compressed-tensors, FP8) is quantised: the delta is the total one" in report.notes[0]
     assert {row.signal_rank for row in report.rows if row.status == "extracted"} == {4}

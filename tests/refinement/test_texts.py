@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,8 +108,34 @@ def test_no_prompts_and_prompts_that_are_too_long_are_refused() -> None:
 
 
 def test_a_text_ends_where_the_model_ends_it() -> None:
-    assert write_on(_says("</s>"), [[5], [6, 7]], [4, 4], ends=[2]) == [[], []]
+    assert write_on(_says("</s>"), [[5], [6, 7]], [4, 4], ends=[1, 2]) == [[2], [2]]
     assert write_on(_says("a"), [[5], [6, 7]], [4, 2], ends=[2]) == [[5] * 4, [5] * 2]
+
+
+def test_texts_of_different_lengths_stay_within_what_a_model_can_read() -> None:
+    """GPT-2 has 32 places: a short start beside a long one must not go beyond them, and still gets all its tokens."""
+    assert write_on(_says("a"), [[5], [6] * 30], [31, 2], ends=[2]) == [[5] * 31, [5] * 2]
+
+
+def test_no_text_is_begun_when_the_time_is_up() -> None:
+    assert write_on(_says("a"), [[5]] * 3, [4] * 3, ends=[2], until=0.0) == [None] * 3
+    writers = replace(_writers(), until=0.0)
+    assert _written(Sampled(), writers) == _written(Prompts(["c d"]), writers) == []
+    assert [_text(text) for text in _written(Given(["c d"]), writers)] == ["c d"]
+
+
+def test_a_text_that_the_time_cuts_short_has_no_end() -> None:
+    (text,) = write_on(_says("a"), [[5]], [30], ends=[2], until=time.monotonic() + 0.001)
+    assert text is not None
+    assert 1 <= len(text) <= 30
+    assert set(text) == {5}
+
+
+def test_what_leaves_no_room_for_an_answer_is_told() -> None:
+    with pytest.raises(PosthocError, match="10 tokens"):
+        _written(Sampled("c " * 10))
+    with pytest.raises(PosthocError, match="3 tokens"):
+        _written(Sampled(), _writers(TEMPLATE), length=3)
 
 
 def test_draws_are_from_the_model_s_own_distribution() -> None:
@@ -117,7 +145,8 @@ def test_draws_are_from_the_model_s_own_distribution() -> None:
         model.lm_head.weight[WORDS.index("b")] = 10.0 - torch.log(torch.tensor(3.0)) / 8
     model.generation_config.temperature, model.generation_config.top_k = 0.1, 1
     torch.manual_seed(0)
-    said = Counter(ids[0] for ids in write_on(model, [[3]] * 2000, [1] * 2000, ends=[], size=500))
+    written = write_on(model, [[3]] * 2000, [1] * 2000, ends=[], size=500)
+    said = Counter(ids[0] for ids in written if ids is not None)
     assert said[WORDS.index("b")] / 2000 == pytest.approx(0.25, abs=0.04)
 
 

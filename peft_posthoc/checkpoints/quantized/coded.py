@@ -16,13 +16,15 @@ class Coded(NamedTuple):
     """A weight that is made of stored tensors."""
 
     sources: tuple[str, ...]
-    """What is read to make it."""
+    """What is read to make it: the codes, then what lies beside them."""
     header: Header
     """Of the weight: its shape, and the type that it is decoded to."""
     make: Callable[..., Tensor]
     """The weight, from the sources in their order."""
-    steps: Callable[..., Tensor]
-    """The grid's step at each of its values, in float32, from the same."""
+    bits: int
+    """Of a code."""
+    format: str
+    """What it is called: `FP8`, `FP8 by row`, `4-bit integers`."""
     beside: tuple[str, ...] = ()
     """Stored tensors that go with it and are not read: the scales of activations, a shape."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
 from peft_posthoc.checkpoints.quantized.fp8 import fp8
+from peft_posthoc.checkpoints.quantized.steps import steps
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.errors import CheckpointError
@@ -24,31 +24,32 @@ READERS: tuple[Reader, ...] = (fp8,)
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
 
-    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], told: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str | None) -> None:
         """Show what is decoded in place of what it is made of.
 
         Args:
             checkpoint: As it is stored.
             coded: By name, what is decoded.
-            told: What says how it was quantized.
+            method: By what it was quantized, as its configuration says.
         """
-        held = {one.weight: one.format for one in quantized(checkpoint).values()}
-        more = told.get("format") or told.get("quant_algo")
-        self._forms = {name: " ".join(filter(None, (held.get(name, "quantized"), more))) for name in coded}
         gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
-        self._coded = coded
+        self._coded, self._method = coded, method
         pieces = {name: same(checkpoint, name) for name in checkpoint.headers if name not in gone}
         pieces |= {name: Piece(one.sources, one.header, one.make) for name, one in coded.items()}
         super().__init__(checkpoint, pieces)
 
-    def form(self, name: str) -> str | None:
-        """The format of a decoded weight."""
-        return self._forms.get(name)
-
     def steps(self, name: str) -> Tensor | None:
         """The grid's step at each value of a decoded weight."""
         one = self._coded.get(name)
-        return super().steps(name) if one is None else one.steps(*map(self._source, one.sources))
+        if one is None:
+            return super().steps(name)
+        codes, *beside = map(self._source, one.sources)
+        return steps(lambda moved: one.make(moved, *beside), codes, one.bits)
+
+    def coded_as(self, name: str) -> str | None:
+        """The format of a weight that is decoded."""
+        one = self._coded.get(name)
+        return super().coded_as(name) if one is None else ", ".join(filter(None, (self._method, one.format)))
 
 
 def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
@@ -71,7 +72,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
             if gone.isdisjoint(one.sources):
                 coded[name] = one
                 gone |= {*one.sources, *one.beside}
-    return Decoded(checkpoint, coded, stored.told) if coded else checkpoint
+    return Decoded(checkpoint, coded, method=stored.told.get("quant_method")) if coded else checkpoint
 
 
 def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:

@@ -28,7 +28,7 @@ def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
         scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}")
         if scale is None:
             continue
-        _check(name, header.shape, scale, stored.headers[scale].shape)
+        by = _by(name, header.shape, scale, stored.headers[scale].shape)
         beside = [stored.beside(name, other) for other in ("input_scale", "scale_input", "activation_scale")]
         yield (
             name,
@@ -36,7 +36,8 @@ def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
                 (name, scale),
                 Header(header.shape, stored.dtype),
                 partial(weight, dtype=stored.dtype),
-                steps,
+                8,
+                f"FP8{by}",
                 tuple(other for other in beside if other),
             ),
         )
@@ -45,13 +46,6 @@ def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
 def weight(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Codes times scale, computed in float32 and rounded once."""
     return codes.float().mul_(_spread(scale, codes)).to(dtype)
-
-
-def steps(codes: Tensor, scale: Tensor) -> Tensor:
-    """What lies between a value and the next: its float's unit in the last place, scaled."""
-    told = torch.finfo(codes.dtype)
-    exponent = codes.float().abs().clamp_(min=told.smallest_normal).log2_().floor_()
-    return exponent.exp2_().mul_(told.eps).mul_(_spread(scale, codes).abs())
 
 
 def factor(scale: Tensor) -> Tensor:
@@ -73,17 +67,18 @@ def _spread(scale: Tensor, codes: Tensor) -> Tensor:
     return told
 
 
-def _check(name: str, shape: tuple[int, ...], scale: str, of_scale: tuple[int, ...]) -> None:
-    """See that the scale is for a weight, for its rows, or for blocks of it.
+def _by(name: str, shape: tuple[int, ...], scale: str, of_scale: tuple[int, ...]) -> str:
+    """What the scale is for: a weight, its rows, or blocks of it.
 
     Raises:
         CheckpointError: It is for none of these.
     """
-    count = torch.Size(of_scale).numel()
-    fits = count == 1 or of_scale in ((shape[0],), (shape[0], *[1] * (len(shape) - 1)))
-    if not fits and len(of_scale) == len(shape) >= 2:
-        blocks = [-(-m // k) if k else 0 for m, k in zip(shape[-2:], of_scale[-2:], strict=True)]
-        whole = [b and -(-m // b) == k for m, k, b in zip(shape[-2:], of_scale[-2:], blocks, strict=True)]
-        fits = shape[:-2] == of_scale[:-2] and all(whole)
-    if not fits:
-        raise CheckpointError(f"`{scale}` is {of_scale}; it scales neither `{name}` ({shape}) nor its rows or blocks.")
+    if torch.Size(of_scale).numel() == 1:
+        return ""
+    if of_scale in ((shape[0],), (shape[0], *[1] * (len(shape) - 1))):
+        return " by row"
+    if len(of_scale) == len(shape) >= 2 and shape[:-2] == of_scale[:-2]:
+        blocks = [-(-m // max(k, 1)) for m, k in zip(shape[-2:], of_scale[-2:], strict=True)]
+        if all(b and -(-m // b) == k for m, k, b in zip(shape[-2:], of_scale[-2:], blocks, strict=True)):
+            return " by block"
+    raise CheckpointError(f"`{scale}` is {of_scale}; it scales neither `{name}` ({shape}) nor its rows or blocks.")

@@ -38,4 +38,5 @@ def weight_of(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> T
         return (codes.to(scales.dtype).sub_(zeros.to(scales.dtype)[:, groups])).mul_(scales[:, groups])
     # Neighbours share a group: three times as fast.
     weight = codes.unflatten(1, (count, size)).to(scales.dtype)
-    return weight.sub_(zeros.to(scales.dtype)[..., None]).mul_(scales[..., None]).flatten(1)
+    decoded: Tensor = weight.sub_(zeros.to(scales.dtype)[..., None]).mul_(scales[..., None]).flatten(1)
+    return decoded

@@ -48,9 +48,8 @@ def experts(subject: Subject) -> tuple[str, ...]:
 
 def experts_not_fp8(subject: Subject) -> tuple[str, ...]:
     """The same, where that is anything but FP8 of one scale for a tensor."""
-    told = ((subject.base.checkpoint.config or {}) if subject.base else {}).get("quantization_config") or {}
-    coded = {how.casefold() for module, how in subject.quantised.items() if ".experts" in module}
-    return () if coded <= {"fp8", "modelopt fp8"} and not told.get("weight_block_size") else experts(subject)
+    plain = all(how.rpartition(", ")[2] == "FP8" for how in subject.quantised.values())
+    return () if plain else experts(subject)
 
 
 def odd_rank_in_fp8(subject: Subject) -> tuple[str, ...]:

@@ -1,0 +1,106 @@
+"""What refining is compared with: whitening alone, and LoRA trained anew on the same text for as many steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from refine_models import CPU, Models
+
+from peft_posthoc.linalg.regression import damp, regress, root_of
+from peft_posthoc.refinement.distance import divergence
+from peft_posthoc.refinement.distil import distil
+from peft_posthoc.refinement.layers import layers_of
+from peft_posthoc.refinement.live import factors_of, load_live, says
+from peft_posthoc.refinement.sequences import Tokens, batches, shuffled, split
+from peft_posthoc.refinement.texts import Writers
+from peft_posthoc.sources import open_pair
+
+DAMPING = 0.03  # as in `compensated`
+LR = 1e-3  # of 3e-4, 1e-3 and 3e-3 the best for LoRA from zero on the first pair
+
+
+class Text(NamedTuple):
+    """How much is fitted on, and for how long; None is the default."""
+
+    sequences: int | None = None
+    minutes: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As `refine` takes it."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def whitened(models: Models, rank: int, prompts: int, seed: int, text: Text) -> dict[str, Any]:
+    """The best approximation of each delta in the metric of what the base's layer reads."""
+    began = time.monotonic()
+    pair = models.pair
+    live = load_live(*open_pair(str(pair.base), str(pair.tuned)), models.start(rank), CPU)
+    factors, texts = factors_of(live.adapted), _texts(models, prompts, seed, text)
+    layers = layers_of(live.adapted, live.tuned, factors).linear
+    grams: dict[str, torch.Tensor] = {}
+
+    def read(name: str) -> Any:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0][counted].float()
+            grams[name] = grams[name].addmm_(rows.mT, rows) if name in grams else rows.mT @ rows
+
+        return hook
+
+    hooks = [layer.base.register_forward_pre_hook(read(name)) for name, layer in layers.items()]
+    with torch.no_grad(), live.adapted.disable_adapter():
+        for batch in batches(texts, 8, device=CPU):
+            counted = batch.mask.bool()
+            says(live.adapted)(batch)
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        delta = layer.delta()
+        crosses = {name: grams[name] @ delta.mT}
+        damp(grams[name], crosses, {name: delta}, DAMPING)
+        found = regress(root_of(grams[name]), crosses[name], layer.rank)
+        layer.put(found.a, found.b)
+    seconds = time.monotonic() - began
+    return {**models.score(live.adapted), "seconds": seconds}
+
+
+def from_start(start: bool | str, models: Models, rank: int, prompts: int, seed: int, text: Text) -> dict[str, Any]:
+    """LoRA as PEFT starts it, trained by the same loss on the same texts with the same steps, at a rate of its own."""
+    began = time.monotonic()
+    torch.manual_seed(seed)
+    config = LoraConfig.from_pretrained(models.start(rank))
+    config.init_lora_weights, config.inference_mode = start, False
+    adapted = get_peft_model(models.base(), config).eval()
+    fitted, method = split(_texts(models, prompts, seed, text)).fitted, distil()
+    factors = factors_of(adapted)
+    optimizer = torch.optim.Adam(factors.values(), lr=0.0)
+    steps = math.ceil(method.passes * len(fitted) / method.size)
+    fitting = time.monotonic()
+    for done, part in zip(range(steps), shuffled(fitted, method.size, seed), strict=False):
+        share = done / steps
+        if text.minutes is not None:
+            share = max(share, (time.monotonic() - fitting) / (60 * text.minutes))
+        if share >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, (share + 0.01) / 0.05) * 0.5 * (1 + math.cos(math.pi * share))
+        (batch,) = batches(part, method.size, device=CPU)
+        with torch.no_grad():
+            theirs = says(models.tuned)(batch)
+        loss = divergence(says(adapted)(batch), theirs, batch.mask) / batch.mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    seconds = time.monotonic() - began
+    return {**models.score(adapted), "seconds": seconds}
+
+
+def _texts(models: Models, prompts: int, seed: int, text: Text) -> list[Tokens]:
+    """The texts that `refine` would fit on."""
+    live = load_live(*open_pair(str(models.pair.base), str(models.pair.tuned)), models.start(8), CPU)
+    writers = Writers(models.base(), models.tuned, live.tokenizer, live.vocabulary)
+    return models.texts(prompts).write(writers, count=text.sequences or 960, length=128, seed=seed, progress=False)

@@ -1,0 +1,95 @@
+"""Processes that do one piece of work together, each a part of it, with accelerate's collectives between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.errors import PosthocError, ShareDone, one_line
+
+T = TypeVar("T")
+
+
+class Together:
+    """This process among those that do the same work. All of them make the same calls in the same order.
+
+    Args:
+        rank: Of this process.
+        size: How many there are.
+        device: Where this one computes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size = rank, size
+        if size > 1:
+            from accelerate import PartialState
+
+            PartialState(cpu=device is None or device.type == "cpu")
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """What this process takes."""
+        return items[self.rank :: self.size]
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Add up what each process has, in place; all have the same then."""
+        if self.size > 1 and tensors:
+            from accelerate.utils import reduce
+
+            flat = reduce(torch.cat([x.detach().flatten() for x in tensors]), "sum")
+            for own, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+                own.detach().copy_(part.view_as(own))
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of every process, as they were before each took its share."""
+        if self.size == 1:
+            return list(items)
+        from accelerate.utils import gather_object
+
+        parts: list[Sequence[T]] = gather_object([items])
+        longest = max(map(len, parts))
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def first(self, value: T) -> T:
+        """What the first process has."""
+        if self.size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        found: T = broadcast_object_list([value])[0]
+        return found
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What goes wrong in one process ends all: the first tells of it, the others are done.
+
+        There are no calls of this class in the `with` block.
+
+        Raises:
+            PosthocError: Something went wrong in another process, and this is the first.
+            ShareDone: Something went wrong, and this is not the first.
+        """
+        if self.size == 1:
+            yield
+            return
+        wrong: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            wrong = error
+        from accelerate.utils import gather_object
+
+        told: list[str] = gather_object(["" if wrong is None else one_line(wrong)])
+        if any(told) and self.rank:
+            raise ShareDone("Another process tells what went wrong.") from wrong
+        if wrong is not None:
+            raise wrong
+        if any(told):
+            at, text = next((i, text) for i, text in enumerate(told) if text)
+            raise PosthocError(f"{text} (In process {at} of {self.size}.)")
+
+
+ALONE = Together()

@@ -1,0 +1,151 @@
+"""Reduced-rank regression, a layer at a time: each makes up for what the ones before it lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from peft_posthoc.linalg.regression import damp, regress, root_of
+from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
+from peft_posthoc.refinement.live import Live
+from peft_posthoc.refinement.method import Fit, better, finite
+from peft_posthoc.refinement.sequences import Split, batches
+from peft_posthoc.refinement.state import State
+from peft_posthoc.refinement.steps import copies, put
+from peft_posthoc.refinement.walk import Stretch, Walk
+
+
+@dataclass(frozen=True)
+class compensated:
+    """Fit each layer's factors in closed form to what the tuned layer gives, on what base + adapter lets it read.
+
+    Later layers so repair what earlier ones lost. No learning rate, no random numbers; one block of each model is at
+    work at a time.
+
+    Args:
+        damping: How strongly each layer is drawn to the tuned weights where the text says little, relative to the mean
+            square of what it reads.
+        size: Texts in a batch.
+    """
+
+    damping: float = 0.03
+    size: int = 8
+
+    def __call__(
+        self,
+        live: Live,
+        factors: Mapping[str, Parameter],
+        texts: Split,
+        *,
+        seed: int,
+        seconds: float | None,
+        progress: bool,
+        state: State | None = None,
+    ) -> Fit:
+        """Fit the factors in place (`Method`)."""
+        began, interrupted = time.monotonic(), False
+        before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
+        layers = layers_of(live, factors)
+        unmoved, fitted = dict(layers.others), set[str]()
+        by_length = sorted(texts.fitted, key=lambda text: len(text.ids))
+        parts = list(batches(by_length, self.size, device=live.device))
+        bar = tqdm(total=len(layers.linear), desc="Fitting", unit=" layers", disable=not progress)
+        try:
+            with Walk(live.chains(), parts) as walk, torch.no_grad():
+                for stretch in walk.stretches():
+                    waiting = {k: one for k, one in layers.linear.items() if k not in fitted | unmoved.keys()}
+                    groups, odd = _groups(stretch, waiting)
+                    unmoved |= odd
+                    for group in groups:
+                        if seconds is not None and time.monotonic() - began > seconds:
+                            raise _OutOfTime
+                        if self._fit(stretch, len(parts), group):
+                            fitted |= {one.name for one in group}
+                        else:
+                            unmoved |= dict.fromkeys((one.name for one in group), "nothing that is a number reaches it")
+                        bar.update(len(group))
+        except _OutOfTime:
+            pass
+        except KeyboardInterrupt:
+            if live.together.size > 1:
+                raise  # The others may be elsewhere.
+            interrupted = True
+        except BaseException:
+            put(factors, start)
+            raise
+        finally:
+            bar.close()
+        unmoved |= dict.fromkeys(layers.linear.keys() - fitted - unmoved.keys(), "its turn did not come")
+        after = live.distances(texts.held_out, size=self.size)
+        if kept := not better(after, before, before):
+            put(factors, start)
+            after = before
+        return Fit(before, after, kept, len(fitted), time.monotonic() - began, interrupted, unmoved)
+
+    def _fit(self, stretch: Stretch, places: int, group: Sequence[Layer]) -> bool:
+        """Fit the layers that read the same; False if they read nothing to go by."""
+        with stretch.held():
+            gram, crosses = _gathered(stretch, places, group)
+            if not damp(gram, crosses, {one.name: one.delta() for one in group}, self.damping):
+                return False
+        root = root_of(gram)
+        del gram
+        for layer in group:
+            found = regress(root, crosses.pop(layer.name), min(layer.rank, *layer.size))
+            layer.put(found.a, found.b)
+        return True
+
+
+class _OutOfTime(Exception):
+    """What is not fitted by now stays as it is."""
+
+
+def _groups(stretch: Stretch, layers: Mapping[str, Layer]) -> tuple[list[list[Layer]], dict[str, str]]:
+    """The layers that run in a stretch, by what they read and in their order; and why others of it are not fitted."""
+    with stretch.held(), listed({name: one.base for name, one in layers.items()}) as calls:
+        piece = stretch.pieces(0)[0]
+        piece.run[0]()
+    times: dict[str, int] = {}
+    for name, _ in calls:
+        times[name] = times.get(name, 0) + 1
+    odd = {name: "it runs more than once" for name, count in times.items() if count > 1}
+    for name, read in calls:
+        if read.shape[:-1].numel() != len(piece.counted):
+            odd[name] = "it does not read every token"
+    fitted = [(name, read) for name, read in calls if name not in odd]
+    return [[layers[name] for name in group] for group in groups_of(fitted)], odd
+
+
+def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`x.T @ x` of what the layers of base + adapter read, and `x.T @ y` of what each lacks of the tuned one's output.
+
+    A batch at a time.
+    """
+    gram: Tensor | None = None
+    crosses: dict[str, Tensor] = {}
+    sides = [{one.name: getattr(one, side) for one in group} for side in ("base", "tuned")]
+    for place in range(places):
+        for piece in stretch.pieces(place):
+            seen = []
+            for side, modules in enumerate(sides):
+                with watched(modules) as through:
+                    piece.run[side]()
+                seen.append(through)
+            mine, theirs = seen
+            read = mine[group[0].name].inputs[piece.counted].float()
+            if gram is None:
+                gram = read.new_zeros(read.shape[1], read.shape[1])
+            gram.addmm_(read.mT, read)
+            for one in group:
+                lacking = (theirs[one.name].outputs.to(read.device) - mine[one.name].outputs)[piece.counted].float()
+                if one.name not in crosses:
+                    crosses[one.name] = read.new_zeros(read.shape[1], lacking.shape[1])
+                crosses[one.name].addmm_(read.mT, lacking)
+    assert gram is not None
+    return gram, crosses

@@ -1,0 +1,110 @@
+"""Base + adapter and the tuned model, run side by side on the same texts, a stretch at a time; in between, on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.refinement.chain import Chain
+from peft_posthoc.refinement.sequences import Batch
+
+Side = Literal[0, 1]
+"""Base + adapter, or the tuned model."""
+SIDES: tuple[Side, Side] = (0, 1)
+_TOKENS = 256
+"""Whose logits are there at a time."""
+
+
+class Piece(NamedTuple):
+    """Some tokens on their way through a stretch, of both models."""
+
+    run: tuple[Callable[[], Tensor], Callable[[], Tensor]]
+    """What comes out, of either side: hidden states, or at the end logits."""
+    counted: Tensor
+    """Of the tokens, one after the other, those that are no padding."""
+
+
+class Stretch(NamedTuple):
+    """A part of both models: what comes before the blocks, a block, or what comes after them."""
+
+    name: str
+    pieces: Callable[[int], list[Piece]]
+    """Of a batch of texts."""
+    held: Callable[[], AbstractContextManager[object]]
+    """Keeps its weights in memory."""
+
+
+class Walk:
+    """Both models on some texts.
+
+    What goes from a stretch to the next lies in a folder of its own, which is gone when the walk ends, however it ends.
+
+    Args:
+        chains: Base + adapter, and the tuned model.
+        batches: Of texts.
+    """
+
+    def __init__(self, chains: tuple[Chain, Chain], batches: Sequence[Batch]) -> None:
+        self._chains, self.batches = chains, batches
+        self._folder = tempfile.TemporaryDirectory(prefix="phlora-")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.cleanup()
+
+    def stretches(self) -> Iterator[Stretch]:
+        """One after the other: what a stretch gives with the factors that it has by then is what the next one reads."""
+        end = len(self._chains[0].blocks)
+        for index in range(-1, end):
+            stretch = self._stretch(index, "embeddings" if index < 0 else f"block {index}")
+            if index < 0:
+                with stretch.held(), torch.no_grad():
+                    for chain in self._chains:
+                        chain.check(self.batches[0])
+            yield stretch
+            with stretch.held(), torch.no_grad():
+                for place in range(len(self.batches)):
+                    (piece,) = stretch.pieces(place)
+                    for side in SIDES:
+                        torch.save(piece.run[side](), self._file(side, place))
+        yield Stretch("head", self._ends, partial(self._held, end))
+
+    def _stretch(self, index: int, name: str) -> Stretch:
+        def run(side: Side, place: int) -> Tensor:
+            chain, batch = self._chains[side], self.batches[place]
+            return chain.enter(batch) if index < 0 else chain.through(index, batch, self._read(side, place))
+
+        def pieces(place: int) -> list[Piece]:
+            return [Piece((partial(run, 0, place), partial(run, 1, place)), self.batches[place].mask.bool().flatten())]
+
+        return Stretch(name, pieces, partial(self._held, index))
+
+    def _ends(self, place: int) -> list[Piece]:
+        mask = self.batches[place].mask.bool()
+        parts = [self._read(side, place)[mask].split(min(_TOKENS, mask.shape[1])) for side in SIDES]
+        leave = [chain.leave for chain in self._chains]
+        return [
+            Piece((partial(leave[0], mine), partial(leave[1], theirs)), mask.new_ones(len(mine)))
+            for mine, theirs in zip(*parts, strict=True)
+        ]
+
+    @contextmanager
+    def _held(self, index: int) -> Iterator[None]:
+        with self._chains[0].held(index), self._chains[1].held(index):
+            yield
+
+    def _file(self, side: Side, place: int) -> Path:
+        return Path(self._folder.name) / f"{side}-{place}.pt"
+
+    def _read(self, side: Side, place: int) -> Tensor:
+        found: Tensor = torch.load(self._file(side, place), weights_only=True)
+        return found

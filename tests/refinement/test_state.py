@@ -1,0 +1,216 @@
+"""Interrupted fits: they go on from where they were, to the same bits; and a budget of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from peft_posthoc import PosthocError, Sampled, distil, extract, refine
+from peft_posthoc.cli.main import main
+from peft_posthoc.refinement import distil as distil_module
+from peft_posthoc.refinement.pace import At, Pace
+from peft_posthoc.refinement.sequences import Tokens
+from peft_posthoc.refinement.state import State
+from tests.make.limits import HANG
+
+QUICK: dict[str, Any] = {"sequences": 48, "length": 12}
+# Ends itself at once, as `kill -9` does, when the state is written for the third time.
+KILLED = """
+import os, signal
+from peft_posthoc.cli.main import main
+from peft_posthoc.refinement.state import State
+State.patience, keep, times = 0.0, State.keep, []
+def keep_and_die(*args):
+    keep(*args)
+    args[0].patience = 0.0
+    times.append(None)
+    if len(times) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+State.keep = keep_and_die
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Counted(Sampled):
+    """Text that says when it is written."""
+
+    times: ClassVar[list[None]] = []
+
+    def write(self, *args: Any, **options: Any) -> list[Tokens]:
+        self.times.append(None)
+        return super().write(*args, **options)
+
+
+@pytest.fixture
+def adapter(llama_pair: tuple[str, str], tmp_path: Path) -> Path:
+    return extract(*llama_pair, 2, dtype=torch.float32).save(tmp_path / "svd")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = State.keep
+
+    def kept(state: State, *args: Any) -> None:
+        keep(state, *args)
+        state.patience = 0.0
+
+    monkeypatch.setattr(State, "patience", 0.0)
+    monkeypatch.setattr(State, "keep", kept)
+    Counted.times.clear()
+
+
+def _fails_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = distil_module.divergence, []
+
+    def fails(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == step:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(distil_module, "divergence", fails)
+
+
+def _breaks_off(step: int, *args: Any, **options: Any) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        _fails_at(step, MemoryError(), patched)
+        with pytest.raises(MemoryError):
+            refine(*args, **options)
+
+
+def _kept(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if ".refine-" in path.name]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one.after == other.after and all(torch.equal(x, other.tensors[name]) for name, x in one.tensors.items())
+
+
+def test_a_fit_that_broke_off_goes_on_to_the_same_bits(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
+) -> None:
+    whole, out = refine(adapter, *llama_pair, texts=Counted(), **QUICK), tmp_path / "out"
+    assert not whole.kept
+    for step in (4, 6):
+        _breaks_off(step, adapter, *llama_pair, texts=Counted(), out=out, **QUICK)
+    again = refine(adapter, *llama_pair, texts=Counted(), out=out, **QUICK)
+    assert len(Counted.times) == 2
+    assert again.steps == whole.steps
+    assert _same(again, whole)
+    assert len(_kept(tmp_path)) == 1
+    again.save(out)
+    assert not _kept(tmp_path)
+
+
+def test_a_command_that_was_killed_goes_on(llama_pair: tuple[str, str], adapter: Path, tmp_path: Path) -> None:
+    options = ["--base", llama_pair[0], "--tuned", llama_pair[1], "--sequences", "48", "--length", "12", "--quiet"]
+    command = ["refine", str(adapter), str(tmp_path / "out"), *options]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=HANG,
+        check=False,
+        capture_output=True,
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert len(_kept(tmp_path)) == 1
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert not _kept(tmp_path)
+    assert CliRunner().invoke(main, [*command[:2], str(tmp_path / "whole"), *options]).exit_code == 0
+    found = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "whole")]
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
+def test_ctrl_c_keeps_the_best_so_far_and_the_rest_can_be_done_later(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        _fails_at(9, KeyboardInterrupt(), patched)
+        stopped = refine(adapter, *llama_pair, out=out, **QUICK)
+    assert stopped.interrupted
+    assert not stopped.kept
+    assert "the best so far is kept" in stopped.table()
+    assert str(_kept(tmp_path)[0]) in stopped.table()
+    stopped.save(out)
+    rest = refine(adapter, *llama_pair, out=out, **QUICK)
+    rest.save(out, force=True)
+    assert not _kept(tmp_path)
+    assert _same(rest, refine(adapter, *llama_pair, **QUICK))
+
+
+def test_ctrl_c_before_the_fit_tells_what_is_kept(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distil, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        refine(adapter, *llama_pair, out=tmp_path / "out", **QUICK)
+    assert "The same command goes on" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"length": 11}, {"method": distil(lr=0.01)}, {"texts": Sampled("a")}])
+def test_another_fit_begins_anew_and_says_so(
+    llama_pair: tuple[str, str],
+    adapter: Path,
+    tmp_path: Path,
+    other: dict[str, Any],
+) -> None:
+    out = tmp_path / "out"
+    _breaks_off(3, adapter, *llama_pair, out=out, **QUICK)
+    if "texts" in other:  # There is no tokenizer: what fails for good takes its own state away, and no other.
+        with pytest.raises(PosthocError, match="tokenizer"):
+            refine(adapter, *llama_pair, out=out, **QUICK, **other)
+        assert len(_kept(tmp_path)) == 1
+        return
+    another = refine(adapter, *llama_pair, out=out, **{**QUICK, **other})
+    assert "was not used" in another.table()
+    assert _same(another, refine(adapter, *llama_pair, **{**QUICK, **other}))
+    another.save(out)
+    assert not _kept(tmp_path)
+
+
+def test_a_damaged_state_is_done_again(llama_pair: tuple[str, str], adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _breaks_off(5, adapter, *llama_pair, out=out, **QUICK)
+    for file in _kept(tmp_path)[0].iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert _same(refine(adapter, *llama_pair, out=out, **QUICK), refine(adapter, *llama_pair, **QUICK))
+
+
+def test_writing_stops_in_time_for_a_fit(llama_pair: tuple[str, str], adapter: Path) -> None:
+    """More text than can be written in that time."""
+    refined = refine(adapter, *llama_pair, sequences=20_000, length=64, minutes=0.15)
+    assert 0 < sum(refined.texts.values()) < 18_000
+    assert refined.steps > 0
+
+
+def test_no_time_at_all_is_told(llama_pair: tuple[str, str], adapter: Path) -> None:
+    with pytest.raises(PosthocError, match="Give more time: `minutes="):
+        refine(adapter, *llama_pair, **QUICK, minutes=1.0, since=time.monotonic() - 60)
+
+
+def test_time_leaves_room_for_the_last_step_and_the_last_judging(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    pace = Pace(At(share=0.5, seconds=7.0), 50.0, 10.0)
+    assert pace.at(0, 1000, 0) == At(0, 0.5, 0, 7.0)
+    now[0] += 10
+    at = pace.at(1, 1000, 0)
+    assert (at.share, at.seconds) == (0.5 + 0.5 * 20 / 40, 17.0)
+    assert pace.due(at) == 0  # Judging takes long: once, at the end.
+    now[0] += 20
+    assert pace.at(2, 1000, 0).share == 1
