@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.hub import check_room
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.forms.lay_out import lay_out
@@ -186,7 +186,7 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     # freed.
     deltas = max(4 * math.prod(header.shape) for header in plan.headers.values())
     work = 1.25 * 2 * (deltas + max(4 * 8 * rank * sides[name] for name, rank in ranks.items()))
-    read = [(side, side.headers) for side in (prepared.base, prepared.tuned)]
+    read: list[tuple[Checkpoint, Iterable[str]]] = [(side, side.headers) for side in (prepared.base, prepared.tuned)]
     if prepared.served is not None:
         read.append((prepared.served, ranks))
     return Preflight(

@@ -58,3 +58,12 @@ def test_a_surface_makes_of_a_quantised_base_what_python_makes(surface, how, pai
     assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (wanted, tmp_path / "out")]
     assert {Path(config["base_model_name_or_path"]).name for config in configs} == {"fp8"}
+
+
+def test_a_merge_of_codes_is_refused_with_what_to_give(pair, tmp_path):
+    base, low, tuned = pair
+    for both in ((low, tuned), (base, low)):
+        result = mergekit_runs.phlora(mergekit_runs.config(*both), tmp_path / "out", "--no-model")
+        assert result.exit_code == 1
+        assert f"`{low}` is quantized" in result.output
+        assert "mergekit would merge its codes. Give it in 16 bits" in result.output
