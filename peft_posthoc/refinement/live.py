@@ -21,7 +21,7 @@ from peft_posthoc.refinement.chain import Chain
 from peft_posthoc.refinement.distance import Model, Score, distances
 from peft_posthoc.refinement.sequences import Batch, Tokens
 from peft_posthoc.running.inputs import tokenizer_of
-from peft_posthoc.running.load import load_model, rows_of, with_adapter
+from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 
 Side = Checkpoint | nn.Module
 """A model that is to be loaded, or one that is alive."""
@@ -125,7 +125,7 @@ def load_side(side: Side, device: torch.device) -> Any:
     name = label(side)
     if isinstance(side, nn.Module):
         model: Any = side
-    elif side.folder is None:
+    elif not is_loadable(side):
         raise CheckpointError(f"`{name}` is no model in a folder or on the hub; only such are loaded.")
     else:
         cls = class_of(_class_name(side))

@@ -33,13 +33,6 @@ FORMATS = {
         "scales": torch.rand(1, M),
         "g_idx": torch.zeros(N, dtype=torch.int32),
     },
-    "bitsandbytes, 4 bits": lambda: {
-        "weight": codes(torch.uint8, M * N // 2, 1),
-        "weight.absmax": torch.rand(M * N // 64),
-        "weight.quant_map": torch.rand(16),
-        "weight.quant_state.bitsandbytes__nf4": codes(torch.uint8, 90),
-    },
-    "bitsandbytes, 8 bits": lambda: {"weight": codes(torch.int8, M, N), "SCB": torch.rand(M)},
     "HQQ": lambda: {"W_q": codes(torch.uint8, M * N // 2, 1), "scale": torch.rand(M, 1), "zero": torch.rand(M, 1)},
 }
 
@@ -97,7 +90,7 @@ def test_equal_codes_are_unchanged(form):
 
 
 def test_a_layer_of_zeros_beside_others_has_the_weight_s_shape_and_not_that_of_its_codes():
-    plain, stored = model("bitsandbytes, 4 bits")
+    plain, stored = model("HQQ")
     found = extract(stored, changed(plain), 4)
     assert {name: slot[1:] for name, slot in found.plan.slots.items()} == dict.fromkeys(found.plan.slots, (M, N))
 

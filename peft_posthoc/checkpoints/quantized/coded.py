@@ -44,6 +44,11 @@ class Stored:
         """Of all that is stored."""
         return self.checkpoint.headers
 
+    def number(self, key: str) -> int:
+        """A whole number that says how it was quantized; 0 where none does."""
+        value = self.told.get(key)
+        return value if isinstance(value, int) else 0
+
     def beside(self, name: str, *leaves: str) -> str | None:
         """The first of `leaves` that is stored in the module of a tensor, in full."""
         module = name.rpartition(".")[0]

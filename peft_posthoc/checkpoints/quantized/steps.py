@@ -21,6 +21,8 @@ def steps(decode: Callable[[Tensor], Tensor], codes: Tensor, bits: int) -> Tenso
 
 def beside(codes: Tensor, bits: int) -> Tensor:
     """The same codes, each the next one or the one before: its lowest bit is flipped."""
+    if codes.dtype.is_floating_point and codes.itemsize > 1:  # Bytes, stored as that.
+        codes = codes.contiguous().view(torch.uint8)
     if codes.dtype.is_floating_point:
         flipped = codes.view(torch.uint8) ^ 1
         if codes.dtype is torch.float8_e4m3fn:
