@@ -188,12 +188,40 @@ def shuffled(module):
         module.weight.copy_(module.weight.flip(0))
 
 
-def test_the_error_of_a_folder_in_fp8_is_expected_from_its_scales(fp8_pair):
-    base, low, tuned = fp8_pair
+# How a report names what is in a folder.
+FOLDERS = {
+    coded_folders.fp8: "compressed-tensors, FP8",
+    coded_folders.fp8_rows: "compressed-tensors, FP8 by row",
+    coded_folders.nf4: "bitsandbytes, NF4",
+}
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda how: how.__name__)
+def coded(request, fp8_pair, tmp_path_factory):
+    """A base and its fine-tune, each plain and in one format, and the format's name."""
+    base, _, tuned = fp8_pair
+    where = tmp_path_factory.mktemp("coded")
+    low = [coded_folders.quantise(one, where / str(i), request.param) for i, one in enumerate((base, tuned))]
+    return base, tuned, *low, FOLDERS[request.param]
+
+
+def rows_of(adapter):
+    return [row for row in adapter.report.rows if row.status == "extracted"]
+
+
+def test_the_error_of_a_folder_is_expected_from_its_scales(coded):
+    base, _, low, _, _ = coded
     for pair in ((low, base), (base, low)):
-        for row in extract(*pair, 1).report.rows:
-            if row.status == "extracted":
-                assert sum(row.grid) == pytest.approx(row.delta_norm, rel=0.1)
-    report = extract(low, tuned, "auto").report
-    assert f"`{low}` (compressed-tensors, FP8) is quantised: the delta is the total one" in report.notes[0]
-    assert {row.signal_rank for row in report.rows if row.status == "extracted"} == {4}
+        for row in rows_of(extract(*pair, 1)):
+            assert sum(row.grid) == pytest.approx(row.delta_norm, rel=0.15)
+
+
+def test_the_rank_that_was_trained_stands_out_of_a_folder_s_grid_and_the_report_names_it(coded):
+    base, tuned, low, low_tuned, form = coded
+    for pair, said in (
+        ((base, low_tuned), f"`{low_tuned}` ({form}) is quantised: the delta has the error of quantising beside"),
+        ((low, tuned), f"`{low}` ({form}) is quantised: the delta is the total one"),
+    ):
+        adapter = extract(*pair, "auto")
+        assert {row.signal_rank for row in rows_of(adapter)} == {4}
+        assert adapter.report.notes[0].startswith(said)
