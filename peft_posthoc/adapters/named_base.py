@@ -64,6 +64,8 @@ def _same_place(one: Path, other: Path) -> bool:
     """Tell whether two paths are one folder, or a folder and the file of weights in it."""
     if not (exists(one) and exists(other)):
         return False
+    if one.is_file() and other.is_file():  # A folder may hold a model in several types.
+        return one.samefile(other)
     return len({path.resolve().parent if path.is_file() else path.resolve() for path in (one, other)}) == 1
 
 
