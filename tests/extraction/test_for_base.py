@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from peft_posthoc import MismatchError, check, extract, preflight
 from peft_posthoc.cli.main import main
-from tests.make import coded_folders, models
+from tests.make import coded_folders, gguf_files, models
 from tests.make.grids import OnGrid
 
 NAMES = [f"layers.0.{leaf}.weight" for leaf in ("q_proj", "o_proj")]
@@ -190,18 +190,27 @@ def shuffled(module):
 
 # How a report names what is in a folder.
 FOLDERS = {
-    coded_folders.fp8: "compressed-tensors, FP8",
-    coded_folders.fp8_rows: "compressed-tensors, FP8 by row",
-    coded_folders.nf4: "bitsandbytes, NF4",
+    "fp8": "compressed-tensors, FP8",
+    "fp8_rows": "compressed-tensors, FP8 by row",
+    "nf4": "bitsandbytes, NF4",
+    "Q4_1": "GGUF",
 }
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda how: how.__name__)
+def written(plain, out, how):
+    """A model in a folder or file of one format."""
+    if not hasattr(coded_folders, how):
+        kind = getattr(gguf_files.QUANT, how)
+        return str(gguf_files.save(models.load(plain), out.with_suffix(".gguf"), "llama", kind=kind))
+    return coded_folders.quantise(plain, out, getattr(coded_folders, how))
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
 def coded(request, fp8_pair, tmp_path_factory):
     """A base and its fine-tune, each plain and in one format, and the format's name."""
     base, _, tuned = fp8_pair
     where = tmp_path_factory.mktemp("coded")
-    low = [coded_folders.quantise(one, where / str(i), request.param) for i, one in enumerate((base, tuned))]
+    low = [written(one, where / str(i), request.param) for i, one in enumerate((base, tuned))]
     return base, tuned, *low, FOLDERS[request.param]
 
 
