@@ -43,7 +43,9 @@ def test_gptq_and_awq_are_a_scale_of_their_group_apart(layer):
             return gemm(words, **own)
         return gptq(words, **own, bits=int(bits), offset=int(form == "gptq"), group=16)
 
-    assert torch.allclose(steps(decode, words, int(bits)), scales[:, groups], rtol=0.13)  # of float16, for numbers up to 255
+    assert torch.allclose(
+        steps(decode, words, int(bits)), scales[:, groups], rtol=0.13
+    )  # of float16, for numbers up to 255
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
