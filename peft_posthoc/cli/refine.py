@@ -50,7 +50,7 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",)}
     type=click.Choice(list(_METHODS)),
     help="The whole model by gradients, or each layer in closed form.",
 )
-@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 2]")
+@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 4]")
 @click.option("--lr", type=_POSITIVE, help="distil: step, relative to the size of each factor.  [default: 0.05]")
 @click.option(
     "--damping",
