@@ -15,7 +15,7 @@ from peft_posthoc.errors import ShareDone, noting
 
 if TYPE_CHECKING:
     from peft_posthoc.refinement.method import Method
-    from peft_posthoc.refinement.texts import Texts
+    from peft_posthoc.texts.texts import Texts
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -51,7 +51,7 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": (
     help="The whole model by gradients; each layer in closed form; or each block by gradients. The last two have one "
     "block of each model in memory at a time.",
 )
-@click.option("--passes", type=_POSITIVE, help="distil, blocks: over the texts.  [default: 2]")
+@click.option("--passes", type=_POSITIVE, help="distil, blocks: over the texts.  [default: 4; 2]")
 @click.option("--lr", type=_POSITIVE, help="distil, blocks: step, relative to a factor's size.  [default: 0.05]")
 @click.option(
     "--damping",
@@ -127,8 +127,8 @@ def _method(name: str, options: Mapping[str, float | None]) -> Method:
 
 
 def _texts(prompts: Path | None, texts: Path | None, field: str | None, prefix: str | None) -> Texts:
-    from peft_posthoc.refinement.prompts import read_prompts, read_texts
-    from peft_posthoc.refinement.texts import Given, Prompts, Sampled
+    from peft_posthoc.texts.prompts import read_prompts, read_texts
+    from peft_posthoc.texts.texts import Given, Prompts, Sampled
 
     if sum(one is not None for one in (prompts, texts, prefix)) > 1:
         raise click.UsageError("Give one of --prompts, --texts and --prefix.")

@@ -15,13 +15,14 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from peft_posthoc.adapters.names import PREFIX
-from peft_posthoc.refinement.distance import divergence
-from peft_posthoc.refinement.live import Live
+from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
-from peft_posthoc.refinement.sequences import Split, batches
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, put
 from peft_posthoc.refinement.walk import Stretch, Walk
+from peft_posthoc.running.live import Live
+from peft_posthoc.texts.distance import divergence
+from peft_posthoc.texts.sequences import Split, batches
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class blocks:
         places = range(len(fitted)), range(len(fitted), len(fitted) + len(held_out))
         steps = max(1, math.ceil(self.passes * len(fitted)))
         moved, reached = set[str](), list[Stretch]()
-        walk = Walk(live.chains(), [*fitted, *held_out])
+        walk = Walk(chains_of(live), [*fitted, *held_out])
         try:
             with walk:
                 bar = tqdm(total=steps * walk.count, desc="Fitting", unit=" steps", disable=not progress)

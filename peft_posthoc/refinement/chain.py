@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.refinement.sequences import Batch
 from peft_posthoc.running.empty import Weights
+from peft_posthoc.running.live import Live
+from peft_posthoc.texts.sequences import Batch
 
 
 class Call(NamedTuple):
@@ -162,6 +163,13 @@ class Chain:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def chains_of(live: Live) -> tuple[Chain, Chain]:
+    """Both models, to run a stretch at a time."""
+    mine, theirs = live.weights
+    where = live.tuned.device if theirs is None else live.device
+    return Chain(live.adapted, live.device, mine), Chain(live.tuned, where, theirs)
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.refinement.distance import Score
-from peft_posthoc.refinement.live import Live
-from peft_posthoc.refinement.sequences import Split, Tokens
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import put
+from peft_posthoc.running.live import Live
+from peft_posthoc.texts.distance import Score
+from peft_posthoc.texts.sequences import Split, Tokens
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,19 @@ from peft_posthoc.errors import PosthocError
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.clock import Clock
-from peft_posthoc.refinement.distance import Score
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.live import Live
 from peft_posthoc.refinement.method import Fit, Method
 from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
-from peft_posthoc.refinement.sequences import KINDS, Split, Tokens, split
 from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
-from peft_posthoc.refinement.texts import Sampled, Texts, Writers
+from peft_posthoc.running.live import Live
 from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
+from peft_posthoc.texts.distance import Score
+from peft_posthoc.texts.sequences import KINDS, Split, Tokens, split
+from peft_posthoc.texts.texts import Sampled, Texts, Writers
 
 _WRITING = 0.5
 """Of the time that is left after loading, what may go into text."""
@@ -213,14 +213,10 @@ class _Work:
 
     def _written(self, sequences: int, length: int) -> list[Tokens]:
         live = self.live
-        writers = Writers(
-            *live.writers(),
-            live.tokenizer,
-            live.vocabulary,
-            until=self.clock.until(_WRITING),
-            together=live.together,
-        )
-        written = self.given.write(writers, count=sequences, length=length, seed=self.seed, progress=self.progress)
+        with live.writers() as pair:
+            until = self.clock.until(_WRITING)
+            writers = Writers(*pair, live.tokenizer, live.vocabulary, until=until, together=live.together)
+            written = self.given.write(writers, count=sequences, length=length, seed=self.seed, progress=self.progress)
         return live.together.first(written)
 
     def alone(self, parts: Split) -> tuple[Score, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -13,13 +14,13 @@ import torch
 
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.refinement.chain import Chain
-from peft_posthoc.refinement.distance import Score, Sum
-from peft_posthoc.refinement.live import Live, check_classes, check_finite, load_side, tokenizer_beside
-from peft_posthoc.refinement.sequences import KINDS, Tokens, batches
+from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.walk import Walk
 from peft_posthoc.running.empty import Weights, empty_model, empty_with_adapter
+from peft_posthoc.running.live import Live, check_classes, check_finite, load_side, tokenizer_beside
 from peft_posthoc.running.load import load_model
+from peft_posthoc.texts.distance import Score, Sum
+from peft_posthoc.texts.sequences import KINDS, Tokens, batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,6 @@ class Streamed(Live):
     """A tuned model, and its base with an adapter on it, without weights but for the adapter's."""
 
     where: torch.device
-    weights: tuple[Weights, Weights]
-    """Of the base, and of the tuned model."""
     loads: tuple[Callable[[], Any], ...]
     """Load the base alone, and the tuned model."""
 
@@ -36,11 +35,6 @@ class Streamed(Live):
     def device(self) -> torch.device:
         """Where logits are compared."""
         return self.where
-
-    def chains(self) -> tuple[Chain, Chain]:
-        """Both, to run a stretch at a time."""
-        mine, theirs = self.weights
-        return Chain(self.adapted, self.where, mine), Chain(self.tuned, self.where, theirs)
 
     @torch.no_grad()
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
@@ -52,7 +46,7 @@ class Streamed(Live):
             for kind in sums
             for batch in batches((text for text in by_length if text.kind == kind), size, device=self.where)
         ]
-        with Walk(self.chains(), [batch for _, batch in parts]) as walk:
+        with Walk(chains_of(self), [batch for _, batch in parts]) as walk:
             for stretch in walk.stretches():
                 if stretch.role == "exit":
                     with stretch.held():
@@ -65,32 +59,42 @@ class Streamed(Live):
     def check_finite(self) -> None:
         """Nothing: each is seen to say numbers when it is loaded to write."""
 
-    def writers(self) -> tuple[Any, Any]:
+    @contextmanager
+    def writers(self) -> Iterator[tuple[Any, Any]]:
         """The base alone and the tuned model, in turns: each is loaded when it writes, and the other goes."""
-        turns = _Turns()
-        empty = (self.adapted.get_base_model(), self.tuned)
-        mine, theirs = (
-            _Writer(name, model, load, self.vocabulary, turns)
-            for name, model, load in zip(("base", "tuned model"), empty, self.loads, strict=True)
-        )
-        return mine, theirs
+        turns = _Turns(self.loads, self.vocabulary)
+        try:
+            yield _Writer(0, self.adapted.get_base_model(), turns), _Writer(1, self.tuned, turns)
+        finally:
+            turns.end()
 
 
 class _Turns:
     """The one model that is in memory."""
 
-    writer: _Writer | None = None
-    model: Any = None
+    def __init__(self, loads: Sequence[Callable[[], Any]], vocabulary: int) -> None:
+        self._loads, self._vocabulary, self._model = loads, vocabulary, None
+        self._side: int | None = None
+
+    def of(self, side: int) -> Any:
+        if side != self._side:
+            self.end()
+            self._model, self._side = self._loads[side](), side
+            check_finite(("base", "tuned model")[side], self._model, self._vocabulary)
+        return self._model
+
+    def end(self) -> None:
+        if self._model is not None:
+            self._model = self._side = None
+            gc.collect()  # transformers' models have circles in them.
 
 
 @dataclass(frozen=True)
 class _Writer:
     """Stands for a model where text is written, as one that PEFT has put something around."""
 
-    name: str
+    side: int
     empty: Any
-    load: Callable[[], Any]
-    vocabulary: int
     turns: _Turns
 
     @property
@@ -102,14 +106,7 @@ class _Writer:
         return self.empty.generation_config
 
     def get_base_model(self) -> Any:
-        turns = self.turns
-        if turns.writer is not self:
-            if turns.model is not None:
-                turns.writer = turns.model = None
-                gc.collect()  # transformers' models have circles in them.
-            turns.model, turns.writer = self.load(), self
-            check_finite(self.name, turns.model, self.vocabulary)
-        return turns.model
+        return self.turns.of(self.side)
 
 
 def load_streamed(
@@ -133,8 +130,9 @@ def load_streamed(
     def empty(checkpoint: Checkpoint, cls: Any, where: torch.device) -> Any:
         return empty_model(checkpoint, cls)
 
-    before, after = (load_side(side, device, empty) for side in (base, tuned))
-    adapted = empty_with_adapter(before, adapter, file)
+    with torch.random.fork_rng():  # Classes and PEFT draw what is then replaced.
+        before, after = (load_side(side, device, empty) for side in (base, tuned))
+        adapted = empty_with_adapter(before, adapter, file)
     for factor in adapted.parameters():
         factor.data = factor.data if factor.is_meta else factor.data.to(device)
     weights = Weights(adapted, base, device), Weights(after, tuned, device)

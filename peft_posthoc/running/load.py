@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from peft_posthoc.adapters.config import read_config, try_patterns
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
+from peft_posthoc.checkpoints.modules import module_of
+from peft_posthoc.checkpoints.view import as_decoded
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
 from peft_posthoc.models.remote_code import without_code
 
 
+def is_loadable(checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint is a model in a folder, on the hub or in a file, of which all is known."""
+    found = as_decoded(checkpoint)
+    return checkpoint.folder is not None or (found is not None and place_of(found) is not None)
+
+
 def load_model(
     checkpoint: Checkpoint, cls: Any, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> Any:
-    """The model of a checkpoint that lies in a folder.
+    """The model of a checkpoint.
+
+    Codes are decoded as everywhere here, a tensor at a time, into a model of plain layers: for most kinds of codes
+    transformers has no kernels on a CPU, and needs a library for each.
 
     Args:
-        checkpoint: With a folder.
+        checkpoint: One that is loadable.
         cls: Its class in transformers.
         device: Where it goes.
-        dtype: What it computes in; `auto`: the file's own.
+        dtype: What it computes in; `auto`: the file's own, and float32 where codes are decoded.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or it lacks a weight.
     """
-    folder = checkpoint.folder
-    if folder is None:
+    if not is_loadable(checkpoint):
         raise ValueError(f"`load_model(checkpoint=...)` needs one in a folder. Got `{checkpoint.label}`.")
+    decoded = as_decoded(checkpoint)
     with told_of(checkpoint):
         config = config_of(checkpoint, cls)
-        model = cls.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        if decoded is not None:
+            model = _of_tensors(decoded, cls, config, torch.float32 if dtype == "auto" else dtype)
+        else:
+            place = {"local_files_only": True, "trust_remote_code": False}
+            model = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **place)
         return model.to(device).eval()
 
 
 def config_of(checkpoint: Checkpoint, cls: Any) -> Any:
-    """The configuration of a checkpoint that lies in a folder, as transformers reads it, without code that it names."""
-    check_folder(folder := checkpoint.folder or "")
+    """The configuration of a checkpoint that is loadable, without code that it names, and of plain layers."""
     check_counts(checkpoint.config or {})
+    if (decoded := as_decoded(checkpoint)) is not None:
+        return cls.config_class.from_dict(_of_plain_layers(without_code(decoded.config or {})))
+    folder: Any = checkpoint.folder
+    check_folder(folder)
     config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Models within the model are made from its configuration, and ask about the code that it names.
     return cls.config_class.from_dict(without_code(config.to_dict()))
@@ -62,6 +81,39 @@ def told_of(checkpoint: Checkpoint) -> Iterator[None]:
         raise CheckpointError(
             f"transformers cannot load `{checkpoint.label}`: {type(error).__name__}: {error}"
         ) from error
+
+
+def _of_tensors(checkpoint: Checkpoint, cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import __version__
+
+    weights: dict[str, Any] = {name: _Read(checkpoint, name) for name in checkpoint.headers if not module_of(name)}
+    if int(__version__.partition(".")[0]) < 5:  # It takes tensors alone, all at once.
+        weights = {name: one[...] for name, one in weights.items()}
+    model, told = cls.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
+    if missing := sorted(told["missing_keys"]):
+        raise CheckpointError(f"`{checkpoint.label}` lacks weights of a {cls.__name__}: {', '.join(missing[:5])}.")
+    return model
+
+
+def _of_plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that asks for no codes, those within it too."""
+    return {
+        key: _of_plain_layers(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
+class _Read:
+    """A tensor that is read when transformers takes it, as it takes a slice of a safetensors file."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, part: Any) -> Tensor:
+        return self._checkpoint.read(self._name)[part]
 
 
 def with_adapter(model: Any, adapter: str | PathLike[str], *, empty: bool = False) -> Any:

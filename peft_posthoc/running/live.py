@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeAlias
@@ -17,11 +18,11 @@ from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.config import architecture
-from peft_posthoc.refinement.chain import Chain
-from peft_posthoc.refinement.distance import Model, Score, distances
-from peft_posthoc.refinement.sequences import Batch, Tokens
+from peft_posthoc.running.empty import Weights
 from peft_posthoc.running.inputs import tokenizer_of
-from peft_posthoc.running.load import load_model, rows_of, with_adapter
+from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
+from peft_posthoc.texts.distance import Model, Score, distances
+from peft_posthoc.texts.sequences import Batch, Tokens
 
 Side = Checkpoint | nn.Module
 """A model that is to be loaded, or one that is alive."""
@@ -38,6 +39,8 @@ class Live:
     """transformers', or None."""
     name: str = "default"
     """The adapter's on the model."""
+    weights: tuple[Weights | None, Weights | None] = (None, None)
+    """Of models without weights, where each is read while it is needed."""
     together: Together = ALONE
     """Processes that each have both models."""
 
@@ -80,13 +83,10 @@ class Live:
         for name, model in (("tuned model", self.tuned), ("base", self.adapted)):
             check_finite(name, model, self.vocabulary)
 
-    def writers(self) -> tuple[Any, Any]:
+    @contextmanager
+    def writers(self) -> Iterator[tuple[Any, Any]]:
         """The base and the tuned model, to write with."""
-        return self.adapted, self.tuned
-
-    def chains(self) -> tuple[Chain, Chain]:
-        """Both, to run a stretch at a time."""
-        return Chain(self.adapted, self.device), Chain(self.tuned, self.tuned.device)
+        yield self.adapted, self.tuned
 
 
 def load_live(
@@ -152,7 +152,7 @@ def load_side(side: Side, device: torch.device, load: Load = load_model) -> Any:
     name = label(side)
     if isinstance(side, nn.Module):
         model: Any = side
-    elif side.folder is None:
+    elif not is_loadable(side):
         raise CheckpointError(f"`{name}` is no model in a folder or on the hub; only such are loaded.")
     else:
         cls = class_of(_class_name(side))
