@@ -131,8 +131,9 @@ def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Te
 
     A batch at a time.
     """
-    gram: Tensor | None = None
-    crosses: dict[str, Tensor] = {}
+    n, device = group[0].size[1], group[0].a.device
+    gram = torch.zeros(n, n, device=device)
+    crosses = {one.name: torch.zeros(n, one.size[0], device=device) for one in group}
     sides = [{one.name: getattr(one, side) for one in group} for side in ("base", "tuned")]
     for place in range(places):
         for piece in stretch.pieces(place):
@@ -141,15 +142,9 @@ def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Te
                 with watched(modules) as through:
                     piece.run[side]()
                 seen.append(through)
-            mine, theirs = seen
-            read = mine[group[0].name].inputs[piece.counted].float()
-            if gram is None:
-                gram = read.new_zeros(read.shape[1], read.shape[1])
+            read = seen[0][group[0].name].inputs[piece.counted].float()
             gram.addmm_(read.mT, read)
-            for one in group:
-                lacking = (theirs[one.name].outputs.to(read.device) - mine[one.name].outputs)[piece.counted].float()
-                if one.name not in crosses:
-                    crosses[one.name] = read.new_zeros(read.shape[1], lacking.shape[1])
-                crosses[one.name].addmm_(read.mT, lacking)
-    assert gram is not None
+            for name, cross in crosses.items():
+                made, wanted = (side[name].outputs.to(device)[piece.counted].float() for side in seen)
+                cross.addmm_(read.mT, wanted - made)
     return gram, crosses

@@ -133,8 +133,6 @@ def load_streamed(
     with torch.random.fork_rng():  # Classes and PEFT draw what is then replaced.
         before, after = (load_side(side, device, empty) for side in (base, tuned))
         adapted = empty_with_adapter(before, adapter, file)
-    for factor in adapted.parameters():
-        factor.data = factor.data if factor.is_meta else factor.data.to(device)
     weights = Weights(adapted, base, device), Weights(after, tuned, device)
     # In the type of the file: it only writes, and in half the memory.
     auto = partial(load_model, dtype="auto")

@@ -13,7 +13,6 @@ from peft_posthoc import blocks, refine
 from peft_posthoc.refinement import blocks as module
 from peft_posthoc.refinement.steps import Steps
 from tests.refinement.test_compensated import SMALL, _adapter, _pair
-from tests.refinement.test_streamed import _alive
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -30,14 +29,6 @@ def test_a_fitted_adapter_is_nearer_on_text_it_has_not_seen(tmp_path: Path, name
     assert {key for key, x in before.items() if torch.equal(x, refined.tensors[key])} == {
         key for key in before if ".lora_" not in key
     }
-
-
-def test_a_block_at_a_time_gives_what_whole_models_give(tmp_path: Path) -> None:
-    pair = _pair(tmp_path)
-    adapter = _adapter(pair, tmp_path / "svd")
-    streamed, whole = (refine(adapter, *models, method=blocks(), **SMALL) for models in (pair, map(_alive, pair)))
-    for key, x in whole.tensors.items():
-        torch.testing.assert_close(streamed.tensors[key], x, rtol=1e-3, atol=1e-4)
 
 
 def test_factors_before_the_blocks_stay_and_are_told(tmp_path: Path) -> None:
