@@ -22,11 +22,6 @@ def codes(dtype, *shape):
 
 FORMATS = {
     "float8": lambda: {"weight": torch.randn(M, N).to(torch.float8_e4m3fn)},  # Without its scale.
-    "compressed-tensors": lambda: {
-        "weight_packed": codes(torch.int32, M, N // 8),
-        "weight_scale": torch.rand(M, 1),
-        "weight_shape": torch.tensor([M, N]),
-    },
     "GPTQ or AWQ": lambda: {
         "qweight": codes(torch.int32, N // 8, M),
         "qzeros": codes(torch.int32, 1, M // 8),
@@ -155,18 +150,10 @@ def test_the_attention_beside_experts_in_mxfp4_is_carried_as_from_the_plain_base
     for module in attention:
         assert torch.equal(found.factors[module][0], expected[module][0])
         assert torch.equal(found.factors[module][1], expected[module][1])
-    experts = [
-        row for row in found.report.rows if row.weight.partition("[")[0].endswith(("_proj", "_blocks", "_scales"))
-    ]
-    assert len(experts) >= 12
-    assert {row.cause for row in experts} == {"quantized", "of-quantized"}
-    assert all("mxfp4" in row.reason for row in experts)
-    values = {name: value.numel() for name, value in load_file(tuned / "model.safetensors").items()}
-    coded_values = sum(count for name, count in values.items() if name.endswith(("gate_up_proj", "down_proj")))
-    assert found.report.totals.unknown == pytest.approx(coded_values / sum(values.values()))
+    assert not {row.cause for row in found.report.rows} & {"quantized", "of-quantized"}
+    assert found.report.totals.unknown == 0
     adapter = found.save(tmp_path / "adapter")
     rows = {row.weight: row for row in verify(adapter, coded, tuned, outputs=False).rows}
-    assert not rows.keys() & {row.weight for row in experts}
     assert all(rows[f"{module}.weight"].delta_cosine > 0.5 for module in attention)
 
 
