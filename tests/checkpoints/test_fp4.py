@@ -72,7 +72,8 @@ def test_modelopt_s_nvfp4_multiplies():
 def test_scales_in_the_order_of_a_kernel_are_not_taken_for_others():
     tensors = nvfp4()
     own = {"x.weight": tensors["weight_packed"], "x.weight_scale": tensors["weight_scale"]}
-    assert opened({**own, "x.weight_scale_2": torch.ones(())}).coded_as("x.weight") is None
+    own |= {"x.weight_scale_2": torch.ones(()), "x.comfy_quant": torch.ones(20, dtype=torch.uint8)}
+    assert opened(own).coded_as("x.weight") is None
 
 
 def test_compressed_tensors_mxfp4_is_what_it_decodes_itself():

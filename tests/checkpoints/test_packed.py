@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -85,13 +86,10 @@ def test_columns_have_the_groups_that_an_order_gives_them():
     weight, order = torch.randn(M, N, dtype=torch.bfloat16), torch.randperm(N)
     # Columns of one group lie anywhere.
     stored, made = compressed("pack-quantized", plan, weight)
-    codes = made.clone()
     back = order.argsort()
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-
     numbers = unpack_from_int32(stored["weight_packed"], 4, torch.Size((M, N)))[:, back]
     stored |= {"weight_packed": pack_to_int32(numbers, 4), "weight_g_idx": (torch.arange(N) // 32)[back].int()}
-    assert torch.equal(open_checkpoint(opened(stored, plan)).read("x.weight"), codes[:, back])
+    assert torch.equal(open_checkpoint(opened(stored, plan)).read("x.weight"), made[:, back])
 
 
 @pytest.mark.parametrize(
@@ -127,9 +125,8 @@ def test_words_that_nothing_fits_are_refused():
 
 def test_codes_whose_scales_are_missing_are_refused():
     stored = {"weight_packed": torch.zeros(4, 4, dtype=torch.int32), "weight_scale": torch.ones(4, 1)}
-    source = opened({**stored, "weight_shape": torch.tensor([4, 32])})
-    other = InMemory({**source._tensors, "y.weight_packed": stored["weight_packed"]}, label="model")
+    source = {f"x.{name}": tensor for name, tensor in stored.items()}
     with pytest.raises(
-        CheckpointError, match=r"`y.weight_packed` of `model` holds codes \(int32\) and lacks the scales"
+        CheckpointError, match=r"`y.weight_packed` of `state dict` holds codes \(int32\) and lacks the scales"
     ):
-        open_checkpoint(other)
+        open_checkpoint({**source, "x.weight_shape": torch.tensor([4, 32]), "y.weight_packed": torch.ones(4, 4).int()})

@@ -164,3 +164,31 @@ def test_a_form_that_is_not_read_is_refused_by_its_name(scheme, change, words, p
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
         extract(tmp_path, of.tuned, RANK)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "leaf", "spoil"),
+    [
+        ("gptq, 4 bits", "g_idx", lambda x: x + 900),
+        ("gptq, 4 bits", "qweight", lambda x: x[1:]),
+        ("gptq, 4 bits", "scales", lambda x: x[0]),
+        ("awq", "scales", lambda x: x[:3]),
+        ("awq", "qzeros", lambda x: x[:, :1].contiguous()),
+        ("awq gemv", "qweight", lambda x: x[1:]),
+        ("nf4", "weight", lambda x: x[1:]),
+        ("nf4", "weight.absmax", lambda x: x[1:]),
+        ("nf4", "weight.quant_state.bitsandbytes__nf4", lambda x: x[1:]),
+        ("nf4, nested", "weight.nested_quant_map", None),
+        ("int8", "SCB", lambda x: x[1:]),
+        ("int8", "weight_format", lambda x: x + 2),
+    ],
+)
+def test_codes_that_do_not_fit_what_lies_beside_them_are_refused(scheme, leaf, spoil, pair, tmp_path):
+    of = pair(scheme)
+    tensors = load_file(of.base / "model.safetensors")
+    name = f"model.layers.0.self_attn.q_proj.{leaf}"
+    value = tensors.pop(name)
+    save_file(tensors if spoil is None else tensors | {name: spoil(value)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").symlink_to(of.base / "config.json")
+    with pytest.raises(CheckpointError, match="q_proj"):
+        extract(tmp_path, of.tuned, RANK)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.quantized.fp8 import EXPONENTS, factor
+from peft_posthoc.checkpoints.quantized.scaled import EXPONENTS, factor
 from peft_posthoc.errors import CheckpointError
 
 _BYTES = (torch.uint8, torch.int8)
@@ -49,16 +49,15 @@ def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
     if scale is None:
         return None
     dtype, shape = stored.headers[scale].dtype, stored.headers[scale].shape
-    beside = [stored.beside(name, other) for other in ("input_scale", "input_global_scale", "activation_scale")]
     shown = Header((header.shape[0], header.shape[1] * 2), stored.dtype)
-    others = tuple(other for other in beside if other)
+    beside = stored.all_beside(name, "input_scale", "input_global_scale", "activation_scale")
     if dtype in EXPONENTS:
         if shape != (header.shape[0], header.shape[1] // 16):
             return None
-        return Coded((name, scale), shown, partial(_made, divide=False, dtype=stored.dtype), 4, "MXFP4", others)
+        return Coded((name, scale), shown, partial(_made, divide=False, dtype=stored.dtype), 4, "MXFP4", beside=beside)
     second = stored.beside(name, "weight_global_scale", "weight_scale_2")
     # ComfyUI stores the scales in the order of a kernel's tiles, and has no configuration.
-    if second is None or stored.told.get("quant_method", "ComfyUI") == "ComfyUI" or stored.beside(name, "comfy_quant"):
+    if second is None or stored.method == "ComfyUI" or stored.beside(name, "comfy_quant"):
         return None
     if (smooth := stored.beside(name, "pre_quant_scale")) is not None:
         raise CheckpointError(
@@ -67,7 +66,7 @@ def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
         )
     _check(name, (header.shape[0], header.shape[1] // 8), scale, shape)
     make = partial(_made, divide=second.endswith("global_scale"), dtype=stored.dtype)
-    return Coded((name, scale, second), shown, make, 4, "NVFP4", others)
+    return Coded((name, scale, second), shown, make, 4, "NVFP4", beside=beside)
 
 
 def _check(name: str, wanted: tuple[int, ...], scale: str, found: tuple[int, ...]) -> None:

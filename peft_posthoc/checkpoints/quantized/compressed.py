@@ -17,7 +17,7 @@ from peft_posthoc.errors import CheckpointError
 _BITS = (4, 8, 2, 3, 5, 6, 7)
 
 
-def packed(stored: Stored) -> Iterator[tuple[str, Coded]]:
+def compressed(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """Every weight that is stored as `X.weight_packed` of words."""
     for name, header in stored.headers.items():
         if not name.endswith(".weight_packed") or header.dtype is not torch.int32 or len(header.shape) != 2:
@@ -25,9 +25,8 @@ def packed(stored: Stored) -> Iterator[tuple[str, Coded]]:
         scale = stored.beside(name, "weight_scale")
         if scale is None:
             continue
-        zero, groups, shape, *others = (
-            stored.beside(name, leaf)
-            for leaf in ("weight_zero_point", "weight_g_idx", "weight_shape", "input_scale", "input_zero_point")
+        zero, groups, shape = (
+            stored.beside(name, leaf) for leaf in ("weight_zero_point", "weight_g_idx", "weight_shape")
         )
         of_scale = stored.headers[scale]
         count = of_scale.shape[1] if len(of_scale.shape) == 2 else 1
@@ -40,8 +39,9 @@ def packed(stored: Stored) -> Iterator[tuple[str, Coded]]:
                 Header((header.shape[0], n), stored.dtype),
                 make,
                 bits,
-                f"{bits}-bit integers",
-                tuple(filter(None, (shape, *others))),
+                f"INT{bits}",
+                along=1,
+                beside=(*filter(None, (shape,)), *stored.all_beside(name, "input_scale", "input_zero_point")),
             ),
         )
 

@@ -14,17 +14,19 @@ from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.errors import CheckpointError
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-# Scales that are exponents of two; integers that have such hold numbers of 4 bits.
+# Scales that are exponents of two.
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # In every file that is known, where no configuration says another.
 _BLOCK = 128
 # What lies beside a weight and is not needed to decode it.
-_BESIDE = ("input_scale", "scale_input", "activation_scale", "input_zero_point", "comfy_quant")
+_BESIDE = (
+    *("input_scale", "scale_input", "activation_scale", "input_global_scale", "input_zero_point", "comfy_quant"),
+)
 # Rows that are decoded at once.
 _ROWS = 256
 
 
-def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
+def scaled(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """Every weight of 8 bits that has its scale beside it.
 
     The scale is `X.weight_scale_inv` (DeepSeek, Qwen; a factor all the same), `X.weight_scale` (compressed-tensors,
@@ -38,11 +40,10 @@ def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
         leaf = name.rpartition(".")[2]
         own = ("scale",) if leaf == "weight" else ()
         scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}", *own)
-        if scale is None or (header.dtype is torch.int8 and stored.headers[scale].dtype in EXPONENTS):
+        if scale is None or (header.dtype is torch.int8 and is_half(stored, scale)):
             continue
         zero = stored.beside(name, f"{leaf}_zero_point")
         blocks, by = _blocks(name, header.shape, scale, stored.headers[scale].shape, _told(stored, name))
-        beside = [stored.beside(name, other) for other in _BESIDE]
         yield (
             name,
             Coded(
@@ -51,9 +52,14 @@ def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
                 partial(weight, blocks=blocks, dtype=stored.dtype),
                 8,
                 f"{'INT8' if header.dtype is torch.int8 else 'FP8'}{by}",
-                (*(other for other in beside if other), *marks),
+                beside=(*stored.all_beside(name, *_BESIDE), *marks),
             ),
         )
+
+
+def is_half(stored: Stored, scale: str) -> bool:
+    """Tell whether integers that this is the scale of hold two floats of 4 bits each, as DeepSeek's experts do."""
+    return stored.headers[scale].dtype in EXPONENTS or stored.method == "fp8"
 
 
 class Blocks(NamedTuple):
