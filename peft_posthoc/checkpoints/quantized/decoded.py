@@ -11,7 +11,9 @@ from torch import Tensor
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, gptq
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
-from peft_posthoc.checkpoints.quantized.fp8 import fp8
+from peft_posthoc.checkpoints.quantized.compressed import compressed
+from peft_posthoc.checkpoints.quantized.fp4 import fp4
+from peft_posthoc.checkpoints.quantized.scaled import scaled
 from peft_posthoc.checkpoints.quantized.steps import steps
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.checkpoints.view import Piece, View, same
@@ -19,7 +21,14 @@ from peft_posthoc.errors import CheckpointError, PosthocError, one_line
 from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
-READERS: tuple[Reader, ...] = (fp8, gptq.weights, awq.weights, bitsandbytes.weights)
+READERS: tuple[Reader, ...] = (
+    scaled,
+    fp4,
+    compressed,
+    gptq.weights,
+    awq.weights,
+    bitsandbytes.weights,
+)
 
 
 class Decoded(View):
@@ -27,7 +36,7 @@ class Decoded(View):
 
     from_codes = True
 
-    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str) -> None:
         """Show what is decoded in place of what it is made of.
 
         Args:
@@ -68,7 +77,7 @@ class Decoded(View):
         if one is None:
             return super().steps(name)
         codes, *beside = map(self._source, one.sources)
-        return steps(lambda moved: one.make(moved, *beside), codes, one.bits)
+        return steps(lambda moved: one.make(moved, *beside), codes, one.bits, along=one.along)
 
     def coded_as(self, name: str) -> str | None:
         """The format of a weight that is decoded."""
@@ -96,7 +105,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
             if gone.isdisjoint(one.sources):
                 coded[name] = one
                 gone |= {*one.sources, *one.beside}
-    return Decoded(checkpoint, coded, method=stored.told.get("quant_method")) if coded else checkpoint
+    return Decoded(checkpoint, coded, method=stored.method) if coded else checkpoint
 
 
 def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
