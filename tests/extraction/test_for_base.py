@@ -194,6 +194,7 @@ def shuffled(module):
 FOLDERS = {
     "fp8": "compressed-tensors, FP8",
     "fp8_rows": "compressed-tensors, FP8 by row",
+    "int4": "compressed-tensors, INT4",
     "nf4": "bitsandbytes, NF4",
     "Q4_1": "GGUF",
 }
