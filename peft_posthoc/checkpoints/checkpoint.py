@@ -47,6 +47,8 @@ class Checkpoint(Protocol):
     """Bytes that are downloaded when the first tensor is read."""
     sequential: bool = False
     """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
+    from_codes: bool = False
+    """True where the files hold codes, under these names or others: transformers is handed what they are decoded to."""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
@@ -74,7 +76,8 @@ def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.is_meta or not tensor.numel() or identity not in seen:
+        # A table of what codes mean is shared by all weights that were quantised in one process, and tied to none.
+        if tensor.is_meta or not tensor.numel() or identity not in seen or name.endswith("quant_map"):
             kept[name] = tensor
         seen.add(identity)
     return kept

@@ -79,7 +79,9 @@ def as_model_of_gguf(file: Gguf) -> Checkpoint:
         raise CheckpointError(
             f"`{file.label}` holds `{strange[0]}`, for which a {config['architectures'][0]} has no place."
         )
-    return View(file, {**pieces, **{name: same(file, name) for name in left}})
+    found = View(file, {**pieces, **{name: same(file, name) for name in left}})
+    found.from_codes = True
+    return found
 
 
 def _pieces(file: Gguf, own: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Piece]:

@@ -18,7 +18,7 @@ from peft_posthoc.errors import CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.config import architecture
 from peft_posthoc.running.inputs import tokenizer_of
-from peft_posthoc.running.load import load_model, rows_of, with_adapter
+from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 from peft_posthoc.texts.distance import Model, Score, distances
 from peft_posthoc.texts.sequences import Batch, Tokens
 
@@ -120,7 +120,7 @@ def load_side(side: Side, device: torch.device) -> Any:
     name = label(side)
     if isinstance(side, nn.Module):
         model: Any = side
-    elif side.folder is None:
+    elif not is_loadable(side):
         raise CheckpointError(f"`{name}` is no model in a folder or on the hub; only such are loaded.")
     else:
         cls = class_of(_class_name(side))

@@ -9,22 +9,34 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, gptq
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
-from peft_posthoc.checkpoints.quantized.fp8 import fp8
+from peft_posthoc.checkpoints.quantized.compressed import compressed
+from peft_posthoc.checkpoints.quantized.fp4 import fp4
+from peft_posthoc.checkpoints.quantized.scaled import scaled
 from peft_posthoc.checkpoints.quantized.steps import steps
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.checkpoints.view import Piece, View, same
-from peft_posthoc.errors import CheckpointError
+from peft_posthoc.errors import CheckpointError, PosthocError, one_line
 from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
-READERS: tuple[Reader, ...] = (fp8,)
+READERS: tuple[Reader, ...] = (
+    scaled,
+    fp4,
+    compressed,
+    gptq.weights,
+    awq.weights,
+    bitsandbytes.weights,
+)
 
 
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
 
-    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str | None) -> None:
+    from_codes = True
+
+    def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str) -> None:
         """Show what is decoded in place of what it is made of.
 
         Args:
@@ -36,7 +48,28 @@ class Decoded(View):
         self._coded, self._method = coded, method
         pieces = {name: same(checkpoint, name) for name in checkpoint.headers if name not in gone}
         pieces |= {name: Piece(one.sources, one.header, one.make) for name, one in coded.items()}
-        super().__init__(checkpoint, pieces)
+        super().__init__(checkpoint, pieces, module=checkpoint.module)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            CheckpointError: It is stored as codes that do not fit what lies beside them.
+        """
+        if name not in self._coded:
+            return super().read(name)
+        try:
+            found = super().read(name)
+        except PosthocError:
+            raise
+        except Exception as error:  # What a damaged file holds makes each library fail in its own way.
+            raise CheckpointError(f"`{name}` of `{self.label}` cannot be decoded: {one_line(error)}") from error
+        if (tuple(found.shape), found.dtype) != self.headers[name]:
+            raise CheckpointError(
+                f"`{name}` of `{self.label}` is decoded to {tuple(found.shape)}, {found.dtype}; what lies beside its "
+                f"codes says {self.headers[name].shape}, {self.headers[name].dtype}."
+            )
+        return found
 
     def steps(self, name: str) -> Tensor | None:
         """The grid's step at each value of a decoded weight."""
@@ -44,7 +77,7 @@ class Decoded(View):
         if one is None:
             return super().steps(name)
         codes, *beside = map(self._source, one.sources)
-        return steps(lambda moved: one.make(moved, *beside), codes, one.bits)
+        return steps(lambda moved: one.make(moved, *beside), codes, one.bits, along=one.along)
 
     def coded_as(self, name: str) -> str | None:
         """The format of a weight that is decoded."""
@@ -72,7 +105,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
             if gone.isdisjoint(one.sources):
                 coded[name] = one
                 gone |= {*one.sources, *one.beside}
-    return Decoded(checkpoint, coded, method=stored.told.get("quant_method")) if coded else checkpoint
+    return Decoded(checkpoint, coded, method=stored.method) if coded else checkpoint
 
 
 def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:

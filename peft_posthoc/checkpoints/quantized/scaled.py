@@ -1,4 +1,4 @@
-"""Weights of 8-bit floats, and a scale for each weight, row or block of it."""
+"""Weights of 8-bit floats or integers, and a scale for each weight, row or block of it."""
 
 from __future__ import annotations
 
@@ -13,39 +13,46 @@ from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.errors import CheckpointError
 
 _FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+# Of activations, which stay as they are.
+_OF_INPUTS = ("input_scale", "scale_input", "activation_scale", "input_global_scale", "input_zero_point")
 
 
-def fp8(stored: Stored) -> Iterator[tuple[str, Coded]]:
-    """Every weight of 8-bit floats that has its scale beside it.
+def scaled(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every weight of 8 bits that has its scale beside it.
 
     The scale is `X.weight_scale_inv` (DeepSeek, Qwen; a factor all the same), `X.weight_scale` (compressed-tensors,
     ModelOpt, ComfyUI) or `X.scale_weight` (ComfyUI's older files).
     """
     for name, header in stored.headers.items():
-        if header.dtype not in _FLOATS:
-            continue
         leaf = name.rpartition(".")[2]
+        is_float = header.dtype in _FLOATS
+        # Where 8-bit floats are told, a byte is two of 4 bits.
+        if not is_float and (header.dtype != torch.int8 or stored.method == "fp8"):
+            continue
         scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}")
         if scale is None:
             continue
         by = _by(name, header.shape, scale, stored.headers[scale].shape)
-        beside = [stored.beside(name, other) for other in ("input_scale", "scale_input", "activation_scale")]
+        zero = None if is_float else stored.beside(name, f"{leaf}_zero_point")
         yield (
             name,
             Coded(
-                (name, scale),
+                (name, scale, *([zero] if zero else [])),
                 Header(header.shape, stored.dtype),
                 partial(weight, dtype=stored.dtype),
                 8,
-                f"FP8{by}",
-                tuple(other for other in beside if other),
+                f"{'FP8' if is_float else 'INT8'}{by}",
+                beside=stored.all_beside(name, *_OF_INPUTS),
             ),
         )
 
 
-def weight(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Codes times scale, computed in float32 and rounded once."""
-    return codes.float().mul_(_spread(scale, codes)).to(dtype)
+def weight(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    """(codes - zero) * scale, computed in float32 and rounded once."""
+    values = codes.float()
+    if zero is not None:
+        values -= spread(zero.float(), values.shape)
+    return values.mul_(spread(factor(scale), values.shape)).to(dtype)
 
 
 def factor(scale: Tensor) -> Tensor:
@@ -53,17 +60,16 @@ def factor(scale: Tensor) -> Tensor:
     return scale.float().sub_(127).exp2_() if scale.dtype == torch.uint8 else scale.float()
 
 
-def _spread(scale: Tensor, codes: Tensor) -> Tensor:
-    """A scale for each value, or one that broadcasts to them."""
-    told = factor(scale)
+def spread(told: Tensor, shape: torch.Size) -> Tensor:
+    """What is told of a weight, its rows or its blocks, so that it broadcasts to its values."""
     if told.numel() == 1:
         return told.reshape(())
     if told.ndim == 1:
-        return told.reshape(-1, *[1] * (codes.ndim - 1))
+        return told.reshape(-1, *[1] * (len(shape) - 1))
     for side in (-2, -1):
-        if told.shape[side] not in (1, codes.shape[side]):
-            block = -(-codes.shape[side] // told.shape[side])
-            told = told.repeat_interleave(block, side).narrow(side, 0, codes.shape[side])
+        if told.shape[side] not in (1, shape[side]):
+            block = -(-shape[side] // told.shape[side])
+            told = told.repeat_interleave(block, side).narrow(side, 0, shape[side])
     return told
 
 
