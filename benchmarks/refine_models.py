@@ -69,7 +69,7 @@ class Models:
 
     @torch.no_grad()
     def score(self, model: Any) -> dict[str, float]:
-        """The loss of an answer's token, the share of answers that are right, and the distance on general text."""
+        """The loss of an answer's token, answers right in every token, and the distance on general text."""
         loss, tokens, right, answers = 0.0, 0, 0, 0
         for batch in self.pair.test:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]

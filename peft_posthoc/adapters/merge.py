@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.adapters.vocabulary import resize_of
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Header, place_of
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
@@ -235,7 +235,7 @@ class Merge:
 
 def _raw_config(deltas: AdapterOnModel) -> dict[str, Any]:
     """The base's configuration as it stands in its file, special numbers and all."""
-    folder = deltas.base.folder
+    folder = place_of(deltas.base)
     if folder is not None and (folder / "config.json").is_file():
         found: dict[str, Any] = read_json(folder / "config.json")
         return found

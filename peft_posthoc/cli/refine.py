@@ -50,7 +50,7 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",)}
     type=click.Choice(list(_METHODS)),
     help="The whole model by gradients, or each layer in closed form.",
 )
-@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 2]")
+@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 4]")
 @click.option("--lr", type=_POSITIVE, help="distil: step, relative to the size of each factor.  [default: 0.05]")
 @click.option(
     "--damping",
@@ -84,16 +84,17 @@ def refine(
     file the two models write the text. Held-out text judges: on none is OUT further from TUNED than ADAPTER.
     """
     since = time.monotonic()
-    check_file(json_to, "--json")
     from peft_posthoc.adapters.writer import check_target
     from peft_posthoc.extraction.processes import Processes
     from peft_posthoc.refinement.refine import refine as run
 
+    processes = Processes.from_environment()
+    if not processes.rank:
+        check_file(json_to, "--json")
+        check_target(out, force=force)
     chosen = _method(method, {"lr": lr, "passes": passes, "damping": damping})
     given = _texts(prompts, texts, field, prefix)
-    check_target(out, force=force)
     quiet_hosts()
-    processes = Processes.from_environment()
     try:
         refined = run(
             adapter,

@@ -18,7 +18,7 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.beside import TOKENIZER, matching
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.errors import AdapterError
@@ -131,12 +131,13 @@ def _room_for(total: int, base: Checkpoint, out: Out) -> None:
 def _copy_beside(deltas: AdapterOnModel, merge: Merge, made: Path) -> list[str]:
     """Copy what belongs to the model beside its weights; the tokenizer that is beside the adapter, if one is."""
     base, adapter = deltas.base, deltas.folder.place
-    if base.folder is None:
+    folder = place_of(base)
+    if folder is None:
         merge.notes.append(f"`{base.label}` is no folder: no tokenizer was copied.")
         return []
     if base.revision is not None:
         hub.fetch_beside(base.label, _BESIDE, revision=base.revision)
-    copied = dict(matching(base.folder, [pattern for pattern in _BESIDE if pattern != "config.json"]))
+    copied = dict(matching(folder, [pattern for pattern in _BESIDE if pattern != "config.json"]))
     if (adapter / "tokenizer_config.json").is_file():
         kept = {name: path for name, path in copied.items() if not any(fnmatch(name, one) for one in TOKENIZER)}
         copied = kept | dict(matching(adapter, TOKENIZER))

@@ -52,6 +52,7 @@ class compensated:
         """Fit the factors in place (`Method`)."""
         began, interrupted = time.monotonic(), False
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
+        judging = time.monotonic() - began
         layers = layers_of(live, factors)
         unmoved, fitted = dict(layers.others), set[str]()
         by_length = sorted(texts.fitted, key=lambda text: len(text.ids))
@@ -64,8 +65,10 @@ class compensated:
                     groups, odd = _groups(stretch, waiting)
                     unmoved |= odd
                     for group in groups:
-                        if seconds is not None and time.monotonic() - began > seconds:
-                            raise _OutOfTime
+                        if seconds is not None:
+                            late = time.monotonic() - began > seconds - judging
+                            if live.together.first(late):
+                                raise _OutOfTime
                         if self._fit(stretch, len(parts), group):
                             fitted |= {one.name for one in group}
                         else:

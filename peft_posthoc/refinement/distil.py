@@ -34,8 +34,8 @@ class distil:
     """
 
     lr: float = 0.05
-    size: int = 8
-    passes: float = 2.0
+    size: int = 4
+    passes: float = 4.0
 
     def __call__(
         self,

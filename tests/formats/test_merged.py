@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, CheckpointError, export, extract, open_checkpoint
-from tests.make import architectures, lora, models
+from tests.make import architectures, coded_folders, lora, models
 from tests.make.grids import OnGrid
 
 EPS = torch.finfo(torch.float32).eps
@@ -256,6 +256,21 @@ def test_a_quantised_base_is_written_decoded_and_what_its_grid_would_not_keep_is
         assert len(told) == (shares[-1] > 0.5)
         assert all(f"{100 * shares[-1]:.1f}% of what the adapter changes" in note for note in told)
     assert shares[0] < 0.5 < shares[1]
+
+
+def test_a_base_in_fp8_becomes_a_plain_model_with_all_that_lies_beside_it(llama_pair, tmp_path):
+    base, tuned = llama_pair
+    low = coded_folders.quantise(base, tmp_path / "low", coded_folders.fp8)
+    (Path(low) / "tokenizer_config.json").write_text("{}")
+    adapter = extract(low, tuned, 32).save(tmp_path / "a")
+    export(adapter, tmp_path / "out", "merged", base=low)
+    assert (tmp_path / "out/tokenizer_config.json").is_file()
+    read, merged = open_checkpoint(tmp_path / "out"), models.load(tmp_path / "out").state_dict()
+    wanted = models.load(tuned).state_dict()
+    for name, value in wanted.items():
+        if "_proj" in name:
+            assert torch.allclose(merged[name], value, atol=1e-5), name
+            assert read.headers[name].dtype is torch.float32
 
 
 def test_a_lora_bias_needs_a_bias_to_be_added_to(tmp_path):
