@@ -70,8 +70,8 @@ def refine(
             for an adapter that is on its model.
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
-        method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each model in
-            memory at a time, unless models are alive.
+        method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each
+            model in memory at a time, unless models are alive.
         sequences: How many texts.
         length: How many tokens each has at most.
         minutes: How long all of it may take, from loading to the last judging. Text takes half of what is left after
