@@ -93,8 +93,9 @@ def values(codes: Tensor, scales: Tensor) -> Tensor:
     """
     each = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
     pairs = torch.stack([each.repeat(16), each.repeat_interleave(16)], 1)
-    made = pairs[codes.contiguous().view(torch.uint8).int()].flatten(-2)
-    return made.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None]).flatten(-2)
+    made: Tensor = pairs[codes.contiguous().view(torch.uint8).int()].flatten(-2)
+    made.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None])
+    return made
 
 
 def _stack(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
