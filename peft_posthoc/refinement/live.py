@@ -100,7 +100,7 @@ def load_live(
         CheckpointError: A model cannot be loaded, or is none that says next tokens.
         MismatchError: They are of two classes, or know other tokens.
     """
-    _check_classes(base, tuned)
+    check_classes(base, tuned)
     after = load_side(tuned, device)
     before = load_side(base, device)
     if isinstance(base, nn.Module):
@@ -144,7 +144,12 @@ def label(side: Side) -> str:
     return getattr(getattr(side, "config", None), "_name_or_path", None) or type(side).__name__
 
 
-def _check_classes(base: Side, tuned: Side) -> None:
+def check_classes(base: Side, tuned: Side) -> None:
+    """See that both are of one class.
+
+    Raises:
+        MismatchError: They are not.
+    """
     names = [_class_name(side) for side in (base, tuned)]
     if not names[0] or names[0] != names[1]:
         raise MismatchError(f"There is no common class of both models ({names[0] or None} and {names[1] or None}).")
@@ -163,7 +168,7 @@ def check_pair(adapted: Any, tuned: Any) -> None:
     Raises:
         MismatchError: They are of two classes, or know other tokens.
     """
-    _check_classes(adapted, tuned)
+    check_classes(adapted, tuned)
     rows = [rows_of(model) for model in (adapted, tuned)]
     if rows[0] != rows[1]:
         raise MismatchError(f"`{label(adapted)}` knows {rows[0]} tokens, `{label(tuned)}` {rows[1]}.")
