@@ -26,12 +26,12 @@ from .refinement.compensated import compensated
 from .refinement.distil import distil
 from .refinement.refine import refine
 from .refinement.refined import Refined
-from .refinement.texts import Given, Prompts, Sampled
 from .resizing.resize import combine, resize, spectra
 from .resizing.resized import Resized, ResizeReport
 from .serving.check import Check, check
 from .serving.fix import Fixed, fix
 from .sources import open_checkpoint
+from .texts.texts import Given, Prompts, Sampled
 from .verification.findings import Verification
 from .verification.verify import verify
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,8 @@ class Checkpoint(Protocol):
     """Shape and dtype of every tensor, without reading one."""
     config: Mapping[str, Any] | None = None
     """The model's configuration (`config.json`), if there is one."""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """What its files say of themselves, beside their tensors."""
     revision: str | None = None
     """The resolved commit of a hub id; None elsewhere."""
     identity: Any = None
@@ -47,6 +50,8 @@ class Checkpoint(Protocol):
     """Bytes that are downloaded when the first tensor is read."""
     sequential: bool = False
     """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
+    from_codes: bool = False
+    """True where the files hold codes, under these names or others: transformers is handed what they are decoded to."""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""
@@ -74,7 +79,8 @@ def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.is_meta or not tensor.numel() or identity not in seen:
+        # A table of what codes mean is shared by all weights that were quantised in one process, and tied to none.
+        if tensor.is_meta or not tensor.numel() or identity not in seen or name.endswith("quant_map"):
             kept[name] = tensor
         seen.add(identity)
     return kept

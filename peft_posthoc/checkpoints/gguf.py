@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.gguf_steps import beside, gaps
 from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.errors import CheckpointError, MissingExtraError
 from peft_posthoc.files import regular
@@ -66,6 +67,11 @@ class Gguf(Checkpoint):
                 }
             for tensor in reader.tensors:
                 self._add(file, tensor)
+        coded = [name for name, kind in self.types.items() if kind not in _PLAIN]
+        scales = {name: f"{name.removesuffix('weight')}scale" for name in coded}
+        self._scales = {name: self.read(scale) for name, scale in scales.items() if scale in self.types}
+        for name in self._scales:
+            del self.headers[scales[name]]
         own = [[str(file.parent.resolve()), file.name, *state[1:]] for file, state in self._states.items()]
         self.identity: Any = own if revision is None else [label, revision]
 
@@ -94,25 +100,52 @@ class Gguf(Checkpoint):
         Raises:
             CheckpointError: Its file changed meanwhile.
         """
-        import gguf
+        import numpy as np
+
+        stored, (shape, dtype) = self._stored(name), self.headers[name]
+        if self.types[name] in _PLAIN:
+            return torch.from_numpy(stored.view(np.uint8)).view(dtype).view(shape)
+        return self._scaled(name, self._decoded(name, stored.reshape(-1)))
+
+    def steps(self, name: str) -> Tensor | None:
+        """Of a quantised tensor, the grid's step at each value; None of any other."""
+        if self.types[name] in _PLAIN:
+            return None
+        stored, kind = self._stored(name).reshape(-1), self._tensors[name][1].tensor_type
+        values, next_ones = self._decoded(name, stored), beside(stored, kind)
+        found = gaps(values) if next_ones is None else values.sub_(self._decoded(name, next_ones)).abs_()
+        return self._scaled(name, found)
+
+    def coded_as(self, name: str) -> str | None:
+        """The name of the format, of a quantised tensor."""
+        return None if self.types[name] in _PLAIN else "GGUF"
+
+    def _stored(self, name: str) -> Any:
         import numpy as np
 
         file, tensor = self._tensors[name]
         if state_of(file) != self._states[file]:
             raise CheckpointError(f"`{file}` changed while it was read. Start again when nothing writes to it.")
-        shape, dtype = self.headers[name]
         # Of a plain array slices are cheap, of a mapping they are not.
-        stored = np.asarray(tensor.data).view(np.uint8)
-        if self.types[name] in _PLAIN:
-            return torch.from_numpy(stored).view(dtype).view(shape)
-        found = torch.empty(shape, dtype=dtype)
-        blocks, values = stored.reshape(-1), found.view(-1).numpy()
+        return np.asarray(tensor.data)
+
+    def _decoded(self, name: str, blocks: Any) -> Tensor:
+        import gguf
+
+        kind = self._tensors[name][1].tensor_type
+        found = torch.empty(self.headers[name].shape)
+        values = found.view(-1).numpy()
         # Every block is decoded by itself: as one long row, which `gguf` does not divide further.
-        per_block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        per_block, size = gguf.GGML_QUANT_SIZES[kind]
         for at in range(0, len(blocks) // size, _AT_A_TIME // per_block):
             to = at + _AT_A_TIME // per_block
-            values[at * per_block : to * per_block] = gguf.dequantize(blocks[at * size : to * size], tensor.tensor_type)
+            values[at * per_block : to * per_block] = gguf.dequantize(blocks[at * size : to * size], kind)
         return found
+
+    def _scaled(self, name: str, values: Tensor) -> Tensor:
+        """Times what NVFP4 has beside its blocks: a scale for the tensor, or for each expert's matrix."""
+        scale = self._scales.get(name)
+        return values if scale is None else values.mul_(scale.view(-1, *[1] * (values.dim() - 1)))
 
 
 def split_names(name: str) -> list[str]:

@@ -37,6 +37,11 @@ class InMemory(Checkpoint):
         return tensor
 
 
+def of_bitsandbytes(module: nn.Module) -> bool:
+    """Tell whether a module is one of bitsandbytes', whose weight is codes."""
+    return type(module).__module__.partition(".")[0] == "bitsandbytes"
+
+
 def of_module(module: nn.Module) -> InMemory:
     """A live module as a checkpoint.
 
@@ -51,5 +56,8 @@ def of_module(module: nn.Module) -> InMemory:
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     kept = module.state_dict(keep_vars=True)
     tensors |= {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    # Those keep what decodes their weights beside them, as they save it.
+    coded = tuple(f"{name}." for name, part in module.named_modules() if of_bitsandbytes(part))
+    tensors |= {name: value for name, value in kept.items() if name.startswith(coded) and isinstance(value, Tensor)}
     name = getattr(getattr(module, "config", None), "_name_or_path", None)
     return InMemory(tensors, label=name or type(module).__name__, module=module)

@@ -40,7 +40,7 @@ class View(Checkpoint):
             loadable: Whether transformers can load the model from its folder all the same.
             module: The live module that has these names, if there is one.
         """
-        self._checkpoint = checkpoint
+        self.seen = checkpoint
         self._pieces = pieces
         # Its own, if its files still fit.
         self.folder = checkpoint.folder if loadable else None
@@ -49,7 +49,7 @@ class View(Checkpoint):
         self.label = checkpoint.label
         self.revision = checkpoint.revision
         self.identity = checkpoint.identity
-        self.config = checkpoint.config
+        self.config, self.metadata = checkpoint.config, checkpoint.metadata
         self.sequential, self.to_fetch = checkpoint.sequential, checkpoint.to_fetch
         self.headers = {name: piece.header for name, piece in pieces.items()}
         self._held: dict[str, Tensor] = {}
@@ -63,28 +63,28 @@ class View(Checkpoint):
     def steps(self, name: str) -> Tensor | None:
         """The steps of the grids, put together as the values are."""
         piece = self._pieces[name]
-        steps = [self._checkpoint.steps(source) for source in piece.sources]
+        steps = [self.seen.steps(source) for source in piece.sources]
         return piece.make(*steps) if steps and all(one is not None for one in steps) else None
 
     def coded_as(self, name: str) -> str | None:
         """The format of the first that is decoded, of what the tensor is made of."""
-        formats = map(self._checkpoint.coded_as, self._pieces[name].sources)
+        formats = map(self.seen.coded_as, self._pieces[name].sources)
         return next((one for one in formats if one is not None), None)
 
     def stored_names(self, name: str) -> set[str]:
         """The checkpoint's own names of what the tensor is made of."""
-        return {own for source in self._pieces[name].sources for own in stored_names(self._checkpoint, source)}
+        return {own for source in self._pieces[name].sources for own in stored_names(self.seen, source)}
 
     def in_stored_order(self) -> list[str]:
         """The names, in the order in which what they are made of is stored."""
-        at = {name: place for place, name in enumerate(in_stored_order(self._checkpoint))}
+        at = {name: place for place, name in enumerate(in_stored_order(self.seen))}
         return sorted(self.headers, key=lambda name: max(at[source] for source in self._pieces[name].sources))
 
     def _source(self, name: str) -> Tensor:
         if not self.sequential:
-            return self._checkpoint.read(name)
+            return self.seen.read(name)
         # It can be read once: what other pieces are made of, too, is kept until the last of them is read.
-        tensor = self._held.pop(name) if name in self._held else self._checkpoint.read(name)
+        tensor = self._held.pop(name) if name in self._held else self.seen.read(name)
         self._to_come[name] -= 1
         if self._to_come[name] > 0:
             self._held[name] = tensor
@@ -99,6 +99,17 @@ def stored_names(checkpoint: Checkpoint, name: str) -> set[str]:
 def in_stored_order(checkpoint: Checkpoint) -> list[str]:
     """The names of a checkpoint's tensors, in the order in which what they are made of is stored."""
     return checkpoint.in_stored_order() if isinstance(checkpoint, View) else list(checkpoint.headers)
+
+
+def as_decoded(checkpoint: Checkpoint) -> Checkpoint | None:
+    """What codes are decoded to, under the names that transformers knows; None where there are none.
+
+    Args:
+        checkpoint: It, or a view of it.
+    """
+    while isinstance(checkpoint, View) and not checkpoint.from_codes:
+        checkpoint = checkpoint.seen
+    return checkpoint if checkpoint.from_codes else None
 
 
 def same(checkpoint: Checkpoint, name: str) -> Piece:

@@ -15,7 +15,7 @@ from peft_posthoc.errors import ShareDone, noting
 
 if TYPE_CHECKING:
     from peft_posthoc.refinement.method import Method
-    from peft_posthoc.refinement.texts import Texts
+    from peft_posthoc.texts.texts import Texts
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -50,7 +50,7 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",)}
     type=click.Choice(list(_METHODS)),
     help="The whole model by gradients, or each layer in closed form.",
 )
-@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 2]")
+@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 4]")
 @click.option("--lr", type=_POSITIVE, help="distil: step, relative to the size of each factor.  [default: 0.05]")
 @click.option(
     "--damping",
@@ -135,8 +135,8 @@ def _method(name: str, options: Mapping[str, float | None]) -> Method:
 
 
 def _texts(prompts: Path | None, texts: Path | None, field: str | None, prefix: str | None) -> Texts:
-    from peft_posthoc.refinement.prompts import read_prompts, read_texts
-    from peft_posthoc.refinement.texts import Given, Prompts, Sampled
+    from peft_posthoc.texts.prompts import read_prompts, read_texts
+    from peft_posthoc.texts.texts import Given, Prompts, Sampled
 
     if sum(one is not None for one in (prompts, texts, prefix)) > 1:
         raise click.UsageError("Give one of --prompts, --texts and --prefix.")

@@ -10,6 +10,7 @@ from typing import Any
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.gguf import SUFFIX
 from peft_posthoc.checkpoints.model_files import config_of
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.models.config import architecture
@@ -39,7 +40,7 @@ def open_deltas(
         if not (base and isinstance(base, str)):
             raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `{asked('base', None)}`.")
         revision = revision or folder.config.get("revision")
-        if Path(base).is_dir():
+        if Path(base).exists():
             revision = None
     opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
     return AdapterOnModel(folder, opened, layout_of(opened))
@@ -51,8 +52,8 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     Raises:
         CheckpointError: There is no configuration, or transformers has no class for it.
     """
-    if not isinstance(base, str | os.PathLike):
-        return open_checkpoint(base, role="base")
+    if not isinstance(base, str | os.PathLike) or str(base).endswith(SUFFIX):
+        return open_checkpoint(base, revision=revision, role="base")
     from peft_posthoc.checkpoints.hub import fetch_config
     from peft_posthoc.checkpoints.memory import InMemory
     from peft_posthoc.models.by_class import build
@@ -61,7 +62,11 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     config: Mapping[str, Any] | None
     config = config_of(Path(base)) if Path(base).is_dir() else fetch_config(str(base), revision=revision)
     if config is None:
-        raise CheckpointError(f"The base `{base}` has no `config.json`.")
+        # A GGUF has it in its file.
+        opened = open_checkpoint(base, revision=revision, role="base")
+        if opened.config is None:
+            raise CheckpointError(f"The base `{base}` has no `config.json`.")
+        return opened
     model = build(config)
     if model is None:
         raise CheckpointError(

@@ -79,7 +79,9 @@ def as_model_of_gguf(file: Gguf) -> Checkpoint:
         raise CheckpointError(
             f"`{file.label}` holds `{strange[0]}`, for which a {config['architectures'][0]} has no place."
         )
-    return View(file, {**pieces, **{name: same(file, name) for name in left}})
+    found = View(file, {**pieces, **{name: same(file, name) for name in left}})
+    found.from_codes = True
+    return found
 
 
 def _pieces(file: Gguf, own: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Piece]:
@@ -109,43 +111,32 @@ def _pieces(file: Gguf, own: Mapping[str, tuple[int, ...]], config: Mapping[str,
 
 
 def _piece(file: Gguf, sources: list[str], name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Piece:
-    scales = [
-        scale if (scale := source.removesuffix("weight") + "scale") in file.headers else None for source in sources
-    ]
     values, leaf = ARCHITECTURES[file.architecture], sources[0].split(".")[-2]
     changes: list[Callable[[Tensor], Tensor]] = []
     if values.interleaved and leaf in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if leaf == "attn_q" else "num_key_value_heads"]
         changes.append(partial(in_halves, heads=int(heads)))
-    if values.transposed and leaf in values.transposed and len(shape) == 2:
+    if leaf in values.transposed and len(shape) == 2:
         changes.append(_transposed)
     if values.norms_plus_one and sources[0].endswith("norm.weight"):
         changes.append(_minus_one)
-    make = partial(_made, shape=shape, scaled=[scale is not None for scale in scales], changes=changes)
-    taken = (*sources, *(scale for scale in scales if scale is not None))
+    make = partial(_made, shape=shape, changes=changes)
+    stored = [file.headers[source] for source in sources]
     try:
-        made = make(
-            *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in map(file.headers.__getitem__, taken))
-        )
+        made = make(*(torch.empty(one.shape, dtype=one.dtype, device="meta") for one in stored))
     except (RuntimeError, ValueError) as error:
-        shapes = " and ".join(str(list(file.headers[source].shape)) for source in sources)
+        found = " and ".join(str(list(one.shape)) for one in stored)
         raise CheckpointError(
-            f"`{file.label}` holds `{sources[0]}` as {shapes}; `{name}` of a {config['architectures'][0]} with its "
+            f"`{file.label}` holds `{sources[0]}` as {found}; `{name}` of a {config['architectures'][0]} with its "
             f"metadata is {list(shape)}."
         ) from error
-    return Piece(taken, Header(tuple(made.shape), made.dtype), make)
+    return Piece(tuple(sources), Header(tuple(made.shape), made.dtype), make)
 
 
-def _made(
-    *tensors: Tensor, shape: tuple[int, ...], scaled: list[bool], changes: list[Callable[[Tensor], Tensor]]
-) -> Tensor:
-    """A parameter of a model, of what the file has of it: the tensors, then the scales of those that have one."""
-    parts, scales = list(tensors[: len(scaled)]), iter(tensors[len(scaled) :])
-    for at, has_scale in enumerate(scaled):
-        if has_scale:  # One for the tensor, or for each expert's matrix.
-            parts[at] = parts[at] * next(scales).view(-1, *[1] * (parts[at].dim() - 1))
+def _made(*tensors: Tensor, shape: tuple[int, ...], changes: list[Callable[[Tensor], Tensor]]) -> Tensor:
+    """A parameter of a model, of what the file has of it."""
     # Gate above up, as the model has them.
-    made = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    made = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2)
     for change in changes:
         made = change(made)
     if [side for side in made.shape if side != 1] != [side for side in shape if side != 1]:

@@ -11,6 +11,8 @@ from math import prod
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft_posthoc.checkpoints.memory import of_bitsandbytes
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -98,5 +100,6 @@ def _is_plain(module: nn.Linear) -> bool:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     # Routers of experts give a tuple (Llama 4, Phi-MoE), others more columns (Idefics) or groups of them (DeepSeek V4).
-    # Falcon's multiplies and adds in two steps.
-    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+    # Falcon's multiplies and adds in two steps. bitsandbytes' decode first, and PEFT has layers of its own for them.
+    own = type(module).__name__ == "FalconLinear" or of_bitsandbytes(module)
+    return own or type(module).forward is nn.Linear.forward

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.refinement.sequences import Batch
+from peft_posthoc.running.live import Live
+from peft_posthoc.texts.sequences import Batch
 
 
 class Call(NamedTuple):
@@ -150,6 +151,11 @@ class Chain:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def chains_of(live: Live) -> tuple[Chain, Chain]:
+    """Both models, to run a stretch at a time."""
+    return Chain(live.adapted, live.device), Chain(live.tuned, live.tuned.device)
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

@@ -12,13 +12,14 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from peft_posthoc.linalg.regression import damp, regress, root_of
+from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
-from peft_posthoc.refinement.live import Live
 from peft_posthoc.refinement.method import Fit, better, finite
-from peft_posthoc.refinement.sequences import Split, batches
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
 from peft_posthoc.refinement.walk import Stretch, Walk
+from peft_posthoc.running.live import Live
+from peft_posthoc.texts.sequences import Split, batches
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class compensated:
         parts = list(batches(by_length, self.size, device=live.device))
         bar = tqdm(total=len(layers.linear), desc="Fitting", unit=" layers", disable=not progress)
         try:
-            with Walk(live.chains(), parts) as walk, torch.no_grad():
+            with Walk(chains_of(live), parts) as walk, torch.no_grad():
                 for stretch in walk.stretches():
                     waiting = {k: one for k, one in layers.linear.items() if k not in fitted | unmoved.keys()}
                     groups, odd = _groups(stretch, waiting)

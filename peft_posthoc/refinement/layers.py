@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind, kind_of
-from peft_posthoc.refinement.live import Live
+from peft_posthoc.running.live import Live
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Protocol
 from torch.nn import Parameter
 
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.refinement.distance import Score
-from peft_posthoc.refinement.live import Live
-from peft_posthoc.refinement.sequences import Split
 from peft_posthoc.refinement.state import State
+from peft_posthoc.running.live import Live
+from peft_posthoc.texts.distance import Score
+from peft_posthoc.texts.sequences import Split
 
 
 @dataclass(frozen=True)

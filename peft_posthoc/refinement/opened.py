@@ -16,8 +16,8 @@ from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.refinement.live import Live, Side, check_pair, label, load_live, load_side
 from peft_posthoc.refinement.movable import as_found
+from peft_posthoc.running.live import Live, Side, check_pair, label, load_live, load_side
 from peft_posthoc.running.load import save_adapter
 from peft_posthoc.sources import Source, open_checkpoint
 

@@ -21,19 +21,19 @@ from peft_posthoc.errors import PosthocError
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.clock import Clock
-from peft_posthoc.refinement.distance import Score
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.live import Live, says
 from peft_posthoc.refinement.method import Fit, Method
 from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
-from peft_posthoc.refinement.sequences import KINDS, Batch, Split, Tokens, split
 from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
-from peft_posthoc.refinement.texts import Sampled, Texts, Writers
+from peft_posthoc.running.live import Live, says
 from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
+from peft_posthoc.texts.distance import Score
+from peft_posthoc.texts.sequences import KINDS, Batch, Split, Tokens, split
+from peft_posthoc.texts.texts import Sampled, Texts, Writers
 
 _WRITING = 0.5
 """Of the time that is left after loading, what may go into text."""

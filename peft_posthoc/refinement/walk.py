@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.refinement.chain import Chain
-from peft_posthoc.refinement.sequences import Batch
+from peft_posthoc.texts.sequences import Batch
 
 Side = Literal[0, 1]
 """Base + adapter, or the tuned model."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import check_folder
 from peft_posthoc.json_file import read_json
@@ -77,7 +77,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = checkpoint.folder
+    folder = place_of(checkpoint)
     if folder is None:
         return None
     check_folder(folder)
@@ -97,7 +97,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
 
 def _names_code(checkpoint: Checkpoint) -> bool:
     """Whether the tokenizer is, or may be, code in the folder."""
-    folder, config = checkpoint.folder, checkpoint.config or {}
+    folder, config = place_of(checkpoint), checkpoint.config or {}
     try:
         own = read_json(folder / "tokenizer_config.json") if folder else {}
     except ValueError:

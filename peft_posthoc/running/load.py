@@ -2,49 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_posthoc.adapters.config import read_config, try_patterns
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
+from peft_posthoc.checkpoints.modules import module_of
+from peft_posthoc.checkpoints.view import as_decoded
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
 from peft_posthoc.models.remote_code import without_code
 
 
+def is_loadable(checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint is a model in a folder, on the hub or in a file, of which all is known."""
+    found = as_decoded(checkpoint)
+    return checkpoint.folder is not None or (found is not None and place_of(found) is not None)
+
+
 def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
-    """The model of a checkpoint that lies in a folder, in float32.
+    """The model of a checkpoint, in float32.
+
+    Codes are decoded as everywhere here, a tensor at a time, into a model of plain layers: for most kinds of codes
+    transformers has no kernels on a CPU, and needs a library for each.
 
     Args:
-        checkpoint: With a folder.
+        checkpoint: One that is loadable.
         cls: Its class in transformers.
         device: Where it goes.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or it lacks a weight.
     """
-    folder = checkpoint.folder
-    if folder is None:
+    if not is_loadable(checkpoint):
         raise ValueError(f"`load_model(checkpoint=...)` needs one in a folder. Got `{checkpoint.label}`.")
-    check_folder(folder)
     check_counts(checkpoint.config or {})
+    decoded = as_decoded(checkpoint)
     try:
-        config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # Models within the model are made from its configuration, and ask about the code that it names.
-        config = cls.config_class.from_dict(without_code(config.to_dict()))
-        model = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        model = _of_folder(checkpoint.folder, cls) if decoded is None else _of_tensors(decoded, cls)
         return model.to(device).eval()
+    except CheckpointError:
+        raise
     except Exception as error:
         # Each class fails in its own way on a configuration that it does not expect.
         raise CheckpointError(
             f"transformers cannot load `{checkpoint.label}`: {type(error).__name__}: {error}"
         ) from error
+
+
+def _of_folder(folder: Any, cls: Any) -> Any:
+    check_folder(folder)
+    config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Models within the model are made from its configuration, and ask about the code that it names.
+    config = cls.config_class.from_dict(without_code(config.to_dict()))
+    return cls.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+
+
+def _of_tensors(checkpoint: Checkpoint, cls: Any) -> Any:
+    from transformers import __version__
+
+    config = cls.config_class.from_dict(_of_plain_layers(without_code(checkpoint.config or {})))
+    weights: dict[str, Any] = {name: _Read(checkpoint, name) for name in checkpoint.headers if not module_of(name)}
+    if int(__version__.partition(".")[0]) < 5:  # It takes tensors alone, all at once.
+        weights = {name: one[...] for name, one in weights.items()}
+    model, told = cls.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    if missing := sorted(told["missing_keys"]):
+        raise CheckpointError(f"`{checkpoint.label}` lacks weights of a {cls.__name__}: {', '.join(missing[:5])}.")
+    return model
+
+
+def _of_plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that asks for no codes, those within it too."""
+    return {
+        key: _of_plain_layers(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
+class _Read:
+    """A tensor that is read when transformers takes it, as it takes a slice of a safetensors file."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, part: Any) -> Tensor:
+        return self._checkpoint.read(self._name)[part]
 
 
 def with_adapter(model: Any, adapter: str | PathLike[str]) -> Any:

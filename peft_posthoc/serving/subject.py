@@ -19,6 +19,7 @@ from peft_posthoc.adapters.scale import Setting, alpha_of, parameters_of, rank_o
 from peft_posthoc.adapters.tensors import Factored, factored, kept_whole
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.folder import File
+from peft_posthoc.checkpoints.gguf import SUFFIX
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
@@ -53,11 +54,11 @@ class Subject:
 
         Args:
             folder: The adapter.
-            base: The folder of the model that it is to be served on.
+            base: The folder or GGUF file of the model that it is to be served on.
 
         Raises:
             AdapterError: It is no LoRA adapter.
-            CheckpointError: The base is no model folder.
+            CheckpointError: The base is none.
         """
         where = Path(folder)
         refuse_foreign(where)
@@ -229,13 +230,15 @@ class Subject:
 
 
 def _opened(folder: str | os.PathLike[str]) -> Model:
-    """The model in a folder.
+    """The model in a folder or a GGUF file.
 
     Raises:
         CheckpointError: It is no model folder.
     """
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"The base `{folder}` is no folder. Give the folder of the model to be served.")
+    if not (Path(folder).is_dir() or (Path(folder).is_file() and Path(folder).suffix == SUFFIX)):
+        raise CheckpointError(
+            f"The base `{folder}` is no folder, and no GGUF file. Give the folder of the model to be served."
+        )
     if (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"The base `{folder}` is an adapter. Give the folder of the model to be served.")
     return Model.of(open_checkpoint(folder, role="base"))

@@ -17,7 +17,7 @@ from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.remote_code import not_run
 from peft_posthoc.running.inputs import inputs_for
-from peft_posthoc.running.load import load_model, rows_of, with_adapter
+from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def compare_outputs(
         ValueError: The token ids make no sense.
     """
     names = [(checkpoint.config or {}).get("architectures") or [None] for checkpoint in (base, tuned)]
-    if base.folder is None or tuned.folder is None:
+    if not (is_loadable(base) and is_loadable(tuned)):
         return None, None, "only checkpoints in folders or on the hub are loaded as models"
     if names[0][0] is None or names[0][0] != names[1][0]:
         return None, None, f"the configurations name no common model class ({names[0][0]} and {names[1][0]})"

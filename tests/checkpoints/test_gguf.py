@@ -9,6 +9,7 @@ import torch
 
 from peft_posthoc import CheckpointError
 from peft_posthoc.checkpoints.gguf import Gguf
+from peft_posthoc.checkpoints.gguf_steps import beside
 from tests.make import gguf_files, models
 
 QUANT = gguf.GGMLQuantizationType
@@ -51,6 +52,35 @@ def test_every_type_is_decoded_as_gguf_does_to_the_last_bit(kind, tmp_path):
     assert (file.types["w.weight"], file.headers["w.weight"].dtype) == (kind.name, torch.float32)
     assert file.headers["w.weight"].shape == tuple(found.shape) == wanted.shape
     assert found.numpy().tobytes() == wanted.astype(np.float32).tobytes()
+
+
+CODEBOOKS = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0"}
+
+
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+def test_steps_lead_to_the_values_beside(kind, tmp_path):
+    """To the next code of a grid; of codebooks, whose codes stand for several values, they are told from the values."""
+    stored = random_blocks(kind, 64)
+    file = Gguf(written(tmp_path / "a.gguf", {"w.weight": (stored, kind)}), label="a")
+    steps, values = file.steps("w.weight"), file.read("w.weight")
+    assert (steps.shape, steps.dtype) == (values.shape, torch.float32)
+    assert (beside(stored, kind) is None) == (kind.name in CODEBOOKS)
+    assert (steps >= 0).all()
+    assert steps.mean() > 0
+    # Where two values that share a scale differ, they do by at least a step of one of them.
+    few, own = values.view(-1, 16), steps.view(-1, 16)
+    apart = (few[:, :, None] - few[:, None, :]).abs()
+    least = torch.minimum(own[:, :, None], own[:, None, :])
+    assert ((apart == 0) | (apart >= 0.9 * least)).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"])
+def test_steps_tell_the_error_of_quantising(kind, tmp_path):
+    kind, values = QUANT[kind], np.random.default_rng(0).standard_normal((64, 512), dtype=np.float32)
+    stored = gguf.quantize(values, kind)
+    file = Gguf(written(tmp_path / "a.gguf", {"w.weight": (stored, kind)}), label="a")
+    error = (file.read("w.weight") - torch.from_numpy(values)).square().mean()
+    assert file.steps("w.weight").square().mean() / 12 == pytest.approx(float(error), rel=0.3)
 
 
 def test_many_types_are_among_them():

@@ -17,6 +17,7 @@ from peft_posthoc.checkpoints.quantized.awq import gemm, gemv
 from peft_posthoc.checkpoints.quantized.bitsandbytes import eight_bits, four_bits, said
 from peft_posthoc.checkpoints.quantized.gptq import gptq
 from peft_posthoc.checkpoints.quantized.grid import unpacked
+from tests.make.coded import pack
 
 KEPT = Path(__file__).parent / "quantised/gptqmodel.safetensors"
 LAYERS = ["gptq.2", "gptq.3", "gptq_v2.3", "gptq_v2.4", "gptq.4", "gptq.8", "awq.4"]
@@ -58,16 +59,6 @@ def test_without_zeros_they_are_the_middle():
     assert digest(gptq(**{**tensors, "qzeros": None}, bits=4, offset=1, group=16)) == wanted
 
 
-def pack(numbers, bits):
-    """Whole numbers along the last side as words, low bits first, by Python's own arithmetic."""
-    rows = []
-    for row in numbers.tolist():
-        stream = sum(number << bits * at for at, number in enumerate(row))
-        words = [stream >> 32 * at & 0xFFFFFFFF for at in range(-(-len(row) * bits // 32))]
-        rows.append([word - (1 << 32) if word >> 31 else word for word in words])
-    return torch.tensor(rows, dtype=torch.int32)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_numbers_straddle_words(bits):
     numbers = torch.randint(0, 2**bits, (3, 64))
@@ -81,8 +72,7 @@ def test_gptq_by_hand_with_a_last_group_of_fewer_and_words_that_are_not_full(bit
     codes, zeros = torch.randint(0, 2**bits, (m, n)), torch.randint(0, 2**bits, (3, m))
     scales, g_idx = torch.rand(3, m).half(), (torch.arange(n) // group)[torch.randperm(n)]
     lacking = (zeros - offset) % 2**bits  # 0 is stored as the largest.
-    words = 32 * bits if bits == 3 else 32
-    full = [torch.nn.functional.pad(part, (0, -part.shape[1] % words)) for part in (codes, lacking)]
+    full = [torch.nn.functional.pad(part, (0, -part.shape[1] % 32)) for part in (codes, lacking)]
     stored = {"qweight": pack(full[0], bits).T, "qzeros": pack(full[1], bits), "g_idx": g_idx.int(), "scales": scales}
     wanted = torch.stack(
         [

@@ -106,7 +106,7 @@ def test_of_a_repository_of_gguf_files_the_one_that_is_named_is_fetched(hub, phl
         _, config, provenance = adapter_of(tmp_path / "out")
         assert (provenance["base"], provenance["base_revision"]) == (f"for/llama.cpp/{name}", commit)
         assert config["base_model_name_or_path"] == provenance["base"]
-    said = phlora("extract", "for/llama.cpp/four.gguf", tuned, tmp_path / "out")
+    said = phlora("extract", "for/llama.cpp/four.gguf", tuned, tmp_path / "out", "--force")
     refused(said, tmp_path / "none", "`for/llama.cpp` on the hub has no file `four.gguf`")
 
 

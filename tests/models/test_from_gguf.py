@@ -159,21 +159,35 @@ def test_quantised_and_half_precision_values_are_those_of_their_types(tmp_path):
 
 def test_a_scale_beside_a_weight_is_multiplied_in(tmp_path):
     """NVFP4 has one for the tensor, or for each expert."""
-    model = made("mixtral")
+    model = models.decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2, intermediate_size=64)
+    plain = open_checkpoint(gguf_files.save(model, tmp_path / "plain.gguf", "llama", kind=QUANT.Q8_0))
+    each = torch.tensor([1.0, 2.0, 4.0])
     more = {
         "blk.0.attn_v.scale": torch.tensor([2.0]),
-        "blk.1.ffn_down_exps.scale": torch.tensor([1.0, 2.0, 4.0]),
-        "blk.1.ffn_up_exps.scale": torch.tensor([1.0, 2.0, 4.0]),
-        "blk.1.ffn_up_exps.input_scale": torch.tensor([3.0, 3.0, 3.0]),
+        "blk.1.ffn_down_exps.scale": each,
+        "blk.1.ffn_up_exps.scale": each,
+        "blk.1.ffn_up_exps.input_scale": each,
     }
-    found = open_checkpoint(gguf_files.save(model, tmp_path / "a.gguf", "llama", more=more))
-    first, second = model.model.layers
-    each = more["blk.1.ffn_up_exps.scale"][:, None, None]
-    assert torch.equal(found.read("model.layers.0.self_attn.v_proj.weight"), 2 * first.self_attn.v_proj.weight)
-    assert torch.equal(found.read("model.layers.1.mlp.experts.down_proj"), each * second.mlp.experts.down_proj)
-    gate, up = second.mlp.experts.gate_up_proj.chunk(2, dim=1)
-    assert torch.equal(found.read("model.layers.1.mlp.experts.gate_up_proj"), torch.cat([gate, each * up], dim=1))
-    assert "blk.1.ffn_up_exps.input_scale" in found.headers
+    found = open_checkpoint(gguf_files.save(model, tmp_path / "a.gguf", "llama", kind=QUANT.Q8_0, more=more))
+    assert found.headers.keys() - plain.headers.keys() == {"blk.1.ffn_up_exps.input_scale"}
+    v_proj, experts = "model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.experts"
+    each = each[:, None, None]
+    for read in (lambda one: one.read, lambda one: one.steps):
+        before, after = read(plain), read(found)
+        assert torch.equal(after(v_proj), 2 * before(v_proj))
+        assert torch.equal(after(f"{experts}.down_proj"), each * before(f"{experts}.down_proj"))
+        gate, up = before(f"{experts}.gate_up_proj").chunk(2, dim=1)
+        assert torch.equal(after(f"{experts}.gate_up_proj"), torch.cat([gate, each * up], dim=1))
+
+
+def test_steps_of_the_grid_are_in_the_models_order(tmp_path):
+    model = models.llama(hidden_size=64, intermediate_size=96)
+    found = open_checkpoint(gguf_files.save(model, tmp_path / "a.gguf", "llama", kind=QUANT.Q8_0))
+    name = "model.layers.1.self_attn.k_proj.weight"
+    # Of Q8_0 a block of 32 has one step, which its largest value is 127 of.
+    wanted = found.read(name).unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1) / 127
+    assert torch.allclose(found.steps(name), wanted, rtol=1e-3)
+    assert found.steps("model.norm.weight") is None
 
 
 def test_what_does_not_fit_is_refused_in_a_line(tmp_path):

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_posthoc import MismatchError, PosthocError, Sampled, distil, extract, refine
 from peft_posthoc.refinement.method import Fit
-from peft_posthoc.refinement.sequences import Tokens
+from peft_posthoc.texts.sequences import Tokens
 
 CONFIG = LlamaConfig(
     vocab_size=48,

@@ -17,11 +17,10 @@ from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import CheckpointError, MismatchError
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.config import architecture
-from peft_posthoc.refinement.chain import Chain
-from peft_posthoc.refinement.distance import Model, Score, distances
-from peft_posthoc.refinement.sequences import Batch, Tokens
 from peft_posthoc.running.inputs import tokenizer_of
-from peft_posthoc.running.load import load_model, rows_of, with_adapter
+from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
+from peft_posthoc.texts.distance import Model, Score, distances
+from peft_posthoc.texts.sequences import Batch, Tokens
 
 Side = Checkpoint | nn.Module
 """A model that is to be loaded, or one that is alive."""
@@ -70,10 +69,6 @@ class Live:
             device=self.device,
             together=self.together,
         )
-
-    def chains(self) -> tuple[Chain, Chain]:
-        """Both, to run a stretch at a time."""
-        return Chain(self.adapted, self.device), Chain(self.tuned, self.tuned.device)
 
 
 def load_live(
@@ -125,7 +120,7 @@ def load_side(side: Side, device: torch.device) -> Any:
     name = label(side)
     if isinstance(side, nn.Module):
         model: Any = side
-    elif side.folder is None:
+    elif not is_loadable(side):
         raise CheckpointError(f"`{name}` is no model in a folder or on the hub; only such are loaded.")
     else:
         cls = class_of(_class_name(side))

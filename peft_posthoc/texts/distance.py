@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.compute.together import ALONE, Together
-from peft_posthoc.refinement.sequences import KINDS, Batch, Kind, Tokens, batches
+from peft_posthoc.texts.sequences import KINDS, Batch, Kind, Tokens, batches
 
 Model = Callable[[Batch], Tensor]
 """From a batch to logits, `texts x tokens x vocabulary`."""
