@@ -61,6 +61,7 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": (
 @click.option("--minutes", type=_POSITIVE, help="How long all of it may take, loading and judging included.")
 @click.option("--seed", default=0, show_default=True, help="Of all that is drawn.")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
+@click.option("--dry-run", is_flag=True, help="Read headers only, show what it would do and need, and write nothing.")
 @MODELS
 @OUTPUT
 def refine(
@@ -75,6 +76,7 @@ def refine(
     passes: float | None,
     damping: float | None,
     force: bool,
+    dry_run: bool,
     quiet: bool,
     json_to: str | None,
     **options: Any,
@@ -96,6 +98,13 @@ def refine(
     chosen = _method(method, {"lr": lr, "passes": passes, "damping": damping})
     given = _texts(prompts, texts, field, prefix)
     quiet_hosts()
+    if dry_run:
+        from peft_posthoc.refinement.preflight import refine_preflight
+
+        told = ("base", "tuned", "sequences", "length", "base_revision", "tuned_revision")
+        found = refine_preflight(adapter, method=chosen, out=out, **{key: options[key] for key in told})
+        show(found, json_to, quiet=quiet)
+        return
     try:
         refined = run(
             adapter,
