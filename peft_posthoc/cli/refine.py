@@ -42,7 +42,11 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": (
     help="Without a file: what a prompt of the task starts with.  [default: the chat template's]",
 )
 @click.option("--sequences", default=960, show_default=True, type=click.IntRange(4), help="Texts to fit on.")
-@click.option("--length", default=128, show_default=True, type=click.IntRange(2), help="Tokens of a text at most.")
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    help="Tokens of a text at most.  [default: 128; with longer prompts room for them and an answer, up to 1024]",
+)
 @click.option(
     "--method",
     default="distil",
