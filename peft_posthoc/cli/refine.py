@@ -42,7 +42,11 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": (
     help="Without a file: what a prompt of the task starts with.  [default: the chat template's]",
 )
 @click.option("--sequences", default=960, show_default=True, type=click.IntRange(4), help="Texts to fit on.")
-@click.option("--length", default=128, show_default=True, type=click.IntRange(2), help="Tokens of a text at most.")
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    help="Tokens of a text at most.  [default: 128; with longer prompts room for them and an answer, up to 1024]",
+)
 @click.option(
     "--method",
     default="distil",
@@ -61,6 +65,7 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": (
 @click.option("--minutes", type=_POSITIVE, help="How long all of it may take, loading and judging included.")
 @click.option("--seed", default=0, show_default=True, help="Of all that is drawn.")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
+@click.option("--dry-run", is_flag=True, help="Read headers only, show what it would do and need, and write nothing.")
 @MODELS
 @OUTPUT
 def refine(
@@ -75,6 +80,7 @@ def refine(
     passes: float | None,
     damping: float | None,
     force: bool,
+    dry_run: bool,
     quiet: bool,
     json_to: str | None,
     **options: Any,
@@ -96,6 +102,13 @@ def refine(
     chosen = _method(method, {"lr": lr, "passes": passes, "damping": damping})
     given = _texts(prompts, texts, field, prefix)
     quiet_hosts()
+    if dry_run:
+        from peft_posthoc.refinement.preflight import refine_preflight
+
+        told = ("base", "tuned", "sequences", "length", "base_revision", "tuned_revision")
+        found = refine_preflight(adapter, method=chosen, out=out, **{key: options[key] for key in told})
+        show(found, json_to, quiet=quiet)
+        return
     try:
         refined = run(
             adapter,

@@ -31,7 +31,7 @@ from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
 from peft_posthoc.texts.distance import Score
 from peft_posthoc.texts.sequences import KINDS, Split, Tokens, split
-from peft_posthoc.texts.texts import Sampled, Texts, Writers
+from peft_posthoc.texts.texts import Sampled, Texts, Writers, usual_length
 
 _WRITING = 0.5
 """Of the time that is left after loading, what may go into text."""
@@ -45,7 +45,7 @@ def refine(
     texts: Texts | None = None,
     method: Method | None = None,
     sequences: int = 960,
-    length: int = 128,
+    length: int | None = None,
     minutes: float | None = None,
     seed: int = 0,
     base_revision: str | None = None,
@@ -73,7 +73,8 @@ def refine(
         method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each
             model in memory at a time, unless models are alive.
         sequences: How many texts.
-        length: How many tokens each has at most.
+        length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
+            but no more than 1024.
         minutes: How long all of it may take, from loading to the last judging. Text takes half of what is left after
             loading at most, and stops in time; the fit has the rest.
         seed: Of all that is drawn.
@@ -99,7 +100,7 @@ def refine(
         ValueError: An argument makes no sense.
     """
     for name, value, least in (("sequences", sequences, 4), ("length", length, 2)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
@@ -135,7 +136,7 @@ def refine(
         if out is not None and not together.rank:
             state = state_of(out, [found.models, stored, dict(found.file.config), given, chosen, asked_for])
         with going_on(state):
-            parts = work.texts(sequences, min(length, work.live.longest or length), state)
+            parts = work.texts(sequences, length, state)
             alone, judging = work.alone(parts)
             with movable(work.live.adapted, factors):
                 seconds = clock.seconds if clock.seconds is None else clock.seconds - judging
@@ -187,7 +188,7 @@ class _Work:
     seed: int
     progress: bool
 
-    def texts(self, sequences: int, length: int, state: State | None) -> Split:
+    def texts(self, sequences: int, length: int | None, state: State | None) -> Split:
         """The texts, held out or not.
 
         Raises:
@@ -212,11 +213,13 @@ class _Work:
             )
         return parts
 
-    def _written(self, sequences: int, length: int) -> list[Tokens]:
+    def _written(self, sequences: int, length: int | None) -> list[Tokens]:
         live = self.live
         with live.writers() as pair:
             until = self.clock.until(_WRITING)
             writers = Writers(*pair, live.tokenizer, live.vocabulary, until=until, together=live.together)
+            length = length or usual_length(self.given, writers)
+            length = min(length, live.longest or length)
             written = self.given.write(writers, count=sequences, length=length, seed=self.seed, progress=self.progress)
         return live.together.first(written)
 
