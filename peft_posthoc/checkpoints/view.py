@@ -68,7 +68,7 @@ class View(Checkpoint):
 
     def coded_as(self, name: str) -> str | None:
         """The format of the first that is decoded, of what the tensor is made of."""
-        formats = map(self._checkpoint.coded_as, self._pieces[name].sources)
+        formats = map(self.seen.coded_as, self._pieces[name].sources)
         return next((one for one in formats if one is not None), None)
 
     def stored_names(self, name: str) -> set[str]:
