@@ -30,7 +30,7 @@ sweep: $(READY)  ## Every class of transformers and diffusers that builds small;
 
 test-distributed: $(READY)  ## Two processes in every way, DeepSpeed included, which compiles an operator once.
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
-	$(BIN)/python -m pytest tests/hosts/test_distributed.py tests/checkpoints/test_zero.py
+	$(BIN)/python -m pytest tests/hosts/test_distributed.py tests/checkpoints/test_zero.py tests/refinement/test_together.py
 
 engines: $(foreach name,vllm sglang llamacpp mlx,$(ENGINES)/$(name)/.ready)  ## 5 GB; llama.cpp is compiled.
 

@@ -46,6 +46,8 @@ class Pair(NamedTuple):
     test: Sequence[Batch]
     prompts: Sequence[str] = ()
     """Without their answers; of prose, how each sample begins."""
+    length: int = 128
+    """Tokens that a prompt takes with its answer, at most."""
 
 
 class _Task(NamedTuple):

@@ -3,7 +3,8 @@
 For each pair an adapter of the linear layers and the head is extracted and refined, without data and with 64 unlabelled
 prompts out of the data that the pair was tuned on. Measured on batches of the task that no model has seen: the loss of
 an answer's token, and how many answers are right in every token (the true tokens before each are given). And
-KL(tuned || adapted) on general text that the base wrote and nothing was fitted on.
+KL(tuned || adapted) on general text that the base wrote and nothing was fitted on. Seconds are the processor's, writing
+the text and judging included.
 
 Every row is a file in WORK/rows. Rows that are there are not made again, and the table is of those that are there, so
 that the script may be stopped, and called again for other ranks, methods, seeds or pairs. The pair of real weights is
@@ -46,7 +47,7 @@ class Case(NamedTuple):
 
 def refined(method: Method | None, models: Models, case: Case, text: Text) -> dict[str, Any]:
     """What `refine` comes to, as it is called by users."""
-    began = time.monotonic()
+    began = time.process_time()
     found = refine(
         models.start(case.rank),
         models.pair.base,
@@ -54,9 +55,10 @@ def refined(method: Method | None, models: Models, case: Case, text: Text) -> di
         texts=models.texts(case.prompts),
         method=method,
         seed=case.seed,
+        length=models.pair.length,
         **text.options(),
     )
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     folder = models.work / "refined" / models.name
     found.save(folder, force=True)
     return {**models.score(with_adapter(models.base(), folder)), "seconds": seconds, "kept": found.kept}

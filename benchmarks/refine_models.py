@@ -14,9 +14,9 @@ from rank_pairs import Pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_posthoc import Prompts, Sampled, extract
-from peft_posthoc.refinement.distance import distances
-from peft_posthoc.refinement.live import says
-from peft_posthoc.refinement.texts import Texts, Writers
+from peft_posthoc.running.live import says
+from peft_posthoc.texts.distance import distances
+from peft_posthoc.texts.texts import Texts, Writers
 
 GENERAL, SEED_OF_GENERAL = 64, 99
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ class Models:
 
     @torch.no_grad()
     def score(self, model: Any) -> dict[str, float]:
-        """The loss of an answer's token, the share of answers right in every token, and the distance on general text."""
+        """The loss of an answer's token, answers right in every token, and the distance on general text."""
         loss, tokens, right, answers = 0.0, 0, 0, 0
         for batch in self.pair.test:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
 from refine_models import CPU, Models
+from transformers import AutoTokenizer
 
+from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.linalg.regression import damp, regress, root_of
-from peft_posthoc.refinement.distance import divergence
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.layers import layers_of
-from peft_posthoc.refinement.live import factors_of, load_live, says
-from peft_posthoc.refinement.sequences import Tokens, batches, shuffled, split
-from peft_posthoc.refinement.texts import Writers
-from peft_posthoc.sources import open_pair
+from peft_posthoc.refinement.movable import factors_of
+from peft_posthoc.running.live import Live, says
+from peft_posthoc.running.load import with_adapter
+from peft_posthoc.texts.distance import divergence
+from peft_posthoc.texts.sequences import Tokens, batches, shuffled, split
+from peft_posthoc.texts.texts import Writers
 
+SEQUENCES = 960  # `refine`'s default
 DAMPING = 0.03  # as in `compensated`
 LR = 1e-3  # of 3e-4, 1e-3 and 3e-3 the best for LoRA from zero on the first pair
 
@@ -38,10 +40,10 @@ class Text(NamedTuple):
 
 def whitened(models: Models, rank: int, prompts: int, seed: int, text: Text) -> dict[str, Any]:
     """The best approximation of each delta in the metric of what the base's layer reads."""
-    began = time.monotonic()
-    pair = models.pair
-    live = load_live(*open_pair(str(pair.base), str(pair.tuned)), models.start(rank), CPU)
-    factors, texts = factors_of(live.adapted), _texts(models, prompts, seed, text)
+    began = time.process_time()
+    texts, start = _texts(models, prompts, seed, text), models.start(rank)
+    live = Live(with_adapter(models.base(), start), models.tuned)
+    factors = factors_of(live.adapted, live.name, open_adapter(start))
     layers = layers_of(live.adapted, live.tuned, factors).linear
     grams: dict[str, torch.Tensor] = {}
 
@@ -65,20 +67,19 @@ def whitened(models: Models, rank: int, prompts: int, seed: int, text: Text) -> 
         damp(grams[name], crosses, {name: delta}, DAMPING)
         found = regress(root_of(grams[name]), crosses[name], layer.rank)
         layer.put(found.a, found.b)
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     return {**models.score(live.adapted), "seconds": seconds}
 
 
 def from_start(start: bool | str, models: Models, rank: int, prompts: int, seed: int, text: Text) -> dict[str, Any]:
     """LoRA as PEFT starts it, trained by the same loss on the same texts with the same steps, at a rate of its own."""
-    began = time.monotonic()
+    began = time.process_time()
     torch.manual_seed(seed)
     config = LoraConfig.from_pretrained(models.start(rank))
     config.init_lora_weights, config.inference_mode = start, False
     adapted = get_peft_model(models.base(), config).eval()
     fitted, method = split(_texts(models, prompts, seed, text)).fitted, distil()
-    factors = factors_of(adapted)
-    optimizer = torch.optim.Adam(factors.values(), lr=0.0)
+    optimizer = torch.optim.Adam((own for own in adapted.parameters() if own.requires_grad), lr=0.0)
     steps = math.ceil(method.passes * len(fitted) / method.size)
     fitting = time.monotonic()
     for done, part in zip(range(steps), shuffled(fitted, method.size, seed), strict=False):
@@ -95,12 +96,13 @@ def from_start(start: bool | str, models: Models, rank: int, prompts: int, seed:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     return {**models.score(adapted), "seconds": seconds}
 
 
 def _texts(models: Models, prompts: int, seed: int, text: Text) -> list[Tokens]:
     """The texts that `refine` would fit on."""
-    live = load_live(*open_pair(str(models.pair.base), str(models.pair.tuned)), models.start(8), CPU)
-    writers = Writers(models.base(), models.tuned, live.tokenizer, live.vocabulary)
-    return models.texts(prompts).write(writers, count=text.sequences or 960, length=128, seed=seed, progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(models.pair.base, trust_remote_code=False)
+    writers = Writers(models.base(), models.tuned, tokenizer, len(tokenizer))
+    count, length = text.sequences or SEQUENCES, models.pair.length
+    return models.texts(prompts).write(writers, count=count, length=length, seed=seed, progress=False)

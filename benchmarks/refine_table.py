@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 def table(rows: Iterable[Row]) -> Iterator[str]:
     """A row for every adapter; of several seeds the mean, and the least and the most in brackets."""
     found = list(rows)
-    yield "| pair | rank | adapter | seeds | task loss | of the gap closed | exact match | general KL | seconds |"
+    yield "| pair | rank | adapter | seeds | task loss | of the gap closed | exact match | general KL | CPU seconds |"
     yield "|---|--:|---|--:|--:|--:|--:|--:|--:|"
     for pair in dict.fromkeys(row["pair"] for row in found):
         own = [row for row in found if row["pair"] == pair]

@@ -66,7 +66,7 @@ def make_pair(work: Path) -> Pair:
     version = (base / "model.safetensors").stat().st_mtime_ns
     tuned = kept(work / "tuned", [TRAIN, LONGEST, STEPS, SIZE, LR, version], make)
     prompts = [question.prompt for question in asked.train]
-    return Pair("SmolLM2-135M", "TAT-QA", LR, base, tuned, batches(asked.test, tokenizer), prompts)
+    return Pair("SmolLM2-135M", "TAT-QA", LR, base, tuned, batches(asked.test, tokenizer), prompts, 192)
 
 
 def questions(tokenizer: PreTrainedTokenizerFast) -> Questions:

@@ -17,6 +17,8 @@ from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.hub import is_repo_id
+from peft_posthoc.checkpoints.quantized.decoded import decoded
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
@@ -48,8 +50,12 @@ def _path(model: ModelReference) -> tuple[Path | str, str | None]:
     return (path.resolve() if path.exists() else model.model.path, model.model.revision)
 
 
-def opened(model: ModelReference) -> Folder:
-    """A model of the merge.
+def opened(model: ModelReference, *, merged: bool) -> Checkpoint:
+    """A model of the merge, or the one that the adapter is for.
+
+    Args:
+        model: How the configuration calls it.
+        merged: Whether mergekit reads it, which knows no codes.
 
     Raises:
         PosthocError: It is no folder of a model that mergekit can merge, or is one that nobody can wait for.
@@ -69,7 +75,12 @@ def opened(model: ModelReference) -> Folder:
     # A model of the hub lies in a folder that is named by its commit.
     found = Folder(folder, label=label, revision=None if local else folder.name)
     check_counts(found.config or {})
-    return found
+    if merged and (coded := next(iter(quantized(found).items()), None)):
+        raise CheckpointError(
+            f"`{label}` is quantized (`{coded[0]}`: {coded[1].format}), and mergekit would merge its codes. Give it in "
+            "16 bits; a quantized base that is in no part of the merge can be given with `--base`."
+        )
+    return decoded(found, folder)
 
 
 def is_narrower(dtype: torch.dtype | None, model: Checkpoint) -> bool:

@@ -58,8 +58,9 @@ class Merge:
         LoaderCache().setup(options=options)
         self._base = base_of(config, base)
         # Sorted: a set of names has another order in every process, and what comes first decides in `dtype`, `_beside`.
-        models = sorted({*config.referenced_models(), self._base}, key=str)
-        self._models = {model: opened(model) for model in models}
+        merged = {*config.referenced_models()}
+        models = sorted({*merged, self._base}, key=str)
+        self._models = {model: opened(model, merged=model in merged) for model in models}
         self.narrow = [
             model.label for model in self._models.values() if is_narrower(dtype_from_name(config.dtype), model)
         ]

@@ -97,6 +97,10 @@ class AsMerged(Checkpoint):
         """The steps of its grid, where it is one tensor of the checkpoint that is quantised."""
         return self._checkpoint.steps(self._names[name]) if name in self._names else None
 
+    def coded_as(self, name: str) -> str | None:
+        """The format of the same."""
+        return self._checkpoint.coded_as(self._names[name]) if name in self._names else None
+
     def _made(self, name: str) -> tuple[Header, set[str]] | None:
         """Shape and type of a tensor that is made from others, and their names; None if it cannot be made."""
         used = set()

@@ -22,16 +22,17 @@ from .linalg.svd import truncated_svd
 from .lora_config import LoraConfig, add_adapter, get_peft_model, patch_peft
 from .ranks.budget import budget
 from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
+from .refinement.blocks import blocks
 from .refinement.compensated import compensated
 from .refinement.distil import distil
 from .refinement.refine import refine
 from .refinement.refined import Refined
-from .refinement.texts import Given, Prompts, Sampled
 from .resizing.resize import combine, resize, spectra
 from .resizing.resized import Resized, ResizeReport
 from .serving.check import Check, check
 from .serving.fix import Fixed, fix
 from .sources import open_checkpoint
+from .texts.texts import Given, Prompts, Sampled
 from .verification.findings import Verification
 from .verification.verify import verify
 
@@ -65,6 +66,7 @@ __all__ = [
     "Verification",
     "above_noise",
     "add_adapter",
+    "blocks",
     "budget",
     "check",
     "combine",

@@ -78,6 +78,7 @@ class Adapter(Findings):
                 "tuned": tuned_name or tuned.label,
                 "tuned_revision": tuned.revision,
                 **({} if served is None else {"for_base": served.label, "for_base_revision": served.revision}),
+                **_quantised(plan, base=base, tuned=tuned, for_base=served),
                 "layout": plan.layout.origin,
                 "options": dict(options),
                 "versions": {
@@ -140,6 +141,16 @@ class Adapter(Findings):
             contents = Contents(self.tensors(), config, self.report.to_dict(), self.provenance, self.beside)
             write_folder(place, contents, force=force, called=folder)
         return Path(folder)
+
+
+def _quantised(plan: Plan, **sides: Checkpoint | None) -> dict[str, Any]:
+    """The formats that carried weights are quantised in, by side; nothing where none is."""
+    forms = {
+        role: sorted({form for name in plan.carried if (form := side.coded_as(name))})
+        for role, side in sides.items()
+        if side is not None
+    }
+    return {"quantised": {role: own for role, own in forms.items() if own}} if any(forms.values()) else {}
 
 
 def _nothing(others: Iterable[Skipped | Kept], plan: Plan, base: str, tuned: str) -> str:

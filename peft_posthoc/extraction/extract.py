@@ -95,8 +95,7 @@ def extract(
             raise ValueError(f"Several processes hand over what they did beside the adapter, and {nothing_kept}.")
     elif place is not None:
         carried = {name: [place.module for place in places] for name, places in plan.carried.items()}
-        models = [side.identity for side in (before, after, prepared.served) if side is not None]
-        spool = Spool(place, [*models, prepared.options, carried])
+        spool = Spool(place, [*(model.identity for model in prepared.models), prepared.options, carried])
         if processes.size > 1:
             spool.patience = 0.0
     try:
@@ -169,7 +168,7 @@ def _why_nothing_is_kept(prepared: Prepared, out: Path | None) -> str | None:
     """Why another process, or a later one, could not go on from finished layers; None if it can."""
     if out is None:
         return "there is no `out`"
-    if not all(side.identity for side in (prepared.base, prepared.tuned, prepared.served) if side is not None):
+    if not all(model.identity for model in prepared.models):
         return "a model that is not on disk has nothing to know it by"
     if not all(map(is_value, (*prepared.rules.values(), prepared.allocation))):
         return "a rank rule that is no dataclass, such as a function, has nothing to know it by"

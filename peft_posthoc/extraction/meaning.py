@@ -33,13 +33,14 @@ def norms(rows: Iterable[Row]) -> dict[str, Any]:
 def meaning(rows: Sequence[Row], provenance: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What is to be said of a delta: notes and warnings, none where nothing is quantised."""
     told = norms(rows)
-    notes = [_for_base(rows, provenance["for_base"], told)] if "served_error" in told else []
+    notes = [_for_base(rows, _named(provenance, "for_base"), told)] if "served_error" in told else []
     if "grid" not in told:
         return notes, []
     known = [row for row in rows if row.grid is not None]
     delta, error = _root(row.delta_norm or 0.0 for row in known), math.hypot(*told["grid"])
     sides = [side for side, norm in zip(("base", "tuned"), told["grid"], strict=True) if norm]
-    are = " and ".join(f"`{provenance[side]}`" for side in sides) + (" are" if len(sides) > 1 else " is")
+    named = [_named(provenance, side) for side in sides]
+    are = " and ".join(named) + (" are" if len(sides) > 1 else " is")
     numbers = f"norm {delta:.3g}, of which rounding to the grid is expected to make {error:.3g}"
     if not _is_there(known):
         why = (
@@ -77,25 +78,33 @@ def _ways_out(provenance: Mapping[str, Any], sides: Sequence[str]) -> str:
     return " ".join(ways)
 
 
-def _for_base(rows: Sequence[Row], label: str, told: Mapping[str, float]) -> str:
+def _named(provenance: Mapping[str, Any], side: str) -> str:
+    forms = provenance.get("quantised", {}).get(side)
+    return f"`{provenance[side]}`" + (f" ({', '.join(forms)})" if forms else "")
+
+
+def _for_base(rows: Sequence[Row], served: str, told: Mapping[str, float]) -> str:
     task = _root(row.delta_norm or 0.0 for row in rows if row.served_error is not None)
     error, total = told["served_error"], told["served_delta"]
     ratio = f", {error / task:.3g} times that" if task else ""
     return (
-        f"To be served on `{label}`: the task's delta has norm {task:.3g}, the base's quantisation error {error:.3g}"
+        f"To be served on {served}: the task's delta has norm {task:.3g}, the base's quantisation error {error:.3g}"
         f"{ratio}; from what is served to tuned it is {total:.3g}. The adapter holds the task's and leaves the error "
         "where it is; `phlora refine` can mend some of it."
     )
 
 
 def _is_there(rows: Iterable[Row]) -> bool:
-    """Whether what the kept triplets leave of the deltas is as much as rounding to the grids leaves there."""
-    left = expected = 0.0
+    """Whether the deltas, and what the kept triplets leave of them, are as large as rounding to grids makes both."""
+    found, expected = [0.0, 0.0], [0.0, 0.0]
     for row in rows:
         m, n = row.shape[0], math.prod(row.shape[1:])
-        left += (1 - (row.energy or 0.0)) * (row.delta_norm or 0.0) ** 2
-        expected += sum(error**2 for error in row.grid or ()) * (m - row.rank) * (n - row.rank) / (m * n)
-    return left >= _THERE * expected
+        energy, rounding = (row.delta_norm or 0.0) ** 2, sum(error**2 for error in row.grid or ())
+        found[0] += energy
+        found[1] += (1 - (row.energy or 0.0)) * energy
+        expected[0] += rounding
+        expected[1] += rounding * (m - row.rank) * (n - row.rank) / (m * n)
+    return all(there >= _THERE * least for there, least in zip(found, expected, strict=True))
 
 
 def _root(norms: Iterable[float]) -> float:

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.hub import check_room
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.forms.lay_out import lay_out
@@ -65,7 +65,7 @@ class Preflight:
     values: float
     """The share of the tuned checkpoint's values in tensors that are carried or kept whole."""
     read_bytes: int
-    """Of both checkpoints."""
+    """Of all checkpoints."""
     adapter_bytes: int
     disk_bytes: int
     """Needed at the adapter's folder, with what is kept there until the adapter is written."""
@@ -160,7 +160,7 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         CheckpointError: There is no room for the weights that are to be downloaded.
     """
     found = _found(prepared, out)
-    sides = [side for side in (prepared.base, prepared.tuned) if side.to_fetch]
+    sides = [side for side in prepared.models if side.to_fetch]
     place = None if out is None else Path(out)
     taken = found.disk_bytes if found.rank_is_known else 0
     check_room(found.download_bytes, *(side.label for side in sides), out=place, taken=taken)
@@ -186,16 +186,18 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     # freed.
     deltas = max(4 * math.prod(header.shape) for header in plan.headers.values())
     work = 1.25 * 2 * (deltas + max(4 * 8 * rank * sides[name] for name, rank in ranks.items()))
-    checkpoints = (prepared.base, prepared.tuned)
+    read: list[tuple[Checkpoint, Iterable[str]]] = [(side, side.headers) for side in (prepared.base, prepared.tuned)]
+    if prepared.served is not None:
+        read.append((prepared.served, ranks))
     return Preflight(
         rows=rows,
         rank_is_known=all(in_advance(rule) is not None for rule in prepared.rules.values()),
         values=_values(row for row in rows if row.status != "left out") / _values(rows),
-        read_bytes=sum(header.bytes for side in checkpoints for header in side.headers.values()),
+        read_bytes=sum(side.headers[name].bytes for side, names in read for name in names),
         adapter_bytes=size,
         disk_bytes=size + finished,
         disk_free=None if out is None else free_at(Path(out)),
-        download_bytes=sum(side.to_fetch for side in checkpoints),
+        download_bytes=sum(side.to_fetch for side in prepared.models),
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
         notes=prepared.notes,

@@ -74,6 +74,11 @@ class Prepared:
     served: Checkpoint | None = None
     """The base that the adapter is served on, where that is another."""
 
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """All that is read."""
+        return (self.base, self.tuned) if self.served is None else (self.base, self.tuned, self.served)
+
     @cached_property
     def rules(self) -> dict[str, RankRule]:
         """By carried weight."""

@@ -6,6 +6,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
+
+# It takes any text, a configuration's too.
+from os.path import exists
 from pathlib import Path
 
 import torch
@@ -18,12 +21,13 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.beside import TOKENIZER, matching
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
+from peft_posthoc.sources import open_checkpoint
 from peft_posthoc.text import size
 
 # Of a single file where the base's own division cannot be kept; transformers' own default.
@@ -46,7 +50,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
         AdapterError: The adapter changes what a checkpoint of this base has no place for, or it cannot be written.
         CheckpointError: The base cannot be read, or holds codes that are not decoded.
     """
-    merge = Merge(deltas, dtype)
+    merge = Merge(deltas, dtype, _served(deltas))
     total = sum(header.bytes for header in merge.headers.values())
     # Before the base's weights are fetched, if it is on the hub.
     _room_for(total, deltas.base, out)
@@ -90,6 +94,17 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
     return exported
 
 
+def _served(deltas: AdapterOnModel) -> Checkpoint | None:
+    """The model that the adapter names as its base, where that is here, and the one that is merged into has no grid."""
+    named, base = deltas.folder.config.get("base_model_name_or_path"), deltas.base
+    if not isinstance(named, str) or not exists(named) or any(map(base.coded_as, base.headers)):
+        return None
+    try:
+        return open_checkpoint(named)
+    except PosthocError:
+        return None
+
+
 def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, list[str]]:
     """The tensors of each file: divided as the base is, if that is done in the usual way."""
     base = deltas.stored
@@ -131,12 +146,13 @@ def _room_for(total: int, base: Checkpoint, out: Out) -> None:
 def _copy_beside(deltas: AdapterOnModel, merge: Merge, made: Path) -> list[str]:
     """Copy what belongs to the model beside its weights; the tokenizer that is beside the adapter, if one is."""
     base, adapter = deltas.base, deltas.folder.place
-    if base.folder is None:
+    folder = place_of(base)
+    if folder is None:
         merge.notes.append(f"`{base.label}` is no folder: no tokenizer was copied.")
         return []
     if base.revision is not None:
         hub.fetch_beside(base.label, _BESIDE, revision=base.revision)
-    copied = dict(matching(base.folder, [pattern for pattern in _BESIDE if pattern != "config.json"]))
+    copied = dict(matching(folder, [pattern for pattern in _BESIDE if pattern != "config.json"]))
     if (adapter / "tokenizer_config.json").is_file():
         kept = {name: path for name, path in copied.items() if not any(fnmatch(name, one) for one in TOKENIZER)}
         copied = kept | dict(matching(adapter, TOKENIZER))

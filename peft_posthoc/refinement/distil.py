@@ -7,20 +7,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from peft_posthoc.refinement.distance import Distance, Model, Score, divergence
-from peft_posthoc.refinement.live import Live, says
 from peft_posthoc.refinement.method import Fit, better, finite
 from peft_posthoc.refinement.pace import At, Pace
-from peft_posthoc.refinement.sequences import Split, Tokens, batches, shuffled
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, put
+from peft_posthoc.running.live import Live, says
+from peft_posthoc.texts.distance import Distance, Model, Score, divergence
+from peft_posthoc.texts.sequences import Split, Tokens, batches, shuffled
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class distil:
     """
 
     lr: float = 0.05
-    size: int = 8
-    passes: float = 2.0
+    size: int = 4
+    passes: float = 4.0
+    streams: ClassVar[bool] = False
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind, kind_of
-from peft_posthoc.refinement.live import Live
+from peft_posthoc.running.live import Live
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Layer:
 
     def delta(self) -> Tensor:
         """The tuned weight minus the base's, `m` by `n`."""
-        after, before = (self.kind.matrix(one.weight.detach()) for one in (self.tuned, self.base))  # type: ignore[operator]
-        return after - before
+        after, before = (self.kind.matrix(one.weight.detach()).float() for one in (self.tuned, self.base))  # type: ignore[operator]
+        return after.to(before.device) - before
 
     @torch.no_grad()
     def put(self, a: Tensor, b: Tensor) -> None:

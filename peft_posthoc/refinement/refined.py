@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from peft_posthoc.adapters.writer import Contents, write_folder
-from peft_posthoc.refinement.distance import Distance
-from peft_posthoc.refinement.sequences import Kind
 from peft_posthoc.refinement.state import clear
+from peft_posthoc.texts.distance import Distance
+from peft_posthoc.texts.sequences import Kind
 
 _SAID: dict[Kind, str] = {"task": "like the task's", "general": "general"}
 

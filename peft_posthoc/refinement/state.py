@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_posthoc.errors import AdapterError, PosthocError
-from peft_posthoc.refinement.sequences import Tokens
+from peft_posthoc.texts.sequences import Tokens
 
 _TEXTS, _FIT = "texts.safetensors", "fit.safetensors"
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc.serving.engines import ENGINES
 from peft_posthoc.serving.rules.table import RULES
-from tests.make import architectures, models, quantised
+from tests.make import architectures, coded_folders, models
 
 LAYER = "base_model.model.model.layers.0"
 HEAD = "base_model.model.lm_head"
@@ -19,10 +19,10 @@ EMBEDDING = "base_model.model.model.embed_tokens"
 RANK = 16
 IN_LAYER = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
 QUANTISED = {  # by name: of what base, how, and which modules are left as they are
-    "llama in NF4": ("llama", quantised.nf4, ()),
-    "llama in INT4": ("llama", quantised.int4, ()),
-    "llama in FP8 but for v": ("llama", quantised.fp8, ("v_proj",)),
-    "mixture in FP8 by rows": ("qwen3_moe", quantised.fp8_rows, ()),
+    "llama in NF4": ("llama", coded_folders.nf4, ()),
+    "llama in INT4": ("llama", coded_folders.int4, ()),
+    "llama in FP8 but for v": ("llama", coded_folders.fp8, ("v_proj",)),
+    "mixture in FP8 by rows": ("qwen3_moe", coded_folders.fp8_rows, ()),
 }
 BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": models.llama,
@@ -372,7 +372,7 @@ def base_of(case: Case, folder: Path) -> Path | None:
     where = folder / case.base
     if case.base in QUANTISED and not where.exists():
         plain, how, but = QUANTISED[case.base]
-        quantised.quantise(base_of(Case(case.spoil, plain), folder), where, how, but=but)
+        coded_folders.quantise(base_of(Case(case.spoil, plain), folder), where, how, but=but)
     elif not where.exists():
         torch.manual_seed(0)
         models.save(BASES[case.base](), where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_posthoc import MismatchError, PosthocError, Sampled, distil, extract, refine
 from peft_posthoc.refinement.method import Fit
-from peft_posthoc.refinement.sequences import Tokens
+from peft_posthoc.texts.sequences import Tokens
 
 CONFIG = LlamaConfig(
     vocab_size=48,
@@ -139,6 +139,7 @@ class Boasts:
     """A method that spoils the factors and says that they are better."""
 
     size: int = 8
+    streams: ClassVar[bool] = False
 
     def __call__(self, live: Any, factors: Any, texts: Any, **_: Any) -> Fit:
         before = live.distances(texts.held_out, size=8)

@@ -19,8 +19,8 @@ from peft_posthoc import PosthocError, Sampled, distil, extract, refine
 from peft_posthoc.cli.main import main
 from peft_posthoc.refinement import distil as distil_module
 from peft_posthoc.refinement.pace import At, Pace
-from peft_posthoc.refinement.sequences import Tokens
 from peft_posthoc.refinement.state import State
+from peft_posthoc.texts.sequences import Tokens
 from tests.make.limits import HANG
 
 QUICK: dict[str, Any] = {"sequences": 48, "length": 12}

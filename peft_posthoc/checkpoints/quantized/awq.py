@@ -60,10 +60,9 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     Raises:
         CheckpointError: They are in a form that is not read.
     """
-    if stored.told.get("quant_method") != "awq":
+    if stored.method != "awq":
         return
-    version, bits = str(stored.told.get("version") or "gemm").lower(), int(stored.told.get("bits") or 4)
-    group = int(stored.told.get("group_size") or -1)
+    version, bits = str(stored.told.get("version") or "gemm").lower(), stored.number("bits") or 4
     for name in stored.headers:
         scales = stored.beside(name, "scales")
         if not name.endswith(".qweight") or scales is None:
@@ -73,10 +72,23 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
                 f"`{stored.checkpoint.label}` holds codes of {bits} bits in AWQ's form `{version}`, which are not "
                 "read; of 4 bits in `gemm` and `gemv` they are."
             )
-        zeros, (rows, words) = stored.beside(name, "qzeros"), stored.headers[name].shape
-        shape, make = (8 * words, rows), gemm
-        if version == "gemv":
-            shape, make = (rows, 8 * words), partial(gemv, group=group if group > 0 else 8 * words)
-        sources = (name, scales, *([zeros] if zeros else ()))
-        header = Header(shape, stored.headers[scales].dtype)
-        yield f"{name.removesuffix('.qweight')}.weight", Coded(sources, header, make, 4, "4-bit integers")
+        yield f"{name.removesuffix('.qweight')}.weight", _layer(stored, name, scales, across=version == "gemm")
+
+
+def _layer(stored: Stored, words: str, scales: str, *, across: bool) -> Coded:
+    zeros, shape, of_scales = stored.beside(words, "qzeros"), stored.headers[words].shape, stored.headers[scales].shape
+    fits = len(shape) == len(of_scales) == 2 and 0 not in (*shape, *of_scales)
+    group = stored.number("group_size")
+    group = group if group > 0 or not fits else 8 * shape[1]
+    if across:
+        fits = fits and 8 * shape[1] == of_scales[1] and shape[0] % of_scales[0] == 0
+    else:
+        fits = fits and shape[0] == of_scales[0] and 8 * shape[1] % group == 0 and zeros is not None
+    if not fits:
+        raise CheckpointError(
+            f"`{words}` of `{stored.checkpoint.label}` is {shape}, and `{scales}` {of_scales}: they fit no linear "
+            "layer in AWQ's codes."
+        )
+    header = Header((8 * shape[1], shape[0]) if across else (shape[0], 8 * shape[1]), stored.headers[scales].dtype)
+    sources = (words, scales, *([zeros] if zeros else ()))
+    return Coded(sources, header, gemm if across else partial(gemv, group=group), 4, "INT4")

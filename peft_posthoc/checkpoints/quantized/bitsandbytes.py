@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -39,23 +40,35 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
         if name.rpartition(".")[2] == "SCB" and codes is not None:
             sources = (codes, name, *([form] if form else ()))
             header = Header(headers[codes].shape, torch.float32)
-            yield codes, Coded(sources, header, partial(_eight_bits, codes), 8, "8-bit integers")
+            yield codes, Coded(sources, header, partial(_eight_bits, codes), 8, "INT8")
 
 
 def _of_four_bits(stored: Stored, weight: str, state: str, beside: list[str]) -> Coded:
-    leaves = tuple(name.removeprefix(f"{weight}.") for name in beside)
     try:
         told = said(stored.checkpoint.read(state))
         header = Header(tuple(map(int, told["shape"])), getattr(torch, told["dtype"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        count = math.prod(header.shape)
+        blocks = -(-count // int(told["blocksize"]))
+        held = {"": -(-count // 2), ".absmax": blocks, ".quant_map": 16}
+        if "nested_offset" in told:
+            held |= {
+                ".nested_absmax": -(-blocks // int(told["nested_blocksize"])),
+                ".nested_quant_map": 256,
+            }
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"`{state}` of `{stored.checkpoint.label}` does not say what its codes are: {error!r}."
         ) from error
-    needed = {"absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if "nested_offset" in told else ())}
-    if missing := needed - {*leaves}:
-        raise CheckpointError(
-            f"`{stored.checkpoint.label}` lacks `{weight}.{min(missing)}`, without which its codes mean nothing."
-        )
+    # What is too short its kernels read beyond.
+    for leaf, wanted in held.items():
+        name = f"{weight}{leaf}"
+        found = stored.headers.get(name)
+        if found is None or (math.prod(found.shape) if leaf else found.bytes) != wanted:
+            raise CheckpointError(
+                f"`{stored.checkpoint.label}` holds `{name}` as {found and list(found.shape)}, which does not fit a "
+                f"weight of {list(header.shape)} in codes of 4 bits."
+            )
+    leaves = tuple(name.removeprefix(f"{weight}.") for name in beside)
     kind = state.partition(_STATE)[2].upper()
     return Coded((weight, *beside), header, partial(_four_bits, leaves), 4, kind)
 

@@ -25,6 +25,8 @@ class Coded(NamedTuple):
     """Of a code."""
     format: str
     """What it is called: `FP8`, `FP8 by row`, `4-bit integers`."""
+    along: int = 0
+    """The side of the codes along which words go on, where codes straddle them."""
     beside: tuple[str, ...] = ()
     """Stored tensors that go with it and are not read: the scales of activations, a shape."""
 
@@ -44,11 +46,26 @@ class Stored:
         """Of all that is stored."""
         return self.checkpoint.headers
 
+    @property
+    def method(self) -> str:
+        """By what it was quantized, as its configuration says."""
+        told = self.told.get("quant_method") or ""
+        return str(getattr(told, "value", told))  # Of a live model it is one of transformers' own.
+
+    def number(self, key: str) -> int:
+        """A whole number that says how it was quantized; 0 where none does."""
+        value = self.told.get(key)
+        return value if isinstance(value, int) else 0
+
     def beside(self, name: str, *leaves: str) -> str | None:
         """The first of `leaves` that is stored in the module of a tensor, in full."""
         module = name.rpartition(".")[0]
         names = (f"{module}.{leaf}" if module else leaf for leaf in leaves)
         return next((own for own in names if own in self.headers), None)
+
+    def all_beside(self, name: str, *leaves: str) -> tuple[str, ...]:
+        """All of `leaves` that are stored in the module of a tensor, in full."""
+        return tuple(own for leaf in leaves if (own := self.beside(name, leaf)))
 
 
 class Reader(Protocol):

@@ -49,7 +49,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     Raises:
         CheckpointError: They are in a form that is not read.
     """
-    if stored.told.get("quant_method") != "gptq":
+    if stored.method != "gptq":
         return
     form = str(stored.told.get("checkpoint_format") or "gptq")
     for name in stored.headers:
@@ -69,22 +69,28 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
 def _layer(stored: Stored, module: str, parts: list[str], offset: int) -> Coded:
     headers = {part: stored.headers[f"{module}.{part}"] for part in parts}
     shapes = {part: header.shape for part, header in headers.items()}
+    where = f"`{module}` of `{stored.checkpoint.label}`"
+    sides = {part: len(shape) for part, shape in shapes.items()}
+    if sides != {part: 1 if part == "g_idx" else 2 for part in parts} or 0 in shapes["scales"]:
+        raise CheckpointError(f"{where} is no linear layer in GPTQ's codes: {shapes}.")
     count, out = shapes["scales"]
-    bits = _bits(shapes, int(stored.told.get("bits") or 0))
+    bits = _bits(shapes, stored.number("bits"))
     if bits not in _BITS:
         raise CheckpointError(
-            f"`{stored.checkpoint.label}` holds `{module}` in GPTQ's codes of {bits} bits, which are not read; of 2, "
-            "3, 4 and 8 they are."
+            f"{where} is in GPTQ's codes of {bits} bits, which are not read; of 2, 3, 4 and 8 they are."
         )
-    n = shapes.get("g_idx", (0,))[0] or shapes["qweight"][0] * 32 // bits
-    group = int(stored.told.get("group_size") or -1)
+    most = shapes["qweight"][0] * 32 // bits
+    n = shapes.get("g_idx", (0,))[0] or most
+    if n > most or shapes["qweight"][1] != out or shapes.get("qzeros", (count,))[0] != count:
+        raise CheckpointError(f"{where} is no linear layer in GPTQ's codes of {bits} bits: {shapes}.")
+    group = stored.number("group_size")
     how = {"bits": bits, "offset": offset, "group": group if group > 0 else -(-n // count)}
     return Coded(
         tuple(f"{module}.{part}" for part in parts),
         Header((out, n), headers["scales"].dtype),
         partial(_made, parts, **how),
         bits,
-        f"{bits}-bit integers",
+        f"INT{bits}",
     )
 
 

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 
-def steps(decode: Callable[[Tensor], Tensor], codes: Tensor, bits: int) -> Tensor:
+def steps(decode: Callable[[Tensor], Tensor], codes: Tensor, bits: int, *, along: int = 0) -> Tensor:
     """The distance from each value to its neighbour on the grid, in float32.
 
     Args:
         decode: From codes to values.
         codes: As they are stored: whole numbers of so many bits in integers, or a type of one byte.
-        bits: Of a code; where words hold several, the lowest bits first, along the first side where they straddle.
+        bits: Of a code; where words hold several, the lowest bits first.
+        along: The side along which words go on, where codes straddle them.
     """
-    return torch.sub(decode(beside(codes, bits)).float(), decode(codes).float()).abs_()
+    return torch.sub(decode(beside(codes, bits, along=along)).float(), decode(codes).float()).abs_()
 
 
-def beside(codes: Tensor, bits: int) -> Tensor:
+def beside(codes: Tensor, bits: int, *, along: int = 0) -> Tensor:
     """The same codes, each the next one or the one before: its lowest bit is flipped."""
     if codes.dtype.is_floating_point and codes.itemsize > 1:  # Bytes, stored as that.
         codes = codes.contiguous().view(torch.uint8)
@@ -34,7 +35,9 @@ def beside(codes: Tensor, bits: int) -> Tensor:
     if width % bits == 0:
         return codes ^ _signed(lowest[0], width, codes.dtype)
     masks = torch.tensor([_signed(mask, width, codes.dtype) for mask in lowest], dtype=codes.dtype)
-    return codes ^ masks.repeat(-(-len(codes) // bits))[: len(codes)].view(-1, *[1] * (codes.ndim - 1))
+    count = codes.shape[along]
+    sides = [-1 if side == along else 1 for side in range(codes.ndim)]
+    return codes ^ masks.repeat(-(-count // bits))[:count].view(sides)
 
 
 def _signed(mask: int, width: int, dtype: torch.dtype) -> int:

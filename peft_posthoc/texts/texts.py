@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,16 @@ import torch
 from tqdm import tqdm
 
 from peft_posthoc.compute.together import ALONE, Together
-from peft_posthoc.errors import PosthocError
-from peft_posthoc.refinement.chat import Turn, turn_of
-from peft_posthoc.refinement.sampling import without_end, write_on
-from peft_posthoc.refinement.sequences import Tokens
+from peft_posthoc.errors import LeftOutWarning, PosthocError
 from peft_posthoc.text import asked
+from peft_posthoc.texts.chat import Turn, turn_of
+from peft_posthoc.texts.sampling import without_end, write_on
+from peft_posthoc.texts.sequences import Tokens
+
+_USUAL, _ANSWER, _MOST = 128, 64, 1024
+"""Tokens of a text, of an answer behind a long prompt, and of both."""
+_LOW = 0.7
+"""The temperature at which the tuned model writes prompts: at 1 what it was tuned on is rare behind a random token."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,21 @@ class Writers:
         ends: Sequence[int],
         progress: Any,
         share: float = 1.0,
+        temperature: float = 1.0,
     ) -> list[list[int] | None]:
         """What a model adds to each start, within a share of the time that is left; None where that was over."""
         now = time.monotonic()
         until = self.until if math.isinf(self.until) else now + share * max(self.until - now, 0.0)
-        return write_on(model, starts, room, ends=ends, until=until, together=self.together, progress=progress)
+        return write_on(
+            model,
+            starts,
+            room,
+            ends=ends,
+            temperature=temperature,
+            until=until,
+            together=self.together,
+            progress=progress,
+        )
 
     def general(self, openings: Sequence[list[int]], length: int, bar: Any) -> list[Tokens]:
         """What the base makes of texts of no subject."""
@@ -98,9 +114,9 @@ class Texts(Protocol):
 class Sampled:
     """No data: text that the models write themselves.
 
-    One half is general: the base goes on from a random token. The other half looks like the task's: a turn of the user
-    (behind the chat template's opening, or `prefix`, or a random token) that the base writes, then the answer of the
-    tuned model.
+    A quarter is general: the base goes on from a random token. The rest looks like the task's: a turn of the user
+    (behind the chat template's opening, or `prefix`, or a random token), then the answer of the tuned model. Half of
+    these turns the base writes, half the tuned model at a low temperature: what it says then is what it was tuned on.
 
     Args:
         prefix: What a prompt starts with, where there is no chat template.
@@ -111,7 +127,7 @@ class Sampled:
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         draw = random.Random(seed)
-        general, turn = count // 2, None if self.prefix is not None else turn_of(writers.tokenizer)
+        general, turn = max(2, count // 4), None if self.prefix is not None else turn_of(writers.tokenizer)
         openings = [writers.opening(draw) for _ in range(count)]
         if turn is not None:
             openings[general:] = [list(turn.before)] * (count - general)
@@ -126,9 +142,19 @@ class Sampled:
         # How long a prompt is, nobody knows: anything up to three quarters of the text.
         room[general:] = [draw.randint(1, max(1, 3 * free // 4)) for free in room[general:]]
         ends = [*writers.ends, *(turn.after[:1] if turn is not None else ())]
+        own = (general + count) // 2
         with _seeded(seed), tqdm(total=2 * count - general, desc="Writing text", disable=not progress) as bar:
-            # What it writes here takes two thirds of all; the rest are answers.
-            written = writers.write_on(writers.base, openings, room, ends=ends, progress=bar, share=2 / 3)
+            # Each of the three parts, and the answers, takes about as long as it has texts.
+            written = writers.write_on(writers.base, openings[:own], room[:own], ends=ends, progress=bar, share=0.4)
+            written += writers.write_on(
+                writers.tuned,
+                openings[own:],
+                room[own:],
+                ends=ends,
+                progress=bar,
+                share=0.4,
+                temperature=_LOW,
+            )
             texts = _general(openings[:general], written[:general], ends)
             starts = [
                 [*opening, *without_end(more, ends), *(turn.after if turn is not None else ())]
@@ -140,7 +166,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Unlabelled prompts, answered by the tuned model; a quarter of all text is general, written by the base.
+    """Unlabelled prompts, answered by the tuned model; an eighth of all text is general, written by the base.
 
     Args:
         prompts: Each a text, which the chat template is put around if there is one; or a list of messages.
@@ -152,23 +178,28 @@ class Prompts:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         if not self.prompts:
             raise PosthocError("There are no prompts.")
-        draw, turn, general = random.Random(seed), turn_of(writers.tokenizer), count // 4
+        draw, turn, general = random.Random(seed), turn_of(writers.tokenizer), max(2, count // 8)
         own = [_encoded(writers, prompt, turn) for prompt in self.prompts]
         too_long = sum(len(ids) >= length for ids in own)
         if too_long == len(own):
-            raise PosthocError(f"Every prompt has {length} tokens or more. Allow longer texts.")
+            raise PosthocError(
+                f"Every prompt has {length} tokens or more. Allow longer texts (`{asked('length', None)}`)."
+            )
+        if too_long:
+            left = f"{too_long} of {len(own)} prompts are left out: they have {length} tokens or more."
+            warnings.warn(f"{left} Allow longer texts (`{asked('length', None)}`).", LeftOutWarning, stacklevel=2)
         own = [ids for ids in own if 0 < len(ids) < length]
         # Each prompt is answered as often as it takes; another answer is another text.
         starts = [own[i % len(own)] for i in range(count - general)]
         openings = [writers.opening(draw) for _ in range(general)]
         with _seeded(seed), tqdm(total=count, desc="Writing text", disable=not progress) as bar:
-            answered = _answered(writers, starts, length, bar, share=3 / 4)
+            answered = _answered(writers, starts, length, bar, share=7 / 8)
             return answered + writers.general(openings, length, bar)
 
 
 @dataclass(frozen=True)
 class Given:
-    """Texts as they are; a quarter of all text is general, written by the base."""
+    """Texts as they are; an eighth of all text is general, written by the base."""
 
     texts: Sequence[str]
 
@@ -177,11 +208,20 @@ class Given:
         own = [ids[:length] for text in self.texts if (ids := writers.encode(text))]
         if not own:
             raise PosthocError("There are no texts.")
-        draw, general = random.Random(seed), count // 4
+        draw, general = random.Random(seed), max(2, count // 8)
         openings = [writers.opening(draw) for _ in range(general)]
         with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
             written = writers.general(openings, length, bar)
         return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]
+
+
+def usual_length(texts: Texts, writers: Writers) -> int:
+    """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason."""
+    if not isinstance(texts, Prompts):
+        return _USUAL
+    turn = turn_of(writers.tokenizer)
+    longest = max((len(_encoded(writers, prompt, turn)) for prompt in texts.prompts), default=0)
+    return max(_USUAL, min(longest + _ANSWER, _MOST))
 
 
 def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any, share: float = 1.0) -> list[Tokens]:

@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peft_posthoc import Given, PosthocError, Prompts, Sampled
-from peft_posthoc.refinement.chat import turn_of
-from peft_posthoc.refinement.distance import Distance, distances, divergence
-from peft_posthoc.refinement.sampling import write_on
-from peft_posthoc.refinement.sequences import Batch, Tokens, batches, shuffled, split
-from peft_posthoc.refinement.texts import Writers
+from peft_posthoc import Given, LeftOutWarning, PosthocError, Prompts, Sampled
+from peft_posthoc.texts.chat import turn_of
+from peft_posthoc.texts.distance import Distance, distances, divergence
+from peft_posthoc.texts.sampling import write_on
+from peft_posthoc.texts.sequences import Batch, Tokens, batches, shuffled, split
+from peft_posthoc.texts.texts import Writers, usual_length
 
 WORDS = ["[UNK]", "<s>", "</s>", "<user>", "<bot>", *"abcdefgh"]
 TEMPLATE = "<s> {% for m in messages %}<user> {{ m.content }} <bot> {% endfor %}"
@@ -53,36 +53,49 @@ def _written(texts: Any, writers: Writers | None = None, *, count: int = 16, len
     return texts.write(writers or _writers(), count=count, length=length, seed=0, progress=False)
 
 
-def test_the_base_writes_general_text_and_the_tuned_model_answers() -> None:
+def test_the_base_writes_general_text_and_half_of_the_prompts_and_the_tuned_model_the_others_and_answers() -> None:
     written = _written(Sampled())
-    assert Counter(text.kind for text in written) == {"general": 8, "task": 8}
+    assert Counter(text.kind for text in written) == {"general": 4, "task": 12}
+    asked = []
     for text in written:
-        words = _text(text).split()
-        assert len(words) == 10
+        words = _text(text).split()[1:]
+        assert len(words) == 9
         if text.kind == "general":
-            assert set(words[1:]) == {"a"}
+            assert set(words) == {"a"}
         else:
-            asked = words[1:].index("b")
-            assert set(words[1 : asked + 1]) == {"a"}
-            assert set(words[asked + 1 :]) == {"b"}
+            assert words == sorted(words)
+            asked.append(words[0])
+    assert Counter(asked) == {"a": 6, "b": 6}
+
+
+def test_at_a_low_temperature_a_model_writes_what_it_likes_best() -> None:
+    model = _says("a")
+    with torch.no_grad():
+        model.lm_head.weight[WORDS.index("b")] = 9.9  # 8 times 0.1 behind `a`: 31 % of the draws, at 0.1 in 3,000 one.
+    torch.manual_seed(0)
+    drawn = {at: write_on(model, [[5]] * 8, [16] * 8, ends=[2], temperature=at) for at in (1.0, 0.1)}
+    share = {at: sum(one.count(WORDS.index("b")) for one in rows if one) / 128 for at, rows in drawn.items()}
+    assert 0.2 < share[1.0] < 0.42
+    assert share[0.1] < 0.02
 
 
 def test_prompts_stand_behind_the_chat_template_s_opening() -> None:
     for text in _written(Sampled(), _writers(TEMPLATE)):
         if text.kind == "task":
             said = _text(text)
-            assert said.startswith("<s> <user> a")
+            assert said.startswith(("<s> <user> a", "<s> <user> b"))
             assert said.partition(" <bot> ")[2].replace("b", "").strip() == ""
             assert "<bot> b" in said
 
 
 def test_prompts_stand_behind_a_prefix() -> None:
-    assert all(_text(text).startswith("c d a") for text in _written(Sampled("c d")) if text.kind == "task")
+    said = [_text(text) for text in _written(Sampled("c d")) if text.kind == "task"]
+    assert all(one.startswith(("c d a", "c d b")) for one in said)
 
 
 def test_given_prompts_are_answered_by_the_tuned_model() -> None:
     written = _written(Prompts(["c d", "e"]))
-    assert Counter(text.kind for text in written) == {"task": 12, "general": 4}
+    assert Counter(text.kind for text in written) == {"task": 14, "general": 2}
     assert {_text(text) for text in written if text.kind == "task"} == {
         "c d b b b b b b b b",
         "e b b b b b b b b b",
@@ -105,6 +118,18 @@ def test_no_prompts_and_prompts_that_are_too_long_are_refused() -> None:
         _written(Prompts([]))
     with pytest.raises(PosthocError, match="10 tokens or more"):
         _written(Prompts(["c " * 10]))
+
+
+def test_where_nobody_says_how_long_texts_are_every_prompt_has_room_with_an_answer() -> None:
+    long = Prompts(["c", "c " * 100])
+    assert [usual_length(one, _writers()) for one in (Sampled(), Prompts(["c"]), long)] == [128, 128, 164]
+    assert usual_length(Prompts(["c " * 5000]), _writers()) == 1024
+
+
+def test_prompts_that_are_left_out_are_told_of() -> None:
+    with pytest.warns(LeftOutWarning, match="1 of 3 prompts are left out: they have 10 tokens or more"):
+        written = _written(Prompts(["c", "d " * 10, "e"]))
+    assert {_text(text)[0] for text in written if text.kind == "task"} == {"c", "e"}
 
 
 def test_a_text_ends_where_the_model_ends_it() -> None:

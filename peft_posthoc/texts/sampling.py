@@ -32,11 +32,12 @@ def write_on(
     *,
     ends: Sequence[int],
     size: int = 32,
+    temperature: float = 1.0,
     until: float = math.inf,
     together: Together = ALONE,
     progress: Any = None,
 ) -> list[list[int] | None]:
-    """Let a model go on from each start, drawn from its own distribution as it is.
+    """Let a model go on from each start, drawn from its own distribution.
 
     What a checkpoint says of sampling (temperature, top-k) is not used. The draws are PyTorch's: seed them outside.
 
@@ -46,6 +47,7 @@ def write_on(
         tokens: How many each may add. Together with its start that is no more than the model can read.
         ends: Tokens that end a text.
         size: How many are written at a time.
+        temperature: Of that distribution; 1 is as it is.
         until: When to stop, as `time.monotonic()` tells.
         together: Processes that share the texts out; the texts are those of one process.
         progress: A bar to move on by each text.
@@ -68,7 +70,7 @@ def write_on(
                 if time.monotonic() >= until:
                     break
                 torch.manual_seed(seed + at)
-                written += _written(model, part, ends, until)
+                written += _written(model, part, ends, temperature, until)
                 if progress is not None:
                     progress.update(sum(row.done for row in written[-len(part) :]))
         rows, seed = [], seed + len(parts)
@@ -79,7 +81,7 @@ def write_on(
 
 
 @torch.no_grad()
-def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], until: float) -> list[_Row]:
+def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float) -> list[_Row]:
     """A batch of texts, gone on with as far as it goes."""
     from transformers import GenerationConfig
 
@@ -95,6 +97,7 @@ def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], until: float
         mask[i, longest - len(row.start) :] = 1
     config = GenerationConfig(
         do_sample=True,
+        temperature=temperature,
         top_k=0,  # PyTorch draws from all tokens; 50 is transformers' default.
         max_new_tokens=most,
         max_time=None if math.isinf(until) else max(until - time.monotonic(), 0.0),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from peft_posthoc import PosthocError
-from peft_posthoc.refinement.prompts import read_prompts, read_texts
+from peft_posthoc.texts.prompts import read_prompts, read_texts
 
 TURNS = [{"role": "user", "content": "Why?"}]
 

@@ -1,0 +1,107 @@
+"""Weights of 4-bit floats, two in a byte, and a scale for each 16 or 32 neighbours: NVFP4 and MXFP4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
+from peft_posthoc.checkpoints.quantized.scaled import ROWS, factor, is_half, numbers
+from peft_posthoc.errors import CheckpointError
+
+_BYTES = (torch.uint8, torch.int8)
+# The values of the codes 0 to 7; those from 8 on are negative.
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def fp4(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every weight that is stored so.
+
+    The codes are `X.weight_packed` (compressed-tensors), `X.weight` (ModelOpt; DeepSeek's experts), or `X_blocks` of a
+    stack of experts (gpt-oss). Beside those of NVFP4 there is a second scale for the whole weight: compressed-tensors
+    divides by it, ModelOpt multiplies.
+    """
+    for name, header in stored.headers.items():
+        if header.dtype not in _BYTES:
+            continue
+        if name.endswith("_blocks") and len(header.shape) == 4:
+            scale = f"{name.removesuffix('_blocks')}_scales"
+            if scale in stored.headers:
+                _check(name, header.shape[:-1], scale, stored.headers[scale].shape)
+                experts, out, groups, half = header.shape
+                shown = Header((experts, groups * half * 2, out), stored.dtype)
+                make = partial(_stack, dtype=stored.dtype)
+                yield scale.removesuffix("_scales"), Coded((name, scale), shown, make, 4, "MXFP4")
+        elif name.endswith((".weight_packed", ".weight")) and len(header.shape) == 2:
+            found = _matrix(stored, name, header)
+            if found is not None:
+                yield f"{name.rpartition('.')[0]}.weight", found
+
+
+def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
+    scale = stored.beside(name, "weight_scale", "weight_scale_inv", "scale")
+    if scale is None:
+        return None
+    shape = stored.headers[scale].shape
+    shown = Header((header.shape[0], header.shape[1] * 2), stored.dtype)
+    beside = stored.all_beside(name, "input_scale", "input_global_scale", "activation_scale")
+    if is_half(stored, scale):
+        if shape != (header.shape[0], header.shape[1] // 16):
+            return None
+        return Coded((name, scale), shown, partial(_made, divide=False, dtype=stored.dtype), 4, "MXFP4", beside=beside)
+    second = stored.beside(name, "weight_global_scale", "weight_scale_2")
+    # ComfyUI stores the scales in the order of a kernel's tiles, and has no configuration.
+    if second is None or stored.method == "ComfyUI" or stored.beside(name, "comfy_quant"):
+        return None
+    if (smooth := stored.beside(name, "pre_quant_scale")) is not None:
+        raise CheckpointError(
+            f"`{stored.checkpoint.label}` has `{smooth}`, a factor of what goes into the layer, which is not read. "
+            "Give the model that it was made from."
+        )
+    _check(name, (header.shape[0], header.shape[1] // 8), scale, shape)
+    make = partial(_made, divide=second.endswith("global_scale"), dtype=stored.dtype)
+    return Coded((name, scale, second), shown, make, 4, "NVFP4", beside=beside)
+
+
+def _check(name: str, wanted: tuple[int, ...], scale: str, found: tuple[int, ...]) -> None:
+    if wanted != found:
+        raise CheckpointError(f"`{scale}` is {found}; for `{name}` it would be {wanted}.")
+
+
+def _made(codes: Tensor, scale: Tensor, second: Tensor | None = None, *, divide: bool, dtype: torch.dtype) -> Tensor:
+    made = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+    for at in range(0, len(codes), ROWS):
+        scales = factor(scale[at : at + ROWS])
+        if second is not None:
+            scales = scales.div_(second.float()) if divide else scales.mul_(second.float())
+        made[at : at + ROWS] = values(codes[at : at + ROWS], scales)
+    return made
+
+
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    """Rows in float32: the lower half of a byte is the first of two neighbours.
+
+    Args:
+        codes: Rows of bytes.
+        scales: For each row, of as many groups as there are.
+    """
+    table = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
+    halves = torch.empty(*codes.shape, 2, dtype=torch.uint8)
+    torch.bitwise_and(codes.view(torch.uint8), 15, out=halves[..., 0])
+    torch.bitwise_right_shift(codes.view(torch.uint8), 4, out=halves[..., 1])
+    made = numbers(halves.flatten(-2), table)
+    made.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None])
+    return made
+
+
+def _stack(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """A stack of experts as the model has it, (experts, in, out), from one expert at a time."""
+    experts, out, groups, half = blocks.shape
+    made = torch.empty(experts, groups * half * 2, out, dtype=dtype)
+    for into, codes, scale in zip(made, blocks, scales, strict=True):
+        into.copy_(_made(codes.flatten(1), scale, divide=False, dtype=dtype).T)
+    return made

@@ -1,0 +1,61 @@
+"""Two processes that refine together: one result, that of one process; one writes, one tells what went wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_posthoc import extract, refine
+from tests.make.limits import HANG
+
+
+def _torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "tests.make.refine_run", "refine", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter(llama_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return extract(*llama_pair, 2, dtype=torch.float32).save(tmp_path_factory.mktemp("together") / "svd")
+
+
+def test_two_processes_find_what_one_does(llama_pair: tuple[str, str], adapter: Path, tmp_path: Path) -> None:
+    models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
+    # A last batch of one text: one of them has nothing to do.
+    ran = _torchrun(adapter, tmp_path / "out", *models, "--sequences", 45, "--length", 12, "--quiet")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = sorted(line for line in ran.stdout.splitlines() if line.startswith("found"))
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    alone = refine(adapter, *llama_pair, sequences=45, length=12)
+    assert not alone.kept
+    assert sum(alone.texts.values()) % 8 == 1
+    before = load_file(adapter / "adapter_model.safetensors")
+    for name, x in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        moved = (alone.tensors[name] - before[name]).abs().max()
+        assert (x - alone.tensors[name]).abs().max() <= 1e-3 * moved
+
+
+def test_what_goes_wrong_in_one_ends_both_with_one_line(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
+) -> None:
+    models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
+    ran = _torchrun(adapter, tmp_path / "out", *models, "--sequences", 32, "--length", 12, "--quiet", FAIL="1")
+    assert ran.returncode != 0
+    told = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
+    assert told == ["phlora: error: It is too dark here. (In process 1 of 2.)"]
+    assert not list(tmp_path.iterdir())
