@@ -18,13 +18,15 @@ from peft_posthoc.checkpoints.view import as_decoded
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
+from peft_posthoc.models.from_gguf import OfGguf
 from peft_posthoc.models.remote_code import without_code
 
 
 def is_loadable(checkpoint: Checkpoint) -> bool:
     """Tell whether a checkpoint is a model in a folder, on the hub or in a file, of which all is known."""
     found = as_decoded(checkpoint)
-    return checkpoint.folder is not None or (found is not None and place_of(found) is not None)
+    whole = isinstance(found, OfGguf) or (found is not None and place_of(found) is not None)
+    return whole or checkpoint.folder is not None
 
 
 def load_model(
