@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_callbacks.base import Base, find_base, given
-from hf_callbacks.data import LENGTH, on_data_of
+from hf_callbacks.data import on_data_of
 from hf_callbacks.ended import Ended
 from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions, trains_adapter
 from hf_callbacks.log import Log, calling_trainer, is_summary
@@ -118,7 +118,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._request = Request.of(rank, **options)
         if isinstance(as_rule(rank), several):
             raise ValueError("One adapter is made of every checkpoint, at one rank. Several are given.")
-        self._refining = Refining.of(refine and {"length": LENGTH, **({} if refine is True else refine)})
+        self._refining = Refining.of(refine)
         self._told_request = self._spelled(background)
         self._given = None if base is None else given(base, options.get("base_revision"))
         self._out = None if out is None else Path(out).absolute()

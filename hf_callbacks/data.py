@@ -43,7 +43,7 @@ def on_data_of(trainer: Trainer | None, refining: Refining) -> Refining:
         reason = one_line(error).removesuffix(".")
         logger.warning("phlora: %s: the adapter is refined on text that the models write.", reason)
         return refining
-    return replace(refining, texts=Given(texts), length=min(refining.length, max(map(len, texts))))
+    return replace(refining, texts=Given(texts), length=min(refining.length or LENGTH, max(map(len, texts))))
 
 
 def _texts(trainer: Trainer, most: int, seed: int) -> Iterator[list[int]]:

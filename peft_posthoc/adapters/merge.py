@@ -11,11 +11,11 @@ from torch import Tensor
 
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.adapters.vocabulary import resize_of
-from peft_posthoc.checkpoints.checkpoint import Header, place_of
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
-from peft_posthoc.models.as_model import converted, second_names
+from peft_posthoc.models.as_model import as_model, converted, second_names
 from peft_posthoc.models.layout import Conversion
 from peft_posthoc.models.ties import without_false_ties
 from peft_posthoc.text import asked, percent
@@ -33,8 +33,16 @@ class Merge:
         CheckpointError: The base holds codes that are not decoded.
     """
 
-    def __init__(self, deltas: AdapterOnModel, dtype: torch.dtype | None) -> None:
+    def __init__(self, deltas: AdapterOnModel, dtype: torch.dtype | None, served: Checkpoint | None = None) -> None:
+        """Plan the tensors.
+
+        Args:
+            deltas: The adapter on its base.
+            dtype: Of what is written; the base's if None.
+            served: The base that the adapter is served on, where that is another form of it: of its grid is told.
+        """
         self._deltas = deltas
+        self._served = deltas.base if served is None else as_model(served, deltas.layout)
         self._layout = without_false_ties(deltas.layout, deltas.base)
         self.notes: list[str] = []
         self._used: dict[str, str] = {}
@@ -102,11 +110,15 @@ class Merge:
         if not self._values:
             return []
         share = self._unmoved / self._values
-        lost = f"{percent(share)} of what the adapter changes is within half a step of the base's grid"
-        return [
-            f"`{self._deltas.base.label}` is quantised: the merged model is written in floating point.",
-            *([f"{lost}: quantised again in the same way, that would be as it was before."] if share > _MOST else []),
-        ]
+        told = []
+        if share > _MOST:
+            told = [
+                f"{percent(share)} of what the adapter changes is within half a step of the grid of "
+                f"`{self._served.label}`: quantised again in the same way, that would be as it was before."
+            ]
+        if self._served is self._deltas.base:
+            told.insert(0, f"`{self._served.label}` is quantised: the merged model is written in floating point.")
+        return told
 
     def _name_as_stored(self) -> None:
         """Find by which of the base's own names and pieces the model's tensors are saved."""
@@ -147,12 +159,17 @@ class Merge:
         dtype = self._merged[name].dtype
         before, merged = self._deltas.read(self._own[name], self._sources[name], dtype)
         after = merged.to(dtype).contiguous()
-        if merged is not before and (steps := self._deltas.base.steps(self._sources[name])) is not None:
+        if merged is not before and (steps := self._steps(self._sources[name], after)) is not None:
             self._values += after.numel()
             self._unmoved += int(((merged.float() - before.float()).abs() < steps / 2).sum())
         if after is not before and not torch.isfinite(after).all() and torch.isfinite(before).all():
             raise AdapterError(f"`{name}` overflows {dtype} with the adapter. Choose another `{asked('dtype', None)}`.")
         return after
+
+    def _steps(self, name: str, like: Tensor) -> Tensor | None:
+        """The steps of the grid that a tensor is served on."""
+        header = self._served.headers.get(name)
+        return self._served.steps(name) if header is not None and header.shape == like.shape else None
 
     def _header(self, own: str, header: Header, dtype: torch.dtype | None) -> Header:
         """The shape that the base's tensor has with the adapter, and the type that it is written in."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,8 @@ class Checkpoint(Protocol):
     """Shape and dtype of every tensor, without reading one."""
     config: Mapping[str, Any] | None = None
     """The model's configuration (`config.json`), if there is one."""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """What its files say of themselves, beside their tensors."""
     revision: str | None = None
     """The resolved commit of a hub id; None elsewhere."""
     identity: Any = None

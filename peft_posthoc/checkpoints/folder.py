@@ -10,6 +10,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -59,6 +60,7 @@ class Folder(Checkpoint):
             listed = None
         self.files: dict[str, str] = {}
         """By tensor, the name of its file."""
+        self.metadata: Mapping[str, str] = {}
         for file in chosen:
             self._add(file, _opened(folder / file))
         # A commit on the hub is its own: wherever, and whenever, its files are.
@@ -69,6 +71,7 @@ class Folder(Checkpoint):
             raise CheckpointError(f"The index of `{label}` lists tensors that no shard holds: {', '.join(absent[:5])}.")
 
     def _add(self, name: str, file: _Safetensors | _Pickle) -> None:
+        self.metadata = {**self.metadata, **file.metadata}
         for tensor, header in file.headers.items():
             if tensor in self.headers:
                 raise CheckpointError(f"Two files of `{self.label}` hold `{tensor}`; one of them is `{name}`.")
@@ -88,6 +91,7 @@ class File(Checkpoint):
         self.label = label
         self._file = _opened(path)
         self.headers: Mapping[str, Header] = self._file.headers
+        self.metadata = self._file.metadata
         self.identity: Any = [_identity(path)]
 
     def read(self, name: str) -> Tensor:
@@ -131,6 +135,7 @@ class _Safetensors:
                 entries = json.loads(file.read(length))
         self._places = {name: tuple(8 + length + at for at in entries[name]["data_offsets"]) for name in names}
         self.headers = {name: self._header(entries[name], name) for name in names}
+        self.metadata: Mapping[str, str] = entries.get("__metadata__") or {}
 
     def _header(self, entry: Mapping[str, Any], name: str) -> Header:
         return Header(tuple(entry["shape"]), dtype_of(entry["dtype"], f"`{self._path}`", name))
@@ -165,6 +170,8 @@ class _Safetensors:
 
 
 class _Pickle:
+    metadata: Mapping[str, str] = MappingProxyType({})
+
     def __init__(self, path: Path) -> None:
         content = self._load(path)
         if not isinstance(content, Mapping):

@@ -49,7 +49,7 @@ class View(Checkpoint):
         self.label = checkpoint.label
         self.revision = checkpoint.revision
         self.identity = checkpoint.identity
-        self.config = checkpoint.config
+        self.config, self.metadata = checkpoint.config, checkpoint.metadata
         self.sequential, self.to_fetch = checkpoint.sequential, checkpoint.to_fetch
         self.headers = {name: piece.header for name, piece in pieces.items()}
         self._held: dict[str, Tensor] = {}

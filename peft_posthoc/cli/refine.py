@@ -21,12 +21,14 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--tuned", required=True, help="The model after.")
 @REFINING
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
+@click.option("--dry-run", is_flag=True, help="Read headers only, show what it would do and need, and write nothing.")
 @MODELS
 @OUTPUT
 def refine(
     adapter: Path,
     out: Path,
     force: bool,
+    dry_run: bool,
     quiet: bool,
     json_to: str | None,
     **options: Any,
@@ -47,6 +49,14 @@ def refine(
         check_target(out, force=force)
     asked = refining(options)
     quiet_hosts()
+    if dry_run:
+        from peft_posthoc.refinement.preflight import refine_preflight
+
+        given = {"sequences": asked.sequences} | ({"length": asked.length} if asked.length is not None else {})
+        models = {name: options[name] for name in ("base", "tuned", "base_revision", "tuned_revision")}
+        found = refine_preflight(adapter, method=asked.method, out=out, **given, **models)
+        show(found, json_to, quiet=quiet)
+        return
     try:
         refined = run(
             adapter,

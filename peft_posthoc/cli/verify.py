@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--tuned", required=True, help="The model after.")
 @TEXTS
 @click.option("--sequences", default=64, show_default=True, type=click.IntRange(4), help="How many texts of a file.")
-@click.option("--length", default=128, show_default=True, type=click.IntRange(2), help="Tokens of each at most.")
+@click.option("--length", type=click.IntRange(2), help="Tokens of each at most.  [default: as for `phlora refine`]")
 @click.option("--prompt", multiple=True, metavar="TEXT", help="Compare the models' outputs on this text.")
 @click.option("--token-ids", multiple=True, metavar="'1 2 3'", help="The same, already tokenized.")
 @click.option("--weights-only", is_flag=True, help="Do not load the models to compare outputs.")

@@ -6,6 +6,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
+
+# It takes any text, a configuration's too.
+from os.path import exists
 from pathlib import Path
 
 import torch
@@ -21,9 +24,10 @@ from peft_posthoc.checkpoints.beside import TOKENIZER, matching
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
+from peft_posthoc.sources import open_checkpoint
 from peft_posthoc.text import size
 
 # Of a single file where the base's own division cannot be kept; transformers' own default.
@@ -46,7 +50,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
         AdapterError: The adapter changes what a checkpoint of this base has no place for, or it cannot be written.
         CheckpointError: The base cannot be read, or holds codes that are not decoded.
     """
-    merge = Merge(deltas, dtype)
+    merge = Merge(deltas, dtype, _served(deltas))
     total = sum(header.bytes for header in merge.headers.values())
     # Before the base's weights are fetched, if it is on the hub.
     _room_for(total, deltas.base, out)
@@ -88,6 +92,17 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
         for file in shards:
             (made / file).chmod((made / REPORT).stat().st_mode)
     return exported
+
+
+def _served(deltas: AdapterOnModel) -> Checkpoint | None:
+    """The model that the adapter names as its base, where that is here, and the one that is merged into has no grid."""
+    named, base = deltas.folder.config.get("base_model_name_or_path"), deltas.base
+    if not isinstance(named, str) or not exists(named) or any(map(base.coded_as, base.headers)):
+        return None
+    try:
+        return open_checkpoint(named)
+    except PosthocError:
+        return None
 
 
 def _shards(deltas: AdapterOnModel, headers: Mapping[str, Header]) -> dict[str, list[str]]:

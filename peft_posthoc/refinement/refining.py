@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from peft_posthoc.refinement.blocks import blocks
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.method import Method
@@ -18,7 +19,7 @@ from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.texts.texts import Given, Prompts, Sampled, Texts
 
 # What another process knows by its name.
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Sampled, Prompts, Given, distil, compensated)}
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Sampled, Prompts, Given, distil, compensated, blocks)}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Refining:
     texts: Texts | None = None
     method: Method | None = None
     sequences: int = 960
-    length: int = 128
+    length: int | None = None
     minutes: float | None = None
     seed: int = 0
 

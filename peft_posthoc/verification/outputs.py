@@ -21,7 +21,7 @@ from peft_posthoc.running.inputs import inputs_for
 from peft_posthoc.running.live import load_live
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 from peft_posthoc.texts.distance import Score
-from peft_posthoc.texts.texts import Texts, Writers
+from peft_posthoc.texts.texts import Texts, Writers, usual_length
 
 _SIZE = 8
 """Texts in a batch."""
@@ -106,7 +106,7 @@ def compare_on_texts(
     device: torch.device,
     *,
     sequences: int,
-    length: int,
+    length: int | None,
     progress: bool,
 ) -> tuple[Score, Score]:
     """Let base + adapter and the base read texts, of which the tuned model and the base may have written parts.
@@ -122,7 +122,8 @@ def compare_on_texts(
     live = load_live(base, tuned, file.place, file, device=device)
     with live.adapted.disable_adapter():
         writers = Writers(live.adapted, live.tuned, live.tokenizer, live.vocabulary)
-        most = min(length, live.longest or length)
+        most = length or usual_length(texts, writers)
+        most = min(most, live.longest or most)
         written = texts.write(writers, count=sequences, length=most, seed=0, progress=progress)
         alone = live.distances(written, size=_SIZE)
     return live.distances(written, size=_SIZE), alone

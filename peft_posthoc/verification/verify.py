@@ -39,7 +39,7 @@ def verify(
     token_ids: Sequence[Sequence[int]] = (),
     texts: Texts | None = None,
     sequences: int = 64,
-    length: int = 128,
+    length: int | None = None,
     outputs: bool = True,
     rename: str | Iterable[str] = (),
     serve_as: str | None = None,
@@ -62,7 +62,7 @@ def verify(
         texts: Where text comes from that outputs are compared on in place of these, as in `refine`: `Prompts`, which
             the tuned model answers, `Given`, or what the models write, `Sampled`. Both models are in memory then.
         sequences: How many texts.
-        length: How many tokens each has at most.
+        length: How many tokens each has at most; by default as in `refine`.
         outputs: Compare outputs too, not only weights. It loads the models with transformers, one after the other.
         rename: As in `extract`.
         serve_as: As in `extract`.

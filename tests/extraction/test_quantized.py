@@ -24,11 +24,6 @@ def codes(dtype, *shape):
 
 FORMATS = {
     "float8": lambda: {"weight": torch.randn(M, N).to(torch.float8_e4m3fn)},  # Without its scale.
-    "compressed-tensors": lambda: {
-        "weight_packed": codes(torch.int32, M, N // 8),
-        "weight_scale": torch.rand(M, 1),
-        "weight_shape": torch.tensor([M, N]),
-    },
     "GPTQ or AWQ": lambda: {
         "qweight": codes(torch.int32, N // 8, M),
         "qzeros": codes(torch.int32, 1, M // 8),

@@ -252,7 +252,7 @@ def test_a_quantised_base_is_written_decoded_and_what_its_grid_would_not_keep_is
             total += delta.numel()
         shares.append(inside / total)
         assert any("written in floating point" in note for note in done.notes)
-        told = [note for note in done.notes if "within half a step of the base's grid" in note]
+        told = [note for note in done.notes if "within half a step of the grid of `low`" in note]
         assert len(told) == (shares[-1] > 0.5)
         assert all(f"{100 * shares[-1]:.1f}% of what the adapter changes" in note for note in told)
     assert shares[0] < 0.5 < shares[1]
@@ -271,6 +271,26 @@ def test_a_base_in_fp8_becomes_a_plain_model_with_all_that_lies_beside_it(llama_
         if "_proj" in name:
             assert torch.allclose(merged[name], value, atol=1e-5), name
             assert read.headers[name].dtype is torch.float32
+
+
+def test_what_is_merged_into_the_base_in_16_bits_is_held_against_the_grid_of_the_one_that_is_served(
+    llama_pair, tmp_path
+):
+    base, tuned = llama_pair
+    low = coded_folders.quantise(base, tmp_path / "low", coded_folders.nf4)
+    adapter = extract(base, tuned, 32, for_base=low).save(tmp_path / "a")
+    near = extract(base, nearer(base, tuned, tmp_path / "near"), 32, for_base=low).save(tmp_path / "b")
+    told = [export(one, tmp_path / f"{one.name}-out", "merged", base=base).notes for one in (adapter, near)]
+    assert [any("within half a step of the grid of `" in note for note in notes) for notes in told] == [False, True]
+    assert not any("written in floating point" in note for note in told[1])
+
+
+def nearer(base, tuned, folder):
+    """The same fine-tune, a hundred times smaller."""
+    shutil.copytree(base, folder)
+    before, after = (load_file(f"{one}/model.safetensors") for one in (base, tuned))
+    save_file({n: x + (after[n] - x) / 100 for n, x in before.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def test_a_lora_bias_needs_a_bias_to_be_added_to(tmp_path):

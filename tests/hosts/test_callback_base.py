@@ -9,7 +9,7 @@ import transformers
 
 from hf_callbacks import PosthocLoraCallback
 from peft_posthoc import extract
-from tests.make import models
+from tests.make import coded, models
 from tests.make.trainer_runs import STEPS, adapters, here, same_factors, trainer
 
 
@@ -98,3 +98,15 @@ def test_a_run_that_was_begun_without_it_says_what_to_give(base, tmp_path, log):
     training.train(resume_from_checkpoint=True)
     assert log.of("begun without the callback", "give `base=`", "Training goes on")
     assert training.state.global_step == STEPS
+
+
+def test_a_quantised_folder_is_the_base_of_a_run_that_trains_what_it_computes(tmp_path, log):
+    plain = models.llama(hidden_size=64, intermediate_size=128)
+    model = models.load(coded.dequantized(coded.save(plain, tmp_path / "base", "nf4"), tmp_path / "plain", plain))
+    model.config._name_or_path = str(tmp_path / "base")
+    trainer(model, tmp_path / "run", here()).train()
+    assert log.of("the base is", "loaded from")
+    extract(tmp_path / "base", tmp_path / "run/checkpoint-6", 8).save(tmp_path / "by-hand")
+    assert same_factors(tmp_path / "run/phlora/step-6", tmp_path / "by-hand")
+    trainer(model, tmp_path / "again", here(base=tmp_path / "base")).train()
+    assert log.of("the base is", "given")

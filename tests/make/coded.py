@@ -111,9 +111,9 @@ def save(model, folder, scheme):
     return made
 
 
-def live(plain, scheme):
+def live(plain, scheme, **how):
     """A model that bitsandbytes quantises when it is loaded."""
-    config = transformers.BitsAndBytesConfig(**BITSANDBYTES[scheme])
+    config = transformers.BitsAndBytesConfig(**BITSANDBYTES[scheme], **how)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return transformers.AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, device_map="cpu")

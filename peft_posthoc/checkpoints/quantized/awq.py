@@ -60,7 +60,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     Raises:
         CheckpointError: They are in a form that is not read.
     """
-    if stored.told.get("quant_method") != "awq":
+    if stored.method != "awq":
         return
     version, bits = str(stored.told.get("version") or "gemm").lower(), stored.number("bits") or 4
     for name in stored.headers:
@@ -91,4 +91,4 @@ def _layer(stored: Stored, words: str, scales: str, *, across: bool) -> Coded:
         )
     header = Header((8 * shape[1], shape[0]) if across else (shape[0], 8 * shape[1]), stored.headers[scales].dtype)
     sources = (words, scales, *([zeros] if zeros else ()))
-    return Coded(sources, header, gemm if across else partial(gemv, group=group), 4, "4-bit integers")
+    return Coded(sources, header, gemm if across else partial(gemv, group=group), 4, "INT4")

@@ -40,7 +40,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
         if name.rpartition(".")[2] == "SCB" and codes is not None:
             sources = (codes, name, *([form] if form else ()))
             header = Header(headers[codes].shape, torch.float32)
-            yield codes, Coded(sources, header, partial(_eight_bits, codes), 8, "8-bit integers")
+            yield codes, Coded(sources, header, partial(_eight_bits, codes), 8, "INT8")
 
 
 def _of_four_bits(stored: Stored, weight: str, state: str, beside: list[str]) -> Coded:

@@ -49,7 +49,8 @@ class Stored:
     @property
     def method(self) -> str:
         """By what it was quantized, as its configuration says."""
-        return str(self.told.get("quant_method") or "")
+        told = self.told.get("quant_method") or ""
+        return str(getattr(told, "value", told))  # Of a live model it is one of transformers' own.
 
     def number(self, key: str) -> int:
         """A whole number that says how it was quantized; 0 where none does."""

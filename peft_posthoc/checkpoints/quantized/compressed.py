@@ -1,9 +1,8 @@
-"""compressed-tensors' integers of a few bits, packed into words: its own functions unpack and scale them."""
+"""compressed-tensors' packed whole numbers, and a scale for each row or group of in features."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,98 +11,83 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.errors import CheckpointError, MissingExtraError
-from peft_posthoc.patterns import matched
+from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.quantized.scaled import ROWS
+from peft_posthoc.errors import CheckpointError
 
-_PACKED = "weight_packed"
-_OWN = ("weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
+_BITS = (4, 8, 2, 3, 5, 6, 7)
 
 
 def compressed(stored: Stored) -> Iterator[tuple[str, Coded]]:
-    """Every weight that lies as words in `X.weight_packed`, as the group of the configuration says that names X.
-
-    Raises:
-        CheckpointError: No group of the configuration does.
-        MissingExtraError: compressed-tensors is not installed.
-    """
-    names = [name for name, header in stored.headers.items() if _is_packed(name, header)]
-    schemes = _schemes(stored, names) if names else {}
-    for name in names:
-        scale = stored.beside(name, "weight_scale")
-        if scale is None or name not in schemes:
+    """Every weight that is stored as `X.weight_packed` of words."""
+    for name, header in stored.headers.items():
+        if not name.endswith(".weight_packed") or header.dtype is not torch.int32 or len(header.shape) != 2:
             continue
-        told = schemes[name]
-        beside = {leaf: own for leaf in _OWN if (own := stored.beside(name, leaf))}
-        shape = stored.checkpoint.read(beside["weight_shape"]).tolist() if "weight_shape" in beside else None
-        shape = shape or [stored.headers[name].shape[0], stored.headers[name].shape[-1] * 32 // told.weights.num_bits]
+        scale = stored.beside(name, "weight_scale")
+        if scale is None:
+            continue
+        zero, groups, shape = (
+            stored.beside(name, leaf) for leaf in ("weight_zero_point", "weight_g_idx", "weight_shape")
+        )
+        of_scale = stored.headers[scale]
+        count = of_scale.shape[1] if len(of_scale.shape) == 2 else 1
+        n, bits = _columns(stored, header.shape[1], count, shape)
+        make = partial(_made, n=n, bits=bits, has=(zero is not None, groups is not None), dtype=stored.dtype)
         yield (
-            f"{name.removesuffix(_PACKED)}weight",
+            f"{name.removesuffix('_packed')}",
             Coded(
-                (name, *beside.values()),
-                Header(tuple(shape), stored.dtype),
-                partial(_weight, leaves=tuple(beside), shape=tuple(shape), scheme=told, dtype=stored.dtype),
-                told.weights.num_bits,
-                f"INT{told.weights.num_bits}",
-                1,
-                stored.all_beside(name, "input_scale", "input_zero_point"),
+                (name, scale, *filter(None, (zero, groups))),
+                Header((header.shape[0], n), stored.dtype),
+                make,
+                bits,
+                f"INT{bits}",
+                along=1,
+                beside=(*filter(None, (shape,)), *stored.all_beside(name, "input_scale", "input_zero_point")),
             ),
         )
 
 
-def _weight(
-    codes: Tensor, *beside: Tensor, leaves: tuple[str, ...], shape: tuple[int, ...], scheme: Any, dtype: torch.dtype
+def _columns(stored: Stored, words: int, count: int, shape: str | None) -> tuple[int, int]:
+    """The in features of a weight, and the bits of a number.
+
+    The shape is read where that takes no download; otherwise the configuration tells.
+
+    Raises:
+        CheckpointError: No numbers of a known size fill the words.
+    """
+    told: list[dict[str, Any]] = [
+        weights
+        for group in (stored.told.get("config_groups") or {}).values()
+        if isinstance(group, dict) and isinstance(weights := group.get("weights"), dict)
+    ]
+    asked = [int(weights.get("num_bits") or 0) for weights in told]
+    if shape is not None and not stored.checkpoint.to_fetch:
+        sides = [int(stored.checkpoint.read(shape)[-1])]
+    else:
+        sides = [count * int(weights.get("group_size") or 0) for weights in told if count > 1]
+        sides += [words * 32 // bits for bits in asked if bits]
+    for n in sides:
+        for bits in (*asked, *_BITS):
+            if bits and -(-n * bits // 32) == words:
+                return n, bits
+    raise CheckpointError(
+        f"`{stored.checkpoint.label}` holds words of compressed-tensors that numbers of no size fill: its "
+        "`quantization_config` and `weight_shape` do not fit them."
+    )
+
+
+def _made(
+    words: Tensor, scale: Tensor, *beside: Tensor, n: int, bits: int, has: tuple[bool, bool], dtype: torch.dtype
 ) -> Tensor:
-    """The weight of a linear layer, out x in features."""
-    from compressed_tensors.compressors import BaseCompressor
-
-    state = {_PACKED: codes, "weight_shape": torch.tensor(shape), **dict(zip(leaves, beside, strict=True))}
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    decoded: Tensor = compressor.decompress(state, scheme)["weight"]
-    return decoded.to(dtype)
-
-
-def _is_packed(name: str, header: Header) -> bool:
-    return name.rpartition(".")[2] == _PACKED and header.dtype == torch.int32
-
-
-def _schemes(stored: Stored, names: list[str]) -> dict[str, Any]:
-    """By name of packed words, what compressed-tensors has of their group."""
-    try:
-        from compressed_tensors.quantization import QuantizationScheme
-    except ImportError as error:
-        raise MissingExtraError(
-            f"`{stored.checkpoint.label}` is quantised: reading it needs compressed-tensors: "
-            "`pip install 'peft-posthoc[quantised]'`."
-        ) from error
-    groups = stored.told.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        return {}
-    found: dict[str, Any] = {}
-    modules = {name.removesuffix(f".{_PACKED}"): name for name in names}
-    for by_class in (False, True):  # What a group says of names goes before what it says of classes.
-        for group in groups.values():
-            try:
-                scheme = QuantizationScheme.model_validate({"targets": ["Linear"], **group})
-            except (TypeError, ValueError) as error:
-                raise CheckpointError(
-                    f"The quantization_config of `{stored.checkpoint.label}` has a group that the installed "
-                    "compressed-tensors does not read. Update it."
-                ) from error
-            if scheme.weights is None:
-                continue
-            for module in _named(scheme.targets, modules, by_class=by_class):
-                found.setdefault(modules[module], scheme)
-    return found
-
-
-def _named(targets: list[str], modules: Mapping[str, str], *, by_class: bool) -> set[str]:
-    """The modules that the targets of a group name: in full, by their ends, or by `re:`; all, if they are a class."""
-    if by_class:
-        return {*modules} if any(re.fullmatch(r"[A-Z]\w*", target) for target in targets) else set()
-    found: set[str] = set()
-    for target in targets:
-        if target.startswith("re:"):
-            found |= matched(target.removeprefix("re:"), modules.keys(), "match")
-        else:
-            found |= {module for module in modules if module == target or module.endswith(f".{target}")}
-    return found
+    m = len(words)
+    scales = scale.reshape(-1, scale.shape[-1] if scale.ndim > 1 else 1).expand(m, -1)
+    zeros = torch.full((1, 1), 2 ** (bits - 1), dtype=torch.uint8).expand_as(scales)
+    if has[0]:
+        # Packed along the out features.
+        zeros = unpacked(beside[0].T, bits)[:, :m].T
+    groups = beside[-1].long() if has[1] else torch.arange(n) // -(-n // scales.shape[1])
+    made = torch.empty(m, n, dtype=dtype)
+    for at in range(0, m, ROWS):
+        rows = slice(at, at + ROWS)
+        made[rows] = weight_of(unpacked(words[rows], bits)[:, :n], zeros[rows], scales[rows], groups)
+    return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, gptq
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
 from peft_posthoc.checkpoints.quantized.compressed import compressed
 from peft_posthoc.checkpoints.quantized.fp4 import fp4
-from peft_posthoc.checkpoints.quantized.scaled import scaled
+from peft_posthoc.checkpoints.quantized.scaled import FLOATS, scaled
 from peft_posthoc.checkpoints.quantized.steps import steps
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.checkpoints.view import Piece, View, same
@@ -22,8 +24,8 @@ from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
 READERS: tuple[Reader, ...] = (
-    scaled,
     fp4,
+    scaled,
     compressed,
     gptq.weights,
     awq.weights,
@@ -45,7 +47,8 @@ class Decoded(View):
             method: By what it was quantized, as its configuration says.
         """
         gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
-        self._coded, self._method = coded, method
+        self.coded: Mapping[str, Coded] = coded
+        self._method = method
         pieces = {name: same(checkpoint, name) for name in checkpoint.headers if name not in gone}
         pieces |= {name: Piece(one.sources, one.header, one.make) for name, one in coded.items()}
         super().__init__(checkpoint, pieces, module=checkpoint.module)
@@ -56,7 +59,7 @@ class Decoded(View):
         Raises:
             CheckpointError: It is stored as codes that do not fit what lies beside them.
         """
-        if name not in self._coded:
+        if name not in self.coded:
             return super().read(name)
         try:
             found = super().read(name)
@@ -73,7 +76,7 @@ class Decoded(View):
 
     def steps(self, name: str) -> Tensor | None:
         """The grid's step at each value of a decoded weight."""
-        one = self._coded.get(name)
+        one = self.coded.get(name)
         if one is None:
             return super().steps(name)
         codes, *beside = map(self._source, one.sources)
@@ -81,7 +84,7 @@ class Decoded(View):
 
     def coded_as(self, name: str) -> str | None:
         """The format of a weight that is decoded."""
-        one = self._coded.get(name)
+        one = self.coded.get(name)
         return super().coded_as(name) if one is None else ", ".join(filter(None, (self._method, one.format)))
 
 
@@ -105,7 +108,30 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
             if gone.isdisjoint(one.sources):
                 coded[name] = one
                 gone |= {*one.sources, *one.beside}
-    return Decoded(checkpoint, coded, method=stored.method) if coded else checkpoint
+    if not coded:
+        return checkpoint
+    view = Decoded(checkpoint, coded, method=stored.method)
+    _refuse_incomplete(view)
+    return view
+
+
+def _refuse_incomplete(view: Decoded) -> None:
+    """See that no codes are left over where others of their form are decoded: a scale of theirs is missing.
+
+    Raises:
+        CheckpointError: There are some.
+    """
+    codes = {
+        (one.sources[0].rpartition(".")[2], view.seen.headers[one.sources[0]].dtype) for one in view.coded.values()
+    }
+    floats = any(dtype in FLOATS for _, dtype in codes)
+    for name, header in view.headers.items():
+        leaf = name.rpartition(".")[2]
+        if (leaf, header.dtype) in codes or (floats and header.dtype in FLOATS and "scale" not in leaf):
+            raise CheckpointError(
+                f"`{name}` of `{view.label}` holds codes ({str(header.dtype).removeprefix('torch.')}) and lacks the "
+                "scales that others have beside them. Fetch the checkpoint again, or convert it again."
+            )
 
 
 def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
@@ -123,6 +149,12 @@ def _told(checkpoint: Checkpoint, beside: Path | None) -> dict[str, Any]:
     told = (checkpoint.config or {}).get("quantization_config")
     if isinstance(told, dict):
         return told
+    if "_quantization_metadata" in checkpoint.metadata:
+        try:
+            said = json.loads(checkpoint.metadata["_quantization_metadata"])
+        except ValueError as error:
+            raise CheckpointError(f"`_quantization_metadata` of `{checkpoint.label}` is no JSON: {error}.") from error
+        return {"quant_method": "ComfyUI", **(said if isinstance(said, dict) else {})}
     file = None if beside is None else beside / "hf_quant_config.json"
     if file is not None and file.is_file():
         try:

@@ -1,8 +1,4 @@
-"""Weights of 4-bit floats, two in a byte, with a scale for every 16 or 32 of them: NVFP4 and MXFP4.
-
-compressed-tensors decodes its own two in bfloat16, and rounds a scale before it is used. Engines multiply the 4-bit
-value, the block's scale and the weight's in wider types; so it is done here, in float32, rounded once.
-"""
+"""Weights of 4-bit floats, two in a byte, and a scale for each 16 or 32 neighbours: NVFP4 and MXFP4."""
 
 from __future__ import annotations
 
@@ -14,87 +10,98 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.quantized.scaled import factor
+from peft_posthoc.checkpoints.quantized.scaled import ROWS, factor, is_half, numbers
 from peft_posthoc.errors import CheckpointError
 
-_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = torch.tensor([*_HALF, *(-value for value in _HALF)])
-# Of every byte, its two values: the low half is the first.
-_PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], 1)
-_BLOCKS = "_blocks"
+_BYTES = (torch.uint8, torch.int8)
+# The values of the codes 0 to 7; those from 8 on are negative.
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def fp4(stored: Stored) -> Iterator[tuple[str, Coded]]:
-    """Every weight of 4-bit floats that has its scales beside it.
+    """Every weight that is stored so.
 
-    compressed-tensors has `X.weight_packed`, and divides by `weight_global_scale`; ModelOpt has bytes as `X.weight`,
-    and multiplies by `weight_scale_2`; gpt-oss has `X_blocks` and `X_scales` of all experts, in features last, where
-    its model has them first; DeepSeek has int8 as `X.weight` among weights of 8-bit floats.
+    The codes are `X.weight_packed` (compressed-tensors), `X.weight` (ModelOpt; DeepSeek's experts), or `X_blocks` of a
+    stack of experts (gpt-oss). Beside those of NVFP4 there is a second scale for the whole weight: compressed-tensors
+    divides by it, ModelOpt multiplies.
     """
     for name, header in stored.headers.items():
-        parent, _, leaf = name.rpartition(".")
-        if header.dtype == torch.uint8 and leaf.endswith(_BLOCKS) and len(header.shape) >= 3:
-            scale = stored.beside(name, f"{leaf.removesuffix(_BLOCKS)}_scales")
-            own, shape = name.removesuffix(_BLOCKS), (*header.shape[:-2], 2 * header.shape[-2] * header.shape[-1])
-            shape = (*shape[:-2], shape[-1], shape[-2]) if len(shape) == 3 else shape
-            over, form = None, "MXFP4"
-            make = partial(_experts, dtype=stored.dtype)
-        elif leaf == "weight_packed" and header.dtype == torch.uint8:
-            scale, over = stored.beside(name, "weight_scale"), stored.beside(name, "weight_global_scale")
-            own, shape = f"{parent}.weight" if parent else "weight", (*header.shape[:-1], 2 * header.shape[-1])
-            form = "NVFP4" if over else "MXFP4"
-            make = partial(weight, inverse=True, dtype=stored.dtype)
-        elif leaf == "weight" and header.dtype == (torch.int8 if stored.method == "fp8" else torch.uint8):
-            scale = stored.beside(name, "weight_scale", "weight_scale_inv")
-            over = stored.beside(name, "weight_scale_2")
-            own, shape = name, (*header.shape[:-1], 2 * header.shape[-1])
-            form = "NVFP4" if over else "MXFP4"
-            make = partial(weight, inverse=False, dtype=stored.dtype)
-        else:
+        if header.dtype not in _BYTES:
             continue
-        if scale is None:
-            continue
-        _check(name, header.shape, scale, stored.headers[scale].shape)
-        beside = stored.all_beside(name, "input_scale", "input_global_scale")
-        sources = (name, scale, over) if over else (name, scale)
-        yield own, Coded(sources, Header(shape, stored.dtype), make, 4, form, beside=beside)
+        if name.endswith("_blocks") and len(header.shape) == 4:
+            scale = f"{name.removesuffix('_blocks')}_scales"
+            if scale in stored.headers:
+                _check(name, header.shape[:-1], scale, stored.headers[scale].shape)
+                experts, out, groups, half = header.shape
+                shown = Header((experts, groups * half * 2, out), stored.dtype)
+                make = partial(_stack, dtype=stored.dtype)
+                yield scale.removesuffix("_scales"), Coded((name, scale), shown, make, 4, "MXFP4")
+        elif name.endswith((".weight_packed", ".weight")) and len(header.shape) == 2:
+            found = _matrix(stored, name, header)
+            if found is not None:
+                yield f"{name.rpartition('.')[0]}.weight", found
 
 
-def weight(
-    codes: Tensor, scale: Tensor, over: Tensor | None = None, *, inverse: bool = False, dtype: torch.dtype
-) -> Tensor:
-    """Values times the scales of their blocks, times that of the weight.
+def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
+    scale = stored.beside(name, "weight_scale", "weight_scale_inv", "scale")
+    if scale is None:
+        return None
+    shape = stored.headers[scale].shape
+    shown = Header((header.shape[0], header.shape[1] * 2), stored.dtype)
+    beside = stored.all_beside(name, "input_scale", "input_global_scale", "activation_scale")
+    if is_half(stored, scale):
+        if shape != (header.shape[0], header.shape[1] // 16):
+            return None
+        return Coded((name, scale), shown, partial(_made, divide=False, dtype=stored.dtype), 4, "MXFP4", beside=beside)
+    second = stored.beside(name, "weight_global_scale", "weight_scale_2")
+    # ComfyUI stores the scales in the order of a kernel's tiles, and has no configuration.
+    if second is None or stored.method == "ComfyUI" or stored.beside(name, "comfy_quant"):
+        return None
+    if (smooth := stored.beside(name, "pre_quant_scale")) is not None:
+        raise CheckpointError(
+            f"`{stored.checkpoint.label}` has `{smooth}`, a factor of what goes into the layer, which is not read. "
+            "Give the model that it was made from."
+        )
+    _check(name, (header.shape[0], header.shape[1] // 8), scale, shape)
+    make = partial(_made, divide=second.endswith("global_scale"), dtype=stored.dtype)
+    return Coded((name, scale, second), shown, make, 4, "NVFP4", beside=beside)
+
+
+def _check(name: str, wanted: tuple[int, ...], scale: str, found: tuple[int, ...]) -> None:
+    if wanted != found:
+        raise CheckpointError(f"`{scale}` is {found}; for `{name}` it would be {wanted}.")
+
+
+def _made(codes: Tensor, scale: Tensor, second: Tensor | None = None, *, divide: bool, dtype: torch.dtype) -> Tensor:
+    made = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+    for at in range(0, len(codes), ROWS):
+        scales = factor(scale[at : at + ROWS])
+        if second is not None:
+            scales = scales.div_(second.float()) if divide else scales.mul_(second.float())
+        made[at : at + ROWS] = values(codes[at : at + ROWS], scales)
+    return made
+
+
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    """Rows in float32: the lower half of a byte is the first of two neighbours.
 
     Args:
-        codes: Bytes, ... x in features / 2.
-        scale: ... x blocks; bytes are exponents of two.
-        over: Of the whole weight.
-        inverse: Whether `over` is divided by.
-        dtype: Of the weight.
+        codes: Rows of bytes.
+        scales: For each row, of as many groups as there are.
     """
-    values = _PAIRS[codes.contiguous().view(torch.uint8).to(torch.int32)].flatten(-2)
-    factors = factor(scale)
-    if over is not None:
-        factors = factors / over.float() if inverse else factors * over.float()
-    size = values.shape[-1] // factors.shape[-1]
-    found: Tensor = values.unflatten(-1, (-1, size)).mul_(factors[..., None]).flatten(-2).to(dtype)
-    return found
+    table = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
+    halves = torch.empty(*codes.shape, 2, dtype=torch.uint8)
+    torch.bitwise_and(codes.view(torch.uint8), 15, out=halves[..., 0])
+    torch.bitwise_right_shift(codes.view(torch.uint8), 4, out=halves[..., 1])
+    made = numbers(halves.flatten(-2), table)
+    made.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None])
+    return made
 
 
-def _experts(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """The same of blocks that are a side of their own, in features first in the end; an expert at a time."""
-    if codes.ndim == 3:
-        return weight(codes.flatten(-2), scale, dtype=dtype)
-    parts = [weight(own.flatten(-2), by, dtype=dtype).T for own, by in zip(codes, scale, strict=True)]
-    return torch.stack(parts)
-
-
-def _check(name: str, shape: tuple[int, ...], scale: str, of_scale: tuple[int, ...]) -> None:
-    """See that there is a scale for each block of a row.
-
-    Raises:
-        CheckpointError: There is not.
-    """
-    rows, own = (shape[:-2], 2 * shape[-2] * shape[-1]) if name.endswith(_BLOCKS) else (shape[:-1], 2 * shape[-1])
-    if of_scale[:-1] != rows or not of_scale[-1] or own % of_scale[-1]:
-        raise CheckpointError(f"`{scale}` is {of_scale}; it does not scale the blocks of `{name}` ({shape}).")
+def _stack(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """A stack of experts as the model has it, (experts, in, out), from one expert at a time."""
+    experts, out, groups, half = blocks.shape
+    made = torch.empty(experts, groups * half * 2, out, dtype=dtype)
+    for into, codes, scale in zip(made, blocks, scales, strict=True):
+        into.copy_(_made(codes.flatten(1), scale, divide=False, dtype=dtype).T)
+    return made

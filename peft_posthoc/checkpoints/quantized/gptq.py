@@ -49,7 +49,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     Raises:
         CheckpointError: They are in a form that is not read.
     """
-    if stored.told.get("quant_method") != "gptq":
+    if stored.method != "gptq":
         return
     form = str(stored.told.get("checkpoint_format") or "gptq")
     for name in stored.headers:
@@ -90,7 +90,7 @@ def _layer(stored: Stored, module: str, parts: list[str], offset: int) -> Coded:
         Header((out, n), headers["scales"].dtype),
         partial(_made, parts, **how),
         bits,
-        f"{bits}-bit integers",
+        f"INT{bits}",
     )
 
 

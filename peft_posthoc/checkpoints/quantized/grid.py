@@ -11,14 +11,15 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 
     Args:
         words: Of any integer type.
-        bits: Of a number: 2, 3, 4 or 8.
+        bits: Of a number, at most 8.
     """
     parts = words.contiguous().view(torch.uint8)
     # So many bytes hold a whole number of numbers.
     together = bits if 8 % bits else 1
     joined = parts
     if together > 1:
-        rows = parts.unflatten(-1, (-1, together)).to(torch.int32)
+        parts = torch.nn.functional.pad(parts, (0, -parts.shape[-1] % together))
+        rows = parts.unflatten(-1, (-1, together)).to(torch.int32 if together < 4 else torch.int64)
         joined = rows[..., 0].clone()
         for at in range(1, together):
             joined |= rows[..., at] << (8 * at)

@@ -20,6 +20,7 @@ _CODES = (
     (".codes", ".weight", "AQLM"),
     (".weight", ".weight", "integers"),
 )
+_STATE = ".quant_state."
 # What lies beside codes in their module.
 _BESIDE = re.compile(r"scale|zero|g_idx|shape|absmax|quant|codebook|amax|^SCB$|_format$|^meta$", re.IGNORECASE)
 
@@ -65,6 +66,8 @@ def _codes(name: str, header: Header, method: str | None) -> tuple[str, str] | N
         return (name, "float8") if header.dtype.itemsize == 1 else None
     if header.dtype not in _INTEGERS or name.endswith("bias"):
         return None
+    if _STATE in name:
+        return name.partition(_STATE)[0], "bitsandbytes, 4 bits"  # Whose codes may be stored as any type.
     for end, own, form in _CODES:
         if name.endswith(end):
             return f"{name.removesuffix(end)}{own}", form

@@ -90,10 +90,10 @@ RULES: tuple[Rule, ...] = (
         name="format-lorax",
         engines=("lorax",),
         severity=REFUSED,
-        finds=in_format("compressed-tensors"),
-        message="reads no checkpoint in this format",
+        finds=in_format("compressed-tensors", "fp8"),
+        message="reads no checkpoint in this format: FP8 is made from 16 bits as it loads",
         way_out="serve the 16-bit base, or a GPTQ or AWQ form of it",
-        source="read: LoRAX lorax_server/layers/linear.py",
+        source="read: LoRAX lorax_server/layers/linear.py; lorax #671",
         needs_base=True,
     ),
     Rule(
