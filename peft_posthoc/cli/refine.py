@@ -52,7 +52,9 @@ def refine(
     if dry_run:
         from peft_posthoc.refinement.preflight import refine_preflight
 
-        given = {"sequences": asked.sequences} | ({"length": asked.length} if asked.length is not None else {})
+        given: dict[str, Any] = {"sequences": asked.sequences}
+        if asked.length is not None:
+            given["length"] = asked.length
         models = {name: options[name] for name in ("base", "tuned", "base_revision", "tuned_revision")}
         found = refine_preflight(adapter, method=asked.method, out=out, **given, **models)
         show(found, json_to, quiet=quiet)
