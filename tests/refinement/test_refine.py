@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -139,6 +139,7 @@ class Boasts:
     """A method that spoils the factors and says that they are better."""
 
     size: int = 8
+    streams: ClassVar[bool] = False
 
     def __call__(self, live: Any, factors: Any, texts: Any, **_: Any) -> Fit:
         before = live.distances(texts.held_out, size=8)

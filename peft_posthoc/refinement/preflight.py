@@ -1,0 +1,154 @@
+"""Before a fit: how much text and how many steps, and what memory and disk it takes; from headers alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.errors import CheckpointError
+from peft_posthoc.files import free_at
+from peft_posthoc.models.by_class import build
+from peft_posthoc.refinement.distil import distil
+from peft_posthoc.refinement.live import check_classes
+from peft_posthoc.refinement.method import Method
+from peft_posthoc.sources import Source, open_pair
+from peft_posthoc.text import size
+
+# Python, PyTorch, transformers and PEFT alone.
+_PROCESS = 480e6
+# Tensors of the size of the logits that are alive at once, measured: both models give some, the divergence makes more.
+_LOGITS = 14
+# Of a factor, in float32: as it was, as it is, the best, the gradient and Adam's two moments; and as it is in the file.
+_COPIES = 7
+
+
+@dataclass(frozen=True)
+class RefinePreflight:
+    """What a fit will do, and what it needs."""
+
+    method: str
+    sequences: int
+    """Texts, at most."""
+    length: int
+    """Tokens of one, at most; no more than the models can read."""
+    steps: int | None
+    """None for a method that takes none."""
+    factors: int
+    """Numbers that are fitted."""
+    models_bytes: int
+    """Of both models as they are loaded, in float32."""
+    work_bytes: int | None
+    """Of what is computed for a batch, with copies of the factors; None where the method does not say."""
+    memory_bytes: int
+    """About the most that is taken at once: on the device, less half a gigabyte, where that is not the CPU."""
+    disk_bytes: int
+    """At the adapter's folder: the adapter, and what an interrupted run goes on from."""
+    disk_free: int | None
+    """None where no folder was named."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"format": 1, **asdict(self)}
+
+    def table(self) -> str:
+        """For a terminal."""
+        steps = "" if self.steps is None else f", {self.steps} steps"
+        free = "" if self.disk_free is None else f" of {size(self.disk_free)} that are free"
+        work = "" if self.work_bytes is None else f", a batch and copies of the factors {size(self.work_bytes)}"
+        least = "at least" if self.work_bytes is None else "about"
+        return (
+            f"At most {self.sequences} texts of {self.length} tokens; {self.method}{steps} on {self.factors} numbers.\n"
+            f"Memory: {least} {size(self.memory_bytes)} (both models {size(self.models_bytes)}{work}). "
+            f"Disk needed: {size(self.disk_bytes)}{free}."
+        )
+
+
+def refine_preflight(
+    adapter: str | os.PathLike[str],
+    base: Source,
+    tuned: Source,
+    *,
+    method: Method | None = None,
+    sequences: int = 960,
+    length: int = 128,
+    out: str | os.PathLike[str] | None = None,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+) -> RefinePreflight:
+    """See what `refine` with the same arguments will do and need; no tensor is read.
+
+    Args:
+        adapter: A PEFT LoRA folder of `base`.
+        base: The model before.
+        tuned: The model after.
+        method: As in `refine`.
+        sequences: How many texts.
+        length: How many tokens each has at most.
+        out: Where the adapter would be written.
+        base_revision: Branch, tag or commit, where `base` is a hub id.
+        tuned_revision: The same for `tuned`.
+
+    Raises:
+        AdapterError: The folder is no plain LoRA adapter.
+        CheckpointError: A model cannot be read, or is of no class that is known.
+        MismatchError: The two are not of one class.
+    """
+    chosen, file = method or distil(), open_adapter(adapter)
+    models = [_built(one) for one in open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)]
+    check_classes(*models)
+    places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
+    length = min(length, places or length)
+    names = [name for module in file.modules.values() for name in module.tensor_names()]
+    factors = sum(math.prod(file.headers[name].shape) for name in names)
+    models_bytes = sum(4 * own.numel() for model in models for own in model.parameters())
+    work = steps = None
+    if isinstance(chosen, distil):
+        steps = max(1, math.ceil(chosen.passes * (sequences - max(2, round(0.1 * sequences))) / chosen.size))
+        work = _COPIES * 4 * factors + _activations(models[0], chosen.size, length)
+    return RefinePreflight(
+        method=type(chosen).__name__,
+        sequences=sequences,
+        length=length,
+        steps=steps,
+        factors=factors,
+        models_bytes=models_bytes,
+        work_bytes=work,
+        memory_bytes=int(_PROCESS + models_bytes + (work or 0)),
+        # Factors, the best, Adam's two moments; and the text.
+        disk_bytes=sum(header.bytes for header in file.headers.values()) + 16 * factors + 8 * sequences * length,
+        disk_free=None if out is None else free_at(Path(out)),
+    )
+
+
+def _built(checkpoint: Checkpoint) -> Any:
+    model = build(checkpoint.config or {})
+    if model is None:
+        raise CheckpointError(f"`{checkpoint.label}` is no language model of transformers: it cannot be refined for.")
+    return model
+
+
+def _activations(model: Any, texts: int, length: int) -> int:
+    """Bytes that one step keeps for its gradients, in float32, and of logits: asked of the model without values."""
+    model.set_attn_implementation("eager")  # The others look at the values of a mask.
+    model.to(torch.bfloat16)  # So experts in one product want it.
+    weights = {own.untyped_storage()._cdata for own in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if (storage := x.untyped_storage()._cdata) not in weights:
+            kept[storage] = x
+        return x
+
+    ids = torch.zeros(texts, length, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    saved = sum(x.untyped_storage().nbytes() * (2 if x.dtype == torch.bfloat16 else 1) for x in kept.values())
+    return saved + _LOGITS * 4 * logits.numel()
