@@ -17,8 +17,8 @@ from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import free_at
 from peft_posthoc.models.by_class import build
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.live import check_classes
 from peft_posthoc.refinement.method import Method
+from peft_posthoc.running.live import check_classes
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
 
@@ -151,4 +151,4 @@ def _activations(model: Any, texts: int, length: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     saved = sum(x.untyped_storage().nbytes() * (2 if x.dtype == torch.bfloat16 else 1) for x in kept.values())
-    return saved + _LOGITS * 4 * logits.numel()
+    return int(saved + _LOGITS * 4 * logits.numel())
