@@ -22,6 +22,7 @@ from .linalg.svd import truncated_svd
 from .lora_config import LoraConfig, add_adapter, get_peft_model, patch_peft
 from .ranks.budget import budget
 from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
+from .refinement.blocks import blocks
 from .refinement.compensated import compensated
 from .refinement.distil import distil
 from .refinement.refine import refine
@@ -65,6 +66,7 @@ __all__ = [
     "Verification",
     "above_noise",
     "add_adapter",
+    "blocks",
     "budget",
     "check",
     "combine",

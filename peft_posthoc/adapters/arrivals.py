@@ -53,8 +53,6 @@ def ask(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Heade
         config: The adapter's configuration.
         tensors: What is in the adapter's file.
     """
-    import peft
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -66,13 +64,12 @@ def ask(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Heade
         if absent := tuple(name for name, times in wanted.items() if times > 1 or name not in tensors):
             return Arrivals(dict.fromkeys(tensors, ()), absent=absent, error=f"KeyError: {absent[0]!r}")
         state = {name: torch.empty(header.shape, dtype=header.dtype, device="meta") for name, header in tensors.items()}
-        loaded: dict[str, Tensor] = {}
-        with _Origins(state) as origins, _captured(wrapped, loaded):
-            peft.set_peft_model_state_dict(wrapped, dict(state), low_cpu_mem_usage=True)
+        with _Origins(state) as origins:
+            arrived_in = loaded(wrapped, state)
     own = wrapped.state_dict()
     arrived: dict[str, list[str]] = {name: [] for name in tensors}
     misfits = []
-    for parameter, tensor in loaded.items():
+    for parameter, tensor in arrived_in.items():
         sources = origins.of(tensor)
         if parameter in own and own[parameter].shape == tensor.shape:
             for name in sources:
@@ -82,9 +79,19 @@ def ask(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Heade
     made = [name for name in own if ".lora_" in name or f".modules_to_save.{_NAME}." in name]
     return Arrivals(
         {name: tuple(parameters) for name, parameters in arrived.items()},
-        tuple(name for name in made if name not in loaded),
+        tuple(name for name in made if name not in arrived_in),
         tuple(misfits),
     )
+
+
+def loaded(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT would put into the parameters of its model, of the tensors of an adapter's file."""
+    import peft
+
+    found: dict[str, Tensor] = {}
+    with _captured(model, found):
+        peft.set_peft_model_state_dict(model, dict(tensors), low_cpu_mem_usage=True)
+    return found
 
 
 def _wrapped(model: nn.Module, config: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _POSITIVE = click.FloatRange(0, min_open=True)
-_METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",)}
+_METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": ("lr", "passes")}
 """The ways to refine, with the options that are theirs."""
 
 
@@ -42,16 +42,21 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",)}
     help="Without a file: what a prompt of the task starts with.  [default: the chat template's]",
 )
 @click.option("--sequences", default=960, show_default=True, type=click.IntRange(4), help="Texts to fit on.")
-@click.option("--length", default=128, show_default=True, type=click.IntRange(2), help="Tokens of a text at most.")
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    help="Tokens of a text at most.  [default: 128; with longer prompts room for them and an answer, up to 1024]",
+)
 @click.option(
     "--method",
     default="distil",
     show_default=True,
     type=click.Choice(list(_METHODS)),
-    help="The whole model by gradients, or each layer in closed form.",
+    help="The whole model by gradients; each layer in closed form; or each block by gradients. The last two have one "
+    "block of each model in memory at a time.",
 )
-@click.option("--passes", type=_POSITIVE, help="distil: over the texts.  [default: 4]")
-@click.option("--lr", type=_POSITIVE, help="distil: step, relative to the size of each factor.  [default: 0.05]")
+@click.option("--passes", type=_POSITIVE, help="distil, blocks: over the texts.  [default: 4; 2]")
+@click.option("--lr", type=_POSITIVE, help="distil, blocks: step, relative to a factor's size.  [default: 0.05]")
 @click.option(
     "--damping",
     type=_POSITIVE,

@@ -95,13 +95,16 @@ def _for_base(rows: Sequence[Row], served: str, told: Mapping[str, float]) -> st
 
 
 def _is_there(rows: Iterable[Row]) -> bool:
-    """Whether what the kept triplets leave of the deltas is as much as rounding to the grids leaves there."""
-    left = expected = 0.0
+    """Whether the deltas, and what the kept triplets leave of them, are as large as rounding to grids makes both."""
+    found, expected = [0.0, 0.0], [0.0, 0.0]
     for row in rows:
         m, n = row.shape[0], math.prod(row.shape[1:])
-        left += (1 - (row.energy or 0.0)) * (row.delta_norm or 0.0) ** 2
-        expected += sum(error**2 for error in row.grid or ()) * (m - row.rank) * (n - row.rank) / (m * n)
-    return left >= _THERE * expected
+        energy, rounding = (row.delta_norm or 0.0) ** 2, sum(error**2 for error in row.grid or ())
+        found[0] += energy
+        found[1] += (1 - (row.energy or 0.0)) * energy
+        expected[0] += rounding
+        expected[1] += rounding * (m - row.rank) * (n - row.rank) / (m * n)
+    return all(there >= _THERE * least for there, least in zip(found, expected, strict=True))
 
 
 def _root(norms: Iterable[float]) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_posthoc.errors import PosthocError
+from peft_posthoc.running.empty import Weights
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.sequences import Batch
 
@@ -50,21 +51,32 @@ class Chain:
     Args:
         model: transformers', or PEFT's around it.
         device: Where it computes.
+        weights: What is read while it is needed, of a model without weights.
 
     Raises:
         PosthocError: It has no list of blocks.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, weights: Weights | None = None) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.blocks = blocks_of(self.model)
-        self._device = device
+        self._device, self._weights = device, weights
         self._tuples = False
         """Whether a block's hidden states are the first of several things that it gives."""
 
     def held(self, index: int) -> AbstractContextManager[object]:
         """Keep the weights of a block in memory; those of what comes before the first for -1, and behind the last."""
-        return nullcontext()
+        if self._weights is None:
+            return nullcontext()
+        ends = {-1: self.model.get_input_embeddings(), len(self.blocks): self.model.get_output_embeddings()}
+        return self._weights.held(ends[index] if index in ends else self.blocks[index])
+
+    def rest_held(self) -> AbstractContextManager[object]:
+        """Keep the weights of all else in memory: norms, tables of positions."""
+        if self._weights is None:
+            return nullcontext()
+        but = [self.blocks, self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        return self._weights.held(self.model, but=but)
 
     def enter(self, batch: Batch) -> Tensor:
         """The hidden states that the first block reads."""
@@ -155,7 +167,9 @@ class Chain:
 
 def chains_of(live: Live) -> tuple[Chain, Chain]:
     """Both models, to run a stretch at a time."""
-    return Chain(live.adapted, live.device), Chain(live.tuned, live.tuned.device)
+    mine, theirs = live.weights
+    where = live.tuned.device if theirs is None else live.device
+    return Chain(live.adapted, live.device, mine), Chain(live.tuned, where, theirs)
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

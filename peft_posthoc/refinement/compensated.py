@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from peft_posthoc.linalg.regression import damp, regress, root_of
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
-from peft_posthoc.refinement.method import Fit, better, finite
+from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
 from peft_posthoc.refinement.walk import Stretch, Walk
@@ -37,6 +38,7 @@ class compensated:
 
     damping: float = 0.03
     size: int = 8
+    streams: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -86,10 +88,7 @@ class compensated:
         finally:
             bar.close()
         unmoved |= dict.fromkeys(layers.linear.keys() - fitted - unmoved.keys(), "its turn did not come")
-        after = live.distances(texts.held_out, size=self.size)
-        if kept := not better(after, before, before):
-            put(factors, start)
-            after = before
+        after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         return Fit(before, after, kept, len(fitted), time.monotonic() - began, interrupted, unmoved)
 
     def _fit(self, stretch: Stretch, places: int, group: Sequence[Layer]) -> bool:
@@ -98,6 +97,7 @@ class compensated:
             gram, crosses = _gathered(stretch, places, group)
             if not damp(gram, crosses, {one.name: one.delta() for one in group}, self.damping):
                 return False
+        gram = gram.double()
         root = root_of(gram)
         del gram
         for layer in group:
@@ -131,8 +131,9 @@ def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Te
 
     A batch at a time.
     """
-    gram: Tensor | None = None
-    crosses: dict[str, Tensor] = {}
+    n, device = group[0].size[1], group[0].a.device
+    gram = torch.zeros(n, n, device=device)
+    crosses = {one.name: torch.zeros(n, one.size[0], device=device) for one in group}
     sides = [{one.name: getattr(one, side) for one in group} for side in ("base", "tuned")]
     for place in range(places):
         for piece in stretch.pieces(place):
@@ -141,15 +142,9 @@ def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Te
                 with watched(modules) as through:
                     piece.run[side]()
                 seen.append(through)
-            mine, theirs = seen
-            read = mine[group[0].name].inputs[piece.counted].float()
-            if gram is None:
-                gram = read.new_zeros(read.shape[1], read.shape[1])
+            read = seen[0][group[0].name].inputs[piece.counted].float()
             gram.addmm_(read.mT, read)
-            for one in group:
-                lacking = (theirs[one.name].outputs.to(read.device) - mine[one.name].outputs)[piece.counted].float()
-                if one.name not in crosses:
-                    crosses[one.name] = read.new_zeros(read.shape[1], lacking.shape[1])
-                crosses[one.name].addmm_(read.mT, lacking)
-    assert gram is not None
+            for name, cross in crosses.items():
+                made, wanted = (side[name].outputs.to(device)[piece.counted].float() for side in seen)
+                cross.addmm_(read.mT, wanted - made)
     return gram, crosses

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class distil:
     lr: float = 0.05
     size: int = 4
     passes: float = 4.0
+    streams: ClassVar[bool] = False
 
     def __call__(
         self,

@@ -47,8 +47,8 @@ class Layer:
 
     def delta(self) -> Tensor:
         """The tuned weight minus the base's, `m` by `n`."""
-        after, before = (self.kind.matrix(one.weight.detach()) for one in (self.tuned, self.base))  # type: ignore[operator]
-        return after - before
+        after, before = (self.kind.matrix(one.weight.detach()).float() for one in (self.tuned, self.base))  # type: ignore[operator]
+        return after.to(before.device) - before
 
     @torch.no_grad()
     def put(self, a: Tensor, b: Tensor) -> None:

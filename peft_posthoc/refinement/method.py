@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from torch import Tensor
 from torch.nn import Parameter
 
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.refinement.state import State
+from peft_posthoc.refinement.steps import put
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.distance import Score
-from peft_posthoc.texts.sequences import Split
+from peft_posthoc.texts.sequences import Split, Tokens
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Method(Protocol):
     @property
     def size(self) -> int:
         """Texts in a batch."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether it has a block of each model at work at a time, so that neither need fit into memory."""
 
     def __call__(
         self,
@@ -78,6 +84,26 @@ def finite(score: Score) -> Score:
     if not all(math.isfinite(distance.kl) for distance in score.values()):
         raise PosthocError("The tuned model, or base + adapter, says what is no number on the held-out text.")
     return score
+
+
+def kept_or_put_back(
+    live: Live,
+    held_out: Sequence[Tokens],
+    size: int,
+    before: Score,
+    factors: Mapping[str, Parameter],
+    start: Mapping[str, Tensor],
+) -> tuple[Score, bool]:
+    """Judge the factors, and put those of the start back if they are no better.
+
+    Returns:
+        The score of those that are in the model then, and whether they are the start's.
+    """
+    after = live.distances(held_out, size=size)
+    if better(after, before, before):
+        return after, False
+    put(factors, start)
+    return before, True
 
 
 def better(now: Score, best: Score, start: Score) -> bool:

@@ -13,10 +13,12 @@ from torch import nn
 
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.refinement.movable import as_found
+from peft_posthoc.refinement.streamed import load_streamed
 from peft_posthoc.running.live import Live, Side, check_pair, label, load_live, load_side
 from peft_posthoc.running.load import save_adapter
 from peft_posthoc.sources import Source, open_checkpoint
@@ -49,6 +51,7 @@ def opened(
     device: str,
     tokenizer: Any,
     adapter_name: str,
+    streams: bool = False,
 ) -> Iterator[Opened]:
     """Open all that a fit needs; live models are as they were found when the `with` block ends.
 
@@ -78,7 +81,10 @@ def opened(
                 folder, called = Path(adapter), str(adapter)
             file = open_adapter(folder)
             before = _side(base, base_revision, "base")
-            live = load_live(before, after, folder, file, device=pick_device(device), tokenizer=tokenizer)
+            # What is alive is in memory already.
+            apart = streams and isinstance(before, Checkpoint) and isinstance(after, Checkpoint)
+            load: Any = load_streamed if apart else load_live
+            live = load(before, after, folder, file, device=pick_device(device), tokenizer=tokenizer)
         with as_found(live.adapted, live.tuned):
             check_pair(live.adapted, live.tuned)
             live.adapted.set_adapter(live.name)

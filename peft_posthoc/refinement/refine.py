@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
-import torch
-
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.compute.device import pick_device
@@ -28,12 +26,12 @@ from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
-from peft_posthoc.running.live import Live, says
+from peft_posthoc.running.live import Live
 from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
 from peft_posthoc.texts.distance import Score
-from peft_posthoc.texts.sequences import KINDS, Batch, Split, Tokens, split
-from peft_posthoc.texts.texts import Sampled, Texts, Writers
+from peft_posthoc.texts.sequences import KINDS, Split, Tokens, split
+from peft_posthoc.texts.texts import Sampled, Texts, Writers, usual_length
 
 _WRITING = 0.5
 """Of the time that is left after loading, what may go into text."""
@@ -47,7 +45,7 @@ def refine(
     texts: Texts | None = None,
     method: Method | None = None,
     sequences: int = 960,
-    length: int = 128,
+    length: int | None = None,
     minutes: float | None = None,
     seed: int = 0,
     base_revision: str | None = None,
@@ -74,7 +72,8 @@ def refine(
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
         method: How the factors are fitted: `distil` or `compensated`.
         sequences: How many texts.
-        length: How many tokens each has at most.
+        length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
+            but no more than 1024.
         minutes: How long all of it may take, from loading to the last judging. Text takes half of what is left after
             loading at most, and stops in time; the fit has the rest.
         seed: Of all that is drawn.
@@ -100,7 +99,7 @@ def refine(
         ValueError: An argument makes no sense.
     """
     for name, value, least in (("sequences", sequences, 4), ("length", length, 2)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
@@ -126,6 +125,7 @@ def refine(
                     device=device,
                     tokenizer=tokenizer,
                     adapter_name=adapter_name,
+                    streams=chosen.streams,
                 )
             )
             factors = factors_of(found.live.adapted, found.live.name, found.file)
@@ -135,7 +135,7 @@ def refine(
         if out is not None and not together.rank:
             state = state_of(out, [found.models, stored, dict(found.file.config), given, chosen, asked_for])
         with going_on(state):
-            parts = work.texts(sequences, min(length, work.live.longest or length), state)
+            parts = work.texts(sequences, length, state)
             alone, judging = work.alone(parts)
             with movable(work.live.adapted, factors):
                 seconds = clock.seconds if clock.seconds is None else clock.seconds - judging
@@ -187,7 +187,7 @@ class _Work:
     seed: int
     progress: bool
 
-    def texts(self, sequences: int, length: int, state: State | None) -> Split:
+    def texts(self, sequences: int, length: int | None, state: State | None) -> Split:
         """The texts, held out or not.
 
         Raises:
@@ -196,7 +196,7 @@ class _Work:
         live = self.live
         with live.adapted.disable_adapter():
             with live.together.agreed():
-                _check_finite(live)
+                live.check_finite()
             written = live.together.first(None if state is None else state.texts())
             if written is None:
                 written = self._written(sequences, length)
@@ -212,17 +212,14 @@ class _Work:
             )
         return parts
 
-    def _written(self, sequences: int, length: int) -> list[Tokens]:
+    def _written(self, sequences: int, length: int | None) -> list[Tokens]:
         live = self.live
-        writers = Writers(
-            live.adapted,
-            live.tuned,
-            live.tokenizer,
-            live.vocabulary,
-            until=self.clock.until(_WRITING),
-            together=live.together,
-        )
-        written = self.given.write(writers, count=sequences, length=length, seed=self.seed, progress=self.progress)
+        with live.writers() as pair:
+            until = self.clock.until(_WRITING)
+            writers = Writers(*pair, live.tokenizer, live.vocabulary, until=until, together=live.together)
+            length = length or usual_length(self.given, writers)
+            length = min(length, live.longest or length)
+            written = self.given.write(writers, count=sequences, length=length, seed=self.seed, progress=self.progress)
         return live.together.first(written)
 
     def alone(self, parts: Split) -> tuple[Score, float]:
@@ -231,19 +228,6 @@ class _Work:
         with self.live.adapted.disable_adapter():
             found = self.live.distances(parts.held_out, size=self.method.size)
         return found, time.monotonic() - start
-
-
-@torch.no_grad()
-def _check_finite(live: Live) -> None:
-    """See that there is something to draw from.
-
-    Raises:
-        PosthocError: A model's outputs are no numbers.
-    """
-    for name, model in (("tuned model", live.tuned), ("base", live.adapted)):
-        ids = torch.arange(min(live.vocabulary, 8), device=model.device)[None]
-        if not torch.isfinite(says(model)(Batch(ids, torch.ones_like(ids)))).all():
-            raise PosthocError(f"The {name} says what is no number: there is nothing to fit to.")
 
 
 def _notes(state: State | None, fit: Fit, clock: Clock) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -34,7 +34,8 @@ class Piece(NamedTuple):
 class Stretch(NamedTuple):
     """A part of both models: what comes before the blocks, a block, or what comes after them."""
 
-    name: str
+    role: Literal["entry", "block", "exit"]
+    """What comes out of the exit are logits."""
     pieces: Callable[[int], list[Piece]]
     """Of a batch of texts."""
     held: Callable[[], AbstractContextManager[object]]
@@ -53,19 +54,29 @@ class Walk:
 
     def __init__(self, chains: tuple[Chain, Chain], batches: Sequence[Batch]) -> None:
         self._chains, self.batches = chains, batches
-        self._folder = tempfile.TemporaryDirectory(prefix="phlora-")
+        self._exit = ExitStack()
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phlora-")))
+            for chain in self._chains:
+                stack.enter_context(chain.rest_held())
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._folder.cleanup()
+        self._exit.close()
+
+    @property
+    def count(self) -> int:
+        """How many stretches there are."""
+        return len(self._chains[0].blocks) + 2
 
     def stretches(self) -> Iterator[Stretch]:
         """One after the other: what a stretch gives with the factors that it has by then is what the next one reads."""
         end = len(self._chains[0].blocks)
         for index in range(-1, end):
-            stretch = self._stretch(index, "embeddings" if index < 0 else f"block {index}")
+            stretch = self._stretch(index)
             if index < 0:
                 with stretch.held(), torch.no_grad():
                     for chain in self._chains:
@@ -76,9 +87,9 @@ class Walk:
                     (piece,) = stretch.pieces(place)
                     for side in SIDES:
                         torch.save(piece.run[side](), self._file(side, place))
-        yield Stretch("head", self._ends, partial(self._held, end))
+        yield Stretch("exit", self._ends, partial(self._held, end))
 
-    def _stretch(self, index: int, name: str) -> Stretch:
+    def _stretch(self, index: int) -> Stretch:
         def run(side: Side, place: int) -> Tensor:
             chain, batch = self._chains[side], self.batches[place]
             return chain.enter(batch) if index < 0 else chain.through(index, batch, self._read(side, place))
@@ -86,7 +97,7 @@ class Walk:
         def pieces(place: int) -> list[Piece]:
             return [Piece((partial(run, 0, place), partial(run, 1, place)), self.batches[place].mask.bool().flatten())]
 
-        return Stretch(name, pieces, partial(self._held, index))
+        return Stretch("entry" if index < 0 else "block", pieces, partial(self._held, index))
 
     def _ends(self, place: int) -> list[Piece]:
         mask = self.batches[place].mask.bool()
@@ -103,7 +114,7 @@ class Walk:
             yield
 
     def _file(self, side: Side, place: int) -> Path:
-        return Path(self._folder.name) / f"{side}-{place}.pt"
+        return self._folder / f"{side}-{place}.pt"
 
     def _read(self, side: Side, place: int) -> Tensor:
         found: Tensor = torch.load(self._file(side, place), weights_only=True)

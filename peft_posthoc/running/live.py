@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.together import ALONE, Together
-from peft_posthoc.errors import CheckpointError, MismatchError
+from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.config import architecture
+from peft_posthoc.running.empty import Weights
 from peft_posthoc.running.inputs import tokenizer_of
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 from peft_posthoc.texts.distance import Model, Score, distances
@@ -37,6 +39,8 @@ class Live:
     """transformers', or None."""
     name: str = "default"
     """The adapter's on the model."""
+    weights: tuple[Weights | None, Weights | None] = (None, None)
+    """Of models without weights, where each is read while it is needed."""
     together: Together = ALONE
     """Processes that each have both models."""
 
@@ -69,6 +73,20 @@ class Live:
             device=self.device,
             together=self.together,
         )
+
+    def check_finite(self) -> None:
+        """See that both models say numbers.
+
+        Raises:
+            PosthocError: One does not.
+        """
+        for name, model in (("tuned model", self.tuned), ("base", self.adapted)):
+            check_finite(name, model, self.vocabulary)
+
+    @contextmanager
+    def writers(self) -> Iterator[tuple[Any, Any]]:
+        """The base and the tuned model, to write with."""
+        yield self.adapted, self.tuned
 
 
 def load_live(
@@ -107,12 +125,26 @@ def load_live(
         before.resize_token_embeddings(rows[1], mean_resizing=False)
     with torch.random.fork_rng():  # PEFT draws what it then replaces.
         adapted = with_adapter(before, adapter)
-    own = [tokenizer, *(tokenizer_of(side) for side in (tuned, base) if not isinstance(side, nn.Module))]
-    return Live(adapted, after, next((one for one in own if one is not None), None))
+    return Live(adapted, after, tokenizer_beside(tokenizer, tuned, base))
 
 
-def load_side(side: Side, device: torch.device) -> Any:
+def tokenizer_beside(tokenizer: Any, *sides: Side) -> Any:
+    """The tokenizer that was given, or the first beside a model; None if there is none."""
+    own = (tokenizer_of(side) for side in sides if not isinstance(side, nn.Module))
+    return next((one for one in (tokenizer, *own) if one is not None), None)
+
+
+Load: TypeAlias = Callable[[Checkpoint, Any, torch.device], Any]
+"""From a checkpoint and its class to a model on a device."""
+
+
+def load_side(side: Side, device: torch.device, load: Load = load_model) -> Any:
     """A causal language model, loaded if it is not alive yet.
+
+    Args:
+        side: The model.
+        device: Where it is loaded to.
+        load: How.
 
     Raises:
         CheckpointError: It cannot be loaded, or is none that says next tokens.
@@ -126,7 +158,7 @@ def load_side(side: Side, device: torch.device) -> Any:
         cls = class_of(_class_name(side))
         if cls is None or not hasattr(cls, "generate"):
             raise CheckpointError(f"`{name}` is no language model of transformers: there are no next tokens to fit to.")
-        model = load_model(side, cls, device)
+        model = load(side, cls, device)
     if not hasattr(model, "generate") or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise CheckpointError(f"`{name}` says no next tokens of a text: only causal language models are refined.")
     return model
@@ -140,10 +172,10 @@ def label(side: Side) -> str:
 
 
 def check_classes(base: Side, tuned: Side) -> None:
-    """See that both are of one class.
+    """See that two models have a class in common.
 
     Raises:
-        MismatchError: They are not.
+        MismatchError: They have not.
     """
     names = [_class_name(side) for side in (base, tuned)]
     if not names[0] or names[0] != names[1]:
@@ -167,6 +199,18 @@ def check_pair(adapted: Any, tuned: Any) -> None:
     rows = [rows_of(model) for model in (adapted, tuned)]
     if rows[0] != rows[1]:
         raise MismatchError(f"`{label(adapted)}` knows {rows[0]} tokens, `{label(tuned)}` {rows[1]}.")
+
+
+@torch.no_grad()
+def check_finite(name: str, model: Any, vocabulary: int) -> None:
+    """See that there is something to draw from.
+
+    Raises:
+        PosthocError: The model's outputs are no numbers.
+    """
+    ids = torch.arange(min(vocabulary, 8), device=model.device)[None]
+    if not torch.isfinite(says(model)(Batch(ids, torch.ones_like(ids)))).all():
+        raise PosthocError(f"The {name} says what is no number: there is nothing to fit to.")
 
 
 def says(model: Any, device: torch.device | None = None) -> Model:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from peft_posthoc.adapters.config import read_config, try_patterns
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.modules import module_of
 from peft_posthoc.checkpoints.view import as_decoded
-from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
 from peft_posthoc.models.remote_code import without_code
@@ -26,8 +27,10 @@ def is_loadable(checkpoint: Checkpoint) -> bool:
     return checkpoint.folder is not None or (found is not None and place_of(found) is not None)
 
 
-def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
-    """The model of a checkpoint, in float32.
+def load_model(
+    checkpoint: Checkpoint, cls: Any, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> Any:
+    """The model of a checkpoint.
 
     Codes are decoded as everywhere here, a tensor at a time, into a model of plain layers: for most kinds of codes
     transformers has no kernels on a CPU, and needs a library for each.
@@ -36,18 +39,42 @@ def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
         checkpoint: One that is loadable.
         cls: Its class in transformers.
         device: Where it goes.
+        dtype: What it computes in; `auto`: the file's own, and float32 where codes are decoded.
 
     Raises:
         CheckpointError: transformers cannot load it, or it lacks a weight.
     """
     if not is_loadable(checkpoint):
         raise ValueError(f"`load_model(checkpoint=...)` needs one in a folder. Got `{checkpoint.label}`.")
-    check_counts(checkpoint.config or {})
     decoded = as_decoded(checkpoint)
-    try:
-        model = _of_folder(checkpoint.folder, cls) if decoded is None else _of_tensors(decoded, cls)
+    with told_of(checkpoint):
+        config = config_of(checkpoint, cls)
+        if decoded is not None:
+            model = _of_tensors(decoded, cls, config, torch.float32 if dtype == "auto" else dtype)
+        else:
+            place = {"local_files_only": True, "trust_remote_code": False}
+            model = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **place)
         return model.to(device).eval()
-    except CheckpointError:
+
+
+def config_of(checkpoint: Checkpoint, cls: Any) -> Any:
+    """The configuration of a checkpoint that is loadable, without code that it names, and of plain layers."""
+    check_counts(checkpoint.config or {})
+    if (decoded := as_decoded(checkpoint)) is not None:
+        return cls.config_class.from_dict(_of_plain_layers(without_code(decoded.config or {})))
+    folder: Any = checkpoint.folder
+    check_folder(folder)
+    config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Models within the model are made from its configuration, and ask about the code that it names.
+    return cls.config_class.from_dict(without_code(config.to_dict()))
+
+
+@contextmanager
+def told_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """Tell in one line what transformers says of a checkpoint that it cannot load."""
+    try:
+        yield
+    except PosthocError:
         raise
     except Exception as error:
         # Each class fails in its own way on a configuration that it does not expect.
@@ -56,25 +83,14 @@ def load_model(checkpoint: Checkpoint, cls: Any, device: torch.device) -> Any:
         ) from error
 
 
-def _of_folder(folder: Any, cls: Any) -> Any:
-    check_folder(folder)
-    config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # Models within the model are made from its configuration, and ask about the code that it names.
-    config = cls.config_class.from_dict(without_code(config.to_dict()))
-    return cls.from_pretrained(
-        folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-
-
-def _of_tensors(checkpoint: Checkpoint, cls: Any) -> Any:
+def _of_tensors(checkpoint: Checkpoint, cls: Any, config: Any, dtype: torch.dtype) -> Any:
     from transformers import __version__
 
-    config = cls.config_class.from_dict(_of_plain_layers(without_code(checkpoint.config or {})))
     weights: dict[str, Any] = {name: _Read(checkpoint, name) for name in checkpoint.headers if not module_of(name)}
     if int(__version__.partition(".")[0]) < 5:  # It takes tensors alone, all at once.
         weights = {name: one[...] for name, one in weights.items()}
     model, told = cls.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     if missing := sorted(told["missing_keys"]):
         raise CheckpointError(f"`{checkpoint.label}` lacks weights of a {cls.__name__}: {', '.join(missing[:5])}.")
@@ -100,8 +116,13 @@ class _Read:
         return self._checkpoint.read(self._name)[part]
 
 
-def with_adapter(model: Any, adapter: str | PathLike[str]) -> Any:
+def with_adapter(model: Any, adapter: str | PathLike[str], *, empty: bool = False) -> Any:
     """The model with an adapter on it, as PEFT loads it.
+
+    Args:
+        model: transformers'.
+        adapter: A folder.
+        empty: Whether the model has no weights; the adapter then has none either.
 
     Raises:
         AdapterError: PEFT cannot, or would be held up without end by a pattern.
@@ -111,7 +132,7 @@ def with_adapter(model: Any, adapter: str | PathLike[str]) -> Any:
     check_folder(adapter)
     try_patterns(read_config(Path(adapter)), [name for name, _ in model.named_modules()], adapter)
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter))
+        return peft.PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=empty)
     except Exception as error:
         raise AdapterError(f"PEFT cannot load `{adapter}`: {type(error).__name__}: {error}") from error
 

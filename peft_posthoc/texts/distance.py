@@ -42,6 +42,24 @@ def divergence(said: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(mine, theirs, reduction="sum", log_target=True)
 
 
+class Sum:
+    """What distances on some tokens come to."""
+
+    def __init__(self) -> None:
+        self.values = torch.zeros(3, dtype=torch.float64)
+        """Divergence, tokens with the same next one, tokens."""
+
+    def add(self, said: Tensor, wanted: Tensor, mask: Tensor) -> None:
+        """Add what two models say (see `divergence`)."""
+        same = ((said.argmax(-1) == wanted.argmax(-1)) & mask.bool()).sum()
+        self.values += torch.tensor([divergence(said, wanted, mask).item(), int(same), int(mask.sum())])
+
+    def distance(self) -> Distance:
+        """The mean."""
+        kl, same, count = self.values.tolist()
+        return Distance(max(kl / count, 0.0), same / count, int(count))
+
+
 @torch.no_grad()
 def distances(
     model: Model,
@@ -58,14 +76,11 @@ def distances(
         own = sorted((text for text in texts if text.kind == kind), key=lambda text: len(text.ids))
         if not own:
             continue
-        kl = same = count = 0.0
+        total = Sum()
         with together.agreed():
             for batch in batches(together.share(own), size, device=device):
-                mine, theirs = model(batch), wanted(batch)
-                kl += divergence(mine, theirs, batch.mask).item()
-                same += int(((mine.argmax(-1) == theirs.argmax(-1)) & batch.mask.bool()).sum())
-                count += int(batch.mask.sum())
-        together.sum([summed := torch.tensor([kl, same, count], dtype=torch.float64, device=device)])
-        kl, same, count = summed.tolist()
-        found[kind] = Distance(max(kl / count, 0.0), same / count, int(count))
+                total.add(model(batch), wanted(batch), batch.mask)
+        together.sum([summed := total.values.to(device)])
+        total.values = summed
+        found[kind] = total.distance()
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import torch
 from tqdm import tqdm
 
 from peft_posthoc.compute.together import ALONE, Together
-from peft_posthoc.errors import PosthocError
+from peft_posthoc.errors import LeftOutWarning, PosthocError
 from peft_posthoc.text import asked
 from peft_posthoc.texts.chat import Turn, turn_of
 from peft_posthoc.texts.sampling import without_end, write_on
 from peft_posthoc.texts.sequences import Tokens
 
+_USUAL, _ANSWER, _MOST = 128, 64, 1024
+"""Tokens of a text, of an answer behind a long prompt, and of both."""
 _LOW = 0.7
 """The temperature at which the tuned model writes prompts: at 1 what it was tuned on is rare behind a random token."""
 
@@ -179,7 +182,12 @@ class Prompts:
         own = [_encoded(writers, prompt, turn) for prompt in self.prompts]
         too_long = sum(len(ids) >= length for ids in own)
         if too_long == len(own):
-            raise PosthocError(f"Every prompt has {length} tokens or more. Allow longer texts.")
+            raise PosthocError(
+                f"Every prompt has {length} tokens or more. Allow longer texts (`{asked('length', None)}`)."
+            )
+        if too_long:
+            left = f"{too_long} of {len(own)} prompts are left out: they have {length} tokens or more."
+            warnings.warn(f"{left} Allow longer texts (`{asked('length', None)}`).", LeftOutWarning, stacklevel=2)
         own = [ids for ids in own if 0 < len(ids) < length]
         # Each prompt is answered as often as it takes; another answer is another text.
         starts = [own[i % len(own)] for i in range(count - general)]
@@ -205,6 +213,15 @@ class Given:
         with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
             written = writers.general(openings, length, bar)
         return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]
+
+
+def usual_length(texts: Texts, writers: Writers) -> int:
+    """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason."""
+    if not isinstance(texts, Prompts):
+        return _USUAL
+    turn = turn_of(writers.tokenizer)
+    longest = max((len(_encoded(writers, prompt, turn)) for prompt in texts.prompts), default=0)
+    return max(_USUAL, min(longest + _ANSWER, _MOST))
 
 
 def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any, share: float = 1.0) -> list[Tokens]:

@@ -34,6 +34,17 @@ def test_the_table_and_the_json_say_the_same(here: Path, llama_pair: tuple[str, 
 
 
 @pytest.mark.parametrize(
+    "options", [["--method", "compensated", "--damping", "0.1"], ["--method", "blocks", "--lr", "0.1"]]
+)
+def test_the_method_is_chosen_with_its_options(here: Path, llama_pair: tuple[str, str], options: list[str]) -> None:
+    done = _run(here, llama_pair, *options, "--json", str(here / "told.json"))
+    assert done.exit_code == 0, done.output
+    told = json.loads((here / "told.json").read_text())["options"]["method"]
+    assert told["kind"] == options[1]
+    assert told[options[2].removeprefix("--")] == 0.1
+
+
+@pytest.mark.parametrize(
     ("options", "status", "told"),
     [
         (["--prompts", "none.txt"], 1, "cannot be read"),
@@ -41,6 +52,8 @@ def test_the_table_and_the_json_say_the_same(here: Path, llama_pair: tuple[str, 
         (["--field", "x"], 2, "--field belongs"),
         (["--prefix", "x"], 1, "tokenizer"),
         (["--lr", "0"], 2, "--lr"),
+        (["--lr", "1", "--method", "compensated"], 2, "--lr does not belong to --method compensated"),
+        (["--damping", "1"], 2, "--damping does not belong to --method distil"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(

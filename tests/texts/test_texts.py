@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peft_posthoc import Given, PosthocError, Prompts, Sampled
+from peft_posthoc import Given, LeftOutWarning, PosthocError, Prompts, Sampled
 from peft_posthoc.texts.chat import turn_of
 from peft_posthoc.texts.distance import Distance, distances, divergence
 from peft_posthoc.texts.sampling import write_on
 from peft_posthoc.texts.sequences import Batch, Tokens, batches, shuffled, split
-from peft_posthoc.texts.texts import Writers
+from peft_posthoc.texts.texts import Writers, usual_length
 
 WORDS = ["[UNK]", "<s>", "</s>", "<user>", "<bot>", *"abcdefgh"]
 TEMPLATE = "<s> {% for m in messages %}<user> {{ m.content }} <bot> {% endfor %}"
@@ -118,6 +118,18 @@ def test_no_prompts_and_prompts_that_are_too_long_are_refused() -> None:
         _written(Prompts([]))
     with pytest.raises(PosthocError, match="10 tokens or more"):
         _written(Prompts(["c " * 10]))
+
+
+def test_where_nobody_says_how_long_texts_are_every_prompt_has_room_with_an_answer() -> None:
+    long = Prompts(["c", "c " * 100])
+    assert [usual_length(one, _writers()) for one in (Sampled(), Prompts(["c"]), long)] == [128, 128, 164]
+    assert usual_length(Prompts(["c " * 5000]), _writers()) == 1024
+
+
+def test_prompts_that_are_left_out_are_told_of() -> None:
+    with pytest.warns(LeftOutWarning, match="1 of 3 prompts are left out: they have 10 tokens or more"):
+        written = _written(Prompts(["c", "d " * 10, "e"]))
+    assert {_text(text)[0] for text in written if text.kind == "task"} == {"c", "e"}
 
 
 def test_a_text_ends_where_the_model_ends_it() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.quantized.scaled import ROWS
 from peft_posthoc.errors import CheckpointError
 
 _BITS = (4, 8, 2, 3, 5, 6, 7)
@@ -78,15 +79,15 @@ def _columns(stored: Stored, words: int, count: int, shape: str | None) -> tuple
 def _made(
     words: Tensor, scale: Tensor, *beside: Tensor, n: int, bits: int, has: tuple[bool, bool], dtype: torch.dtype
 ) -> Tensor:
-    zero = beside[0] if has[0] else None
-    of_column = beside[-1].long() if has[1] else None
     m = len(words)
-    codes = unpacked(words, bits)[:, :n]
     scales = scale.reshape(-1, scale.shape[-1] if scale.ndim > 1 else 1).expand(m, -1)
-    if zero is None:
-        zeros = torch.full((m, scales.shape[1]), 2 ** (bits - 1), dtype=torch.uint8)
-    else:
+    zeros = torch.full((1, 1), 2 ** (bits - 1), dtype=torch.uint8).expand_as(scales)
+    if has[0]:
         # Packed along the out features.
-        zeros = unpacked(zero.T, bits)[:, :m].T
-    groups = torch.arange(n) // -(-n // scales.shape[1]) if of_column is None else of_column
-    return weight_of(codes, zeros, scales, groups).to(dtype)
+        zeros = unpacked(beside[0].T, bits)[:, :m].T
+    groups = beside[-1].long() if has[1] else torch.arange(n) // -(-n // scales.shape[1])
+    made = torch.empty(m, n, dtype=dtype)
+    for at in range(0, m, ROWS):
+        rows = slice(at, at + ROWS)
+        made[rows] = weight_of(unpacked(words[rows], bits)[:, :n], zeros[rows], scales[rows], groups)
+    return made

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.quantized.scaled import EXPONENTS, factor
+from peft_posthoc.checkpoints.quantized.scaled import ROWS, factor, is_half, numbers
 from peft_posthoc.errors import CheckpointError
 
 _BYTES = (torch.uint8, torch.int8)
 # The values of the codes 0 to 7; those from 8 on are negative.
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Rows that are decoded at once.
-_ROWS = 256
 
 
 def fp4(stored: Stored) -> Iterator[tuple[str, Coded]]:
@@ -48,10 +46,10 @@ def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
     scale = stored.beside(name, "weight_scale", "weight_scale_inv", "scale")
     if scale is None:
         return None
-    dtype, shape = stored.headers[scale].dtype, stored.headers[scale].shape
+    shape = stored.headers[scale].shape
     shown = Header((header.shape[0], header.shape[1] * 2), stored.dtype)
     beside = stored.all_beside(name, "input_scale", "input_global_scale", "activation_scale")
-    if dtype in EXPONENTS:
+    if is_half(stored, scale):
         if shape != (header.shape[0], header.shape[1] // 16):
             return None
         return Coded((name, scale), shown, partial(_made, divide=False, dtype=stored.dtype), 4, "MXFP4", beside=beside)
@@ -76,11 +74,11 @@ def _check(name: str, wanted: tuple[int, ...], scale: str, found: tuple[int, ...
 
 def _made(codes: Tensor, scale: Tensor, second: Tensor | None = None, *, divide: bool, dtype: torch.dtype) -> Tensor:
     made = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    for at in range(0, len(codes), _ROWS):
-        scales = factor(scale[at : at + _ROWS])
+    for at in range(0, len(codes), ROWS):
+        scales = factor(scale[at : at + ROWS])
         if second is not None:
             scales = scales.div_(second.float()) if divide else scales.mul_(second.float())
-        made[at : at + _ROWS] = values(codes[at : at + _ROWS], scales)
+        made[at : at + ROWS] = values(codes[at : at + ROWS], scales)
     return made
 
 
@@ -91,18 +89,19 @@ def values(codes: Tensor, scales: Tensor) -> Tensor:
         codes: Rows of bytes.
         scales: For each row, of as many groups as there are.
     """
-    each = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
-    pairs = torch.stack([each.repeat(16), each.repeat_interleave(16)], 1)
-    made: Tensor = pairs[codes.contiguous().view(torch.uint8).int()].flatten(-2)
+    table = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
+    halves = torch.empty(*codes.shape, 2, dtype=torch.uint8)
+    torch.bitwise_and(codes.view(torch.uint8), 15, out=halves[..., 0])
+    torch.bitwise_right_shift(codes.view(torch.uint8), 4, out=halves[..., 1])
+    made = numbers(halves.flatten(-2), table)
     made.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None])
     return made
 
 
 def _stack(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """A stack of experts as the model has it, (experts, in, out), from some rows of one expert at a time."""
+    """A stack of experts as the model has it, (experts, in, out), from one expert at a time."""
     experts, out, groups, half = blocks.shape
     made = torch.empty(experts, groups * half * 2, out, dtype=dtype)
     for into, codes, scale in zip(made, blocks, scales, strict=True):
-        for at in range(0, out, _ROWS):
-            into[:, at : at + _ROWS] = values(codes[at : at + _ROWS].flatten(1), factor(scale[at : at + _ROWS])).T
+        into.copy_(_made(codes.flatten(1), scale, divide=False, dtype=dtype).T)
     return made

@@ -22,8 +22,8 @@ _BLOCK = 128
 _BESIDE = (
     *("input_scale", "scale_input", "activation_scale", "input_global_scale", "input_zero_point", "comfy_quant"),
 )
-# Rows that are decoded at once.
-_ROWS = 256
+# Rows that are decoded at once: what is made of them stays in the cache, five times as fast as all at once.
+ROWS = 32
 
 
 def scaled(stored: Stored) -> Iterator[tuple[str, Coded]]:
@@ -78,21 +78,37 @@ def weight(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, blocks: 
     made = torch.empty(codes.shape, dtype=dtype)
     scales = factor(scale).reshape(blocks.grid)
     zeros = None if zero is None else zero.float().reshape(blocks.grid)
+    table = None if codes.dtype is torch.int8 else _table(codes.dtype)
     for at, (into, out_of) in enumerate(
         zip(made.view(blocks.matrices), codes.reshape(blocks.matrices), strict=True),
     ):
-        for start in range(0, len(into), _ROWS):
-            rows = torch.arange(start, min(start + _ROWS, len(into))) // blocks.size[0]
-            part = out_of[start : start + _ROWS].float()
+        for start in range(0, len(into), ROWS):
+            rows = torch.arange(start, min(start + ROWS, len(into))) // blocks.size[0]
+            part = numbers(out_of[start : start + ROWS], table)
             if zeros is not None:
                 part.sub_(_along(zeros[at, rows], blocks))
-            into[start : start + _ROWS] = part.mul_(_along(scales[at, rows], blocks))
+            into[start : start + ROWS] = part.mul_(_along(scales[at, rows], blocks))
     return made
+
+
+def numbers(codes: Tensor, table: Tensor | None) -> Tensor:
+    """Codes of a byte as float32, looked up where they are no whole numbers: PyTorch converts floats more slowly."""
+    if table is None:
+        return codes.float()
+    found: Tensor = table.index_select(0, codes.contiguous().view(torch.uint8).flatten().int()).view(codes.shape)
+    return found
 
 
 def factor(scale: Tensor) -> Tensor:
     """A scale as float32; bytes are exponents of two (ue8m0)."""
-    return scale.float().sub_(127).exp2_() if scale.dtype == torch.uint8 else scale.float()
+    if scale.dtype == torch.uint8:
+        return scale.float().sub_(127).exp2_()
+    return numbers(scale, _table(scale.dtype)) if scale.dtype.itemsize == 1 else scale.float()
+
+
+def _table(dtype: torch.dtype) -> Tensor:
+    """What each byte is as a float of that type."""
+    return torch.arange(256).to(torch.uint8).view(dtype).float()
 
 
 def _along(scale: Tensor, blocks: Blocks) -> Tensor:

@@ -1,0 +1,157 @@
+"""Distillation, a block at a time: the factors of each, moved until it gives what the tuned block gives."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from peft_posthoc.adapters.names import PREFIX
+from peft_posthoc.refinement.chain import chains_of
+from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
+from peft_posthoc.refinement.state import State
+from peft_posthoc.refinement.steps import Steps, copies, put
+from peft_posthoc.refinement.walk import Stretch, Walk
+from peft_posthoc.running.live import Live
+from peft_posthoc.texts.distance import divergence
+from peft_posthoc.texts.sequences import Split, batches
+
+
+@dataclass(frozen=True)
+class blocks:
+    """Minimise the square of what each block of base + adapter lacks of the tuned block's output, with Adam.
+
+    Each reads what base + adapter has made by then, so that later blocks repair what earlier ones lost; of the head, KL
+    of the logits is minimised. One block of each model is in memory at a time.
+
+    Args:
+        lr: Step relative to the root mean square of each factor.
+        size: Texts in a batch.
+        passes: Over the texts, for each block.
+    """
+
+    lr: float = 0.05
+    size: int = 8
+    passes: float = 2.0
+    streams: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        live: Live,
+        factors: Mapping[str, Parameter],
+        texts: Split,
+        *,
+        seed: int,
+        seconds: float | None,
+        progress: bool,
+        state: State | None = None,
+    ) -> Fit:
+        """Fit the factors in place (`Method`)."""
+        began, interrupted, done = time.monotonic(), False, 0
+        before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
+        sides = [sorted(own, key=lambda text: len(text.ids)) for own in texts]
+        fitted, held_out = (list(batches(own, self.size, device=live.device)) for own in sides)
+        places = range(len(fitted)), range(len(fitted), len(fitted) + len(held_out))
+        steps = max(1, math.ceil(self.passes * len(fitted)))
+        moved, reached = set[str](), list[Stretch]()
+        walk = Walk(chains_of(live), [*fitted, *held_out])
+        try:
+            with walk:
+                bar = tqdm(total=steps * walk.count, desc="Fitting", unit=" steps", disable=not progress)
+                with bar:
+                    for number, stretch in enumerate(walk.stretches()):
+                        left = None if seconds is None else began + seconds - time.monotonic()
+                        own = _used(stretch, factors) if stretch.role != "entry" else {}
+                        if left is not None and left <= 0:
+                            break
+                        reached.append(stretch)
+                        if own:
+                            until = math.inf if left is None else time.monotonic() + left / (walk.count - number)
+                            done += self._fit(stretch, own, places, steps, until, seed, bar)
+                            moved |= own.keys()
+        except KeyboardInterrupt:
+            if live.together.size > 1:
+                raise  # The others may be elsewhere.
+            interrupted = True
+        except BaseException:
+            put(factors, start)
+            raise
+        after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
+        others = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in factors.keys() - moved}
+        why = "its turn did not come" if len(reached) < walk.count else "it comes before the blocks"
+        unmoved = dict.fromkeys(sorted(others), why)
+        return Fit(before, after, kept, done, time.monotonic() - began, interrupted, unmoved)
+
+    def _fit(
+        self,
+        stretch: Stretch,
+        factors: Mapping[str, Parameter],
+        places: tuple[Sequence[int], Sequence[int]],
+        steps: int,
+        until: float,
+        seed: int,
+        bar: Any,
+    ) -> int:
+        """Move the factors of a stretch, if its output comes nearer on held-out text; the steps come back."""
+        began, draw, start = time.monotonic(), random.Random(seed), copies(factors)
+        optimizer, done, order = Steps(factors, self.lr), 0, list[int]()
+        with stretch.held():
+            before = _judged(stretch, places[1])
+            try:
+                while done < steps:
+                    order = order or draw.sample(places[0], len(places[0]))
+                    share = max(done / steps, (time.monotonic() - began) / (until - began))
+                    if share >= 1:
+                        break
+                    loss = _loss(stretch, order.pop())
+                    if not math.isfinite(loss.item()):
+                        break
+                    optimizer.step(loss, share)
+                    done += 1
+                    bar.update()
+            except BaseException:
+                put(factors, start)
+                raise
+            if not _judged(stretch, places[1]) < before:
+                put(factors, start)
+        return done
+
+
+def _used(stretch: Stretch, factors: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The factors that a stretch computes with."""
+    with stretch.held():
+        loss = _loss(stretch, 0)
+        if not loss.requires_grad:
+            return {}
+        found = torch.autograd.grad(loss, list(factors.values()), allow_unused=True)
+    return {name: own for (name, own), grad in zip(factors.items(), found, strict=True) if grad is not None}
+
+
+def _loss(stretch: Stretch, place: int) -> Tensor:
+    """What a stretch of base + adapter lacks of the tuned model's, on a batch: relative squares, or KL of logits."""
+    pieces = stretch.pieces(place)
+    total, count = torch.zeros(()), sum(int(piece.counted.sum()) for piece in pieces)
+    for piece in pieces:
+        mine = piece.run[0]()
+        with torch.no_grad():
+            theirs = piece.run[1]().to(mine.device)
+        if stretch.role == "exit":
+            lacking = divergence(mine, theirs, piece.counted) / count
+        else:
+            mine, theirs = (one.flatten(0, -2)[piece.counted].float() for one in (mine, theirs))
+            lacking = (mine - theirs).square().sum() / theirs.square().sum()
+        total = total.to(lacking.device) + lacking
+    return total
+
+
+@torch.no_grad()
+def _judged(stretch: Stretch, places: Sequence[int]) -> float:
+    return sum(_loss(stretch, place).item() for place in places) / len(places)
