@@ -17,8 +17,8 @@ from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import free_at
 from peft_posthoc.models.by_class import build
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.running.live import check_classes
 from peft_posthoc.refinement.method import Method
+from peft_posthoc.running.live import check_classes
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
 
