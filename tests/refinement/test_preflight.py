@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from peft_posthoc import distil, extract
+from peft_posthoc import blocks, compensated, distil, extract
 from peft_posthoc.cli.main import main
 from peft_posthoc.refinement.preflight import refine_preflight
 from tests.make import models
@@ -46,6 +46,17 @@ def test_memory_is_told_within_a_third(tmp_path: Path) -> None:
     # The process alone is half a gigabyte; this is more.
     assert told.work_bytes > 2e8
     assert 0.67 < told.memory_bytes / int(ran.stdout) < 1.5
+
+
+def test_a_block_at_a_time_needs_less_the_more_blocks_there_are(tmp_path: Path) -> None:
+    pair = models.save_pair(models.llama(num_hidden_layers=16), tmp_path)
+    extract(*pair, 2).save(tmp_path / "svd")
+    whole, *parts = (
+        refine_preflight(tmp_path / "svd", *pair, method=one) for one in (distil(), compensated(), blocks())
+    )
+    assert parts[0].work_bytes is not None
+    for one in parts:
+        assert one.models_bytes < 0.6 * whole.models_bytes
 
 
 @pytest.mark.parametrize("make", [models.gpt2, models.llama, models.mixtral, models.laguna])
