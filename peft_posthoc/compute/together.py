@@ -91,5 +91,19 @@ class Together:
             at, text = next((i, text) for i, text in enumerate(told) if text)
             raise PosthocError(f"{text} (In process {at} of {self.size}.)")
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """What goes wrong in the `with` block, other than in `agreed`, goes wrong in every process: the first tells.
+
+        Raises:
+            ShareDone: It went wrong, and this is not the first.
+        """
+        try:
+            yield
+        except (PosthocError, ValueError) as error:
+            if self.rank:
+                raise ShareDone("The first process tells what went wrong.") from error
+            raise
+
 
 ALONE = Together()

@@ -132,7 +132,7 @@ def refine(
         state = None
         if out is not None and not together.rank:
             state = state_of(out, [found.models, stored, dict(found.file.config), given, chosen, asked_for])
-        with going_on(state):
+        with together.alike(), going_on(state):
             parts = work.texts(sequences, length, state)
             alone, judging = work.alone(parts)
             with movable(work.live.adapted, factors):

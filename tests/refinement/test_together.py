@@ -50,12 +50,22 @@ def test_two_processes_find_what_one_does(llama_pair: tuple[str, str], adapter: 
         assert (x - alone.tensors[name]).abs().max() <= 1e-3 * moved
 
 
-def test_what_goes_wrong_in_one_ends_both_with_one_line(
-    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("fail", "more", "told"),
+    [
+        ("1", [], "It is too dark here. (In process 1 of 2.)"),
+        ("", ["--prefix", "a"], "Neither the tuned model nor the base has a tokenizer"),
+    ],
+    ids=["in one", "in both"],
+)
+def test_what_goes_wrong_ends_both_with_one_line(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, fail: str, more: list[str], told: str
 ) -> None:
     models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
-    ran = _torchrun(adapter, tmp_path / "out", *models, "--sequences", 32, "--length", 12, "--quiet", FAIL="1")
+    options = ["--sequences", 32, "--length", 12, "--quiet", *more]
+    ran = _torchrun(adapter, tmp_path / "out", *models, *options, FAIL=fail)
     assert ran.returncode != 0
-    told = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
-    assert told == ["phlora: error: It is too dark here. (In process 1 of 2.)"]
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"phlora: error: {told}")
     assert not list(tmp_path.iterdir())
