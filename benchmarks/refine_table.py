@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import ceil, floor
+from statistics import mean
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -32,17 +33,18 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 def _line(pair: str, rank: int, title: str, rows: Sequence[Row], svd: Row, tuned: Row) -> str:
     closed = [(svd["loss"] - row["loss"]) / (svd["loss"] - tuned["loss"]) for row in rows]
     cells = [
-        _cell([row["loss"] for row in rows], "{:.3f}"),
-        _cell(closed, "{:.1%}"),
-        _cell([row["exact"] for row in rows], "{:.1%}"),
-        _cell([row["general"] for row in rows], "{:.4f}"),
-        f"{statistics.mean(row['seconds'] for row in rows):.0f}",
+        _cell([row["loss"] for row in rows], 3, ceil),
+        _cell([100 * one for one in closed], 1, floor, " %"),
+        _cell([100 * row["exact"] for row in rows], 1, floor, " %"),
+        _cell([row["general"] for row in rows], 4, ceil),
+        f"{ceil(mean(row['seconds'] for row in rows))}",
     ]
     return f"| {pair} | {rank} | {title} | {len(rows)} | {' | '.join(cells)} |"
 
 
-def _cell(values: Sequence[float], form: str) -> str:
-    mean = form.format(statistics.mean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+def _cell(values: Sequence[float], digits: int, to: Callable[[float], int], unit: str = "") -> str:
+    """The mean, rounded against us; of several seeds with the least and the most."""
+    least, middle, most = (
+        f"{to(x * 10**digits) / 10**digits:.{digits}f}" for x in (min(values), mean(values), max(values))
+    )
+    return f"{middle}{unit}" if len(values) == 1 else f"{middle}{unit} ({least} to {most})"
