@@ -69,7 +69,7 @@ def meaning(rows: Sequence[Row], provenance: Mapping[str, Any]) -> tuple[list[st
 def _ways_out(provenance: Mapping[str, Any], sides: Sequence[str]) -> str:
     ways = []
     if "tuned" in sides:
-        ways.append("Give the fine-tune as it was before, or let `--rank auto` tell what stands out.")
+        ways.append(f"Give the fine-tune as it was before, or let `{as_flag('rank', 'auto')}` tell what stands out.")
     if "base" in sides:
         flag = as_flag("for_base", provenance["base"])
         ways.append(

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_posthoc import CheckpointError, extract, open_checkpoint
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.memory import InMemory
 from tests.make import models
 from tests.make.same import same
@@ -90,9 +90,8 @@ def test_a_peft_model_is_refused_until_it_is_merged():
 
 
 def test_a_checkpoint_object_passes_through(weights):
-    class Renamed:
-        label, revision, folder, identity, config, module = "mine", None, None, None, None, None
-        sequential, to_fetch = False, 0
+    class Renamed(Checkpoint):
+        label = "mine"
 
         @property
         def headers(self):
