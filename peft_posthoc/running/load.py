@@ -53,6 +53,7 @@ def load_model(
         config = config_of(checkpoint, cls)
         if decoded is not None:
             model = _of_tensors(decoded, cls, config, torch.float32 if dtype == "auto" else dtype)
+            write_as_told(model, decoded)
         else:
             place = {"local_files_only": True, "trust_remote_code": False}
             model = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **place)
@@ -69,6 +70,15 @@ def config_of(checkpoint: Checkpoint, cls: Any) -> Any:
     config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Models within the model are made from its configuration, and ask about the code that it names.
     return cls.config_class.from_dict(without_code(config.to_dict()))
+
+
+def write_as_told(model: Any, checkpoint: Checkpoint) -> None:
+    """Let a model write as what lies beside its checkpoint says: where text ends, and how it is drawn."""
+    from transformers import GenerationConfig
+
+    place = place_of(checkpoint)
+    if place is not None and (place / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
 
 
 @contextmanager
