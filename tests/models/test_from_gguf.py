@@ -6,6 +6,7 @@ import torch
 import transformers as tf
 
 from peft_posthoc import CheckpointError, open_checkpoint
+from peft_posthoc.adapters.named_base import same_base
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.from_gguf import ARCHITECTURES
 from tests.make import gguf_files, models
@@ -224,3 +225,11 @@ def test_the_one_model_of_a_folder_is_opened_and_of_several_none(tmp_path):
     assert open_checkpoint(tmp_path).headers.keys() == dict(model.named_parameters()).keys()
     models.save(models.qwen2(), tmp_path)
     assert open_checkpoint(tmp_path).config["model_type"] == "qwen2"
+
+
+def test_two_types_of_a_model_in_one_folder_are_two_bases(tmp_path):
+    for name, kind in (("one", QUANT.F32), ("two", QUANT.F16)):
+        gguf_files.save(models.llama(), tmp_path / f"{name}.gguf", "llama", kind=kind)
+    one, two = (str(tmp_path / f"{name}.gguf") for name in ("one", "two"))
+    assert same_base(one, one)
+    assert not same_base(one, two)
