@@ -33,8 +33,9 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
     report, config = read_report(adapter), read_config(adapter)
     provenance, totals = report["provenance"], report["totals"]
     base, revision = provenance["base"], provenance["base_revision"]
+    on = provenance.get("for_base", base)
     header = ModelCardData(
-        base_model=None if Path(base).is_absolute() else base,  # a path of this machine says nothing elsewhere
+        base_model=None if Path(on).is_absolute() else on,  # a path of this machine says nothing elsewhere
         library_name="peft",
         tags=["lora", "phlora", "post-hoc"],
     )
@@ -42,7 +43,7 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
     loaded = f'"{place}"' if repo_id is None or subfolder is None else f'"{repo_id}", subfolder="{subfolder}"'
     generates = config.get("task_type") == "CAUSAL_LM"
     served = generates and provenance["options"]["form"] == "portable"
-    serve = _SERVE.format(base=base, rank=config["r"], place=place) if served else ""
+    serve = _SERVE.format(base=on, rank=config["r"], place=place) if served else ""
     at = f" at revision `{revision}`" if revision else ""
     warnings = "".join(f"- {warning}\n" for warning in report["warnings"])
     how, refined = ": nothing was trained to make it.", ""
@@ -77,7 +78,7 @@ A row for every tensor is in `{REPORT}`.
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{base}`
+model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{on}`
 ```
 {serve}
 {CARD_MARK}

@@ -71,7 +71,8 @@ def refine(
             for an adapter that is on its model.
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
-        method: How the factors are fitted: `distil` or `compensated`.
+        method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each
+            model in memory at a time, unless models are alive.
         sequences: How many texts.
         length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
             but no more than 1024.

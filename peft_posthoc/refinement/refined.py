@@ -81,7 +81,10 @@ class Refined:
         stopped = ["Interrupted: the best so far is kept."] if self.interrupted else []
         if self.unmoved:
             by_reason = Counter(self.unmoved.values())
-            stopped += [f"{count} modules keep their factors: {why}." for why, count in by_reason.items()]
+            stopped += [
+                f"{count} {'module keeps its' if count == 1 else 'modules keep their'} factors: {why}."
+                for why, count in by_reason.items()
+            ]
         stopped += self.notes
         if self.kept:
             return [*stopped, f"Nothing better was found on both kinds of text: the adapter is as it was. {made}"]

@@ -19,7 +19,7 @@ from peft_posthoc.checkpoints.wrappers import unwrapped
 from peft_posthoc.pairing.names import renamed
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import open_pair
-from tests.make import gguf_files, laws, models
+from tests.make import coded_folders, gguf_files, laws, models
 from tests.make.by_peft import by_peft
 from tests.make.fake_hub import FakeHub, environment
 from tests.make.limits import HANG
@@ -115,7 +115,14 @@ def for_llama_cpp(model, where):
     return lambda: open_checkpoint(where / "model.gguf")
 
 
+def coded(model, where):
+    """In 4-bit floats, decoded as they are read."""
+    coded_folders.quantise(model, where / "model", coded_folders.nvfp4)
+    return lambda: open_checkpoint(where / "model")
+
+
 ON_DISK = [
+    coded,
     folder,
     sharded,
     pickled,

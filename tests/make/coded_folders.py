@@ -22,6 +22,28 @@ def fp8_rows(weight):
     return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale.float()}
 
 
+def fp8_blocks(weight, size=(24, 20)):
+    """FP8 with a scale for each block, as DeepSeek and Qwen store it."""
+    rows, columns = size
+    filled = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+    scale = filled.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax((1, 3)) / 448
+    each = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: weight.shape[0], : weight.shape[1]]
+    return {"weight": (weight / each).to(torch.float8_e4m3fn), "weight_scale_inv": scale.float()}
+
+
+def nvfp4(weight):
+    """compressed-tensors' NVFP4."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16)
+    over = (448 * 6 / weight.abs().max()).float().reshape(1)
+    scale = (weight.unflatten(1, (-1, 16)).abs().amax(-1) / 6 * over).to(torch.float8_e4m3fn)
+    state = {"weight": weight, "weight_scale": scale.float(), "weight_global_scale": over}
+    library = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    return library.compress(state, QuantizationScheme(targets=["Linear"], weights=args))
+
+
 def int4(weight, group=16):
     """compressed-tensors' pack-quantized."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -57,6 +79,10 @@ def _compressed(form, weights, ignore):
 CONFIGS = {
     fp8: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="tensor"), ignore),
     fp8_rows: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="channel"), ignore),
+    fp8_blocks: lambda ignore: {"quant_method": "fp8", "weight_block_size": [24, 20], "modules_to_not_convert": ignore},
+    nvfp4: lambda ignore: _compressed(
+        "nvfp4-pack-quantized", _weights("float", 4, strategy="tensor_group", group_size=16), ignore
+    ),
     int4: lambda ignore: _compressed("pack-quantized", _weights("int", 4, strategy="group", group_size=16), ignore),
     nf4: lambda ignore: {
         "quant_method": "bitsandbytes",
