@@ -48,7 +48,8 @@ def test_what_was_put_on_it_is_found_with_its_rank_and_verified(pair, tmp_path):
     base, tuned, wanted = pair
     made = extract(base, tuned, "auto", dtype=torch.float32)
     decoded = open_checkpoint(base)
-    assert len(found := {name: one for name, one in made.layers.items() if "mlp" in name}) == 6
+    found = {name: one for name, one in made.layers.items() if "mlp" in name}
+    assert len(found) == 6
     for name, layer in found.items():
         assert len(layer.factors.a) == RANK
         delta = wanted[name] - decoded.read(name).float()
