@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_callbacks.base import Base, find_base, given
+from hf_callbacks.data import on_data_of
 from hf_callbacks.ended import Ended
 from hf_callbacks.gather import gather, is_partitioned, is_sharded, saves_partitions, trains_adapter
 from hf_callbacks.log import Log, calling_trainer, is_summary
@@ -25,6 +26,7 @@ from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.errors import one_line
 from peft_posthoc.extraction.request import Options, Request, takes_options, with_options
 from peft_posthoc.ranks.rules import Rank, as_rule, several
+from peft_posthoc.refinement.refining import Refining
 from peft_posthoc.sources import open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         out: Where adapters go, in place of `output_dir/phlora`.
         when: `"save"`, after every save; a number `n`, after every n-th; `"end"`, only `final`.
         background: Work in another process; otherwise training waits for every adapter.
+        refine: Fit `final` to what the tuned model computes, on the trainer's eval set, or its train set if it has
+            none, without labels, on `device`. True, or arguments of `refine`: `{"minutes": 10}`, `texts` of your own.
+            Where that fails `final` stays as it was extracted, and the reason is told.
         strict: Raise what is otherwise a warning.
         keep: How many adapters of steps stay, the newest; all by default.
         push_to_hub: A repository on the hub, `org/name`, that every adapter is uploaded to while training goes on:
@@ -97,6 +102,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         strict: bool = False,
         keep: int | None = None,
         push_to_hub: str | None = None,
+        refine: bool | Mapping[str, Any] = False,
         **options: Unpack[Options],
     ) -> None:
         if when not in ("save", "end") and (isinstance(when, bool) or not isinstance(when, int) or when < 1):
@@ -112,6 +118,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._request = Request.of(rank, **options)
         if isinstance(as_rule(rank), several):
             raise ValueError("One adapter is made of every checkpoint, at one rank. Several are given.")
+        self._refining = Refining.of(refine)
         self._told_request = self._spelled(background)
         self._given = None if base is None else given(base, options.get("base_revision"))
         self._out = None if out is None else Path(out).absolute()
@@ -120,20 +127,21 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._log = Log(strict=strict)
         self._ended = Ended(self._log, by=self)
         self._run: Run | None = None
-        self._run_dir = ""
         self._push: Push | None = None
-        self._saves = 0
+        self._run_dir = ""
+        self._saves, self._is_training = 0, False
         self._on_disk: set[int] = set()  # steps whose weights can be read from files
         self._idle = False  # there is nothing to extract in this run
-        self._is_training = False
 
     def _spelled(self, background: bool) -> dict[str, Any] | None:
         """The request for other processes; None where it is for this one alone."""
         try:
+            if background and self._refining is not None:
+                self._refining.to_json()
             return self._request.to_json()
         except ValueError as error:
             if background:  # said now, where it can still be mended
-                raise ValueError(f"{one_line(error)} Extract in this one: `background=False`.") from error
+                raise ValueError(f"{one_line(error)} Work in this one: `background=False`.") from error
             return None
 
     def attach(self, trainer: Trainer) -> PosthocLoraCallback:
@@ -194,8 +202,7 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         if not first or not chosen or self._run is None or self._run.base is None:
             return  # if there is no base, that was told when training began
         run = self._opened(args, state)
-        source = taken if partitions else run.checkpoints().get(step)
-        if source is not None:
+        if (source := taken if partitions else run.checkpoints().get(step)) is not None:
             self._ended.adapters(self._run, self._push, run.make(source, step, background=self._background))
         elif not partitions:
             self._log.warn(f"no checkpoint of step {step} in `{run.folder}`")
@@ -258,11 +265,9 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
             self._run.base = find_base(model, self._run.folder, self._run.work)
 
     def _settle(self, model: nn.Module, args: TrainingArguments, *, resumed: bool) -> None:
-        run = self._run
-        if run is None:
+        if (run := self._run) is None:
             return
-        if self._given is not None:
-            # What cannot be read is told now, not after the first save.
+        if self._given is not None:  # what cannot be read is told now, not after the first save
             open_checkpoint(self._given.source, revision=self._given.revision, role="base")
         elif resumed:
             run.resume()
@@ -281,18 +286,21 @@ class PosthocLoraCallback(TrainerCallback):  # type: ignore[misc]
         step = int(Path(best).name.rpartition("-")[2]) if best else state.global_step
         # Without a checkpoint, the model as it is: the best one, where that was to be loaded.
         source = taken or run.checkpoints().get(step) or model
-        if taken is None and step in run.adapters():
-            self._ended.adapters(run, self._push, [run.copy(step, name=FINAL)])
-        elif source is model and (is_partitioned(model) or is_sharded(model)):
+        refining = None if self._refining is None else on_data_of(self._log.trainer, self._refining)
+        spread = source is model and (is_partitioned(model) or is_sharded(model))
+        if taken is None and step in run.adapters() and (refining is None or spread):
+            why = None if refining is None else "the weights are spread over processes, and were not saved"
+            self._ended.adapters(run, self._push, [run.copy(step, name=FINAL)._replace(unrefined=why)])
+        elif spread:
             self._log.warn(f"there is no adapter `{FINAL}`: the weights are spread over processes, and were not saved")
         else:
-            self._ended.adapters(run, self._push, run.make(source, step, name=FINAL, background=self._background))
+            made = run.make(source, step, name=FINAL, background=self._background, refining=refining)
+            self._ended.adapters(run, self._push, made)
             self._wait()
 
     def _open_hub(self, args: TrainingArguments) -> None:
         run, repo_id = cast(Run, self._run), cast(str, self._repo_id)
-        # Private by default: an adapter may tell what it was trained on.
-        private = args.hub_private_repo is not False
+        private = args.hub_private_repo is not False  # by default: an adapter may tell what it was trained on
         self._push = Push(repo_id, run.work / "pushed", private=private, token=args.hub_token)
 
     def _take(self, model: nn.Module, name: str, *, first: bool) -> Path | None:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from hf_callbacks.metrics import read_report
 from peft_posthoc.adapters.config import read_config
 from peft_posthoc.adapters.writer import CARD_MARK, REPORT
+from peft_posthoc.refinement.refined import SAID
 from peft_posthoc.text import share_of_all, size
 
 _SERVE = """
@@ -32,8 +33,9 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
     report, config = read_report(adapter), read_config(adapter)
     provenance, totals = report["provenance"], report["totals"]
     base, revision = provenance["base"], provenance["base_revision"]
+    on = provenance.get("for_base", base)
     header = ModelCardData(
-        base_model=None if Path(base).is_absolute() else base,  # a path of this machine says nothing elsewhere
+        base_model=None if Path(on).is_absolute() else on,  # a path of this machine says nothing elsewhere
         library_name="peft",
         tags=["lora", "phlora", "post-hoc"],
     )
@@ -41,9 +43,13 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
     loaded = f'"{place}"' if repo_id is None or subfolder is None else f'"{repo_id}", subfolder="{subfolder}"'
     generates = config.get("task_type") == "CAUSAL_LM"
     served = generates and provenance["options"]["form"] == "portable"
-    serve = _SERVE.format(base=base, rank=config["r"], place=place) if served else ""
+    serve = _SERVE.format(base=on, rank=config["r"], place=place) if served else ""
     at = f" at revision `{revision}`" if revision else ""
     warnings = "".join(f"- {warning}\n" for warning in report["warnings"])
+    how, refined = ": nothing was trained to make it.", ""
+    if "refined" in report:
+        how = ", its factors then fitted to the fine-tune's outputs on unlabelled text. Energies are of those before."
+        refined = "\n".join(["", *_refined(report), ""])
     cells = (
         totals["rank"],
         f"{totals['energy']:.1%}",
@@ -58,13 +64,13 @@ def card(adapter: Path, *, step: int, repo_id: str | None = None, subfolder: str
 # {provenance["tuned"]} as a LoRA adapter
 
 The truncated SVD of the weight delta between `{base}`{at} and its full fine-tune at step {step}
-(PHLoRA, [arXiv 2509.10971](https://arxiv.org/abs/2509.10971)): nothing was trained to make it.
+(PHLoRA, [arXiv 2509.10971](https://arxiv.org/abs/2509.10971)){how}
 
 | rank | energy kept of what is carried | of the whole fine-tune | relative error | size |
 |--:|--:|--:|--:|--:|
 | {" | ".join(map(str, cells))} |
 
-{warnings}
+{warnings}{refined}
 A row for every tensor is in `{REPORT}`.
 
 ## Load it
@@ -72,18 +78,19 @@ A row for every tensor is in `{REPORT}`.
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{base}`
+model = PeftModel.from_pretrained(base_model, {loaded})  # base_model: `{on}`
 ```
 {serve}
 {CARD_MARK}
 """
 
 
-def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
+def summary(adapters: Mapping[int, Path], *, final: Path | None = None, picture: str | None = None) -> str:
     """A table of a run's adapters, by step.
 
     Args:
         adapters: Their folders.
+        final: The folder of the last or best one; what refining made of it is told, if it was refined.
         picture: The file, beside the page, that shows them all.
     """
     lines = [
@@ -104,4 +111,21 @@ def summary(adapters: Mapping[int, Path], *, picture: str | None = None) -> str:
             f"| {share_of_all(totals['energy_of_all'], totals.get('unknown', 0.0))} "
             f"| {totals['relative_error']:.1%} | {moved} | {size(totals['bytes'])} | `{folder.name}` |"
         )
+    report = read_report(final) if final is not None else {}
+    if "refined" in report:
+        lines += ["", "`final`, refined: its distance from the fine-tune.", "", *_refined(report)]
     return "\n".join([*lines, "", CARD_MARK, ""])
+
+
+def _refined(report: Mapping[str, Any]) -> list[str]:
+    """How far base + adapter is from the tuned model, before refining and now, as a table."""
+    told = report["refined"]
+    lines = [
+        "| held-out text | KL, nats a token: base | before refining | now | same next token |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for kind, words in SAID.items():
+        if kind in told["after"]:
+            kl = [f"{told[when][kind]['kl']:.4f}" for when in ("base", "before", "after")]
+            lines.append(f"| {words} | {' | '.join(kl)} | {told['after'][kind]['top1']:.1%} |")
+    return lines

@@ -14,14 +14,17 @@ from tqdm import tqdm
 
 from hf_callbacks.base import Base
 from hf_callbacks.memory import Memory, remembered
+from hf_callbacks.metrics import read_report
 from hf_callbacks.run import FINAL, Run
 from peft_posthoc.cli.options import CHOICE, NAMES, option
 from peft_posthoc.cli.output import one_line_errors
 from peft_posthoc.cli.ranks import RANK, Asked
+from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.json_file import read_json
 from peft_posthoc.ranks.words import WORDS
+from peft_posthoc.refinement.refining import Refining
 
 
 class _AsTheRun(click.Command):
@@ -63,6 +66,7 @@ _OF_RANKS = set(WORDS)
 @option("vocab")
 @option("with_tokenizer")
 @NAMES
+@AND_REFINE
 def main(
     run_dir: Path,
     base: str | None,
@@ -74,7 +78,7 @@ def main(
 
     Options that are not given are those of the run's callback, where there was one.
     """
-    memory = _remembered(run_dir, needed=base is None)
+    memory, refining = _remembered(run_dir, needed=base is None), refining_if_asked(options)
     try:
         request = Request.of(rank.one() or 32, **options)
     except (PosthocError, ValueError) as error:
@@ -86,7 +90,7 @@ def main(
     if run.claim() is not None:
         raise click.ClickException(f"A training run is at work in `{run_dir}`. It makes its adapters itself.")
     try:
-        failed = _make(run, best=memory.best if memory else None)
+        failed = _make(run, best=memory.best if memory else None, refining=refining)
     finally:
         run.stop()
     click.echo(f"{len(run.adapters())} adapters are in {run.out}")
@@ -94,12 +98,13 @@ def main(
         raise click.exceptions.Exit(1)
 
 
-def _make(run: Run, *, best: bool | None) -> bool:
+def _make(run: Run, *, best: bool | None, refining: Refining | None) -> bool:
     """Make what is missing.
 
     Args:
         run: The run.
         best: Whether `final` is its best checkpoint's; None: as the trainer's state says.
+        refining: How `final` is refined.
 
     Returns:
         Whether something failed.
@@ -108,9 +113,15 @@ def _make(run: Run, *, best: bool | None) -> bool:
     if not missing and not run.adapters():
         raise click.ClickException(f"There are no checkpoints in `{run.folder}`.")
     done = [done for step, folder in tqdm(missing.items(), desc="Adapters") for done in run.make(folder, step)]
-    if run.adapters() and not (run.out / FINAL).exists():
+    if run.adapters() and refining is not None and not _is_refined(run):
+        step = _final_step(run, best=best)
+        if step not in run.checkpoints():
+            raise click.ClickException(f"The checkpoint of step {step} is gone, and `{FINAL}` cannot be refined.")
+        done += run.make(run.checkpoints()[step], step, name=FINAL, refining=refining)
+    elif run.adapters() and not (run.out / FINAL).exists():
         done.append(run.copy(_final_step(run, best=best), name=FINAL))
-    failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure, _ in done if failure is not None]
+    failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure, *_ in done if failure is not None]
+    failures += [f"`{one.job.name}` is not refined: {one.unrefined}" for one in done if one.unrefined is not None]
     try:
         run.draw()
     except (PosthocError, OSError) as error:
@@ -118,6 +129,13 @@ def _make(run: Run, *, best: bool | None) -> bool:
     for failure in failures:
         click.echo(failure, err=True)
     return bool(failures)
+
+
+def _is_refined(run: Run) -> bool:
+    try:
+        return "refined" in read_report(run.out / FINAL)
+    except PosthocError:
+        return False
 
 
 def _final_step(run: Run, *, best: bool | None) -> int:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_callbacks.jobs import Done, Job
 from hf_callbacks.log import Log
-from hf_callbacks.metrics import metrics, read_report
+from hf_callbacks.metrics import metrics, read_report, refined_metrics
 from hf_callbacks.push import Push, Sent
 from hf_callbacks.run import FINAL, Run
 
@@ -32,11 +32,13 @@ class Ended:
 
     def adapters(self, run: Run, push: Push | None, ended: Iterable[Done]) -> None:
         """Log the numbers of adapters, and why others are not there; upload them where that is wanted."""
-        for job, failure, _ in ended:
+        for job, failure, _, unrefined in ended:
             name = job.name
             if failure is not None:
                 self._log.warn(f"there is no adapter `{name}`: {failure}")
                 continue
+            if unrefined is not None:
+                self._log.warn(f"`{name}` is as it was extracted, not refined: {unrefined}")
             self._log.guarded(f"the numbers of `{name}` were not logged", functools.partial(self._adapter, run, job))
             if push is not None:
                 add = functools.partial(push.add, run.out / name, step=job.step)
@@ -56,4 +58,6 @@ class Ended:
         self.is_first = False
         if job.name != FINAL:
             self._log.numbers(metrics(report, step=job.step), by=self._by)
+        elif "refined" in report:
+            self._log.numbers(refined_metrics(report, step=job.step), by=self._by)
         self._log.guarded("the page of the adapters was not written", run.write_page)

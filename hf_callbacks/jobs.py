@@ -33,6 +33,8 @@ class Job(NamedTuple):
     """The folder that the command writes."""
     pinned: Path | None
     """The folder that it reads, if that goes when the job is done."""
+    refines: bool = False
+    """Whether the adapter is refined when it is extracted."""
 
 
 class Done(NamedTuple):
@@ -43,6 +45,8 @@ class Done(NamedTuple):
     """Why there is no adapter."""
     killed: bool = False
     """True where its process was killed: it can be made again."""
+    unrefined: str | None = None
+    """Why the adapter is there as it was extracted, where it was to be refined."""
 
 
 class Jobs:

@@ -20,7 +20,12 @@ def read_report(adapter: Path) -> dict[str, Any]:
     """
     path = adapter / REPORT
     try:
-        report = read_json(path)
+        written = report = read_json(path)
+        while "start" in report:  # it was refined: what it says of weights holds of the adapter before
+            report = report["start"]
+        if "refined" in written:
+            report = {**report, "refined": written["refined"]}
+            refined_metrics(report, step=0)
         # Whatever is read of it later is there.
         metrics(report, step=0)
         _ = report["warnings"], report["provenance"]["options"], report["totals"]["relative_delta"]
@@ -58,4 +63,14 @@ def metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
     for kind in whole:
         found[f"phlora/energy/{kind}"] = kept[kind] / whole[kind] if whole[kind] else 1.0
         found[f"phlora/delta_norm/{kind}"] = math.sqrt(whole[kind])
+    return found
+
+
+def refined_metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
+    """By name: how far a refined adapter is from the tuned model, and was before, on held-out text of each kind."""
+    found = {"phlora/checkpoint_step": float(step)}
+    for when in ("base", "before", "after"):
+        for kind, distance in report["refined"][when].items():
+            found[f"phlora/kl/{kind}/{when}"] = float(distance["kl"])
+            found[f"phlora/top1/{kind}/{when}"] = float(distance["top1"])
     return found

@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,12 +19,13 @@ from hf_callbacks.memory import remembered
 from hf_callbacks.metrics import read_report
 from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
+from hf_callbacks.random_numbers import numbers_kept
 from hf_callbacks.task import Task
 from peft_posthoc.adapters.writer import REPORT, adapter_files, is_our_card
 from peft_posthoc.errors import AdapterError, CheckpointError, MissingExtraError, PosthocError, one_line
-from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.files import staged, write_whole
+from peft_posthoc.refinement.refining import Refining
 
 FINAL = "final"
 PICTURE = "energy.png"
@@ -156,7 +158,15 @@ class Run:
         wanted = (step for step in sorted(held) if step >= oldest and step not in done)
         return {step: held[step] for step in wanted if _name(step) not in self._jobs}
 
-    def make(self, source: Path | nn.Module, step: int, *, name: str = "", background: bool = False) -> list[Done]:
+    def make(
+        self,
+        source: Path | nn.Module,
+        step: int,
+        *,
+        name: str = "",
+        background: bool = False,
+        refining: Refining | None = None,
+    ) -> list[Done]:
         """Make the adapter of a checkpoint or of the live model, or put it in the queue.
 
         Args:
@@ -164,6 +174,7 @@ class Run:
             step: When it was saved.
             name: Of the adapter's folder; `step-N` by default.
             background: In another process, after those that were asked for before.
+            refining: How it is refined then; the step's adapter, if that is there.
 
         Returns:
             What came to its end by now.
@@ -171,22 +182,28 @@ class Run:
         name = name or _name(step)
         made = self.work / "made" / name
         tuned = f"{self.folder.name}/checkpoint-{step}"
-        pinned = None
+        job = Job(name, step, None, made, None, refines=refining is not None)
         try:
             if self.base is None:
                 raise CheckpointError("it is not known which model this run started from. Give `base=`")
+            shutil.rmtree(made, ignore_errors=True)
+            if extracted := refining is not None and step in self.adapters():
+                shutil.copytree(self.adapters()[step], made)
             request = Request.of(self._request, base_revision=self.base.revision, tuned_name=tuned)
+            task = Task(self.base.source, str(source), str(made), {}, extracted=extracted)
             if isinstance(source, Path):
                 inside = source.is_relative_to(self.work)
-                source = pinned = source if inside else pin(source, self.work / "pinned" / name)
+                job = job._replace(pinned=source if inside else pin(source, self.work / "pinned" / name))
+                task = replace(task, tuned=str(job.pinned))
                 if background:
-                    task = Task(self.base.source, str(source), str(made), request.to_json())
-                    self._jobs.add(Job(name, step, task, made, pinned))
+                    told = None if refining is None else refining.to_json()
+                    self._jobs.add(job._replace(task=replace(task, request=request.to_json(), refining=told)))
                     return self.poll()
-            extract(self.base.source, source, request).save(made, force=True)
+            with numbers_kept():
+                task.run(None if isinstance(source, Path) else source, request, refining)
         except Exception as error:  # whatever it is, it must not end a training run
-            return [self._ended(Done(Job(name, step, None, made, pinned), one_line(error).removesuffix(".")))]
-        return [self._ended(Done(Job(name, step, None, made, pinned), None))]
+            return [self._ended(Done(job, one_line(error).removesuffix(".")))]
+        return [self._ended(Done(job, None))]
 
     def copy(self, step: int, *, name: str) -> Done:
         """Put a copy of a step's adapter under another name."""
@@ -250,7 +267,9 @@ class Run:
         return _by_step("step", self.work.glob("pinned/step-*"))
 
     def _ended(self, done: Done) -> Done:
-        job, failure, killed = done
+        job, failure, killed, unrefined = done
+        if failure is not None and job.refines and (job.made / REPORT).is_file():  # it was extracted before that
+            failure, unrefined = None, failure
         if failure is None:
             try:
                 self._place(job)
@@ -262,7 +281,7 @@ class Run:
         if failure is not None:
             shutil.rmtree(job.made, ignore_errors=True)
         job.made.with_name(f"{job.made.name}.json").unlink(missing_ok=True)
-        return Done(job, failure, killed)
+        return Done(job, failure, killed, unrefined)
 
     def _place(self, job: Job) -> None:
         """Move a finished adapter into its place, with its card; then let go of those that are too old."""
@@ -281,7 +300,8 @@ class Run:
         page = self.out / README
         if page.exists() and not is_our_card(page):
             raise AdapterError(f"`{page}` was not written by this program, and is left as it is")
-        write_whole(page, summary(adapters, picture=picture).encode())
+        final = self.out / FINAL if _is_readable(self.out / FINAL) else None
+        write_whole(page, summary(adapters, final=final, picture=picture).encode())
 
 
 def _name(step: int) -> str:

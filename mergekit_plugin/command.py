@@ -26,15 +26,18 @@ from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.cli.options import CHOICE, option
-from peft_posthoc.cli.output import one_line_errors, show
+from peft_posthoc.cli.output import one_line_errors, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
+from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import PosthocError, noting
+from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.extract import extract
 from peft_posthoc.extraction.prepare import prepare
 from peft_posthoc.extraction.request import OPTIONS, Options, Request
 from peft_posthoc.models.remote_code import no_prompts
 from peft_posthoc.ranks.rules import Rank
+from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.text import asked_on
 
 logger = logging.getLogger(__name__)
@@ -78,6 +81,7 @@ class _Command(PrettyPrintHelp):  # type: ignore[misc]
     show_default=False,
     help=f"{OPTIONS['vocab'].help}  [default: leave embeddings out]",
 )
+@AND_REFINE
 @add_merge_options  # type: ignore[untyped-decorator]
 def main(
     merge_options: MergeOptions,
@@ -101,8 +105,8 @@ def main(
     """Run the merge that CONFIG describes into the folder OUT, and write the adapter that leads there from the base.
 
     `merge_method: phlora` has its ranks among the `parameters` in CONFIG; with any other method the options here say
-    what the adapter carries. A budget goes with either. All other options are mergekit-yaml's;
-    --trust-remote-code is refused.
+    what the adapter carries, and --refine fits it to the merged model. A budget goes with either. All other options are
+    mergekit-yaml's; --trust-remote-code is refused.
     """
     debug = merge_options.verbosity > 1
     with (
@@ -112,6 +116,9 @@ def main(
         contextlib.ExitStack() as done,
     ):
         refuse_trust(merge_options)
+        refining = refining_if_asked(choice)
+        if refining is not None and no_model:
+            raise PosthocError("`--refine` fits to the merged model, which `--no-model` does not write.")
         target = Path(adapter_out or (out_path if no_model else Path(out_path) / NAME))
         if not no_model and target.resolve() == Path(out_path).resolve():
             raise PosthocError(
@@ -137,6 +144,11 @@ def main(
         with mergekit_refuses(recipe):
             merge = Merge(config, merge_options, base=base, stored=not no_model, vocab=vocab)
             out_dtype = dtype_from_name(read.get("out_dtype"))
+        if merge.by_phlora and refining is not None:
+            raise PosthocError(
+                f"With `merge_method: {NAME}` the merged model is base + adapter, and `--refine` has nothing to come "
+                "near to. For the fine-tune itself use `phlora extract --refine`."
+            )
         if merge.by_phlora:
             beyond = {name: choice.pop(name) for name in ("conv", "experts")}
             if not rank.shares_out():
@@ -179,10 +191,17 @@ def main(
             adapter = extract(merge.base, stored, request, progress=progress)
         if with_tokenizer:
             adapter = replace(adapter, beside=files_of_text(Folder(Path(out_path), label=out_path)))
-        adapter.save(target, force=force)
+        made: Adapter | Refined = adapter
+        if refining is not None:
+            quiet_hosts()
+            device = merge_options.device or "cpu"
+            made = refining(adapter, merge.base, Path(out_path), device=device, out=target, progress=progress)
+        made.save(target, force=force)
         done.close()
         with noting(f"The adapter is at `{target}`."):
-            show(adapter.report, None, quiet=merge_options.quiet, more=[f"Adapter written to {target}"])
+            tables = [adapter.report.table(), *([made.table()] if isinstance(made, Refined) else [])]
+            more = [f"Adapter written to {target}"]
+            show(adapter.report, None, quiet=merge_options.quiet, table="\n\n".join(tables), more=more)
 
 
 def _only_parameters(asked: Mapping[str, Any], form: str) -> None:

@@ -67,18 +67,18 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
 
 def adapter_files(folder: Path) -> set[str]:
     """The files of an adapter that is there: what we or PEFT write, by name."""
-    found = files_in(folder, (*_WRITTEN, PICKLE)) | _copied(folder)
+    found = files_in(folder, (*_WRITTEN, PICKLE)) | copied(folder).keys()
     return found | {_CARD} if is_our_card(folder / _CARD) else found
 
 
-def _copied(folder: Path) -> set[str]:
-    """The names of what the report says was copied beside the adapter, of those that could have been."""
+def copied(folder: Path) -> dict[str, Path]:
+    """What the report says was copied beside the adapter, of what could have been, by name."""
     try:
         report = read_json(folder / REPORT)
-    except ValueError:
-        return set()
+    except (OSError, ValueError):
+        return {}
     listed = report.get(_BESIDE) if isinstance(report, dict) else None
-    return {name for name in text_files_in(folder) if name in listed} if isinstance(listed, list) else set()
+    return {name: folder / name for name in text_files_in(folder) if name in listed} if isinstance(listed, list) else {}
 
 
 def is_our_card(page: Path) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
-from peft_posthoc.cli.output import check_drawing, check_file, show
+from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
+from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
 from peft_posthoc.errors import ShareDone, noting
 
 
@@ -24,6 +25,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("min_energy")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
+@AND_REFINE
 @HTML
 @option("form")
 @CHOICE
@@ -48,17 +50,21 @@ def extract(
     """Write the LoRA adapter that leads from BASE to TUNED into the folder OUT.
 
     With several ranks between commas, as in --rank 8,16,32, the adapters are OUT/r8, OUT/r16, OUT/r32, of one
-    factorization.
+    factorization. With --refine OUT is the refined adapter, or nothing: where the fit fails, the same command without
+    --refine writes the adapter as it was extracted, from finished layers that are kept beside OUT.
     """
-    rule = rank.rule()
+    rule, asked = rank.rule(), refining_if_asked(options)
     from peft_posthoc.adapters.writer import check_target
     from peft_posthoc.extraction.extract import extract as run
     from peft_posthoc.extraction.preflight import preflight
     from peft_posthoc.extraction.processes import Processes
     from peft_posthoc.extraction.series import Series, check_targets
+    from peft_posthoc.extraction.spool import finished_layers
     from peft_posthoc.ranks.rules import several
 
     # Bad arguments are told before the work, not after it.
+    if asked is not None and (isinstance(rule, several) or html is not None):
+        raise click.UsageError("--refine goes with one rank and without --html.")
     check_file(json_to, "--json")
     check_drawing(html, "--html")
     if isinstance(rule, several):
@@ -68,10 +74,23 @@ def extract(
     if dry_run:
         show(preflight(base, tuned, rule or 32, out=out, **options), json_to, quiet=quiet)
         return
+    if asked is not None:
+        revisions = {name: options[name] for name in ("base_revision", "tuned_revision")}
+        asked.check(base, tuned, **revisions)
+        quiet_hosts()
     processes = Processes.from_environment()
     try:
         adapter = run(base, tuned, rule or 32, out=out, processes=processes, progress=not quiet, **options)
     except ShareDone:
+        return
+    if asked is not None:
+        with noting("Nothing was written. The same command without `--refine` writes the adapter as it was extracted."):
+            refined = asked(adapter, base, tuned, **revisions, device=options["device"], out=out, progress=not quiet)
+        with finished_layers(out.absolute(), {out.absolute(): adapter.provenance}):
+            refined.save(out, force=force)
+        with noting(f"The adapter is at `{out}`."):
+            table = f"{adapter.report.table()}\n\n{refined.table()}"
+            show(refined, json_to, quiet=quiet, table=table, more=[f"Adapter written to {out}"])
         return
     found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
     found.save(out, force=force)

@@ -9,6 +9,7 @@ import click
 
 from peft_posthoc.cli.options import MODELS, NAMES, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
+from peft_posthoc.cli.refining import TEXTS, texts_of
 from peft_posthoc.errors import PosthocError
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The model before.")
 @click.option("--tuned", required=True, help="The model after.")
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Compare the models' outputs on this text.")
+@TEXTS
+@click.option("--sequences", default=64, show_default=True, type=click.IntRange(4), help="How many texts of a file.")
+@click.option("--length", type=click.IntRange(2), help="Tokens of each at most.  [default: as for `phlora refine`]")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="Compare the models' outputs on this text.")
 @click.option("--token-ids", multiple=True, metavar="'1 2 3'", help="The same, already tokenized.")
 @click.option("--weights-only", is_flag=True, help="Do not load the models to compare outputs.")
 @click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below.")
@@ -31,6 +35,10 @@ def verify(
     out: Path,
     base: str,
     tuned: str,
+    prompt: tuple[str, ...],
+    prompts: Path | None,
+    texts: Path | None,
+    field: str | None,
     token_ids: tuple[str, ...],
     weights_only: bool,
     min_cosine: float | None,
@@ -41,12 +49,16 @@ def verify(
 ) -> None:
     """Compare BASE plus the adapter in OUT with TUNED: weights, then outputs.
 
-    Fails if base + adapter is no nearer to TUNED than BASE is.
+    Fails if base + adapter is no nearer to TUNED than BASE is. With a file it is compared on text: prompts, answered by
+    TUNED, or texts as they are; and on general text that BASE writes.
     """
     check_file(json_to, "--json")
     from peft_posthoc.verification.verify import verify as run
 
     ids = [_token_ids(text) for text in token_ids]
+    given = texts_of(prompts, texts, field) if prompts or texts or field else None
+    if given is not None and (prompt or ids):
+        raise click.UsageError("A file of texts is compared on alone, without --prompt and --token-ids.")
     if not weights_only:
         quiet_hosts()
 
@@ -55,7 +67,7 @@ def verify(
             show(found, json_to, quiet=quiet, table=found.weights())
 
     options |= {"outputs": not weights_only, "progress": not quiet, "weights_done": show_weights}
-    result = run(out, base, tuned, token_ids=ids, **options)
+    result = run(out, base, tuned, prompts=prompt, texts=given, token_ids=ids, **options)
     show(result, json_to, quiet=quiet, table=result.rest())
     if result.failure:
         raise PosthocError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.gguf import Gguf
 from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.errors import CheckpointError
@@ -52,7 +52,14 @@ ARCHITECTURES: Mapping[str, Values] = {
 _OF_CONFIGURATION = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 
 
-def as_model_of_gguf(file: Gguf) -> Checkpoint:
+class OfGguf(View):
+    """The model in a GGUF file."""
+
+    from_codes = True
+    seen: Gguf
+
+
+def as_model_of_gguf(file: Gguf) -> OfGguf:
     """The file under the names, and in the order of rows, that its model has in transformers.
 
     Raises:
@@ -79,9 +86,7 @@ def as_model_of_gguf(file: Gguf) -> Checkpoint:
         raise CheckpointError(
             f"`{file.label}` holds `{strange[0]}`, for which a {config['architectures'][0]} has no place."
         )
-    found = View(file, {**pieces, **{name: same(file, name) for name in left}})
-    found.from_codes = True
-    return found
+    return OfGguf(file, {**pieces, **{name: same(file, name) for name in left}})
 
 
 def _pieces(file: Gguf, own: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Piece]:

@@ -57,6 +57,8 @@ class blocks:
         """Fit the factors in place (`Method`)."""
         began, interrupted, done = time.monotonic(), False, 0
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
+        # The last judging takes as long as the first.
+        end = math.inf if seconds is None else 2 * began + seconds - time.monotonic()
         sides = [sorted(own, key=lambda text: len(text.ids)) for own in texts]
         fitted, held_out = (list(batches(own, self.size, device=live.device)) for own in sides)
         places = range(len(fitted)), range(len(fitted), len(fitted) + len(held_out))
@@ -68,14 +70,14 @@ class blocks:
                 bar = tqdm(total=steps * walk.count, desc="Fitting", unit=" steps", disable=not progress)
                 with bar:
                     for number, stretch in enumerate(walk.stretches()):
-                        left = None if seconds is None else began + seconds - time.monotonic()
+                        left = live.together.first(end - time.monotonic())
                         own = _used(stretch, factors) if stretch.role != "entry" else {}
-                        if left is not None and left <= 0:
+                        if left <= 0:
                             break
                         reached.append(stretch)
                         if own:
-                            until = math.inf if left is None else time.monotonic() + left / (walk.count - number)
-                            done += self._fit(stretch, own, places, steps, until, seed, bar)
+                            share = left / (walk.count - number)
+                            done += self._fit(live, stretch, own, places, steps, share, seed, bar)
                             moved |= own.keys()
         except KeyboardInterrupt:
             if live.together.size > 1:
@@ -92,11 +94,12 @@ class blocks:
 
     def _fit(
         self,
+        live: Live,
         stretch: Stretch,
         factors: Mapping[str, Parameter],
         places: tuple[Sequence[int], Sequence[int]],
         steps: int,
-        until: float,
+        seconds: float,
         seed: int,
         bar: Any,
     ) -> int:
@@ -108,7 +111,7 @@ class blocks:
             try:
                 while done < steps:
                     order = order or draw.sample(places[0], len(places[0]))
-                    share = max(done / steps, (time.monotonic() - began) / (until - began))
+                    share = live.together.first(max(done / steps, (time.monotonic() - began) / seconds))
                     if share >= 1:
                         break
                     loss = _loss(stretch, order.pop())

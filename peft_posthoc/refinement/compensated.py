@@ -74,7 +74,7 @@ class compensated:
                         if self._fit(stretch, len(parts), group):
                             fitted |= {one.name for one in group}
                         else:
-                            unmoved |= dict.fromkeys((one.name for one in group), "nothing that is a number reaches it")
+                            unmoved |= dict.fromkeys((one.name for one in group), _NOTHING)
                         bar.update(len(group))
         except _OutOfTime:
             pass
@@ -98,12 +98,18 @@ class compensated:
             if not damp(gram, crosses, {one.name: one.delta() for one in group}, self.damping):
                 return False
         gram = gram.double()
-        root = root_of(gram)
+        try:
+            root = root_of(gram)
+        except ValueError:
+            return False
         del gram
         for layer in group:
             found = regress(root, crosses.pop(layer.name), min(layer.rank, *layer.size))
             layer.put(found.a, found.b)
         return True
+
+
+_NOTHING = "what it reads is zero, no number, or too alike for so little damping"
 
 
 class _OutOfTime(Exception):

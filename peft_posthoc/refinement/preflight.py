@@ -16,9 +16,11 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import free_at
 from peft_posthoc.models.by_class import build
+from peft_posthoc.refinement.chain import blocks_of
+from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.live import check_classes
 from peft_posthoc.refinement.method import Method
+from peft_posthoc.running.live import check_classes
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
 
@@ -44,7 +46,8 @@ class RefinePreflight:
     factors: int
     """Numbers that are fitted."""
     models_bytes: int
-    """Of both models as they are loaded, in float32."""
+    """Of what is in memory of both models at once: all, in float32; or of each the largest block, and no less than one
+    whole model in the type of its files, which writes."""
     work_bytes: int | None
     """Of what is computed for a batch, with copies of the factors; None where the method does not say."""
     memory_bytes: int
@@ -102,14 +105,22 @@ def refine_preflight(
         MismatchError: The two are not of one class.
     """
     chosen, file = method or distil(), open_adapter(adapter)
-    models = [_built(one) for one in open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)]
+    pair = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    models = [_built(one) for one in pair]
     check_classes(*models)
     places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
     length = min(length, places or length)
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
-    models_bytes = sum(4 * own.numel() for model in models for own in model.parameters())
+    models_bytes = sum(map(_bytes, models))
     work = steps = None
+    if chosen.streams:
+        written = max(sum(header.bytes for header in one.headers.values()) for one in pair)
+        models_bytes = max(written, sum(map(_largest, models)))
+    if isinstance(chosen, compensated):
+        # For each input a row and a column of float64, twice, while no block is in memory; of outputs what is lacking.
+        sizes = [module.size for module in file.modules.values()]
+        work = max(12 * m * n + max(4 * n * n, 16 * n * n - models_bytes) for m, n in sizes)
     if isinstance(chosen, distil):
         steps = max(1, math.ceil(chosen.passes * (sequences - max(2, round(0.1 * sequences))) / chosen.size))
         work = _COPIES * 4 * factors + _activations(models[0], chosen.size, length)
@@ -126,6 +137,16 @@ def refine_preflight(
         disk_bytes=sum(header.bytes for header in file.headers.values()) + 16 * factors + 8 * sequences * length,
         disk_free=None if out is None else free_at(Path(out)),
     )
+
+
+def _bytes(model: Any) -> int:
+    return sum(4 * own.numel() for own in model.parameters())
+
+
+def _largest(model: Any) -> int:
+    """Bytes of what is the most of a model that is in memory when it runs a block at a time, in float32."""
+    parts = [*blocks_of(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    return max(map(_bytes, parts))
 
 
 def _built(checkpoint: Checkpoint) -> Any:
@@ -151,4 +172,4 @@ def _activations(model: Any, texts: int, length: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     saved = sum(x.untyped_storage().nbytes() * (2 if x.dtype == torch.bfloat16 else 1) for x in kept.values())
-    return saved + _LOGITS * 4 * logits.numel()
+    return int(saved + _LOGITS * 4 * logits.numel())

@@ -12,10 +12,11 @@ from importlib import metadata
 from typing import Any
 
 from peft_posthoc.adapters.reader import AdapterFile
-from peft_posthoc.adapters.writer import REPORT
+from peft_posthoc.adapters.writer import REPORT, copied
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.compute.together import Together
 from peft_posthoc.errors import PosthocError
+from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.clock import Clock
@@ -70,7 +71,8 @@ def refine(
             for an adapter that is on its model.
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
-        method: How the factors are fitted: `distil` or `compensated`.
+        method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each
+            model in memory at a time, unless models are alive.
         sequences: How many texts.
         length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
             but no more than 1024.
@@ -98,11 +100,7 @@ def refine(
         PosthocError: There is no text to fit on, or the models' outputs are no numbers.
         ValueError: An argument makes no sense.
     """
-    for name, value, least in (("sequences", sequences, 4), ("length", length, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
+    check_numbers(sequences, length, minutes)
     if tuned is None:
         raise ValueError("`refine(tuned=...)` is the model to come near to; it has no default.")
     clock, given, chosen = Clock(minutes, since), texts or Sampled(), method or distil()
@@ -150,6 +148,7 @@ def refine(
                         tensors, after = stored | saved, judged
                 put(factors, tensors)
         start = _report(found.file)
+        beside = adapter.beside if isinstance(adapter, Adapter) else copied(found.file.place)
     return Refined(
         adapter=found.called,
         base=alone,
@@ -165,6 +164,7 @@ def refine(
         tensors=tensors,
         config=found.file.config,
         start=start,
+        beside=beside,
         provenance={
             "refined": found.called,
             "base": found.file.config.get("base_model_name_or_path"),
@@ -174,6 +174,19 @@ def refine(
         },
         notes=tuple(_notes(state, fit, clock)),
     )
+
+
+def check_numbers(sequences: int, length: int | None, minutes: float | None) -> None:
+    """See that a fit can be had of them.
+
+    Raises:
+        ValueError: One is too small.
+    """
+    for name, value, least in (("sequences", sequences, 4), ("length", length, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
 
 
 @dataclass(frozen=True)

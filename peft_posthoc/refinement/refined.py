@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,8 @@ from peft_posthoc.refinement.state import clear
 from peft_posthoc.texts.distance import Distance
 from peft_posthoc.texts.sequences import Kind
 
-_SAID: dict[Kind, str] = {"task": "like the task's", "general": "general"}
+SAID: dict[Kind, str] = {"task": "like the task's", "general": "general"}
+"""Kinds of text in words."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Refined:
     start: Any
     """The report of the adapter before, None if it had none: its shares are of those factors, not of these."""
     provenance: Mapping[str, Any]
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """What was copied beside the adapter before, such as the tokenizer, and goes with it."""
     notes: tuple[str, ...] = ()
     """What else there is to say of the run."""
 
@@ -61,7 +65,7 @@ class Refined:
     def table(self) -> str:
         """The account for a terminal."""
         lines = [f"{'held-out text':<18} {'against tuned':<22} {'KL, nats a token':>17} {'same next token':>16}"]
-        for kind, said in _SAID.items():
+        for kind, said in SAID.items():
             for name, score in (
                 ("base", self.base),
                 ("base + adapter before", self.before),
@@ -77,13 +81,16 @@ class Refined:
         stopped = ["Interrupted: the best so far is kept."] if self.interrupted else []
         if self.unmoved:
             by_reason = Counter(self.unmoved.values())
-            stopped += [f"{count} modules keep their factors: {why}." for why, count in by_reason.items()]
+            stopped += [
+                f"{count} {'module keeps its' if count == 1 else 'modules keep their'} factors: {why}."
+                for why, count in by_reason.items()
+            ]
         stopped += self.notes
         if self.kept:
             return [*stopped, f"Nothing better was found on both kinds of text: the adapter is as it was. {made}"]
         nearer = ", ".join(
             f"{1 - self.after[kind].kl / self.before[kind].kl:.0%} of the distance on text {said} is gone"
-            for kind, said in _SAID.items()
+            for kind, said in SAID.items()
             if kind in self.after and self.before[kind].kl
         )
         return [*stopped, f"{nearer[:1].upper()}{nearer[1:]}. {made}"]
@@ -99,6 +106,6 @@ class Refined:
             AdapterError: The folder holds something, or cannot be written.
         """
         report = {"refined": self.to_dict(), "start": self.start}
-        write_folder(folder, Contents(self.tensors, self.config, report, self.provenance), force=force)
+        write_folder(folder, Contents(self.tensors, self.config, report, self.provenance, self.beside), force=force)
         if not self.interrupted:
             clear(folder)

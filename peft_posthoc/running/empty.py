@@ -19,7 +19,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.find import layout_of
-from peft_posthoc.running.load import config_of, told_of, with_adapter
+from peft_posthoc.running.load import config_of, told_of, with_adapter, write_as_told
 
 # What PEFT puts between a module and its weight.
 _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
@@ -32,14 +32,12 @@ def empty_model(checkpoint: Checkpoint, cls: Any) -> Any:
         CheckpointError: transformers cannot build it.
     """
     from accelerate import init_empty_weights
-    from transformers import GenerationConfig
 
     with told_of(checkpoint):
         config = config_of(checkpoint, cls)
         with init_empty_weights():
             model = cls(config)
-        if checkpoint.folder is not None and (checkpoint.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        write_as_told(model, checkpoint)
         return model.float().eval()
 
 

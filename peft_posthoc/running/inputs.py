@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
+from peft_posthoc.checkpoints.view import as_decoded
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import check_folder
 from peft_posthoc.json_file import read_json
+from peft_posthoc.models.from_gguf import OfGguf
 from peft_posthoc.models.remote_code import comes_with_code
 from peft_posthoc.text import asked
 
@@ -77,6 +79,9 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
+    found = as_decoded(checkpoint)
+    if isinstance(found, OfGguf):
+        return _of_gguf(found)
     folder = place_of(checkpoint)
     if folder is None:
         return None
@@ -92,6 +97,23 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
             return None
         raise CheckpointError(
             f"The tokenizer of `{checkpoint.label}` cannot be read: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _of_gguf(model: OfGguf) -> Any:
+    """The tokenizer that a GGUF file describes; None if it describes none."""
+    from transformers import AutoTokenizer
+
+    file = model.seen.files[0]
+    if "tokenizer.ggml.model" not in model.seen.metadata:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # Of what it does not expect transformers makes errors of every kind.
+        raise CheckpointError(
+            f"transformers makes no tokenizer of `{model.label}`: {type(error).__name__}: {error}."
         ) from error
 
 

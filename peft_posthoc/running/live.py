@@ -113,7 +113,7 @@ def load_live(
         CheckpointError: A model cannot be loaded, or is none that says next tokens.
         MismatchError: They are of two classes, or know other tokens.
     """
-    check_classes(base, tuned)
+    check_sides(base, tuned)
     after = load_side(tuned, device)
     before = load_side(base, device)
     if isinstance(base, nn.Module):
@@ -149,19 +149,35 @@ def load_side(side: Side, device: torch.device, load: Load = load_model) -> Any:
     Raises:
         CheckpointError: It cannot be loaded, or is none that says next tokens.
     """
-    name = label(side)
-    if isinstance(side, nn.Module):
-        model: Any = side
-    elif not is_loadable(side):
-        raise CheckpointError(f"`{name}` is no model in a folder or on the hub; only such are loaded.")
-    else:
-        cls = class_of(_class_name(side))
-        if cls is None or not hasattr(cls, "generate"):
-            raise CheckpointError(f"`{name}` is no language model of transformers: there are no next tokens to fit to.")
-        model = load(side, cls, device)
+    model: Any = side if isinstance(side, nn.Module) else load(side, _language_model(side), device)
     if not hasattr(model, "generate") or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise CheckpointError(f"`{name}` says no next tokens of a text: only causal language models are refined.")
+        raise CheckpointError(f"`{label(side)}` says no next tokens of a text; only causal language models do.")
     return model
+
+
+def check_sides(base: Side, tuned: Side) -> None:
+    """See, from configurations alone, whether both are language models of one class.
+
+    Raises:
+        CheckpointError: One is none that can be loaded, or that says next tokens.
+        MismatchError: They are of two classes.
+    """
+    for side in (base, tuned):
+        if not isinstance(side, nn.Module):
+            _language_model(side)
+    check_classes(base, tuned)
+
+
+def _language_model(side: Checkpoint) -> Any:
+    """The class of a checkpoint that is a language model."""
+    if not is_loadable(side):
+        raise CheckpointError(f"`{side.label}` is no model in a folder or on the hub; only such are loaded.")
+    cls = class_of(_class_name(side))
+    if cls is None or not hasattr(cls, "generate"):
+        raise CheckpointError(f"`{side.label}` is no language model of transformers: it says no next tokens.")
+    if (side.config or {}).get("is_encoder_decoder"):
+        raise CheckpointError(f"`{side.label}` says no next tokens of a text; only causal language models do.")
+    return cls
 
 
 def label(side: Side) -> str:

@@ -18,13 +18,15 @@ from peft_posthoc.checkpoints.view import as_decoded
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
+from peft_posthoc.models.from_gguf import OfGguf
 from peft_posthoc.models.remote_code import without_code
 
 
 def is_loadable(checkpoint: Checkpoint) -> bool:
     """Tell whether a checkpoint is a model in a folder, on the hub or in a file, of which all is known."""
     found = as_decoded(checkpoint)
-    return checkpoint.folder is not None or (found is not None and place_of(found) is not None)
+    whole = isinstance(found, OfGguf) or (found is not None and place_of(found) is not None)
+    return whole or checkpoint.folder is not None
 
 
 def load_model(
@@ -51,6 +53,7 @@ def load_model(
         config = config_of(checkpoint, cls)
         if decoded is not None:
             model = _of_tensors(decoded, cls, config, torch.float32 if dtype == "auto" else dtype)
+            write_as_told(model, decoded)
         else:
             place = {"local_files_only": True, "trust_remote_code": False}
             model = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **place)
@@ -67,6 +70,15 @@ def config_of(checkpoint: Checkpoint, cls: Any) -> Any:
     config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Models within the model are made from its configuration, and ask about the code that it names.
     return cls.config_class.from_dict(without_code(config.to_dict()))
+
+
+def write_as_told(model: Any, checkpoint: Checkpoint) -> None:
+    """Let a model write as what lies beside its checkpoint says: where text ends, and how it is drawn."""
+    from transformers import GenerationConfig
+
+    place = place_of(checkpoint)
+    if place is not None and (place / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
 
 
 @contextmanager

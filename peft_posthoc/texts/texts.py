@@ -199,15 +199,22 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Given:
-    """Texts as they are; an eighth of all text is general, written by the base."""
+    """Texts as they are; an eighth of all text is general, written by the base.
 
-    texts: Sequence[str]
+    Args:
+        texts: Each a text, or its token ids.
+    """
+
+    texts: Sequence[str | Sequence[int]]
 
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
-        own = [ids[:length] for text in self.texts if (ids := writers.encode(text))]
+        read = (writers.encode(text) if isinstance(text, str) else list(text) for text in self.texts)
+        own = [ids[:length] for ids in read if ids]
         if not own:
             raise PosthocError("There are no texts.")
+        if outside := [i for ids in own for i in ids if not 0 <= i < writers.vocabulary]:
+            raise PosthocError(f"Token id {outside[0]} is none that both models know, 0 to {writers.vocabulary - 1}.")
         draw, general = random.Random(seed), max(2, count // 8)
         openings = [writers.opening(draw) for _ in range(general)]
         with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
 from peft_posthoc.text import shorten
+from peft_posthoc.texts.distance import Distance
+from peft_posthoc.texts.sequences import Kind
 from peft_posthoc.verification.outputs import Outputs
 from peft_posthoc.verification.weights import WeightRow
 
@@ -34,6 +37,8 @@ class Verification:
     """The inputs that were compared on, or why nothing was."""
     failure: str = ""
     """The reason why outputs could not be compared as asked; empty where nothing failed."""
+    on_texts: Mapping[str, Mapping[Kind, Distance]] = field(default_factory=dict)
+    """Of `base` and `adapter`, the distance from tuned on texts of each kind, where texts were given or asked for."""
     uncompared: tuple[str, ...] = ()
     """Tensors that one checkpoint alone has, or both in other shapes or as whole numbers."""
     notes: tuple[str, ...] = ()
@@ -93,8 +98,12 @@ class Verification:
             lines.append(f"Outputs not compared: {(self.failure or self.outputs_note).removesuffix('.')}.")
         else:
             for name, outputs in (("base", self.base), ("base + adapter", self.adapter)):
-                said = "" if outputs.kl is None else f"KL {outputs.kl:.5f} nats, top-1 agreement {outputs.top1:.1%}, "
-                lines.append(f"{name + ' against tuned:':<29} {said}relative error {outputs.relative_error:.4f}")
+                said = [] if outputs.kl is None else [f"KL {outputs.kl:.5f} nats, top-1 agreement {outputs.top1:.1%}"]
+                said += [] if outputs.relative_error is None else [f"relative error {outputs.relative_error:.4f}"]
+                lines.append(f"{name + ' against tuned:':<29} {', '.join(said)}")
+            if general := {name: score["general"] for name, score in self.on_texts.items() if "general" in score}:
+                told = [f"{name} KL {one.kl:.5f}, top-1 {one.top1:.1%}" for name, one in general.items()]
+                lines.append(f"On general text: {'; '.join(told)}.")
             lines.append(f"({self.outputs_note})")
         warnings = [f"Warning: {warning}" for warning in told_as_warnings(self.differences)]
         return "\n".join([*lines, *self.notes, *told_as_notes(self.differences), *warnings, self.verdict()])

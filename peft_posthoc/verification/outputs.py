@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.remote_code import not_run
 from peft_posthoc.running.inputs import inputs_for
+from peft_posthoc.running.live import load_live
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
+from peft_posthoc.texts.distance import Score
+from peft_posthoc.texts.texts import Texts, Writers, usual_length
+
+_SIZE = 8
+"""Texts in a batch."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,13 @@ class Outputs:
     """KL(tuned || model) per token, in nats; None for a model without logits."""
     top1: float | None
     """Share of the tokens at which both would say the same next; None for a model without logits."""
-    relative_error: float
-    """Relative error of the logits, or of the last hidden states."""
+    relative_error: float | None
+    """Relative error of the logits, or of the last hidden states; None on texts, where `kl` and `top1` are told."""
 
     @property
     def distance(self) -> float:
         """KL, or the relative error where there is none."""
-        return self.relative_error if self.kl is None else self.kl
+        return (self.relative_error or 0.0) if self.kl is None else self.kl
 
 
 def compare_outputs(
@@ -89,6 +96,42 @@ def compare_outputs(
         adapted = _distance(_say(with_adapter(model, adapter), inputs), wanted, has_logits=has_logits)
         bar.update()
     return adapted, alone, note
+
+
+def compare_on_texts(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    file: AdapterFile,
+    texts: Texts,
+    device: torch.device,
+    *,
+    sequences: int,
+    length: int | None,
+    progress: bool,
+) -> tuple[Score, Score]:
+    """Let base + adapter and the base read texts, of which the tuned model and the base may have written parts.
+
+    Returns:
+        How far base + adapter is from tuned on text of each kind, and how far base alone.
+
+    Raises:
+        AdapterError: PEFT cannot load the adapter.
+        CheckpointError: A model cannot be loaded, or is no causal language model.
+        PosthocError: There is no text.
+    """
+    live = load_live(base, tuned, file.place, file, device=device)
+    with live.adapted.disable_adapter():
+        writers = Writers(live.adapted, live.tuned, live.tokenizer, live.vocabulary)
+        most = length or usual_length(texts, writers)
+        most = min(most, live.longest or most)
+        written = texts.write(writers, count=sequences, length=most, seed=0, progress=progress)
+        alone = live.distances(written, size=_SIZE)
+    return live.distances(written, size=_SIZE), alone
+
+
+def of_task(score: Score) -> Outputs:
+    """The distance on text like the task's."""
+    return Outputs(score["task"].kl, score["task"].top1, None)
 
 
 @torch.no_grad()

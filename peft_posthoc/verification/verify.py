@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.names import own_name
@@ -21,8 +22,9 @@ from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import asked
+from peft_posthoc.texts.texts import Texts
 from peft_posthoc.verification.findings import Verification
-from peft_posthoc.verification.outputs import compare_outputs
+from peft_posthoc.verification.outputs import compare_on_texts, compare_outputs, of_task
 from peft_posthoc.verification.weights import Sums, comparable, compare_weights
 
 
@@ -35,6 +37,9 @@ def verify(
     tuned_revision: str | None = None,
     prompts: Sequence[str] = (),
     token_ids: Sequence[Sequence[int]] = (),
+    texts: Texts | None = None,
+    sequences: int = 64,
+    length: int | None = None,
     outputs: bool = True,
     rename: str | Iterable[str] = (),
     serve_as: str | None = None,
@@ -54,6 +59,10 @@ def verify(
         tuned_revision: The same for `tuned`.
         prompts: Texts to compare the models' outputs on; needs a tokenizer beside the model.
         token_ids: The same, already tokenized. Without either, a few built-in texts, or random tokens.
+        texts: Where text comes from that outputs are compared on in place of these, as in `refine`: `Prompts`, which
+            the tuned model answers, `Given`, or what the models write, `Sampled`. Both models are in memory then.
+        sequences: How many texts.
+        length: How many tokens each has at most; by default as in `refine`.
         outputs: Compare outputs too, not only weights. It loads the models with transformers, one after the other.
         rename: As in `extract`.
         serve_as: As in `extract`.
@@ -107,7 +116,20 @@ def verify(
         weights_done(result)
     if not outputs or serve_as is not None:
         return result
+    if texts is not None and (prompts or token_ids):
+        raise ValueError(f"Give `{asked('texts', None)}`, or texts one by one.")
     try:
+        if texts is not None:
+            how: dict[str, Any] = {"sequences": sequences, "length": length, "progress": progress}
+            ours, bases = compare_on_texts(before, after, folder, texts, where, **how)
+            count = sum(one.tokens for one in ours.values())
+            return replace(
+                result,
+                adapter=of_task(ours),
+                base=of_task(bases),
+                on_texts={"base": bases, "base + adapter": ours},
+                outputs_note=f"on {count} tokens of text like the task's and general",
+            )
         adapted, alone, note = compare_outputs(
             before, after, adapter, prompts, token_ids, where, extended=bool(found.resized), progress=progress
         )

@@ -7,7 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_posthoc import CheckpointError, LoraConfig, distil, extract, get_peft_model, open_checkpoint, refine, verify
+from peft_posthoc import (
+    CheckpointError,
+    LoraConfig,
+    compensated,
+    distil,
+    extract,
+    get_peft_model,
+    open_checkpoint,
+    refine,
+    verify,
+)
+from peft_posthoc.running.load import load_model
 from tests.make import coded, models
 
 RANK = 4
@@ -117,14 +128,26 @@ def test_what_it_says_is_compared_as_the_weights_say_it(scheme, pair, tmp_path):
     assert found.adapter.kl < 1e-6 < found.base.kl
 
 
-def test_an_adapter_is_refined_on_the_base_that_is_served(pair, tmp_path):
+@pytest.mark.parametrize("method", [distil(passes=2), compensated()], ids=["whole", "in blocks"])
+def test_an_adapter_is_refined_on_the_base_that_is_served(method, pair, tmp_path):
     of = pair("nf4")
     extract(of.base, of.tuned, 2, dtype=torch.float32).save(tmp_path / "adapter")
-    sizes = {"sequences": 48, "length": 12, "method": distil(passes=2)}
+    sizes = {"sequences": 48, "length": 12, "method": method}
     found, wanted = (refine(tmp_path / "adapter", base, of.tuned, **sizes) for base in (of.base, of.dequantized))
     assert found.before["task"].kl < found.base["task"].kl
     for mine, theirs in ((found.base, wanted.base), (found.before, wanted.before), (found.after, wanted.after)):
         assert mine["task"].kl == pytest.approx(theirs["task"].kl, rel=1e-4)
+
+
+def test_a_model_of_decoded_codes_writes_as_its_folder_says(pair, tmp_path):
+    of = pair("awq")
+    for path in of.base.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    loaded = load_model(open_checkpoint(tmp_path), type(models.load(of.tuned)), torch.device("cpu"))
+    assert loaded.generation_config.eos_token_id == 7
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
 def test_a_quantised_base_with_an_adapter_on_it_is_a_model(pair, tmp_path):

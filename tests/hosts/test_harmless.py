@@ -10,7 +10,7 @@ import pytest
 from tests.make import traces
 from tests.make.limits import HANG
 
-WITHOUT_STEPS = ("silent", "at the end")
+WITHOUT_STEPS = ("silent", "at the end", "refined here")
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -42,6 +42,7 @@ def test_a_run_is_what_it_is_without_the_callback(name, processes):
     # And it did its work: adapters, whose numbers are in the first process's log.
     out = folder / f"{name}-True/phlora"
     assert (out / "final/adapter_model.safetensors").is_file()
+    assert ("refined" in json.loads((out / "final/phlora_report.json").read_text())) == name.startswith("refined")
     steps = len(list(out.glob("step-*")))
     # The resumed run goes on from the log of its checkpoint: the adapter of that step was not made yet.
     assert saw[0][f"{name}-True"]["ours"] == steps - (name == "resumed")

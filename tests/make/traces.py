@@ -21,6 +21,7 @@ from tests.make.trainer_runs import examples
 EVENTS = ("train_begin", "epoch_begin", "step_begin", "step_end", "evaluate", "save", "epoch_end", "train_end")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier", "gather", "scatter")
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_steps": 1}
+FEW = {"sequences": 12, "length": 8}
 # What is said to the Trainer, beside what all runs share; `callback` is said to ours.
 RUNS = {
     "steps": {"eval_strategy": "steps", "eval_steps": 2},
@@ -31,6 +32,8 @@ RUNS = {
     "silent": {"logging_strategy": "no", "save_strategy": "no"},
     "here": {"eval_on_start": True, "eval_strategy": "epoch", "callback": {"background": False}},
     "at the end": {"logging_first_step": True, "logging_steps": 3, "callback": {"when": "end", "keep": 1}},
+    "refined": {"eval_strategy": "epoch", "callback": {"refine": FEW}},
+    "refined here": {"callback": {"refine": FEW, "background": False, "when": "end"}, "save_strategy": "no"},
     "stopped early": {"eval_strategy": "steps", **BEST, "stop": True},
     "resumed": {"resume": True},
 }

@@ -73,7 +73,8 @@ def test_a_refined_adapter_is_nearer_on_text_it_has_not_seen(
     refined.save(tmp_path / "refined")
     assert not refined.kept
     for kind in ("task", "general"):
-        assert refined.after[kind].kl < refined.before[kind].kl < refined.base[kind].kl
+        assert refined.after[kind].kl < refined.before[kind].kl
+    assert refined.before["task"].kl < refined.base["task"].kl
     assert _distance(pair, tmp_path / "refined") < 0.85 * _distance(pair, adapter)
 
 

@@ -58,6 +58,10 @@ def test_a_surface_makes_of_a_quantised_base_what_python_makes(surface, how, pai
     assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (wanted, tmp_path / "out")]
     assert {Path(config["base_model_name_or_path"]).name for config in configs} == {"fp8"}
+    if surface is by_callback:
+        card = (tmp_path / "out/README.md").read_text()
+        assert f"vllm serve {low} " in card
+        assert f"weight delta between `{first}`" in card
 
 
 def test_a_merge_of_codes_is_refused_with_what_to_give(pair, tmp_path):

@@ -54,7 +54,7 @@ def training():
 
 def test_the_phlora_lines(here):
     lines = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("phlora ")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         _, *arguments = shlex.split(line, comments=True)
         result = CliRunner().invoke(cli.main, arguments)

@@ -39,8 +39,8 @@ def weight_of(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> T
     count = scales.shape[1]
     size = max(1, len(groups) // count)
     if not torch.equal(groups, torch.arange(len(groups)) // size) or size * count != len(groups):
-        weight = codes.to(scales.dtype).sub_(zeros.to(scales.dtype)[:, groups])
-        return weight.mul_(scales[:, groups])
+        weight = codes.to(scales.dtype).sub_(zeros.to(scales.dtype).index_select(1, groups))
+        return weight.mul_(scales.index_select(1, groups))
     # Neighbours share a group: three times as fast.
     weight = codes.unflatten(1, (count, size)).to(scales.dtype)
     decoded: Tensor = weight.sub_(zeros.to(scales.dtype)[..., None]).mul_(scales[..., None]).flatten(1)

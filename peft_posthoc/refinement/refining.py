@@ -1,0 +1,118 @@
+"""What a refinement is asked for beside its adapter and its models, before there are any; for another process too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peft_posthoc.refinement.blocks import blocks
+from peft_posthoc.refinement.compensated import compensated
+from peft_posthoc.refinement.distil import distil
+from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.opened import Refinable
+from peft_posthoc.refinement.refine import check_numbers, refine
+from peft_posthoc.refinement.refined import Refined
+from peft_posthoc.running.live import check_sides
+from peft_posthoc.sources import Source, open_pair
+from peft_posthoc.texts.texts import Given, Prompts, Sampled, Texts
+
+# What another process knows by its name.
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Sampled, Prompts, Given, distil, compensated, blocks)}
+
+
+@dataclass(frozen=True)
+class Refining:
+    """The arguments of `refine` that say how."""
+
+    texts: Texts | None = None
+    method: Method | None = None
+    sequences: int = 960
+    length: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, asked: bool | Mapping[str, Any] | Refining) -> Refining | None:
+        """What is asked for; None if nothing is.
+
+        Args:
+            asked: True for `refine` as it is, or arguments of it by name.
+
+        Raises:
+            TypeError: There is no such argument.
+            ValueError: One has no such value.
+        """
+        if isinstance(asked, Refining) or asked is False:
+            return asked or None
+        given = {} if asked is True else dict(asked)
+        if unknown := sorted(given.keys() - (names := [field.name for field in fields(cls)])):
+            raise TypeError(f"Refining takes no `{unknown[0]}`. It takes {', '.join(names)}.")
+        made = cls(**given)
+        check_numbers(made.sequences, made.length, made.minutes)
+        return made
+
+    def __call__(
+        self,
+        adapter: Refinable,
+        base: Source,
+        tuned: Source,
+        *,
+        base_revision: str | None = None,
+        tuned_revision: str | None = None,
+        device: str = "cpu",
+        out: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> Refined:
+        """Refine an adapter, as `refine` does."""
+        return refine(
+            adapter,
+            base,
+            tuned,
+            base_revision=base_revision,
+            tuned_revision=tuned_revision,
+            device=device,
+            out=out,
+            progress=progress,
+            **vars(self),
+        )
+
+    def check(
+        self, base: Source, tuned: Source, *, base_revision: str | None = None, tuned_revision: str | None = None
+    ) -> None:
+        """See before an extraction, from configurations alone, whether there will be models to fit to.
+
+        Raises:
+            CheckpointError: A model cannot be read, or is none that says next tokens.
+            MismatchError: They are of two classes.
+        """
+        check_sides(*open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision))
+
+    def to_json(self) -> dict[str, Any]:
+        """It as plain JSON values.
+
+        Raises:
+            ValueError: A text or a method is of somebody's own class.
+        """
+        return {name: _told(name, value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Refining:
+        """What `to_json` told."""
+        return cls(**{name: _made(value) for name, value in told.items()})
+
+
+def _told(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, int | float):
+        return value
+    kind = type(value).__name__
+    if _KINDS.get(kind) is not type(value):
+        raise ValueError(f"`{name}` of class `{kind}` cannot be handed to another process.")
+    return {"kind": kind, **vars(value)}
+
+
+def _made(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return _KINDS[value["kind"]](**{name: own for name, own in value.items() if name != "kind"})
