@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract, preflight, verify
-from tests.make import gguf_files, models
+from tests.make import coded_folders, gguf_files, models
 from tests.make.fake_hub import environment
 from tests.make.hub_session import HUGE, adapter_of, refused
 
@@ -135,6 +135,23 @@ def test_a_dry_run_fetches_no_weights(hub, phlora, tmp_path):
     small = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     assert {file for _, file in hub.fetched} == small
     assert {file for _, file in hub.begun} == {path.name for path in (tmp_path / "base").glob("model-*.safetensors")}
+
+
+def test_a_dry_run_fetches_no_codes_either(hub, phlora, tmp_path):
+    model = models.llama()
+    models.save(model, tmp_path / "plain")
+    models.save(models.tuned_from(model), tmp_path / "tuned")
+    hub.repository("coded/tuned").commit(tmp_path / "tuned", "main")
+    for how in (coded_folders.int4, coded_folders.fp8_blocks):
+        base = coded_folders.quantise(tmp_path / "plain", tmp_path / how.__name__, how)
+        hub.repository(f"coded/{how.__name__}").commit(tmp_path / how.__name__, "main")
+        status, said, stderr = phlora(
+            "extract", f"coded/{how.__name__}", "coded/tuned", tmp_path / "out", "--dry-run", "--json"
+        )
+        assert status == 0, stderr
+        wanted = preflight(base, tmp_path / "tuned")
+        assert json.loads(said)["rows"] == json.loads(json.dumps(wanted.to_dict()))["rows"]
+    assert "model.safetensors" not in {file for _, file in hub.fetched}
 
 
 def test_no_weights_are_fetched_of_two_that_do_not_fit(hub, phlora, pair, work):
