@@ -58,11 +58,9 @@ def test_exponents_of_two_scale_groups_of_32(stored):
     assert torch.equal(source.read("x.weight"), by_hand(weight, 2.0 ** (exponents.float() - 127), (1, 32)))
 
 
-@pytest.mark.parametrize(
-    "scale", [torch.rand(3, 1, 1), torch.rand(3, 40), torch.rand(3, 2, 3), torch.rand(3, 1, 70)], ids=str
-)
-def test_a_stack_of_experts_has_scales_for_each(scale):
-    stack = codes(3, 40, 70)
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 40), (3, 2, 3), (3, 1, 70)], ids=str)
+def test_a_stack_of_experts_has_scales_for_each(shape):
+    stack, scale = codes(3, 40, 70), torch.rand(shape)
     size = torch.Size([20, 24]) if scale.shape == (3, 2, 3) else None
     config = {"weight_block_size": list(size)} if size else {}
     source = told({"experts.up": stack, "experts.up_scale_inv": scale}, **config)
