@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_posthoc.checkpoints.gguf import SUFFIX
 from peft_posthoc.serving.subject import Subject
 
 # The ranks that vLLM reserves memory for (0.32: `--max-lora-rank`).
@@ -91,11 +92,14 @@ def _nim(subject: Subject) -> list[str]:
 
 
 def _llamacpp(subject: Subject) -> list[str]:
-    name = _name(subject)
-    return [
-        f"python convert_lora_to_gguf.py {_path(subject)} --base {_base(subject)} --outfile {name}.gguf",
-        f"llama-server -m base.gguf --lora {name}.gguf  # Ollama: ADAPTER {name}.gguf",
-    ]
+    name, base = _name(subject), _base(subject)
+    convert, served = (
+        f"python convert_lora_to_gguf.py {_path(subject)} --base {base} --outfile {name}.gguf",
+        "base.gguf",
+    )
+    if base.endswith(SUFFIX):  # The converter wants the folder that it was made from.
+        convert, served = f"phlora export {_path(subject)} {name}.gguf --to gguf --base {base}", base
+    return [convert, f"llama-server -m {served} --lora {name}.gguf  # Ollama: ADAPTER {name}.gguf"]
 
 
 def _mlx(subject: Subject) -> list[str]:

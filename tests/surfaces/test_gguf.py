@@ -34,7 +34,9 @@ def test_the_planted_rank_is_found_and_what_is_computed_is_the_fine_tunes(pair, 
     adapter = result.save(tmp_path / "out")
     told = peft_posthoc.verify(adapter, *pair)
     assert told.adapter.kl < 1e-6 < 1e-4 < told.base.kl
-    assert peft_posthoc.check(adapter, engines=["llamacpp"], base=pair[0]).outcomes[0].verdict == "right"
+    (found,) = peft_posthoc.check(adapter, engines=["llamacpp"], base=pair[0]).outcomes
+    assert found.verdict == "right"
+    assert f"--to gguf --base {pair[0]}" in found.serve[0]  # llama.cpp's converter takes folders alone.
     peft_posthoc.export(adapter, tmp_path / "out.gguf", "gguf")
     assert {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors} >= {"blk.0.attn_q.weight.lora_a"}
 
