@@ -52,11 +52,8 @@ def refine(
     if dry_run:
         from peft_posthoc.refinement.preflight import refine_preflight
 
-        given: dict[str, Any] = {"sequences": asked.sequences}
-        if asked.length is not None:
-            given["length"] = asked.length
-        models = {name: options[name] for name in ("base", "tuned", "base_revision", "tuned_revision")}
-        found = refine_preflight(adapter, method=asked.method, out=out, **given, **models)
+        how = {name: getattr(asked, name) for name in ("method", "sequences", "length")}
+        found = refine_preflight(adapter, out=out, **how, **options)
         show(found, json_to, quiet=quiet)
         return
     try:

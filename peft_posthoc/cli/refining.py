@@ -49,11 +49,9 @@ REFINING = together(
     ),
     click.option(
         "--method",
-        default="distil",
-        show_default=True,
         type=click.Choice(list(_METHODS)),
         help="The whole model by gradients; each layer in closed form; or each block by gradients. The last two have "
-        "one block of each model in memory at a time.",
+        "one block of each model in memory at a time.  [default: distil, or blocks if two models do not fit]",
     ),
     click.option("--passes", type=_POSITIVE, help="distil, blocks: over the texts.  [default: 4; 2]"),
     click.option("--lr", type=_POSITIVE, help="distil, blocks: step, relative to a factor's size.  [default: 0.05]"),
@@ -113,10 +111,14 @@ def refining(options: dict[str, Any]) -> Refining:
     return Refining(given, chosen, **numbers)
 
 
-def _method(name: str, options: Mapping[str, float | None]) -> Method:
+def _method(name: str | None, options: Mapping[str, float | None]) -> Method | None:
     import peft_posthoc
 
     given = {key: value for key, value in options.items() if value is not None}
+    if name is None:
+        if not given:
+            return None
+        name = "distil"
     for key in given.keys() - {*_METHODS[name]}:
         raise click.UsageError(f"--{key} does not belong to --method {name}.")
     chosen: Method = getattr(peft_posthoc, name)(**given)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import free_at
 from peft_posthoc.models.by_class import build
@@ -20,9 +21,11 @@ from peft_posthoc.refinement.chain import blocks_of
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.usual import usual_method
 from peft_posthoc.running.live import check_classes
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
+from peft_posthoc.texts.texts import USUAL_LENGTH
 
 # Python, PyTorch, transformers and PEFT alone.
 _PROCESS = 480e6
@@ -81,10 +84,11 @@ def refine_preflight(
     *,
     method: Method | None = None,
     sequences: int = 960,
-    length: int = 128,
+    length: int | None = None,
     out: str | os.PathLike[str] | None = None,
     base_revision: str | None = None,
     tuned_revision: str | None = None,
+    device: str = "cpu",
 ) -> RefinePreflight:
     """See what `refine` with the same arguments will do and need; no tensor is read.
 
@@ -94,22 +98,24 @@ def refine_preflight(
         tuned: The model after.
         method: As in `refine`.
         sequences: How many texts.
-        length: How many tokens each has at most.
+        length: How many tokens each has at most; 128 if None, which longer prompts exceed.
         out: Where the adapter would be written.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
+        device: As in `refine`.
 
     Raises:
         AdapterError: The folder is no plain LoRA adapter.
         CheckpointError: A model cannot be read, or is of no class that is known.
         MismatchError: The two are not of one class.
     """
-    chosen, file = method or distil(), open_adapter(adapter)
+    file, where = open_adapter(adapter), pick_device(device)
     pair = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    chosen = method or usual_method(*pair, device=where)
     models = [_built(one) for one in pair]
     check_classes(*models)
     places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
-    length = min(length, places or length)
+    length = min(length or USUAL_LENGTH, places or length or USUAL_LENGTH)
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
     models_bytes = sum(map(_bytes, models))

@@ -20,13 +20,13 @@ from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.clock import Clock
-from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.method import Fit, Method
 from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
+from peft_posthoc.refinement.usual import usual_method
 from peft_posthoc.running.live import Live
 from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
@@ -72,7 +72,8 @@ def refine(
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
         method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each
-            model in memory at a time, unless models are alive.
+            model in memory at a time, unless models are alive. By default `distil`, or `blocks` where both models do
+            not fit into memory at once.
         sequences: How many texts.
         length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
             but no more than 1024.
@@ -103,8 +104,20 @@ def refine(
     check_numbers(sequences, length, minutes)
     if tuned is None:
         raise ValueError("`refine(tuned=...)` is the model to come near to; it has no default.")
-    clock, given, chosen = Clock(minutes, since), texts or Sampled(), method or distil()
-    together = Together(processes.rank, processes.size, pick_device(device))
+    clock, given, chosen = Clock(minutes, since), texts or Sampled(), method
+    where = pick_device(device)
+    together = Together(processes.rank, processes.size, where)
+    if chosen is None:
+        with together.agreed():
+            usual = usual_method(
+                base,
+                tuned,
+                base_revision=base_revision,
+                tuned_revision=tuned_revision,
+                device=where,
+                processes=processes.size,
+            )
+        chosen = together.first(usual)
     asked_for = {
         "texts": {"kind": type(given).__name__.lower(), "sequences": sequences, "length": length},
         "method": {"kind": type(chosen).__name__, **vars(chosen)},

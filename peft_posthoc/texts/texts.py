@@ -21,7 +21,7 @@ from peft_posthoc.texts.chat import Turn, turn_of
 from peft_posthoc.texts.sampling import without_end, write_on
 from peft_posthoc.texts.sequences import Tokens
 
-_USUAL, _ANSWER, _MOST = 128, 64, 1024
+USUAL_LENGTH, _ANSWER, _MOST = 128, 64, 1024
 """Tokens of a text, of an answer behind a long prompt, and of both."""
 _LOW = 0.7
 """The temperature at which the tuned model writes prompts: at 1 what it was tuned on is rare behind a random token."""
@@ -225,10 +225,10 @@ class Given:
 def usual_length(texts: Texts, writers: Writers) -> int:
     """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason."""
     if not isinstance(texts, Prompts):
-        return _USUAL
+        return USUAL_LENGTH
     turn = turn_of(writers.tokenizer)
     longest = max((len(_encoded(writers, prompt, turn)) for prompt in texts.prompts), default=0)
-    return max(_USUAL, min(longest + _ANSWER, _MOST))
+    return max(USUAL_LENGTH, min(longest + _ANSWER, _MOST))
 
 
 def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any, share: float = 1.0) -> list[Tokens]:

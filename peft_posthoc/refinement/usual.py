@@ -1,0 +1,45 @@
+"""The method that is taken where none is asked for: by the memory at hand."""
+
+from __future__ import annotations
+
+import torch
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.compute.memory import free_memory
+from peft_posthoc.refinement.blocks import blocks
+from peft_posthoc.refinement.distil import distil
+from peft_posthoc.refinement.method import Method
+from peft_posthoc.sources import Source, open_checkpoint
+
+# Of the free memory, what both models may take: the rest is for a batch.
+_MODELS = 0.75
+
+
+def usual_method(
+    base: Source | None,
+    tuned: Source,
+    *,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    device: torch.device,
+    processes: int = 1,
+) -> Method:
+    """`distil`, which measures best; `blocks`, where both models at once are more than the memory holds.
+
+    Args:
+        base: The model before; None where it is alive.
+        tuned: The model after.
+        base_revision: Branch, tag or commit, where `base` is a hub id.
+        tuned_revision: The same for `tuned`.
+        device: Where they would be.
+        processes: How many hold them.
+    """
+    if base is None or isinstance(base, torch.nn.Module) or isinstance(tuned, torch.nn.Module):
+        return distil()
+    sides = open_checkpoint(base, revision=base_revision), open_checkpoint(tuned, revision=tuned_revision)
+    taken = processes * sum(map(_in_float32, sides))
+    return distil() if taken <= _MODELS * free_memory(device) else blocks()
+
+
+def _in_float32(checkpoint: Checkpoint) -> int:
+    return sum(4 * torch.Size(header.shape).numel() for header in checkpoint.headers.values())
