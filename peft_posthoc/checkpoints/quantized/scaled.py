@@ -26,7 +26,7 @@ _BESIDE = (
 ROWS = 32
 
 
-def scaled(stored: Stored) -> Iterator[tuple[str, Coded]]:
+def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """Every weight of 8 bits that has its scale beside it.
 
     The scale is `X.weight_scale_inv` (DeepSeek, Qwen; a factor all the same), `X.weight_scale` (compressed-tensors,
@@ -121,9 +121,7 @@ def _told(stored: Stored, name: str) -> Sequence[int]:
     layer = (stored.told.get("layers") or {}).get(name.rpartition(".")[0])
     if isinstance(layer, dict) and layer.get("group_size"):
         return [int(layer["group_size"])] * 2
-    groups = (stored.told.get("config_groups") or {}).values()
-    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
-    told = [stored.told.get("weight_block_size"), *(one.get("block_structure") for one in weights if one)]
+    told = [stored.told.get("weight_block_size"), *(one.get("block_structure") for one in stored.schemes)]
     return next((one for one in told if isinstance(one, list) and len(one) == 2), [_BLOCK, _BLOCK])
 
 
