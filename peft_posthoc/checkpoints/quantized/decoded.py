@@ -98,7 +98,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
     """
     if not quantized(checkpoint):
         return checkpoint
-    stored = Stored(checkpoint, _told(checkpoint, beside), dtype_of_model(checkpoint))
+    stored = Stored(checkpoint, _told(checkpoint, beside), _dtype_of_model(checkpoint))
     coded: dict[str, Coded] = {}
     gone: set[str] = set()
     for reader in READERS:
@@ -132,7 +132,7 @@ def _refuse_incomplete(view: Decoded) -> None:
             )
 
 
-def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
+def _dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
     """The type that the model computes in, as its configuration says; bfloat16 where it does not."""
     config: Any = checkpoint.config or {}
     told = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")

@@ -15,7 +15,7 @@ from peft_posthoc.errors import CheckpointError
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 # Scales that are exponents of two.
-EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # In every file that is known, where no configuration says another.
 _BLOCK = 128
 # What lies beside a weight and is not needed to decode it.
@@ -59,7 +59,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
 
 def is_half(stored: Stored, scale: str) -> bool:
     """Tell whether integers that this is the scale of hold two floats of 4 bits each, as DeepSeek's experts do."""
-    return stored.headers[scale].dtype in EXPONENTS or stored.method == "fp8"
+    return stored.headers[scale].dtype in _EXPONENTS or stored.method == "fp8"
 
 
 class Blocks(NamedTuple):
