@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from peft_posthoc.linalg.regression import damp, regress, root_of
 from peft_posthoc.refinement.chain import chains_of
-from peft_posthoc.refinement.layers import Linear, groups_of, layers_of, listed, watched
+from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
 from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
@@ -91,7 +91,7 @@ class compensated:
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         return Fit(before, after, kept, len(fitted), time.monotonic() - began, interrupted, unmoved)
 
-    def _fit(self, stretch: Stretch, places: int, group: Sequence[Linear]) -> bool:
+    def _fit(self, stretch: Stretch, places: int, group: Sequence[Layer]) -> bool:
         """Fit the layers that read the same; False if they read nothing to go by."""
         with stretch.held():
             gram, crosses = _gathered(stretch, places, group)
@@ -116,7 +116,7 @@ class _OutOfTime(Exception):
     """What is not fitted by now stays as it is."""
 
 
-def _groups(stretch: Stretch, layers: Mapping[str, Linear]) -> tuple[list[list[Linear]], dict[str, str]]:
+def _groups(stretch: Stretch, layers: Mapping[str, Layer]) -> tuple[list[list[Layer]], dict[str, str]]:
     """The layers that run in a stretch, by what they read and in their order; and why others of it are not fitted."""
     with stretch.held(), listed({name: one.base for name, one in layers.items()}) as calls:
         piece = stretch.pieces(0)[0]
@@ -132,7 +132,7 @@ def _groups(stretch: Stretch, layers: Mapping[str, Linear]) -> tuple[list[list[L
     return [[layers[name] for name in group] for group in groups_of(fitted)], odd
 
 
-def _gathered(stretch: Stretch, places: int, group: Sequence[Linear]) -> tuple[Tensor, dict[str, Tensor]]:
+def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Tensor, dict[str, Tensor]]:
     """`x.T @ x` of what the layers of base + adapter read, and `x.T @ y` of what each lacks of the tuned one's output.
 
     A batch at a time.

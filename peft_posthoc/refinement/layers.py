@@ -17,7 +17,7 @@ from peft_posthoc.running.live import Live
 
 
 @dataclass(frozen=True)
-class Linear:
+class Layer:
     """A linear layer with factors."""
 
     name: str
@@ -63,7 +63,7 @@ class Linear:
 class Layers(NamedTuple):
     """What is fitted, and what is not."""
 
-    linear: dict[str, Linear]
+    linear: dict[str, Layer]
     """By the model's names."""
     others: dict[str, str]
     """By name, why their factors stay as they are."""
@@ -89,7 +89,7 @@ def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
             found.others[own] = "its factors come with a bias"
         else:
             a, b = (factor[live.name].weight for factor in (layer.lora_A, layer.lora_B))
-            one = Linear(own, base, live.tuned.get_submodule(own), kind, a, b, layer.scaling[live.name])
+            one = Layer(own, base, live.tuned.get_submodule(own), kind, a, b, layer.scaling[live.name])
             if one.rank:
                 found.linear[own] = one
     return found

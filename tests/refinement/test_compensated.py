@@ -24,7 +24,7 @@ from transformers import (
 
 from peft_posthoc import compensated, extract, refine, truncated_svd
 from peft_posthoc.models.kinds import LINEAR
-from peft_posthoc.refinement.layers import Linear
+from peft_posthoc.refinement.layers import Layer
 from peft_posthoc.refinement.walk import Piece, Stretch
 
 SIZES: dict[str, Any] = {
@@ -105,7 +105,7 @@ class Linear:
         self.base.weight.data, self.tuned.weight.data = second + 0.2 * random(self.m, self.n), second
         self.a = torch.nn.Parameter(random(self.rank, self.n))
         self.b = torch.nn.Parameter(random(self.m, self.rank))
-        self.layer = Linear("second", self.base, self.tuned, LINEAR, self.a, self.b, 2.0)
+        self.layer = Layer("second", self.base, self.tuned, LINEAR, self.a, self.b, 2.0)
 
     @torch.no_grad()
     def fit(self, damping: float) -> torch.Tensor:
