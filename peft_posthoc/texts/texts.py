@@ -174,6 +174,9 @@ class Prompts:
 
     prompts: Sequence[str | Sequence[dict[str, str]]]
 
+    def __post_init__(self) -> None:
+        _check_list(self.prompts)
+
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         if not self.prompts:
@@ -209,6 +212,9 @@ class Given:
 
     texts: Sequence[str | Sequence[int]]
 
+    def __post_init__(self) -> None:
+        _check_list(self.texts)
+
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         read = (writers.encode(text) if isinstance(text, str) else list(text) for text in self.texts)
@@ -222,6 +228,11 @@ class Given:
         with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
             written = writers.general(openings, length, bar)
         return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]
+
+
+def _check_list(texts: Sequence[Any]) -> None:
+    if isinstance(texts, str):
+        raise ValueError(f"One text where a list of them belongs: `[{texts!r:.40}]` is one.")
 
 
 def usual_length(texts: Texts, writers: Writers) -> int:

@@ -134,6 +134,20 @@ def test_prompts_without_a_token_are_none() -> None:
         _written(Prompts(["", ""]), replace(_writers(), tokenizer=tokenizer))
 
 
+def test_a_model_that_comes_to_say_no_number_is_one_clear_line() -> None:
+    writers = _writers()
+    with torch.no_grad():
+        writers.tuned.transformer.wpe.weight[6] = torch.nan
+    with pytest.raises(PosthocError, match="says what is no number on text that it writes"):
+        _written(Prompts(["c d"]), writers)
+
+
+@pytest.mark.parametrize("kind", [Prompts, Given])
+def test_one_text_is_no_list_of_its_letters(kind: Any) -> None:
+    with pytest.raises(ValueError, match="a list of them belongs"):
+        kind("prompts.txt")
+
+
 def test_where_nobody_says_how_long_texts_are_every_prompt_has_room_with_an_answer() -> None:
     long = Prompts(["c", "c " * 100])
     assert [usual_length(one, _writers()) for one in (Sampled(), Prompts(["c"]), long)] == [128, 128, 164]
