@@ -55,8 +55,9 @@ def load_model(
             model = _of_tensors(decoded, cls, config, torch.float32 if dtype == "auto" else dtype)
             write_as_told(model, decoded)
         else:
-            place = {"local_files_only": True, "trust_remote_code": False}
-            model = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **place)
+            model = cls.from_pretrained(
+                checkpoint.folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
         return model.to(device).eval()
 
 
