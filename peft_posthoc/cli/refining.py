@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from peft_posthoc.refinement.refining import Refining
     from peft_posthoc.texts.texts import Texts
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _POSITIVE = click.FloatRange(0, min_open=True)
 _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": ("lr", "passes")}
 """The ways to refine, with the options that are theirs."""
@@ -24,11 +23,14 @@ _METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": (
 TEXTS = together(
     click.option(
         "--prompts",
-        type=_FILE,
+        type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Unlabelled prompts (txt, jsonl, json, parquet); the tuned model answers them.",
+        help="Unlabelled prompts (txt, jsonl, json, parquet, or a data set on the hub: org/name); the tuned model "
+        "answers them.",
     ),
-    click.option("--texts", type=_FILE, metavar="FILE", help="Texts of the task, used as they are."),
+    click.option(
+        "--texts", type=click.Path(path_type=Path), metavar="FILE", help="Texts of the task, used as they are."
+    ),
     click.option(
         "--field", metavar="NAME", help="The field of FILE's records.  [default: prompt, messages, text, ...]"
     ),

@@ -86,7 +86,7 @@ def opened(
             load: Any = load_streamed if apart else load_live
             live = load(before, after, folder, file, device=pick_device(device), tokenizer=tokenizer)
         with as_found(live.adapted, live.tuned):
-            check_pair(live.adapted, live.tuned)
+            check_pair(live.adapted, live.tuned, [label(live.adapted if before is None else before), label(after)])
             live.adapted.set_adapter(live.name)
             live.adapted.base_model.enable_adapter_layers()
             live.adapted.eval()

@@ -104,6 +104,12 @@ def refine(
     check_numbers(sequences, length, minutes)
     if tuned is None:
         raise ValueError("`refine(tuned=...)` is the model to come near to; it has no default.")
+    if isinstance(method, str):
+        raise ValueError(f"`refine(method=...)` is `distil()`, `compensated()` or `blocks()`. Got `{method}`.")
+    if texts is not None and not hasattr(texts, "write"):
+        raise ValueError(
+            f"`refine(texts=...)` is `Prompts([...])`, `Given([...])` or `Sampled()`. Got `{texts!r:.40}`."
+        )
     clock, given, chosen = Clock(minutes, since), texts or Sampled(), method
     where = pick_device(device)
     together = Together(processes.rank, processes.size, where)

@@ -1,4 +1,4 @@
-"""Live models for a fit: the tuned model, and base + adapter, as logits of batches; loaded, or a user's own."""
+"""Live models, to fit or to compare: the tuned model, and base + adapter; loaded, or a user's own."""
 
 from __future__ import annotations
 
@@ -205,8 +205,13 @@ def _class_name(side: Side) -> str:
     return type(own.get_base_model() if hasattr(own, "get_base_model") else own).__name__
 
 
-def check_pair(adapted: Any, tuned: Any) -> None:
+def check_pair(adapted: Any, tuned: Any, names: Sequence[str] | None = None) -> None:
     """See that two live models say the same tokens.
+
+    Args:
+        adapted: The base, with an adapter on it.
+        tuned: The model after.
+        names: What messages call them.
 
     Raises:
         MismatchError: They are of two classes, or know other tokens.
@@ -214,7 +219,8 @@ def check_pair(adapted: Any, tuned: Any) -> None:
     check_classes(adapted, tuned)
     rows = [rows_of(model) for model in (adapted, tuned)]
     if rows[0] != rows[1]:
-        raise MismatchError(f"`{label(adapted)}` knows {rows[0]} tokens, `{label(tuned)}` {rows[1]}.")
+        called = names or [label(adapted), label(tuned)]
+        raise MismatchError(f"`{called[0]}` knows {rows[0]} tokens, `{called[1]}` {rows[1]}.")
 
 
 @torch.no_grad()

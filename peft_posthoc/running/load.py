@@ -79,7 +79,9 @@ def write_as_told(model: Any, checkpoint: Checkpoint) -> None:
 
     place = place_of(checkpoint)
     if place is not None and (place / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+        model.generation_config = GenerationConfig.from_pretrained(
+            place, local_files_only=True, trust_remote_code=False
+        )
 
 
 @contextmanager

@@ -1,28 +1,33 @@
-"""Prompts and texts in files: a line each, JSON, JSON lines, parquet."""
+"""Prompts and texts in files: a line each, JSON, JSON lines, parquet; and in data sets on the hub."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peft_posthoc.errors import PosthocError
+from peft_posthoc.errors import MissingExtraError, PosthocError, one_line
 from peft_posthoc.files import regular
 from peft_posthoc.json_file import read_json
 from peft_posthoc.text import asked
 
 FIELDS = ("prompt", "messages", "conversations", "question", "instruction", "input", "text")
 """Fields that hold a prompt, the likeliest first."""
+_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 _LARGEST = 1 << 30
 """Bytes of a file of prompts that are read at most."""
+_MOST = 10_000
+"""Records of a data set that are read at most."""
 
 
 def read_prompts(path: str | Path, field: str | None = None) -> list[Any]:
-    """The prompts in a file: texts, or lists of messages.
+    """The prompts in a file: texts, or lists of messages. Empty ones are left out.
 
     Args:
         path: `.txt` has one a line; `.jsonl`, `.json` and `.parquet` have texts, or objects with a field that holds it.
+            What is no file may be a data set on the hub, `org/name`: the first records of its `train` are read.
         field: That field; by default the first of `FIELDS` that is there.
 
     Raises:
@@ -30,9 +35,12 @@ def read_prompts(path: str | Path, field: str | None = None) -> list[Any]:
     """
     file = Path(path)
     try:
-        if regular(file).stat().st_size > _LARGEST:
+        if _is_data_set(file):
+            found = _of_data_set(str(path))
+        elif regular(file).stat().st_size > _LARGEST:
             raise PosthocError(f"`{path}` has more than {_LARGEST >> 30} GiB. Give a part of it.")
-        found = list(_records(file))
+        else:
+            found = list(_records(file))
     except (OSError, ValueError) as error:
         raise PosthocError(f"`{path}` cannot be read: {error}") from error
     prompts = [_prompt(record, field, f"`{path}`, record {i + 1}") for i, record in enumerate(found)]
@@ -55,16 +63,45 @@ def read_texts(path: str | Path, field: str | None = None) -> list[str]:
     return found
 
 
+def _is_data_set(file: Path) -> bool:
+    if file.is_dir():
+        return True
+    return (
+        not file.exists() and file.suffix.lower() not in _SUFFIXES and len(file.parts) == 2 and not file.is_absolute()
+    )
+
+
+def _of_data_set(name: str) -> list[Any]:
+    """The first records of a data set on the hub, or of a folder of its files."""
+    try:
+        import datasets
+
+        if int(datasets.__version__.split(".")[0]) < 4:
+            raise ImportError("It runs code that comes with data sets.")
+    except ImportError as error:
+        raise MissingExtraError(
+            f"`{name}` is no file. Data sets on the hub need datasets 4 or newer: "
+            "`pip install 'peft-posthoc[datasets]'`."
+        ) from error
+    try:
+        parts = datasets.load_dataset(name, streaming=True)
+        return list(islice(parts["train"] if "train" in parts else next(iter(parts.values())), _MOST))
+    except Exception as error:  # Of many kinds: of the hub's client, and of the reader of each type of file.
+        raise PosthocError(f"`{name}` is no file, and `datasets` cannot read it: {one_line(error)}") from error
+
+
 def _records(file: Path) -> Iterable[Any]:
-    match file.suffix:
+    match file.suffix.lower():
         case ".jsonl" | ".ndjson":
-            with file.open(encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
+            with file.open(encoding="utf-8-sig") as lines:
+                for i, line in enumerate(lines):
+                    if line.strip():
+                        yield _of_line(line, i + 1)
         case ".json":
             content = read_json(file)
             if isinstance(content, Mapping):  # {"data": [...]}, as some tools write.
                 content = next((value for value in content.values() if isinstance(value, list)), [content])
-            yield from content
+            yield from content if isinstance(content, list) else [content]
         case ".parquet":
             try:
                 from pyarrow import parquet  # type: ignore[import-untyped]
@@ -72,17 +109,28 @@ def _records(file: Path) -> Iterable[Any]:
                 raise PosthocError("Parquet files need pyarrow: `pip install pyarrow`.") from error
             yield from parquet.read_table(file).to_pylist()
         case ".txt":
-            yield from file.read_text(encoding="utf-8").splitlines()
+            with file.open(encoding="utf-8-sig") as lines:
+                yield from lines
         case _:
             raise PosthocError(f"`{file}` must end in .txt, .jsonl, .json or .parquet.")
 
 
+def _of_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}.") from error
+
+
 def _prompt(record: Any, field: str | None, where: str) -> Any:
     if isinstance(record, Mapping):
-        chosen = field or next((name for name in FIELDS if record.get(name)), None)
-        if chosen is None or chosen not in record:
-            raise PosthocError(f"{where} has the fields {', '.join(map(str, record))}: name the one with the prompt.")
-        record = record[chosen]
+        known = [name for name in ([field] if field else FIELDS) if name in record]
+        if not known:
+            own = ", ".join(map(str, record))
+            raise PosthocError(f"{where} has the fields {own}: name the one with the prompt, `{asked('field', None)}`.")
+        record = next((record[name] for name in known if record[name]), None)
+    if record is None:
+        return None
     if isinstance(record, list):
         return _messages(record, where)
     if not isinstance(record, str):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_posthoc.compute.together import ALONE, Together
+from peft_posthoc.errors import PosthocError
 
 
 class _Row(NamedTuple):
@@ -105,7 +106,18 @@ def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature:
         pad_token_id=0,
     )
     device = next(model.parameters()).device
-    found = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)[:, longest:]
+
+    def numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not (logits < math.inf).all():  # What is no number is not less.
+            name = getattr(model.config, "_name_or_path", None) or type(model).__name__
+            raise PosthocError(
+                f"`{name}` says what is no number on text that it writes: there is nothing to draw from."
+            )
+        return logits
+
+    found = model.generate(
+        ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=[numbers]
+    )[:, longest:]
     late = time.monotonic() >= until
     return [_with(row, new[: row.most], ends, late=late) for row, new in zip(rows, found.tolist(), strict=True)]
 

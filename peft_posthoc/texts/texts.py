@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from peft_posthoc.compute.together import ALONE, Together
-from peft_posthoc.errors import LeftOutWarning, PosthocError
+from peft_posthoc.errors import LeftOutWarning, PosthocError, one_line
 from peft_posthoc.text import asked
 from peft_posthoc.texts.chat import Turn, turn_of
 from peft_posthoc.texts.sampling import without_end, write_on
@@ -174,12 +174,17 @@ class Prompts:
 
     prompts: Sequence[str | Sequence[dict[str, str]]]
 
+    def __post_init__(self) -> None:
+        _check_list(self.prompts)
+
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         if not self.prompts:
             raise PosthocError("There are no prompts.")
         draw, turn, general = random.Random(seed), turn_of(writers.tokenizer), max(2, count // 8)
-        own = [_encoded(writers, prompt, turn) for prompt in self.prompts]
+        own = [ids for prompt in self.prompts if (ids := _encoded(writers, prompt, turn))]
+        if not own:
+            raise PosthocError("The tokenizer knows nothing of any prompt: there are no prompts.")
         too_long = sum(len(ids) >= length for ids in own)
         if too_long == len(own):
             raise PosthocError(
@@ -188,7 +193,7 @@ class Prompts:
         if too_long:
             left = f"{too_long} of {len(own)} prompts are left out: they have {length} tokens or more."
             warnings.warn(f"{left} Allow longer texts (`{asked('length', None)}`).", LeftOutWarning, stacklevel=2)
-        own = [ids for ids in own if 0 < len(ids) < length]
+        own = [ids for ids in own if len(ids) < length]
         # Each prompt is answered as often as it takes; another answer is another text.
         starts = [own[i % len(own)] for i in range(count - general)]
         openings = [writers.opening(draw) for _ in range(general)]
@@ -207,6 +212,9 @@ class Given:
 
     texts: Sequence[str | Sequence[int]]
 
+    def __post_init__(self) -> None:
+        _check_list(self.texts)
+
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         read = (writers.encode(text) if isinstance(text, str) else list(text) for text in self.texts)
@@ -220,6 +228,11 @@ class Given:
         with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
             written = writers.general(openings, length, bar)
         return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]
+
+
+def _check_list(texts: Sequence[Any]) -> None:
+    if isinstance(texts, str):
+        raise ValueError(f"One text where a list of them belongs: `[{texts!r:.40}]` is one.")
 
 
 def usual_length(texts: Texts, writers: Writers) -> int:
@@ -254,7 +267,11 @@ def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]], turn: Tur
         return [*turn.before, *writers.encode(prompt, special=False), *turn.after]
     if turn is None:
         raise PosthocError("Prompts that are lists of messages need a tokenizer with a chat template.")
-    return list(writers.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
+    try:
+        return list(writers.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # Templates are programs; some refuse roles, or an order of them.
+        roles = ", ".join(str(turn["role"]) for turn in prompt)
+        raise PosthocError(f"The chat template refuses a prompt ({roles}): {one_line(error)}") from error
 
 
 @contextmanager

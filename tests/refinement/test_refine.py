@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_posthoc import MismatchError, PosthocError, Sampled, distil, extract, refine
+from peft_posthoc import MismatchError, PosthocError, Sampled, compensated, distil, extract, refine
 from peft_posthoc.refinement.method import Fit
 from peft_posthoc.texts.sequences import Tokens
 
@@ -208,3 +208,21 @@ def test_a_prefix_without_a_tokenizer_is_refused(pair: tuple[Path, Path], tmp_pa
 def test_senseless_numbers_are_refused(pair: tuple[Path, Path], tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         refine(tmp_path, *pair, **{**SMALL, **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"method": "distil"}, {"texts": "prompts.txt"}, {"texts": ["a", "b"]}])
+def test_a_method_or_texts_by_name_alone_are_told_how_they_are_given(pair: tuple[Path, Path], wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"refine\((method|texts)=...\)"):
+        refine("adapter", *pair, **wrong)
+
+
+def test_whatever_the_method_two_vocabularies_are_told_by_the_models_names(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(pair[1])
+    model.resize_token_embeddings(56, mean_resizing=False)
+    model.save_pretrained(tmp_path / "tuned")
+    adapter = _adapter(pair, tmp_path / "adapter", head=False)
+    for method in (distil(), compensated()):
+        with pytest.raises(MismatchError, match=rf"{pair[0]}` knows 48 tokens, `{tmp_path / 'tuned'}` 56"):
+            refine(adapter, pair[0], tmp_path / "tuned", method=method)

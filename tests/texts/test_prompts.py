@@ -18,7 +18,12 @@ TURNS = [{"role": "user", "content": "Why?"}]
     ("name", "content", "wanted"),
     [
         ("a.txt", "one\n\n two \n", ["one", "two"]),
+        ("a.txt", "one\u2028more\n", ["one\u2028more"]),
+        ("a.txt", "\ufeffone\n", ["one"]),
         ("a.jsonl", '{"prompt": "one", "text": "long"}\n"two"\n', ["one", "two"]),
+        ("a.jsonl", '\ufeff{"prompt": "one"}\n{"prompt": ""}\n{"prompt": null}\n', ["one"]),
+        ("a.JSONL", '"one"', ["one"]),
+        ("a.json", '"one"', ["one"]),
         ("a.json", json.dumps(["one", {"question": "two"}]), ["one", "two"]),
         ("a.json", json.dumps({"version": 1, "data": [{"text": "one"}]}), ["one"]),
         ("a.jsonl", json.dumps({"messages": TURNS}), [TURNS]),
@@ -49,7 +54,9 @@ def test_a_field_can_be_named(tmp_path: Path) -> None:
     [
         ("a.jsonl", "", "holds no prompts"),
         ("a.txt", "\n \n", "holds no prompts"),
-        ("a.jsonl", "{", "cannot be read"),
+        ("a.jsonl", '"one"\n\n{"a"\n', "line 3, column 5"),
+        ("a.jsonl", '{"prompt": null}', "holds no prompts"),
+        ("a.json", "3", "no text but int"),
         ("a.jsonl", "[1]\n", "no list of messages"),
         ("a.jsonl", "3\n", "no text but int"),
         ("a.jsonl", '{"id": 3}\n', "has the fields id"),
@@ -71,3 +78,16 @@ def test_texts_are_no_conversations(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TURNS}), encoding="utf-8")
     with pytest.raises(PosthocError, match="list of messages"):
         read_texts(tmp_path / "a.jsonl")
+
+
+def test_a_folder_is_read_by_datasets_as_a_data_set_on_the_hub_is(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n', encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "three"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path) == ["one", "two"]
+
+
+def test_a_data_set_that_is_not_there_is_one_line() -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(PosthocError, match="`no-org/no-name` is no file, and `datasets` cannot read it"):
+        read_prompts("no-org/no-name")

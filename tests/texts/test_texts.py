@@ -120,6 +120,34 @@ def test_no_prompts_and_prompts_that_are_too_long_are_refused() -> None:
         _written(Prompts(["c " * 10]))
 
 
+def test_a_template_that_refuses_a_prompt_is_one_clear_line() -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('No such role') }}{% endif %}" + TEMPLATE
+    prompts = Prompts([[{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]])
+    with pytest.raises(PosthocError, match=r"refuses a prompt \(system, user\): No such role"):
+        _written(prompts, _writers(template))
+
+
+def test_prompts_without_a_token_are_none() -> None:
+    own = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own)
+    with pytest.raises(PosthocError, match="no prompts"):
+        _written(Prompts(["", ""]), replace(_writers(), tokenizer=tokenizer))
+
+
+def test_a_model_that_comes_to_say_no_number_is_one_clear_line() -> None:
+    writers = _writers()
+    with torch.no_grad():
+        writers.tuned.transformer.wpe.weight[6] = torch.nan
+    with pytest.raises(PosthocError, match="says what is no number on text that it writes"):
+        _written(Prompts(["c d"]), writers)
+
+
+@pytest.mark.parametrize("kind", [Prompts, Given])
+def test_one_text_is_no_list_of_its_letters(kind: Any) -> None:
+    with pytest.raises(ValueError, match="a list of them belongs"):
+        kind("prompts.txt")
+
+
 def test_where_nobody_says_how_long_texts_are_every_prompt_has_room_with_an_answer() -> None:
     long = Prompts(["c", "c " * 100])
     assert [usual_length(one, _writers()) for one in (Sampled(), Prompts(["c"]), long)] == [128, 128, 164]
