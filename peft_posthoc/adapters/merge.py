@@ -16,6 +16,7 @@ from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.as_model import as_model, converted, second_names
+from peft_posthoc.models.config import of_plain_layers
 from peft_posthoc.models.layout import Conversion
 from peft_posthoc.models.ties import without_false_ties
 from peft_posthoc.text import asked, percent
@@ -81,7 +82,7 @@ class Merge:
         """The configuration, as it is to be; None if the base has none."""
         if self._deltas.base.config is None:
             return None
-        config = {key: value for key, value in _raw_config(self._deltas).items() if key != "quantization_config"}
+        config = of_plain_layers(_raw_config(self._deltas))
         config = config if self.vocabulary is None else self.vocabulary.config(config)
         parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
         if self._is_untied:

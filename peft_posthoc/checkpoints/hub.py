@@ -23,6 +23,8 @@ from peft_posthoc.text import size
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # An adapter's files, as PEFT names them.
+# What says how a checkpoint is quantized where its configuration does not.
+_OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -170,7 +172,8 @@ def find(
         if not wanted:
             raise CheckpointError(no_weights(f"`{repo_id}` on the hub", names))
         indexed = is_index(wanted[0])
-        small = [escape(file) for file in ("config.json", "modules.json", _ADAPTER[0], *(wanted if indexed else ()))]
+        beside = ("config.json", "modules.json", _ADAPTER[0], *_OF_CODES)
+        small = [escape(file) for file in (*beside, *(wanted if indexed else ()))]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=small))
         if indexed:
             wanted = sorted(set(shards_of(folder / wanted[0]).values()))

@@ -23,3 +23,12 @@ def auto_mapping(cls: type) -> dict[str, str] | None:
     """What PEFT's auto classes find a model's class by, where no task says it; None where they would not import it."""
     known = cls.__module__.partition(".")[0] in ("transformers", "diffusers")
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__} if known else None
+
+
+def of_plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that asks for no codes, those within it too."""
+    return {
+        key: of_plain_layers(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from peft_posthoc.checkpoints.view import as_decoded
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
+from peft_posthoc.models.config import of_plain_layers
 from peft_posthoc.models.from_gguf import OfGguf
 from peft_posthoc.models.remote_code import without_code
 
@@ -65,7 +66,7 @@ def config_of(checkpoint: Checkpoint, cls: Any) -> Any:
     """The configuration of a checkpoint that is loadable, without code that it names, and of plain layers."""
     check_counts(checkpoint.config or {})
     if (decoded := as_decoded(checkpoint)) is not None:
-        return cls.config_class.from_dict(_of_plain_layers(without_code(decoded.config or {})))
+        return cls.config_class.from_dict(of_plain_layers(without_code(decoded.config or {})))
     folder: Any = checkpoint.folder
     check_folder(folder)
     config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -110,15 +111,6 @@ def _of_tensors(checkpoint: Checkpoint, cls: Any, config: Any, dtype: torch.dtyp
     if missing := sorted(told["missing_keys"]):
         raise CheckpointError(f"`{checkpoint.label}` lacks weights of a {cls.__name__}: {', '.join(missing[:5])}.")
     return model
-
-
-def _of_plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that asks for no codes, those within it too."""
-    return {
-        key: _of_plain_layers(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key != "quantization_config"
-    }
 
 
 class _Read:

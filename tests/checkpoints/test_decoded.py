@@ -1,11 +1,15 @@
 """Quantized checkpoints as sources: the weights that codes stand for, and the step of their grid."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from peft_posthoc import CheckpointError, extract
 from peft_posthoc.checkpoints.memory import InMemory
 from peft_posthoc.sources import open_checkpoint
+from tests.make import coded
 
 E4M3 = torch.float8_e4m3fn
 
@@ -62,3 +66,49 @@ def test_a_planted_delta_on_a_quantised_base_is_found():
     adapter = extract(InMemory(base, label="base"), {"layer.weight": tuned}, rank=2, dtype=torch.float32)
     ((_, factors, *_),) = adapter.layers.values()
     assert torch.allclose(factors.b @ factors.a, b @ a, atol=1e-4)
+
+
+def test_scales_of_the_cache_are_no_weights():
+    codes, scale = quantised(torch.randn(8, 8), (1, 1))
+    stored = {"attn.k_proj.weight": codes, "attn.k_proj.weight_scale": scale}
+    leaves = ["k_scale", "v_scale", "q_scale", "prob_output_scale", "k_proj.k_scale", "k_proj.output_scale"]
+    base = stored | {f"attn.{leaf}": torch.ones(1) for leaf in leaves}
+    assert list(open_checkpoint(base).headers) == ["attn.k_proj.weight"]
+
+
+def _in_text(told):
+    return "config.json", {"text_config": {"quantization_config": told, "torch_dtype": "float16"}}
+
+
+def _older(told):
+    return "config.json", {"compression_config": told, "torch_dtype": "float16"}
+
+
+def _autogptq(told):
+    return "quantize_config.json", {key: value for key, value in told.items() if key != "quant_method"}
+
+
+def _autoawq(told):
+    return "quant_config.json", {"w_bit": 4, "q_group_size": coded.GROUP, "version": "GEMM", "zero_point": True}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "place"), [("gptq, 4 bits", _in_text), ("gptq, 4 bits", _autogptq), ("awq", _in_text), ("awq", _autoawq)]
+)
+def test_what_says_how_it_is_quantised_is_found_wherever_it_stands(scheme, place, tmp_path):
+    told, layer = coded.BY_HAND[scheme]
+    tensors, wanted = layer(torch.randn(16, 32))
+    save_file({f"layer.{leaf}": value.contiguous() for leaf, value in tensors.items()}, tmp_path / "model.safetensors")
+    name, says = place(told)
+    (tmp_path / name).write_text(json.dumps(says))
+    assert torch.equal(open_checkpoint(tmp_path).read("layer.weight"), wanted)
+
+
+@pytest.mark.parametrize("place", [_in_text, _older])
+def test_the_size_of_blocks_and_the_type_are_found_wherever_they_stand(place, tmp_path):
+    codes, scale = torch.randn(64, 64).to(E4M3), torch.rand(3, 4) + 0.1
+    save_file({"layer.weight": codes, "layer.weight_scale_inv": scale}, tmp_path / "model.safetensors")
+    name, says = place({"quant_method": "fp8", "weight_block_size": [24, 20]})
+    (tmp_path / name).write_text(json.dumps(says))
+    each = scale.repeat_interleave(24, 0)[:64].repeat_interleave(20, 1)[:, :64]
+    assert torch.equal(open_checkpoint(tmp_path).read("layer.weight"), (codes.float() * each).half())

@@ -30,6 +30,11 @@ READERS: tuple[Reader, ...] = (
     bitsandbytes.weights,
 )
 
+# What a model of several parts calls the configuration of its text.
+_TEXT = ("text_config", "llm_config", "language_config")
+# Scales of what attention computes and keeps (compressed-tensors, ModelOpt, Quark), which are no weights.
+_OF_CACHE = ("k_scale", "v_scale", "q_scale", "prob_output_scale", "output_scale")
+
 
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
@@ -47,6 +52,7 @@ class Decoded(View):
         gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
         self.coded: Mapping[str, Coded] = coded
         self._method = method
+        gone |= {name for name in checkpoint.headers if name.rpartition(".")[2] in _OF_CACHE}
         pieces = {name: same(checkpoint, name) for name in checkpoint.headers if name not in gone}
         pieces |= {name: Piece(one.sources, one.header, one.make) for name, one in coded.items()}
         super().__init__(checkpoint, pieces, module=checkpoint.module)
@@ -91,7 +97,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
 
     Args:
         checkpoint: As it is stored.
-        beside: The folder that it is in, which may have `hf_quant_config.json`.
+        beside: The folder that it is in, which may have `hf_quant_config.json` or another file that tells.
 
     Raises:
         CheckpointError: What is stored fits no weight.
@@ -134,31 +140,56 @@ def _refuse_incomplete(view: Decoded) -> None:
 
 def _dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
     """The type that the model computes in, as its configuration says; bfloat16 where it does not."""
-    config: Any = checkpoint.config or {}
-    told = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    told = next((one for own in _configs(checkpoint) if (one := own.get("dtype") or own.get("torch_dtype"))), None)
     named = getattr(torch, str(told).removeprefix("torch."), None)
     if isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize >= 2:
         return named
     return torch.bfloat16
 
 
+def _configs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The configuration of a model, and that of its text, where it has one of its own."""
+    config = dict(checkpoint.config or {})
+    return [config, *(dict(own) for key in _TEXT if isinstance(own := config.get(key), Mapping))]
+
+
 def _told(checkpoint: Checkpoint, beside: Path | None) -> dict[str, Any]:
     """What says how the weights are stored, wherever it stands."""
-    told = (checkpoint.config or {}).get("quantization_config")
-    if isinstance(told, dict):
-        return told
+    # Of a model of several parts, that of the text (Kimi); and by its name in older files of compressed-tensors.
+    for config in _configs(checkpoint):
+        told = config.get("quantization_config") or config.get("compression_config")
+        if isinstance(told, dict):
+            return told
     if "_quantization_metadata" in checkpoint.metadata:
         try:
             said = json.loads(checkpoint.metadata["_quantization_metadata"])
         except ValueError as error:
             raise CheckpointError(f"`_quantization_metadata` of `{checkpoint.label}` is no JSON: {error}.") from error
         return {"quant_method": "ComfyUI", **(said if isinstance(said, dict) else {})}
-    file = None if beside is None else beside / "hf_quant_config.json"
-    if file is not None and file.is_file():
-        try:
-            read = read_json(file)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"`{file}` cannot be read: {error}.") from error
-        inner = read.get("quantization") if isinstance(read, dict) else None
-        return {"quant_method": "modelopt", **inner} if isinstance(inner, dict) else {}
+    for name, told_in in _FILES.items():
+        file = None if beside is None else beside / name
+        if file is not None and file.is_file():
+            try:
+                read = read_json(file)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"`{file}` cannot be read: {error}.") from error
+            return told_in(read) if isinstance(read, dict) else {}
     return {}
+
+
+def _of_modelopt(read: dict[str, Any]) -> dict[str, Any]:
+    inner = read.get("quantization")
+    return {"quant_method": "modelopt", **inner} if isinstance(inner, dict) else {}
+
+
+def _of_gptq(read: dict[str, Any]) -> dict[str, Any]:
+    return {"quant_method": "gptq", **read}
+
+
+def _of_awq(read: dict[str, Any]) -> dict[str, Any]:
+    own = {"bits": read.get("w_bit"), "group_size": read.get("q_group_size")}
+    return {"quant_method": "awq", **own, **read}
+
+
+# The libraries' own files beside a checkpoint whose configuration says nothing.
+_FILES = {"hf_quant_config.json": _of_modelopt, "quantize_config.json": _of_gptq, "quant_config.json": _of_awq}
