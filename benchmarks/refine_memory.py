@@ -57,7 +57,7 @@ def forward(work: Path) -> None:
     ids = torch.randint(VOCABULARY, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(0))
     seconds = 0.0
     for name in ("base", "tuned"):
-        model = AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float32, trust_remote_code=False).eval()
         start = time.monotonic()
         with torch.no_grad():
             for part in ids.split(8):

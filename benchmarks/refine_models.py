@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from peft_posthoc.running.live import says
 from peft_posthoc.texts.distance import distances
 from peft_posthoc.texts.texts import Texts, Writers
 
-GENERAL, SEED_OF_GENERAL = 64, 99
+GENERAL, SEED_OF_GENERAL = 32, 99
 CPU = torch.device("cpu")
 
 
@@ -53,8 +54,10 @@ class Models:
         """Text that the base wrote and nothing is fitted on."""
         tokenizer = AutoTokenizer.from_pretrained(self.pair.base, trust_remote_code=False)
         writers = Writers(self.base(), self.tuned, tokenizer, len(tokenizer))
-        written = Sampled().write(writers, count=2 * GENERAL, length=128, seed=SEED_OF_GENERAL, progress=False)
-        return [text for text in written if text.kind == "general"]
+        draw = random.Random(SEED_OF_GENERAL)
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED_OF_GENERAL)
+            return writers.general([writers.opening(draw) for _ in range(GENERAL)], 128, None)
 
     def start(self, rank: int) -> Path:
         """The truncated SVD's adapter, of the linear layers and the head."""

@@ -77,8 +77,8 @@ def opened(model: ModelReference, *, merged: bool) -> Checkpoint:
     check_counts(found.config or {})
     if merged and (coded := next(iter(quantized(found).items()), None)):
         raise CheckpointError(
-            f"`{label}` is quantized (`{coded[0]}`: {coded[1].format}), and mergekit would merge its codes. Give it in "
-            "16 bits; a quantized base that is in no part of the merge can be given with `--base`."
+            f"`{label}` is quantised (`{coded[0]}`: {coded[1].format}), and mergekit would merge its codes. Give it in "
+            "16 bits; a quantised base that is in no part of the merge can be given with `--base`."
         )
     return decoded(found, folder)
 

@@ -43,7 +43,7 @@ class Applied(Checkpoint):
 
         Raises:
             AdapterError: It does not fit, or is more than base + b @ a.
-            CheckpointError: The base holds quantized what it changes.
+            CheckpointError: The base holds quantised what it changes.
         """
         self.label = label
         self.revision = revision
@@ -57,7 +57,7 @@ class Applied(Checkpoint):
         if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
             name, how = coded[adapted]
             raise CheckpointError(
-                f"`{folder.label}` adds to `{name}`, which `{base.label}` holds quantized ({how}); its numbers need "
+                f"`{folder.label}` adds to `{name}`, which `{base.label}` holds quantised ({how}); its numbers need "
                 "their scales. Give the model that it was made from."
             )
         self._on = AdapterOnModel(folder, base, layout)

@@ -1,1 +1,1 @@
-"""The ground: device, float32 that is float32, one thread a weight."""
+"""The ground: device and its memory, float32 that is float32, threads, and processes that work together."""

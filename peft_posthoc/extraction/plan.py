@@ -141,7 +141,7 @@ def make_plan(
 
     Raises:
         MismatchError: The two are not states of one model; every tensor whose shapes differ is named.
-        CheckpointError: No weight is left to carry, and some are quantized.
+        CheckpointError: No weight is left to carry, and some are quantised.
         NothingToCarryError: No weight is left to carry.
         ValueError: A regular expression is malformed or matches nothing.
     """
@@ -182,7 +182,7 @@ def make_plan(
         for side, found, role in ((base, packed[0], "base"), (tuned, packed[1], "tuned")):
             if first := next((name for name in side.headers if name in found), None):
                 raise CheckpointError(
-                    f"The {role} `{side.label}` is quantized (`{first}` is {side.headers[first].dtype}: "
+                    f"The {role} `{side.label}` is quantised (`{first}` is {side.headers[first].dtype}: "
                     f"{found[first].format}); its numbers need their scales. Give the checkpoint it was made from, or "
                     "dequantize it first."
                 )

@@ -18,8 +18,8 @@ class Reason(StrEnum):
     UNREAD = "unread", "only in tuned, and not read when a model of its class is loaded"
     OTHER_SHAPE = "other-shape", "shapes differ ({exclude})", {"exclude": None}
     BESIDE_MODEL = "beside-model", "a module beside the model, in a folder of its own ({0})"
-    QUANTIZED = "quantized", "quantized ({0}): its numbers need their scales"
-    OF_QUANTIZED = "of-quantized", "codes or scales of a quantized weight ({0})"
+    QUANTIZED = "quantized", "quantised ({0}): its numbers need their scales"
+    OF_QUANTIZED = "of-quantized", "codes or scales of a quantised weight ({0})"
     NOT_FLOATING = "not-floating", "not a floating-point tensor"
     EMPTY = "empty", "holds no values"
     BIAS = "bias", "bias (LoRA has no portable form for it)"

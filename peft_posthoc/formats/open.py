@@ -63,8 +63,9 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     config = config_of(Path(base)) if Path(base).is_dir() else fetch_config(str(base), revision=revision)
     if config is None:
         # A GGUF has it in its file.
-        opened = open_checkpoint(base, revision=revision, role="base")
-        if opened.config is None:
+        here = Path(base).is_dir() and not any(path.suffix == SUFFIX for path in Path(base).iterdir())
+        opened = None if here else open_checkpoint(base, revision=revision, role="base")
+        if opened is None or opened.config is None:
             raise CheckpointError(f"The base `{base}` has no `config.json`.")
         return opened
     model = build(config)

@@ -86,20 +86,9 @@ def rounding(
 def _spacing(x: Tensor) -> Tensor:
     """The distance to the next value of the type of `x`, in float32."""
     kind = torch.finfo(x.dtype)
-    return spacing(x, eps=kind.eps, smallest=kind.smallest_normal)
-
-
-def spacing(x: Tensor, *, eps: float, smallest: float) -> Tensor:
-    """The distance to the next value of a floating type, in float32.
-
-    Args:
-        x: Values of the type.
-        eps: Its distance at 1.
-        smallest: The smallest power of two that it has all digits at.
-    """
     # The exponent alone, as a float: a power of two at most `|x|`.
     power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
-    return power.clamp_(min=smallest).mul_(eps)
+    return power.clamp_(min=kind.smallest_normal).mul_(kind.eps)
 
 
 def error_of(steps: Float[Tensor, "*shape"]) -> float:

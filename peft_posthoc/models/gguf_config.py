@@ -32,7 +32,9 @@ def configuration_of(file: Gguf) -> dict[str, Any]:
 
     path = file.files[0]
     try:
-        read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        read = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         # Of metadata that it does not expect it makes errors of every kind.
         raise CheckpointError(

@@ -45,7 +45,7 @@ class RefinePreflight:
     length: int
     """Tokens of one, at most; no more than the models can read."""
     steps: int | None
-    """None for a method that takes none."""
+    """Of `distil`; None of other methods."""
     factors: int
     """Numbers that are fitted."""
     models_bytes: int

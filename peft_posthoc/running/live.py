@@ -1,4 +1,4 @@
-"""Live models for a fit: the tuned model, and base + adapter, as logits of batches; loaded, or a user's own."""
+"""Live models, to fit or to compare: the tuned model, and base + adapter; loaded, or a user's own."""
 
 from __future__ import annotations
 

@@ -55,8 +55,9 @@ def load_model(
             model = _of_tensors(decoded, cls, config, torch.float32 if dtype == "auto" else dtype)
             write_as_told(model, decoded)
         else:
-            place = {"local_files_only": True, "trust_remote_code": False}
-            model = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **place)
+            model = cls.from_pretrained(
+                checkpoint.folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
         return model.to(device).eval()
 
 
@@ -78,7 +79,9 @@ def write_as_told(model: Any, checkpoint: Checkpoint) -> None:
 
     place = place_of(checkpoint)
     if place is not None and (place / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+        model.generation_config = GenerationConfig.from_pretrained(
+            place, local_files_only=True, trust_remote_code=False
+        )
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def comparable(base: Checkpoint, tuned: Checkpoint, stored: AdapterOnModel, plan
     """The tensors that both checkpoints have in one shape, or the adapter whole: counters and codes are none.
 
     Raises:
-        CheckpointError: The adapter changes a tensor that is quantized.
+        CheckpointError: The adapter changes a tensor that is quantised.
     """
     found = []
     for name in plan.headers:

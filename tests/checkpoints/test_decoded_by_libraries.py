@@ -164,7 +164,7 @@ def test_scales_in_another_shard_and_plain_layers_beside(tmp_path):
 
 def test_eight_bit_floats_without_a_scale_are_never_subtracted():
     codes = torch.randn(8, 4).to(torch.float8_e4m3fn)
-    with pytest.raises(CheckpointError, match=r"quantized .*need their scales"):
+    with pytest.raises(CheckpointError, match=r"quantised .*need their scales"):
         extract({"a.weight": codes}, {"a.weight": torch.randn(8, 4)}, rank=2)
 
 

@@ -231,10 +231,10 @@ def test_a_pipeline_on_the_hub_is_no_model(hub, phlora, pair, tmp_path, work):
 
 
 def test_a_repository_without_weights_is_told_what_it_holds(hub, phlora, pair, tmp_path, work):
-    (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf" / "model.Q4_K.gguf").write_bytes(b"GGUF")
-    hub.repository("gguf/base").commit(tmp_path / "gguf", "main")
-    refused(phlora("extract", "gguf/base", pair[1], work / "out"), work, "`gguf/base`", "model.Q4_K.gguf")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.onnx").write_bytes(b"ONNX")
+    hub.repository("other/base").commit(tmp_path / "other", "main")
+    refused(phlora("extract", "other/base", pair[1], work / "out"), work, "`other/base`", "model.onnx")
     assert hub.fetched == []
 
 

@@ -73,7 +73,7 @@ def test_what_is_stored_plainly_is_carried_and_the_rest_is_a_row(form, side):
 def test_where_nothing_plain_is_left_the_model_is_refused_with_its_format(form):
     layers = [f"layers.{i}.{part}.proj" for i in range(2) for part in ("attn", "mlp")]
     plain, stored = model(form, coded=layers)
-    with pytest.raises(CheckpointError, match=rf"The tuned `state dict` is quantized \(.*{form.split(' in ')[0]}"):
+    with pytest.raises(CheckpointError, match=rf"The tuned `state dict` is quantised \(.*{form.split(' in ')[0]}"):
         extract(changed(plain), stored, 4)
 
 
@@ -164,8 +164,8 @@ def test_an_adapter_of_quantized_weights_is_neither_compared_nor_added_to_codes(
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"`layers\.0\.mlp\.proj\.weight`, which the adapter changes, is quantized"
+        CheckpointError, match=r"`layers\.0\.mlp\.proj\.weight`, which the adapter changes, is quantised"
     ):
         verify(adapter, tmp_path / "coded", changed(plain), outputs=False)
-    with pytest.raises(CheckpointError, match=r"adds to `layers\.0\.mlp\.proj\.weight`, which .* quantized \(float8\)"):
+    with pytest.raises(CheckpointError, match=r"adds to `layers\.0\.mlp\.proj\.weight`, which .* quantised \(float8\)"):
         extract(plain, f"{tmp_path / 'coded'}+{adapter}", 4)

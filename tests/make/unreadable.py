@@ -29,8 +29,13 @@ def empty(at):
 
 
 def other_files(at):
+    (at / "model.safetensors").rename(at / "model.onnx")
+    return f"No weights in `{at.name}`", "model.onnx"
+
+
+def no_gguf(at):
     (at / "model.safetensors").rename(at / "model.gguf")
-    return f"No weights in `{at.name}`", "model.gguf"
+    return f"{at.name}/model.gguf` is not a readable GGUF file"
 
 
 def no_tensors(at):
@@ -203,6 +208,7 @@ UNREADABLE = [
     a_file,
     empty,
     other_files,
+    no_gguf,
     no_tensors,
     truncated,
     cut_in_its_header,

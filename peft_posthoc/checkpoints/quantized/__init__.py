@@ -1,1 +1,1 @@
-"""Quantized weights: a file for each way in which they are stored, and a view that shows them decoded."""
+"""Quantised weights: a file for each way in which they are stored, and a view that shows them decoded."""

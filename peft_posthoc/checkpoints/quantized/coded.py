@@ -33,11 +33,11 @@ class Coded(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint with quantized weights, as readers see it."""
+    """A checkpoint with quantised weights, as readers see it."""
 
     checkpoint: Checkpoint
     told: Mapping[str, Any]
-    """What says how it was quantized: `quantization_config`, or what stands for it. Empty where nothing does."""
+    """What says how it was quantised: `quantization_config`, or what stands for it. Empty where nothing does."""
     dtype: torch.dtype
     """Of the model, as its configuration says."""
 
@@ -48,14 +48,21 @@ class Stored:
 
     @property
     def method(self) -> str:
-        """By what it was quantized, as its configuration says."""
+        """By what it was quantised, as its configuration says."""
         told = self.told.get("quant_method") or ""
         return str(getattr(told, "value", told))  # Of a live model it is one of transformers' own.
 
     def number(self, key: str) -> int:
-        """A whole number that says how it was quantized; 0 where none does."""
+        """A whole number that says how it was quantised; 0 where none does."""
         value = self.told.get(key)
         return value if isinstance(value, int) else 0
+
+    @property
+    def schemes(self) -> list[Mapping[str, Any]]:
+        """What compressed-tensors says of the weights of each of its groups of layers."""
+        groups = self.told.get("config_groups") or {}
+        told = (group.get("weights") for group in groups.values() if isinstance(group, dict))
+        return [one for one in told if isinstance(one, dict)]
 
     def beside(self, name: str, *leaves: str) -> str | None:
         """The first of `leaves` that is stored in the module of a tensor, in full."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from peft_posthoc.errors import CheckpointError
 _BITS = (4, 8, 2, 3, 5, 6, 7)
 
 
-def compressed(stored: Stored) -> Iterator[tuple[str, Coded]]:
+def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """Every weight that is stored as `X.weight_packed` of words."""
     for name, header in stored.headers.items():
         if not name.endswith(".weight_packed") or header.dtype is not torch.int32 or len(header.shape) != 2:
@@ -55,16 +54,12 @@ def _columns(stored: Stored, words: int, count: int, shape: str | None) -> tuple
     Raises:
         CheckpointError: No numbers of a known size fill the words.
     """
-    told: list[dict[str, Any]] = [
-        weights
-        for group in (stored.told.get("config_groups") or {}).values()
-        if isinstance(group, dict) and isinstance(weights := group.get("weights"), dict)
-    ]
-    asked = [int(weights.get("num_bits") or 0) for weights in told]
+    told = stored.schemes
+    asked = [int(one.get("num_bits") or 0) for one in told]
     if shape is not None and not stored.checkpoint.to_fetch:
         sides = [int(stored.checkpoint.read(shape)[-1])]
     else:
-        sides = [count * int(weights.get("group_size") or 0) for weights in told if count > 1]
+        sides = [count * int(one.get("group_size") or 0) for one in told if count > 1]
         sides += [words * 32 // bits for bits in asked if bits]
     for n in sides:
         for bits in (*asked, *_BITS):

@@ -1,4 +1,4 @@
-"""A quantized checkpoint, seen as the weights that it stands for: each is decoded when it is read."""
+"""A quantised checkpoint, seen as the weights that it stands for: each is decoded when it is read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, gptq
+from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, compressed, fp4, gptq, scaled
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
-from peft_posthoc.checkpoints.quantized.compressed import compressed
-from peft_posthoc.checkpoints.quantized.fp4 import fp4
-from peft_posthoc.checkpoints.quantized.scaled import FLOATS, scaled
+from peft_posthoc.checkpoints.quantized.scaled import FLOATS
 from peft_posthoc.checkpoints.quantized.steps import steps
 from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.checkpoints.view import Piece, View, same
@@ -24,9 +22,9 @@ from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
 READERS: tuple[Reader, ...] = (
-    fp4,
-    scaled,
-    compressed,
+    fp4.weights,
+    scaled.weights,
+    compressed.weights,
     gptq.weights,
     awq.weights,
     bitsandbytes.weights,
@@ -44,7 +42,7 @@ class Decoded(View):
         Args:
             checkpoint: As it is stored.
             coded: By name, what is decoded.
-            method: By what it was quantized, as its configuration says.
+            method: By what it was quantised, as its configuration says.
         """
         gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
         self.coded: Mapping[str, Coded] = coded
@@ -89,7 +87,7 @@ class Decoded(View):
 
 
 def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
-    """The checkpoint with its quantized weights decoded; itself, where it has none that a reader knows.
+    """The checkpoint with its quantised weights decoded; itself, where it has none that a reader knows.
 
     Args:
         checkpoint: As it is stored.
@@ -100,7 +98,7 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
     """
     if not quantized(checkpoint):
         return checkpoint
-    stored = Stored(checkpoint, _told(checkpoint, beside), dtype_of_model(checkpoint))
+    stored = Stored(checkpoint, _told(checkpoint, beside), _dtype_of_model(checkpoint))
     coded: dict[str, Coded] = {}
     gone: set[str] = set()
     for reader in READERS:
@@ -134,7 +132,7 @@ def _refuse_incomplete(view: Decoded) -> None:
             )
 
 
-def dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
+def _dtype_of_model(checkpoint: Checkpoint) -> torch.dtype:
     """The type that the model computes in, as its configuration says; bfloat16 where it does not."""
     config: Any = checkpoint.config or {}
     told = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")

@@ -18,7 +18,7 @@ _BYTES = (torch.uint8, torch.int8)
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def fp4(stored: Stored) -> Iterator[tuple[str, Coded]]:
+def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """Every weight that is stored so.
 
     The codes are `X.weight_packed` (compressed-tensors), `X.weight` (ModelOpt; DeepSeek's experts), or `X_blocks` of a

@@ -38,7 +38,7 @@ def gptq(
     zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
     if qzeros is not None:
         # Zero itself is stored as the largest number in the first version. GPTQModel reads it so; kernels made after
-        # ExLlama's take it for 2**bits, which no quantizer writes.
+        # ExLlama's take it for 2**bits, which no quantiser writes.
         zeros = (unpacked(qzeros, bits)[:, : scales.shape[1]] + offset) & (2**bits - 1)
     return weight_of(codes[:, : len(groups)], zeros.T, scales.T, groups)
 

@@ -15,7 +15,7 @@ from peft_posthoc.errors import CheckpointError
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 # Scales that are exponents of two.
-EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # In every file that is known, where no configuration says another.
 _BLOCK = 128
 # What lies beside a weight and is not needed to decode it.
@@ -26,7 +26,7 @@ _BESIDE = (
 ROWS = 32
 
 
-def scaled(stored: Stored) -> Iterator[tuple[str, Coded]]:
+def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """Every weight of 8 bits that has its scale beside it.
 
     The scale is `X.weight_scale_inv` (DeepSeek, Qwen; a factor all the same), `X.weight_scale` (compressed-tensors,
@@ -59,7 +59,7 @@ def scaled(stored: Stored) -> Iterator[tuple[str, Coded]]:
 
 def is_half(stored: Stored, scale: str) -> bool:
     """Tell whether integers that this is the scale of hold two floats of 4 bits each, as DeepSeek's experts do."""
-    return stored.headers[scale].dtype in EXPONENTS or stored.method == "fp8"
+    return stored.headers[scale].dtype in _EXPONENTS or stored.method == "fp8"
 
 
 class Blocks(NamedTuple):
@@ -121,9 +121,7 @@ def _told(stored: Stored, name: str) -> Sequence[int]:
     layer = (stored.told.get("layers") or {}).get(name.rpartition(".")[0])
     if isinstance(layer, dict) and layer.get("group_size"):
         return [int(layer["group_size"])] * 2
-    groups = (stored.told.get("config_groups") or {}).values()
-    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
-    told = [stored.told.get("weight_block_size"), *(one.get("block_structure") for one in weights if one)]
+    told = [stored.told.get("weight_block_size"), *(one.get("block_structure") for one in stored.schemes)]
     return next((one for one in told if isinstance(one, list) and len(one) == 2), [_BLOCK, _BLOCK])
 
 

@@ -1,4 +1,4 @@
-"""Quantized tensors of a checkpoint: codes and scales, whose numbers are not those of the weights."""
+"""Quantised tensors of a checkpoint: codes and scales, whose numbers are not those of the weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BESIDE = re.compile(r"scale|zero|g_idx|shape|absmax|quant|codebook|amax|^SCB$|_
 
 
 class Quantized(NamedTuple):
-    """A tensor of a quantized weight, or the weight by its own name."""
+    """A tensor of a quantised weight, or the weight by its own name."""
 
     format: str
     weight: str
@@ -36,7 +36,7 @@ class Quantized(NamedTuple):
 
 
 def quantized(checkpoint: Checkpoint) -> dict[str, Quantized]:
-    """The quantized tensors of a checkpoint, and the weights that they stand for, by name.
+    """The quantised tensors of a checkpoint, and the weights that they stand for, by name.
 
     They are told by types and names: a configuration may say nothing of them, or name a format in which the model is
     only to be loaded. A view that shows decoded weights has none.
