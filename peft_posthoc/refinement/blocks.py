@@ -18,7 +18,7 @@ from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
-from peft_posthoc.refinement.steps import Steps, copies, put
+from peft_posthoc.refinement.steps import Steps, copies, put, still
 from peft_posthoc.refinement.walk import Stretch, Walk
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.distance import divergence
@@ -89,7 +89,7 @@ class blocks:
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         others = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in factors.keys() - moved}
         why = "its turn did not come" if len(reached) < walk.count else "it comes before the blocks"
-        unmoved = dict.fromkeys(sorted(others), why)
+        unmoved = still(factors) | dict.fromkeys(sorted(others), why)
         return Fit(before, after, kept, done, time.monotonic() - began, interrupted, unmoved)
 
     def _fit(

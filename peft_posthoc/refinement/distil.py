@@ -17,7 +17,7 @@ from tqdm import tqdm
 from peft_posthoc.refinement.method import Fit, better, finite
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
-from peft_posthoc.refinement.steps import Steps, copies, put
+from peft_posthoc.refinement.steps import Steps, copies, put, still
 from peft_posthoc.running.live import Live, says
 from peft_posthoc.texts.distance import Distance, Model, Score, divergence
 from peft_posthoc.texts.sequences import Split, Tokens, batches, shuffled
@@ -96,7 +96,7 @@ class distil:
         finally:
             bar.close()
             put(factors, best_factors)
-        return Fit(before, best, kept, at.done, at.seconds, interrupted)
+        return Fit(before, best, kept, at.done, at.seconds, interrupted, still(factors))
 
 
 def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.compute.together import ALONE, Together
 
 
@@ -52,6 +53,13 @@ class Steps:
             i, key = name.split(".", 1)
             known.setdefault(int(i), {})[key] = value
         self._adam.load_state_dict({**self._adam.state_dict(), "state": known})
+
+
+def still(factors: Mapping[str, Parameter]) -> dict[str, str]:
+    """Modules with a factor that no step moves, and why."""
+    zero = (name for name, own in factors.items() if not own.any())
+    modules = sorted({name.partition(".lora_")[0].removeprefix(PREFIX) for name in zero})
+    return dict.fromkeys(modules, "one of the two is zero, and steps are relative to its size")
 
 
 def _size(factor: Tensor) -> float:

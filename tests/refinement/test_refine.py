@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_posthoc import MismatchError, PosthocError, Sampled, compensated, distil, extract, refine
+from peft_posthoc import MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.refinement.method import Fit
 from peft_posthoc.texts.sequences import Tokens
 
@@ -226,3 +226,14 @@ def test_whatever_the_method_two_vocabularies_are_told_by_the_models_names(
     for method in (distil(), compensated()):
         with pytest.raises(MismatchError, match=rf"{pair[0]}` knows 48 tokens, `{tmp_path / 'tuned'}` 56"):
             refine(adapter, pair[0], tmp_path / "tuned", method=method)
+
+
+def test_factors_that_are_zero_and_stay_so_are_told_of(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(pair[0])
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])).save_pretrained(tmp_path)
+    for method in (distil(passes=1), blocks(passes=1)):
+        found = refine(tmp_path, *pair, method=method, sequences=16, length=8)
+        assert found.kept
+        assert list(found.unmoved) == ["model.layers.1.self_attn.q_proj"]
+        assert "is zero" in found.table()
+    assert not refine(tmp_path, *pair, method=compensated(), sequences=64, length=8).unmoved
