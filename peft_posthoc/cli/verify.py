@@ -59,6 +59,8 @@ def verify(
     given = texts_of(prompts, texts, field) if prompts or texts or field else None
     if given is not None and (prompt or ids):
         raise click.UsageError("A file of texts is compared on alone, without --prompt and --token-ids.")
+    if given is not None and weights_only:
+        raise click.UsageError("--weights-only reads no text: leave out --prompts, --texts and --field.")
     if not weights_only:
         quiet_hosts()
 

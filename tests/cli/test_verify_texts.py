@@ -76,6 +76,7 @@ def test_texts_are_used_as_they_are_and_the_distance_is_their_logits(here: Path)
     [
         (["--prompts", "some.txt", "--prompt", "w1"], 2, "compared on alone"),
         (["--prompts", "none.txt"], 1, "cannot be read"),
+        (["--prompts", "some.txt", "--weights-only"], 2, "--weights-only reads no text"),
         (["--field", "x"], 2, "--field belongs"),
     ],
 )
