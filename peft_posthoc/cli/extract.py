@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
@@ -27,6 +30,11 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
 @AND_REFINE
 @HTML
+@click.option(
+    "--to",
+    type=click.Choice(IMAGES),
+    help="Write OUT, NAME.safetensors, as `phlora export` does; comfyui: with --form peft, unless another is given.",
+)
 @option("form")
 @CHOICE
 @option("for_base")
@@ -43,6 +51,7 @@ def extract(
     force: bool,
     dry_run: bool,
     html: Path | None,
+    to: str | None,
     quiet: bool,
     json_to: str | None,
     **options: Any,
@@ -65,6 +74,17 @@ def extract(
     # Bad arguments are told before the work, not after it.
     if asked is not None and (isinstance(rule, several) or html is not None):
         raise click.UsageError("--refine goes with one rank and without --html.")
+    if to is not None:
+        if asked is not None or isinstance(rule, several) or html is not None:
+            raise click.UsageError("--to goes with one rank, and without --refine and --html.")
+        source = click.get_current_context().get_parameter_source("form")
+        if to == "comfyui" and source is ParameterSource.DEFAULT:
+            options["form"] = "peft"
+        check_file(json_to, "--json")
+        _straight(
+            base, tuned, rule or 32, out, to, force=force, dry_run=dry_run, quiet=quiet, json_to=json_to, **options
+        )
+        return
     check_file(json_to, "--json")
     check_drawing(html, "--html")
     if isinstance(rule, several):
@@ -103,3 +123,35 @@ def extract(
             Inspection.of(adapter, made).html(html)
         done = f"{'Adapters' if several_of_them else 'Adapter'} written to {out}"
         show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet, more=[done])
+
+
+def _straight(
+    base: str,
+    tuned: str,
+    rank: Any,
+    out: Path,
+    to: Any,
+    *,
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
+    """Extract, and export what was extracted."""
+    from peft_posthoc.extraction.extract import extract as run
+    from peft_posthoc.extraction.preflight import preflight
+    from peft_posthoc.formats.export import check_out
+    from peft_posthoc.formats.export import export as write
+
+    check_out(to, out, force=force)
+    if dry_run:
+        show(preflight(base, tuned, rank, **options), json_to, quiet=quiet)
+        return
+    adapter = run(base, tuned, rank, progress=not quiet, **options)
+    with TemporaryDirectory(prefix="phlora-") as room:
+        adapter.save(Path(room) / out.stem)
+        done = write(Path(room) / out.stem, out, to, base=base, base_revision=options["base_revision"], force=force)
+    with noting(f"The LoRA is at `{out}`."):
+        told = f"{adapter.report.table()}\n\n{done.table()}"
+        show(adapter.report, json_to, quiet=quiet, table=told, more=[f"Written to {out}"])
