@@ -23,7 +23,7 @@ SUFFIX = ".gguf"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MODEL = re.compile(r"(?!mmproj|.*imatrix)[^/]+\.gguf")
 # Values that are decoded at a time, which stay in the processor's cache.
-_AT_A_TIME = 1 << 16
+_AT_A_TIME = 1 << 17
 # What numpy has no word for is handed over as bytes.
 _PLAIN = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, compressed, fp4, gptq, scaled
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
 from peft_posthoc.checkpoints.quantized.scaled import FLOATS
@@ -97,14 +97,15 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
 
     Args:
         checkpoint: As it is stored.
-        beside: The folder that it is in, which may have `hf_quant_config.json` or another file that tells.
+        beside: The folder that it is in, which may have `hf_quant_config.json` or another file that tells; by default
+            the checkpoint's own.
 
     Raises:
         CheckpointError: What is stored fits no weight.
     """
     if not quantized(checkpoint):
         return checkpoint
-    stored = Stored(checkpoint, _told(checkpoint, beside), _dtype_of_model(checkpoint))
+    stored = Stored(checkpoint, _told(checkpoint, beside or place_of(checkpoint)), _dtype_of_model(checkpoint))
     coded: dict[str, Coded] = {}
     gone: set[str] = set()
     for reader in READERS:
