@@ -69,13 +69,6 @@ def test_modelopt_s_nvfp4_multiplies():
         opened({**own, "x.pre_quant_scale": torch.ones(N)}, "modelopt")
 
 
-def test_scales_in_the_order_of_a_kernel_are_not_taken_for_others():
-    tensors = nvfp4()
-    own = {"x.weight": tensors["weight_packed"], "x.weight_scale": tensors["weight_scale"]}
-    own |= {"x.weight_scale_2": torch.ones(()), "x.comfy_quant": torch.ones(20, dtype=torch.uint8)}
-    assert opened(own).coded_as("x.weight") is None
-
-
 def test_compressed_tensors_mxfp4_is_what_it_decodes_itself():
     tensors = {"weight_packed": codes(M, N // 2), "weight_scale": torch.randint(100, 130, (M, N // 32)).to(torch.uint8)}
     source = opened({f"x.{name}": tensor for name, tensor in tensors.items()}, "compressed-tensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
-from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, compressed, fp4, gptq, scaled
+from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, comfyui, compressed, fp4, gptq, scaled
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
 from peft_posthoc.checkpoints.quantized.scaled import FLOATS
 from peft_posthoc.checkpoints.quantized.steps import steps
@@ -22,6 +23,7 @@ from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
 READERS: tuple[Reader, ...] = (
+    comfyui.weights,
     fp4.weights,
     scaled.weights,
     compressed.weights,
@@ -107,12 +109,10 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
         return checkpoint
     stored = Stored(checkpoint, _told(checkpoint, beside or place_of(checkpoint)), _dtype_of_model(checkpoint))
     coded: dict[str, Coded] = {}
-    gone: set[str] = set()
     for reader in READERS:
-        for name, one in reader(stored):
-            if gone.isdisjoint(one.sources):
-                coded[name] = one
-                gone |= {*one.sources, *one.beside}
+        gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
+        coded |= dict(reader(replace(stored, taken=gone)))
+    coded = coded or dict(scaled.as_they_are(stored))
     if not coded:
         return checkpoint
     view = Decoded(checkpoint, coded, method=stored.method)

@@ -53,10 +53,9 @@ def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
     if is_half(stored, scale):
         if shape != (header.shape[0], header.shape[1] // 16):
             return None
-        return Coded((name, scale), shown, partial(_made, divide=False, dtype=stored.dtype), 4, "MXFP4", beside=beside)
+        return Coded((name, scale), shown, partial(matrix, dtype=stored.dtype), 4, "MXFP4", beside=beside)
     second = stored.beside(name, "weight_global_scale", "weight_scale_2")
-    # ComfyUI stores the scales in the order of a kernel's tiles, and has no configuration.
-    if second is None or stored.method == "ComfyUI" or stored.beside(name, "comfy_quant"):
+    if second is None:
         return None
     if (smooth := stored.beside(name, "pre_quant_scale")) is not None:
         raise CheckpointError(
@@ -64,7 +63,7 @@ def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
             "Give the model that it was made from."
         )
     _check(name, (header.shape[0], header.shape[1] // 8), scale, shape)
-    make = partial(_made, divide=second.endswith("global_scale"), dtype=stored.dtype)
+    make = partial(matrix, divide=second.endswith("global_scale"), dtype=stored.dtype)
     return Coded((name, scale, second), shown, make, 4, "NVFP4", beside=beside)
 
 
@@ -73,10 +72,28 @@ def _check(name: str, wanted: tuple[int, ...], scale: str, found: tuple[int, ...
         raise CheckpointError(f"`{scale}` is {found}; for `{name}` it would be {wanted}.")
 
 
-def _made(codes: Tensor, scale: Tensor, second: Tensor | None = None, *, divide: bool, dtype: torch.dtype) -> Tensor:
+def matrix(
+    codes: Tensor,
+    scale: Tensor,
+    second: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    divide: bool = False,
+    high_first: bool = False,
+) -> Tensor:
+    """The weight of a linear layer, out x in features.
+
+    Args:
+        codes: Bytes, out x in features / 2.
+        scale: Of every group of neighbours, out features x groups.
+        second: A scale for all.
+        dtype: Of what is made.
+        divide: Whether the second scale divides the first.
+        high_first: Whether the upper half of a byte is the first of two neighbours.
+    """
     values = _values()
-    # The two that each byte stands for: its lower half is the first of two neighbours.
-    table = torch.stack([values.repeat(16), values.repeat_interleave(16)], 1)
+    halves = values.repeat(16), values.repeat_interleave(16)  # Of every byte, the lower and the upper.
+    table = torch.stack(halves[::-1] if high_first else halves, 1)
     scales = factor(scale)
     if second is not None:
         scales = scales.div_(second.float()) if divide else scales.mul_(second.float())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Header, place_of
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.checkpoints.quantized.grid import fill, numbers
 from peft_posthoc.errors import CheckpointError
@@ -19,6 +19,7 @@ FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.f
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # In every file that is known, where no configuration says another.
 _BLOCK = 128
+_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "scaled_fp8")
 # What lies beside a weight and is not needed to decode it.
 _BESIDE = (
     *("input_scale", "scale_input", "activation_scale", "input_global_scale", "input_zero_point", "comfy_quant"),
@@ -54,6 +55,20 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
                 beside=(*stored.all_beside(name, *_BESIDE), *marks),
             ),
         )
+
+
+def as_they_are(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every tensor of 8-bit floats of a single file as the numbers that it holds: image models are cast so.
+
+    None where anything tells of scales, or there is a folder that may have lost them.
+    """
+    checkpoint, leaves = stored.checkpoint, {name.rpartition(".")[2] for name in stored.headers}
+    if stored.told or leaves & {*_SCALES, *_BESIDE} or checkpoint.identity is None or place_of(checkpoint) is not None:
+        return
+    for name, header in stored.headers.items():
+        if header.dtype in FLOATS:
+            cast = partial(Tensor.to, dtype=stored.dtype)
+            yield name, Coded((name,), Header(header.shape, stored.dtype), cast, 8, "FP8 without scales")
 
 
 def is_half(stored: Stored, scale: str) -> bool:
@@ -114,8 +129,8 @@ def _along(scale: Tensor, rows: slice, blocks: Blocks) -> Tensor:
 
 def _told(stored: Stored, name: str) -> Sequence[int]:
     """The size of a block of a weight, as far as anything says it."""
-    layer = (stored.told.get("layers") or {}).get(name.rpartition(".")[0])
-    if isinstance(layer, dict) and layer.get("group_size"):
+    layer = stored.layer(name)
+    if layer and layer.get("group_size"):
         return [int(layer["group_size"])] * 2
     told = [stored.told.get("weight_block_size"), *(one.get("block_structure") for one in stored.schemes)]
     return next((one for one in told if isinstance(one, list) and len(one) == 2), [_BLOCK, _BLOCK])
