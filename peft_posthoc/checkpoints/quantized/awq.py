@@ -62,7 +62,8 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """
     if stored.method != "awq":
         return
-    version, bits = str(stored.told.get("version") or "gemm").lower(), stored.number("bits") or 4
+    version = str(stored.told.get("version") or stored.told.get("format") or "gemm").lower()
+    bits = stored.number("bits") or 4
     for name in stored.headers:
         scales = stored.beside(name, "scales")
         if not name.endswith(".qweight") or scales is None:

@@ -58,7 +58,7 @@ class Stored:
     @property
     def method(self) -> str:
         """By what it was quantised, as its configuration says."""
-        told = self.told.get("quant_method") or ""
+        told = self.told.get("quant_method") or self.told.get("method") or ""  # GPTQModel's name of it.
         return str(getattr(told, "value", told))  # Of a live model it is one of transformers' own.
 
     def number(self, key: str) -> int:

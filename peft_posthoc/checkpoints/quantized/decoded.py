@@ -32,6 +32,8 @@ READERS: tuple[Reader, ...] = (
     bitsandbytes.weights,
 )
 
+# What says that weights were rotated: by compressed-tensors, and by GPTQModel.
+_ROTATED = ("transform_config", "rotation")
 # What a model of several parts calls the configuration of its text.
 _TEXT = ("text_config", "llm_config", "language_config")
 # Scales of what attention computes and keeps (compressed-tensors, ModelOpt, Quark), which are no weights.
@@ -111,13 +113,57 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
     coded: dict[str, Coded] = {}
     for reader in READERS:
         gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
-        coded |= dict(reader(replace(stored, taken=gone)))
+        try:
+            coded |= dict(reader(replace(stored, taken=gone)))
+        except PosthocError:
+            raise
+        except Exception as error:  # A configuration may hold anything.
+            raise CheckpointError(
+                f"What says how `{checkpoint.label}` is quantised is not understood: {one_line(error)}"
+            ) from error
     coded = coded or dict(scaled.as_they_are(stored))
     if not coded:
         return checkpoint
+    _refuse_rotated(stored)
+    coded = {name: _with_smoothing(stored, name, one) for name, one in coded.items()}
     view = Decoded(checkpoint, coded, method=stored.method)
     _refuse_incomplete(view)
     return view
+
+
+def _with_smoothing(stored: Stored, name: str, one: Coded) -> Coded:
+    """The weight times what the layer's input is multiplied by (ModelOpt, ComfyUI), where that is stored beside it.
+
+    Raises:
+        CheckpointError: It is not for the in features of a linear layer.
+    """
+    factor = replace(stored, taken=()).beside(name, "pre_quant_scale")
+    if factor is None or name.rpartition(".")[2] != "weight":
+        return one
+    shape = stored.checkpoint.headers[factor].shape
+    if torch.Size(shape).numel() != one.header.shape[-1] or len(one.header.shape) != 2:
+        raise CheckpointError(f"`{factor}` is {shape}; it scales no columns of `{name}` ({one.header.shape}).")
+
+    def make(*tensors: Tensor) -> Tensor:
+        made = one.make(*tensors[:-1])
+        return (made * tensors[-1].to(torch.float32).flatten()).to(made.dtype)
+
+    return one._replace(sources=(*one.sources, factor), make=make)
+
+
+def _refuse_rotated(stored: Stored) -> None:
+    """See that codes stand for the model's own weights, and not for those in another basis.
+
+    Raises:
+        CheckpointError: Something says that they were rotated.
+    """
+    for key in _ROTATED:
+        told = stored.told.get(key)
+        if told and (not isinstance(told, Mapping) or told.get("config_groups", told)):
+            raise CheckpointError(
+                f"`{stored.checkpoint.label}` holds weights that were rotated before they were quantised (`{key}`), "
+                "which is not undone here. Give the model that it was made from."
+            )
 
 
 def _refuse_incomplete(view: Decoded) -> None:
@@ -160,7 +206,7 @@ def _told(checkpoint: Checkpoint, beside: Path | None) -> dict[str, Any]:
     for config in _configs(checkpoint):
         told = config.get("quantization_config") or config.get("compression_config")
         if isinstance(told, dict):
-            return told
+            return _as_packed(told)
     if "_quantization_metadata" in checkpoint.metadata:
         try:
             said = json.loads(checkpoint.metadata["_quantization_metadata"])
@@ -176,6 +222,13 @@ def _told(checkpoint: Checkpoint, beside: Path | None) -> dict[str, Any]:
                 raise CheckpointError(f"`{file}` cannot be read: {error}.") from error
             return told_in(read) if isinstance(read, dict) else {}
     return {}
+
+
+def _as_packed(told: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the method whose form AutoRound packed in."""
+    form = str(told.get("packing_format") or "").removeprefix("auto_round:").removeprefix("auto_")
+    packed = form in ("gptq", "awq") and "round" in str(told.get("quant_method"))
+    return {**told, "quant_method": form} if packed else told
 
 
 def _of_modelopt(read: dict[str, Any]) -> dict[str, Any]:

@@ -57,11 +57,6 @@ def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
     second = stored.beside(name, "weight_global_scale", "weight_scale_2")
     if second is None:
         return None
-    if (smooth := stored.beside(name, "pre_quant_scale")) is not None:
-        raise CheckpointError(
-            f"`{stored.checkpoint.label}` has `{smooth}`, a factor of what goes into the layer, which is not read. "
-            "Give the model that it was made from."
-        )
     _check(name, (header.shape[0], header.shape[1] // 8), scale, shape)
     make = partial(matrix, divide=second.endswith("global_scale"), dtype=stored.dtype)
     return Coded((name, scale, second), shown, make, 4, "NVFP4", beside=beside)

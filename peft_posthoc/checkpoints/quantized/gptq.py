@@ -52,7 +52,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """
     if stored.method != "gptq":
         return
-    form = str(stored.told.get("checkpoint_format") or "gptq")
+    form = str(stored.told.get("checkpoint_format") or stored.told.get("format") or "gptq").lower()
     for name in stored.headers:
         if not name.endswith(".qweight"):
             continue

@@ -22,7 +22,15 @@ _BLOCK = 128
 _SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "scaled_fp8")
 # What lies beside a weight and is not needed to decode it.
 _BESIDE = (
-    *("input_scale", "scale_input", "activation_scale", "input_global_scale", "input_zero_point", "comfy_quant"),
+    *(
+        "input_scale",
+        "input_scale_ub",
+        "scale_input",
+        "activation_scale",
+        "input_global_scale",
+        "input_zero_point",
+        "comfy_quant",
+    ),
 )
 
 
@@ -31,7 +39,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
 
     The scale is `X.weight_scale_inv` (DeepSeek, Qwen; a factor all the same), `X.weight_scale` (compressed-tensors,
     ModelOpt, ComfyUI), `X.scale` (DeepSeek's own files) or `X.scale_weight` (ComfyUI's older files, which one tensor
-    `scaled_fp8` marks).
+    `scaled_fp8` marks); of a stack of experts `X_weight_scale` (ModelOpt).
     """
     marks = [name for name in stored.headers if name.rpartition(".")[2] == "scaled_fp8"]
     for name, header in stored.headers.items():
@@ -39,7 +47,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
             continue
         leaf = name.rpartition(".")[2]
         own = ("scale",) if leaf == "weight" else ()
-        scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}", *own)
+        scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}", f"{leaf}_weight_scale", *own)
         if scale is None or (header.dtype is torch.int8 and is_half(stored, scale)):
             continue
         zero = stored.beside(name, f"{leaf}_zero_point")
@@ -52,7 +60,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
                 partial(weight, blocks=blocks, dtype=stored.dtype),
                 8,
                 f"{'INT8' if header.dtype is torch.int8 else 'FP8'}{by}",
-                beside=(*stored.all_beside(name, *_BESIDE), *marks),
+                beside=(*stored.all_beside(name, *_BESIDE, f"{leaf}_input_scale"), *marks),
             ),
         )
 
