@@ -191,7 +191,7 @@ def open_checkpoint(
             elif headers is None:
                 checkpoint = _of_folder(found.get(), label=label, commit=found.commit)
             else:
-                checkpoint = OnHub(found, headers)
+                checkpoint = OnHub(found, *headers)
             beside = found.folder
             if modules and (listed := listed_modules(beside)):
                 fetch_beside(label, [f"{escape(path)}/*" for path in listed], revision=found.commit)
