@@ -139,7 +139,7 @@ def _piece(file: Gguf, sources: list[str], name: str, shape: tuple[int, ...], co
     if values.grouped and leaf == "attn_qkv":
         heads = int(config.get("num_attention_heads") or config["n_head"])
         changes.append(partial(in_groups, heads=heads, groups=int(config.get("num_kv_heads") or heads)))
-    make = partial(_made, shape=shape, changes=changes, by_turns=values.experts_turned)
+    make = partial(_made, shape=shape, changes=changes, by_turns=values.experts_turned and ".gate_up_proj" in name)
     stored = [file.headers[source] for source in sources]
     try:
         made = make(*(torch.empty(one.shape, dtype=one.dtype, device="meta") for one in stored))
@@ -156,9 +156,10 @@ def _made(
     *tensors: Tensor, shape: tuple[int, ...], changes: list[Callable[[Tensor], Tensor]], by_turns: bool
 ) -> Tensor:
     """A parameter of a model, of what the file has of it."""
-    made = tensors[0]
-    if len(tensors) > 1:  # Gate above up, or a row of each by turns.
-        made = torch.stack(tensors, 2).flatten(1, 2) if by_turns else torch.cat(tensors, dim=-2)
+    # Gate above up, or a row of each by turns.
+    made = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1 if by_turns else -2)
+    if by_turns:
+        made = torch.stack(made.chunk(2, 1), 2).flatten(1, 2)
     for change in changes:
         made = change(made)
     if [side for side in made.shape if side != 1] != [side for side in shape if side != 1]:
