@@ -285,5 +285,7 @@ def read_pairs(
             served=None if served is None else served.read(name), steps=(base.steps(name), tuned.steps(name))
         )
 
-    with Workers(waiting=1) as reader:
+    # Codes are decoded there, in many short steps: on more cores each waits for threads that factor meanwhile, and all
+    # takes up to ten times as long.
+    with Workers(waiting=1, torch_threads=1) as reader:
         yield reader.map(read, names)
