@@ -36,7 +36,7 @@ def of_many(
     if dry_run:
         planned = preflight_many(base, sources, rule or 32, out=out, **options)
         show(planned, json_to, quiet=quiet)
-        failed = planned.failed
+        failed = [(one.name, one.error) for one in planned.failed]
     else:
         processes = Processes.from_environment()
         try:
@@ -45,13 +45,13 @@ def of_many(
             )
         except ShareDone:
             return
-        failed = fleet.failed
+        failed = [(one.name, one.error) for one in fleet.failed]
         with noting(f"The adapters are in `{out}`."):
             if html is not None:
                 fleet.html(html)
             show(fleet, json_to, quiet=quiet, more=[f"Adapters written to {out}"] if len(failed) < len(sources) else [])
     if failed:
         if quiet or json_to == "-":
-            for one in failed:
-                click.echo(f"phlora: {one.name}: {one.error}", err=True)
+            for name, error in failed:
+                click.echo(f"phlora: {name}: {error}", err=True)
         raise click.exceptions.Exit(1)

@@ -110,11 +110,11 @@ class Spool:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / _FAILED).write_text(why, encoding="utf-8")
 
-    @property
-    def failed(self) -> str | None:
-        """Why another process made no adapter; None where none has said so."""
+    def failed(self, since: float) -> str | None:
+        """Why another process made no adapter; None where none has said so since that time."""
         try:
-            return (self.folder / _FAILED).read_text(encoding="utf-8")
+            path = self.folder / _FAILED
+            return path.read_text(encoding="utf-8") if path.stat().st_mtime >= since else None
         except OSError:
             return None
 

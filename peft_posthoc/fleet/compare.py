@@ -35,7 +35,7 @@ class Comparison:
     cosines: Float[Tensor, "adapters adapters"]
     """Between their deltas, all modules together."""
     rank: int
-    """The largest of a module."""
+    """The largest of a module in one adapter."""
     shared: dict[int, float] | None
     """By rank: the mean share of their energy that is left where all have one basis of that rank in each module, the
     best one for them all (one `lora_A`); None where they are too many for it."""
@@ -59,7 +59,7 @@ class Comparison:
             norms = gram.diagonal().sqrt()
             scale = torch.where(norms > 0, 1 / norms, 0)
             shared = _shared(adapters, scale)
-        rank = max(module.rank for adapter in adapters for module in adapter.modules.values())
+            rank = max(len(one.a) for each in _modules(adapters) for _, one in each)
         return cls(tuple(folders), norms, (gram * scale[:, None] * scale).clamp(-1, 1), rank, shared)
 
     def nearest(self, name: str) -> tuple[str, float] | None:
@@ -76,10 +76,17 @@ class Comparison:
 
 def _modules(adapters: Sequence[AdapterFile]) -> Iterator[list[tuple[int, Factors]]]:
     """For every matrix: the factors of each adapter that has it, with its place among them."""
+
+    def held(one: Factors) -> Factors:
+        own = one.a.any(1)  # The others are padding.
+        return Factors(one.a[own], one.b[:, own])
+
     for module in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         found = [(at, one.factors(module)) for at, one in enumerate(adapters) if module in one.modules]
         for part in range(max(len(factors) for _, factors in found)):
-            yield [(at, factors[part]) for at, factors in found if part < len(factors)]
+            each = [(at, held(factors[part])) for at, factors in found if part < len(factors)]
+            if any(len(one.a) for _, one in each):
+                yield each
 
 
 def _products(each: Sequence[tuple[int, Factors]]) -> tuple[Tensor, Tensor, Tensor]:

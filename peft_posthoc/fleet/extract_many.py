@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
+import psutil
+
 from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.checkpoints.hub import check_room
 from peft_posthoc.checkpoints.shared import Shared
-from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError, ShareDone
+from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError, ShareDone, noting
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.begun import begin
 from peft_posthoc.extraction.processes import ALONE, Processes
@@ -86,7 +88,8 @@ def extract_many(
     for member in members:
         if member.state in ("made", "was there"):
             member.report = report_of(member.place)
-    return Fleet.of(shared[0].label, members)
+    with noting(f"The adapters are in `{out}`."):
+        return Fleet.of(shared[0].label, members)
 
 
 @takes_options
@@ -191,7 +194,8 @@ def _finish(members: Sequence[Member], made: Made, processes: Processes, *, forc
 def _is_finished(member: Member, made: Made, processes: Processes, *, force: bool) -> bool:
     spool = member.work.spool
     if spool is not None and processes.size > 1 and member.is_open and len(spool) < len(member.work.names):
-        if (why := spool.failed) is None:
+        # Launchers start when all of them are there: what is older was said by another run.
+        if (why := spool.failed(since=psutil.Process(os.getppid()).create_time())) is None:
             return False
         member.fail(PosthocError(why))
     with member.alone():

@@ -22,13 +22,14 @@ BLOCKS = [(m[1], m[2]) for m in re.finditer(r"```(\w+)\n(.*?)```", README, re.DO
 def here(llama_pair, tmp_path, monkeypatch):
     for folder in llama_pair:
         shutil.copytree(folder, tmp_path / Path(folder).name)
+    shutil.copytree(tmp_path / "tuned", tmp_path / "tuned-2")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_every_block_is_one_that_is_run_here():
     assert [language for language, _ in BLOCKS] == [
-        *("sh", "sh", "python", "python", "sh", "sh", "python", "yaml", "sh", "sh", "sh"),
+        *("sh", "sh", "python", "python", "sh", "sh", "python", "yaml", "sh", "sh", "sh", "sh"),
     ]
 
 
@@ -54,7 +55,7 @@ def training():
 
 def test_the_phlora_lines(here):
     lines = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("phlora ")]
-    assert len(lines) == 8
+    assert len(lines) == 9
     for line in lines:
         _, *arguments = shlex.split(line, comments=True)
         result = CliRunner().invoke(cli.main, arguments)
