@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,13 @@ class One:
         return found
 
     def changed(self) -> dict[str, float]:
-        """By numbered layer, and `other`: the norm of what changed in it, against that of the base's weights."""
-        rows = [row for row in (self.report or {}).get("rows", ()) if row["delta_norm"] is not None]
+        """By numbered layer, and `other`: the norm of what changed in its matrices, against that of the base's."""
+        # Norms and biases are few, and would hide how far the others moved.
+        rows = [
+            row
+            for row in (self.report or {}).get("rows", ())
+            if row["delta_norm"] is not None and len(row["shape"]) > 1
+        ]
         places = cells(row["weight"] for row in rows)
         sums: dict[str, list[float]] = {}
         for row in rows:
@@ -169,10 +175,10 @@ class Found:
             yield "Cosines and this are exact for the adapters, not for what they leave out of the fine-tunes."
 
     def warnings(self) -> Iterable[str]:
-        """What the reports warn of, each once, behind the names of those that it is about."""
-        found: dict[str, list[str]] = {}
+        """What the reports warn of; of warnings that only have other numbers, the first."""
+        found: dict[str, list[tuple[str, str]]] = {}
         for one in self.members:
             for warning in (one.report or {}).get("warnings", ()):
-                found.setdefault(warning, []).append(one.name)
-        for warning, names in found.items():
-            yield f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): {warning}"
+                found.setdefault(re.sub(r"[\d.]+", "", warning), []).append((one.name, warning))
+        for (name, warning), *others in found.values():
+            yield f"({name}{f', and alike {len(others)} others' if others else ''}): {warning}"
