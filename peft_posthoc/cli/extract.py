@@ -66,7 +66,9 @@ def extract(
             base, tuned, rule, out=out, force=force, dry_run=dry_run, html=html, quiet=quiet, json_to=json_to, **options
         )
         return
-    if len(tuned) != 2:
+    if len(tuned) < 2:
+        raise click.UsageError("Missing argument 'OUT'.")
+    if len(tuned) > 2:
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
     _one(
         base,

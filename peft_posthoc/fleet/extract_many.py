@@ -192,16 +192,21 @@ def _finish(members: Sequence[Member], made: Made, processes: Processes, *, forc
 
 
 def _is_finished(member: Member, made: Made, processes: Processes, *, force: bool) -> bool:
-    spool = member.work.spool
-    if spool is not None and processes.size > 1 and member.is_open and len(spool) < len(member.work.names):
+    spool, names = member.work.spool, member.work.names
+    if spool is not None and processes.size > 1 and member.is_open and len(spool) < len(names):
         # Launchers start when all of them are there: what is older was said by another run.
-        if (why := spool.failed(since=psutil.Process(os.getppid()).create_time())) is None:
+        why = spool.failed(since=psutil.Process(os.getppid()).create_time())
+        if why is None and not spool.was_overtaken():
             return False
-        member.fail(PosthocError(why))
+        member.fail(PosthocError(why or "Another run has written its adapter to the same folder."))
     with member.alone():
         if member.is_open:
-            outcomes = spool.outcomes(member.work.names) if spool is not None else member.outcomes
-            _save(member.work.finish(member.work.all(outcomes)), member, made, force=force)
+            outcomes = spool.outcomes(names) if spool is not None else member.outcomes
+            if spool is not None and len(outcomes) < len(names):
+                raise AdapterError(
+                    f"{len(names) - len(outcomes)} finished layers in `{spool.folder}` cannot be read. Start again."
+                )
+            _save(member.work.finish(outcomes), member, made, force=force)
     if spool is not None and member.error is not None:
         spool.remove()
     return True

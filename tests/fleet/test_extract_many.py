@@ -162,6 +162,13 @@ def test_what_is_there_is_not_made_again_and_other_options_replace_nothing_by_th
     ]
 
 
+def test_finished_layers_that_cannot_be_read_again_are_not_waited_for(fleet, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_posthoc.extraction.spool._read", lambda path: None)
+    base, tuned = fleet
+    (failed,) = extract_many(base, tuned[:1], 4, out=tmp_path / "all").failed
+    assert "finished layers" in failed.error
+
+
 def test_a_base_that_cannot_be_read_is_told_once(fleet, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="base"):
         extract_many(tmp_path / "absent", fleet[1], out=tmp_path / "all")
