@@ -105,7 +105,7 @@ def test_the_quick_look_never_passes_what_the_type_does_not_hold(dtype):
             said.append((quick, held))
     assert (True, False) not in said
     assert (True, True) in said
-    assert (False, False) in said
+    assert (False, False) in said or dtype is torch.bfloat16  # It has the range of float32.
 
 
 def test_zeros_are_zeros_in_every_type():
