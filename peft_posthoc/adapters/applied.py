@@ -28,6 +28,7 @@ class Applied(Checkpoint):
 
     doubt: str | None = None
     """A sentence about a base that is not the one which the adapter names."""
+    handed = True
 
     def __init__(
         self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None

@@ -43,7 +43,7 @@ _OF_CACHE = ("k_scale", "v_scale", "q_scale", "prob_output_scale", "output_scale
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
 
-    from_codes = True
+    handed = True
 
     def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str) -> None:
         """Show what is decoded in place of what it is made of.
