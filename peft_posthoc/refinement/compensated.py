@@ -150,7 +150,7 @@ def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Te
                 seen.append(through)
             read = seen[0][group[0].name].inputs[piece.counted].float()
             gram.addmm_(read.mT, read)
-            for name, cross in crosses.items():
-                made, wanted = (side[name].outputs.to(device)[piece.counted].float() for side in seen)
-                cross.addmm_(read.mT, wanted - made)
+            for one in group:
+                made, wanted = (side[one.name].outputs.to(device)[piece.counted].float() for side in seen)
+                crosses[one.name].addmm_(read.mT, one.lacks(made, wanted))
     return gram, crosses
