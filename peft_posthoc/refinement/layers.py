@@ -107,6 +107,8 @@ def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
             one = Layer(own, base, tuned, kind, a.weight, b.weight, scale, b.bias)
             if one.rank:
                 found.linear[own] = one
+            else:
+                found.others[own] = "one of its factors is zero, which leaves no pair to fit"
     return found
 
 
