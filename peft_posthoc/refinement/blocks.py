@@ -128,7 +128,7 @@ class blocks:
                     if share >= 1:
                         break
                     loss = _loss(stretch, order.pop())
-                    if not math.isfinite(loss.item()):
+                    if not live.together.first(math.isfinite(loss.item())):
                         break
                     optimizer.step(loss, share)
                     done += 1
