@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
@@ -16,8 +17,8 @@ from peft_posthoc.errors import ShareDone, noting
 
 @click.command()
 @click.argument("base")
-@click.argument("tuned")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("tuned", nargs=-1, required=True, metavar="TUNED OUT | TUNED... --out DIR")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")
 @RANK
 @option("rank_pattern")
 @option("dtype")
@@ -37,8 +38,8 @@ from peft_posthoc.errors import ShareDone, noting
 @OUTPUT
 def extract(
     base: str,
-    tuned: str,
-    out: Path,
+    tuned: tuple[str, ...],
+    out: Path | None,
     rank: Asked,
     force: bool,
     dry_run: bool,
@@ -52,8 +53,52 @@ def extract(
     With several ranks between commas, as in --rank 8,16,32, the adapters are OUT/r8, OUT/r16, OUT/r32, of one
     factorization. With --refine OUT is the refined adapter, or nothing: where the fit fails, the same command without
     --refine writes the adapter as it was extracted, from finished layers that are kept beside OUT.
+
+    With --out there may be many TUNED, and text files that list them (@FILE, or FILE.txt) and collections on the hub
+    (collections/OWNER/TITLE-ID): the base is read once for all, each has a folder of its own in DIR, and what fails
+    stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
+    if out is not None:
+        if asked is not None:
+            raise click.UsageError("--refine goes with one TUNED. `phlora refine` refines each adapter afterwards.")
+        of_many(
+            base, tuned, rule, out=out, force=force, dry_run=dry_run, html=html, quiet=quiet, json_to=json_to, **options
+        )
+        return
+    if len(tuned) < 2:
+        raise click.UsageError("Missing argument 'OUT'.")
+    if len(tuned) > 2:
+        raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
+    _one(
+        base,
+        tuned[0],
+        Path(tuned[1]),
+        rule,
+        asked,
+        force=force,
+        dry_run=dry_run,
+        html=html,
+        quiet=quiet,
+        json_to=json_to,
+        **options,
+    )
+
+
+def _one(
+    base: str,
+    tuned: str,
+    out: Path,
+    rule: Any,
+    asked: Any,
+    *,
+    force: bool,
+    dry_run: bool,
+    html: Path | None,
+    quiet: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
     from peft_posthoc.adapters.writer import check_target
     from peft_posthoc.extraction.extract import extract as run
     from peft_posthoc.extraction.preflight import preflight

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
@@ -146,7 +145,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         vocab=cast(Vocab, options["vocab"]),
         of_tuned=form == "peft",
     )
-    notes = (*notes, *(side.doubt for side in opened if isinstance(side, Applied) and side.doubt))
+    notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(

@@ -37,10 +37,6 @@ def factor_pairs(
 ) -> Iterator[Iterator[Outcome]]:
     """Factor the weights that are carried, and measure the others, in whatever order they come.
 
-    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
-    bits of a result then do not depend on how many threads there are, and nobody waits for a thread that other programs
-    have put off the processor. The threads end with the `with` block.
-
     Args:
         pairs: Weights before and after.
         fates: By weight, what becomes of it. Of what is factored the rule is known.
@@ -54,17 +50,20 @@ def factor_pairs(
     """
 
     def work(pair: Pair) -> Outcome:
-        try:
-            fate = fates[pair.name]
-            if isinstance(fate, Factored):
-                return _factor(pair, fate, exact=exact, device=device)
-            return _keep(pair, fate) if isinstance(fate, Whole) else _leave_out(pair, fate)
-        except PosthocError:
-            raise
-        except Exception as error:
-            error.add_note(f"While extracting `{pair.name}`.")
-            raise
+        return outcome_of(pair, fates[pair.name], exact=exact, device=device)
 
+    with at_work(largest, exact=exact, device=device) as workers:
+        yield workers.map(work, pairs, size=lambda pair: pair.bytes)
+
+
+@contextlib.contextmanager
+def at_work(largest: int, *, exact: bool = False, device: torch.device | None = None) -> Iterator[Workers]:
+    """The threads that factor weights; they end with the `with` block.
+
+    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
+    bits of a result then do not depend on how many threads there are, and nobody waits for a thread that other programs
+    have put off the processor.
+    """
     # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
     # takes three times as much beside each, so that one must do.
     room = (1 if exact else 2) * largest
@@ -73,7 +72,24 @@ def factor_pairs(
         full_precision(),
         Workers(1 if on_gpu else torch.get_num_threads(), room=room, torch_threads=1) as workers,
     ):
-        yield workers.map(work, pairs, size=lambda pair: pair.bytes)
+        yield workers
+
+
+def outcome_of(pair: Pair, fate: Fate, *, exact: bool = False, device: torch.device | None = None) -> Outcome:
+    """What becomes of one weight.
+
+    Raises:
+        CheckpointError: A value is NaN or infinite.
+    """
+    try:
+        if isinstance(fate, Factored):
+            return _factor(pair, fate, exact=exact, device=device)
+        return _keep(pair, fate) if isinstance(fate, Whole) else _leave_out(pair, fate)
+    except PosthocError:
+        raise
+    except Exception as error:
+        error.add_note(f"While extracting `{pair.name}`.")
+        raise
 
 
 def _factor(pair: Pair, fate: Factored, *, exact: bool, device: torch.device | None) -> Layer | Skipped:

@@ -8,7 +8,7 @@ import torch
 
 from peft_posthoc import CheckpointError, NothingToCarryError, extract
 from peft_posthoc.checkpoints.memory import InMemory
-from peft_posthoc.extraction.extract import read_pairs
+from peft_posthoc.extraction.read import read_pairs
 from peft_posthoc.sources import open_pair
 
 
