@@ -24,7 +24,7 @@ from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source
-from peft_posthoc.text import shorten, size
+from peft_posthoc.text import asked, shorten, size
 
 # Python and PyTorch alone. With what `_work` adds, estimates were 0.96 to 1.20 of what was measured: 12 layers of
 # 768 x 3072 (291 against 242 MB), one of Llama 7B at rank 32 and 128 (729, 746; 875, 909), 4 of 2048 x 5632 (505, 471).
@@ -73,6 +73,8 @@ class Preflight:
     """None where no folder was named."""
     download_bytes: int
     """Of weights on the hub that are not in its cache yet."""
+    stream_bytes: int
+    """Of weights elsewhere that are fetched when they are read, and not kept."""
     memory_bytes: int
     """An estimate, without mapped files, which the system takes back when it needs to."""
     layout: str
@@ -113,6 +115,8 @@ class Preflight:
         carried = sum(row.status == "carried" for row in self.rows)
         free = "" if self.disk_free is None else f" of {size(self.disk_free)} that are free"
         fetch = f", of which {size(self.download_bytes)} are downloaded" if self.download_bytes else ""
+        if self.stream_bytes:
+            fetch += f", {'and' if fetch else 'of which'} {size(self.stream_bytes)} are fetched as they are read"
         at = "" if self.rank_is_known else f" at rank {_ASSUMED} (the rule decides)"
         lines += [
             f"{carried} weights have factors; with those kept whole, {self.values:.1%} of the model's values. Layers "
@@ -163,13 +167,18 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     sides = [side for side in prepared.models if side.to_fetch]
     place = None if out is None else Path(out)
     taken = found.disk_bytes if found.rank_is_known else 0
-    check_room(found.download_bytes, *(side.label for side in sides), out=place, taken=taken)
+    check_room(found.download_bytes, *(side.label for side in sides), out=place, taken=taken, instead=streamed())
     if found.disk_free is not None and found.rank_is_known and found.disk_bytes > found.disk_free:
         raise AdapterError(
             f"`{out}` needs {size(found.disk_bytes)} (adapter, and finished layers until it is written), and "
             f"{size(found.disk_free)} are free there. Choose another folder, or a lower rank."
         )
     return found
+
+
+def streamed() -> str:
+    """The way out where weights have no room on the disk, for an error."""
+    return f"keep none there (`{asked('stream')}`)"
 
 
 def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
@@ -198,6 +207,7 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         disk_bytes=size + finished,
         disk_free=None if out is None else free_at(Path(out)),
         download_bytes=sum(side.to_fetch for side in prepared.models),
+        stream_bytes=sum(getattr(side, "to_stream", 0) for side in prepared.models),
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
         notes=prepared.notes,

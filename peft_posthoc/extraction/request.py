@@ -111,6 +111,7 @@ class Options(TypedDict, total=False):
         ),
     ]
     exact: Annotated[bool, Option("LAPACK's full SVD for every weight.", False)]
+    stream: Annotated[bool, Option("Fetch each weight of a hub id when it is read, and keep none on disk.", False)]
     device: Annotated[str, Option("Where to compute: cpu, cuda or auto.", "cpu")]
     dtype: Annotated[
         "torch.dtype | str | None",

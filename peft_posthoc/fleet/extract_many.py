@@ -17,6 +17,7 @@ from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError, ShareDone, noting
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.begun import begin
+from peft_posthoc.extraction.preflight import streamed
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.files import free_at
@@ -138,12 +139,13 @@ def _begun(
     if out.exists() and not out.is_dir():
         raise AdapterError(f"`{out}` is a file. Name a folder for the adapters' folders.")
     found = named(tuned)
-    opened = open_checkpoint(base, revision=options["base_revision"], role="base", modules=True)
+    stream = options["stream"]
+    opened = open_checkpoint(base, revision=options["base_revision"], role="base", modules=True, stream=stream)
     shared = [Shared(opened)]
     # Both were opened here, and stay as they are.
     request = Request.of(request, base_revision=None)
     if options["for_base"] is not None:
-        shared.append(Shared(open_checkpoint(options["for_base"], role="served base")))
+        shared.append(Shared(open_checkpoint(options["for_base"], role="served base", stream=stream)))
         request = Request.of(request, for_base=shared[1])
     members = [Member(name, source, out / name) for name, source in found.items()]
     for member in members:
@@ -178,7 +180,13 @@ def _check_room(members: Sequence[Member], shared: Sequence[Shared], out: Path) 
         )
     sides = [*shared, *(member.work.prepared.tuned for member in members)]
     fetched = [side for side in sides if side.to_fetch]
-    check_room(sum(side.to_fetch for side in fetched), *(side.label for side in fetched), out=out, taken=needed)
+    check_room(
+        sum(side.to_fetch for side in fetched),
+        *(side.label for side in fetched),
+        out=out,
+        taken=needed,
+        instead=streamed(),
+    )
 
 
 def _finish(members: Sequence[Member], made: Made, processes: Processes, *, force: bool) -> None:

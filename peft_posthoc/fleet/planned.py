@@ -44,6 +44,7 @@ class Planned:
             # Each base once.
             "read_bytes": sum(header.bytes for side in sides for header in side.headers.values()),
             "download_bytes": sum(side.to_fetch for side in sides),
+            "stream_bytes": sum(getattr(side, "to_stream", 0) for side in sides),
             "adapter_bytes": sum(member.work.needs.adapter_bytes for member in good),
             "disk_bytes": sum(member.work.needs.disk_bytes for member in good),
             "disk_free": free_at(self.out),
@@ -62,6 +63,8 @@ class Planned:
             carried, out = (sum(row.status == what for row in rows) for what in ("carried", "left out"))
             lines.append(f"{shorten(member.name, 36):<36} {carried:>8} {size(needs.adapter_bytes):>10}  {out}")
         fetch = f", of which {size(told['download_bytes'])} are downloaded" if told["download_bytes"] else ""
+        if told["stream_bytes"]:
+            fetch += f", {'and' if fetch else 'of which'} {size(told['stream_bytes'])} are fetched as they are read"
         lines += [
             "",
             f"Adapters: at most {size(told['adapter_bytes'])}. To read: {size(told['read_bytes'])}, the base once"

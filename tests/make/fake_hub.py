@@ -47,6 +47,9 @@ class FakeHub:
         self.begun = []  # the same of which only a part was asked for
         self.asked = []  # the path of every request
         self.token = None  # what a client must show before it may write
+        self.parts = []  # (repository, file, first, last byte) of every part that was sent
+        self.drops = lambda count: False  # whether the connection ends within the part that is sent as this one
+        self.tags = {}  # by (repository, file): another ETag than that of its content
         self.gates = {}  # repositories whose requests to write wait until an event is set
 
     def repository(self, repo_id):
@@ -145,24 +148,32 @@ class FakeHub:
                     return self.reply(404, send=send, error="EntryNotFound", commit=commit)
                 part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
                 if part and send:
+                    first, last = int(part[1]), int(part[2])
                     hub.begun.append((repo_id, name))
-                    return self.reply(206, files[name][int(part[1]) : int(part[2]) + 1], send=send, commit=commit)
+                    hub.parts.append((repo_id, name, first, last))
+                    body, tag = files[name][first : last + 1], self.tag_of(repo_id, name, files)
+                    ends = hub.drops(len(hub.parts))
+                    return self.reply(206, body, send=send, commit=commit, tag=tag, ends=ends)
                 if send:
                     hub.fetched.append((repo_id, name))
                 return self.reply(200, files[name], send=send, commit=commit)
 
-            def reply(self, status, content=b"", *, send, error=None, commit=None):
+            def tag_of(self, repo_id, name, files):
+                return hub.tags.get((repo_id, name), hashlib.sha1(files[name]).hexdigest())
+
+            def reply(self, status, content=b"", *, send, error=None, commit=None, tag=None, ends=False):
                 body = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
-                self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+                self.send_header("ETag", f'"{tag or hashlib.sha1(body).hexdigest()}"')
                 if error is not None:
                     self.send_header("X-Error-Code", error)
                 if commit is not None:
                     self.send_header("X-Repo-Commit", commit)
                 self.end_headers()
                 if send:
-                    self.wfile.write(body)
+                    self.wfile.write(body[: len(body) // 2] if ends else body)
+                    self.close_connection = self.close_connection or ends
 
         return Handler
 
