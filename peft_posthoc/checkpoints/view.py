@@ -107,15 +107,15 @@ def in_stored_order(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.in_stored_order() if isinstance(checkpoint, View) else list(checkpoint.headers)
 
 
-def as_decoded(checkpoint: Checkpoint) -> Checkpoint | None:
-    """What codes are decoded to, under the names that transformers knows; None where there are none.
+def as_handed(checkpoint: Checkpoint) -> Checkpoint | None:
+    """What transformers is handed, under the names that it knows: what codes are decoded to; None if it reads files.
 
     Args:
         checkpoint: It, or a view of it.
     """
-    while isinstance(checkpoint, View) and not checkpoint.from_codes:
+    while isinstance(checkpoint, View) and not checkpoint.handed:
         checkpoint = checkpoint.seen
-    return checkpoint if checkpoint.from_codes else None
+    return checkpoint if checkpoint.handed else None
 
 
 def same(checkpoint: Checkpoint, name: str) -> Piece:

@@ -6,16 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.inspection.answers import Candidate
 from peft_posthoc.inspection.drawing import INK, SIZE, STYLE, check_format, require, saved, short, svg
 from peft_posthoc.inspection.found import Found
 from peft_posthoc.ranks.rules import above_noise, keep_energy
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Okabe and Ito's colours, which those who do not see all colours tell apart too; without black, which is the total's,
 # and yellow, which is lost on white. Beyond seven modules the lines are dashed.

@@ -55,7 +55,7 @@ _OF_CONFIGURATION = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight
 class OfGguf(View):
     """The model in a GGUF file."""
 
-    from_codes = True
+    handed = True
     seen: Gguf
 
 

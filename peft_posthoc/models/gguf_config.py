@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from peft_posthoc.checkpoints.gguf import Gguf
+from peft_posthoc.checkpoints.gguf_header import header_alone
 from peft_posthoc.errors import CheckpointError
 
 # What the metadata says and transformers leaves at the class's own value, by the configuration's name of it.
@@ -29,17 +30,23 @@ def configuration_of(file: Gguf) -> dict[str, Any]:
         CheckpointError: transformers makes none of the metadata, or the rotary embedding is none that it has.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.utils import logging
 
-    path = file.files[0]
+    before = logging.get_verbosity()
+    # Without the list of tokens it warns of an empty vocabulary, which is put right below.
+    logging.set_verbosity_error()
     try:
-        read = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
-        )
+        with header_alone(file.files[0]) as (short, _):
+            read = AutoConfig.from_pretrained(
+                short.parent, gguf_file=short.name, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         # Of metadata that it does not expect it makes errors of every kind.
         raise CheckpointError(
             f"transformers makes no configuration of `{file.label}`: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        logging.set_verbosity(before)
     config = {key: _short(value) for key, value in read.to_dict().items() if not key.startswith("_")}
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(read)].__name__]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from peft_posthoc.adapters.names import PREFIX
+from peft_posthoc.errors import PosthocError
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind, kind_of
 from peft_posthoc.running.live import Live
 
@@ -70,7 +71,16 @@ class Layers(NamedTuple):
 
 
 def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
-    """Sort the modules that have factors, `factors` by the names of the file."""
+    """Sort the modules that have factors, `factors` by the names of the file.
+
+    Raises:
+        PosthocError: What the tuned model computes with are not its weights alone.
+    """
+    if hasattr(live.tuned, "peft_config"):
+        raise PosthocError(
+            "`compensated` compares weights, and the tuned model has an adapter on it. Give what `merge_and_unload()` "
+            "makes of it, or refine by `distil`."
+        )
     found, chosen = Layers({}, {}), {id(factor) for factor in factors.values()}
     places = [name for name, own in live.adapted.named_parameters() if id(own) in chosen]
     for module in dict.fromkeys(name.partition(".lora_")[0] for name in places):

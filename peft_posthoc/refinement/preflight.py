@@ -21,7 +21,7 @@ from peft_posthoc.refinement.chain import blocks_of
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.method import Method
-from peft_posthoc.refinement.usual import usual_method
+from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.running.live import check_classes
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
@@ -82,7 +82,7 @@ def refine_preflight(
     base: Source,
     tuned: Source,
     *,
-    method: Method | None = None,
+    method: Method | Usual | None = None,
     sequences: int = 960,
     length: int | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -111,7 +111,9 @@ def refine_preflight(
     """
     file, where = open_adapter(adapter), pick_device(device)
     pair = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
-    chosen = method or usual_method(*pair, device=where)
+    chosen = method or Usual()
+    if isinstance(chosen, Usual):
+        chosen = chosen.method(*pair, device=where)
     models = [_built(one) for one in pair]
     check_classes(*models)
     places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)

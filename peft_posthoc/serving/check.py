@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from peft_posthoc.serving.engines import ENGINES
@@ -30,6 +30,8 @@ class Finding:
     way_out: str
     source: str
     versions: str
+    of_base: bool = False
+    """Whether it is the base that the engine does not load, with whatever adapter."""
 
     @classmethod
     def of(cls, rule: Rule, found: tuple[str, ...] | str, engine: str, adapter: str) -> Finding:
@@ -38,7 +40,7 @@ class Finding:
             ((adapter,), f"{rule.message}: {found}") if isinstance(found, str) else (found, rule.message)
         )
         versions = rule.versions or ENGINES[engine].examined
-        return cls(rule.name, rule.severity, culprits, message, rule.way_out, rule.source, versions)
+        return cls(rule.name, rule.severity, culprits, message, rule.way_out, rule.source, versions, rule.of_base)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class EngineOutcome:
         found = {finding.severity for finding in self.findings}
         return "refused" if "refused" in found else "silently wrong" if "silently wrong" in found else "right"
 
+    @property
+    def loads_base(self) -> bool:
+        """Whether the engine loads the base at all."""
+        return not any(finding.of_base for finding in self.findings)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -66,11 +73,17 @@ class Check:
     adapter: str
     base: str | None
     outcomes: tuple[EngineOutcome, ...]
+    every: bool = False
+    """Whether all engines were asked, and none by its name."""
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """The engines that would refuse the adapter, or compute something else."""
-        return tuple(outcome.engine for outcome in self.outcomes if outcome.verdict != "right")
+        """The engines that would refuse the adapter, or compute something else.
+
+        Where every engine is asked, those that load no such base are not counted, unless that leaves none.
+        """
+        counted = [outcome for outcome in self.outcomes if outcome.loads_base or not self.every]
+        return tuple(outcome.engine for outcome in counted or self.outcomes if outcome.verdict != "right")
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as plain JSON values."""
@@ -80,7 +93,10 @@ class Check:
     def table(self) -> str:
         """The findings for a terminal: a line for each engine, then each finding once, then the commands."""
         width = max(len(outcome.title) for outcome in self.outcomes)
-        lines = [f"{outcome.title:<{width}}  {outcome.verdict}" for outcome in self.outcomes]
+        lines = [
+            f"{outcome.title:<{width}}  {outcome.verdict}{'' if outcome.loads_base else ' (loads no such base)'}"
+            for outcome in self.outcomes
+        ]
         broken: dict[str, Finding] = {}
         titles: dict[str, list[str]] = defaultdict(list)
         for outcome in self.outcomes:
@@ -130,7 +146,8 @@ def check(
         CheckpointError: The base is no model folder.
         ValueError: There is no such engine.
     """
-    return judge(Subject.read(adapter, base), chosen(engines))
+    engines = set(engines)
+    return replace(judge(Subject.read(adapter, base), chosen(engines)), every="all" in engines)
 
 
 def chosen(engines: Iterable[str]) -> tuple[str, ...]:
