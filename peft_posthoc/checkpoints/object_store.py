@@ -91,7 +91,7 @@ def open_store(url: str, *, role: str) -> Streamed:
         raise CheckpointError(f"`{other}` of `{label}` {what}: of a store no other is read. Copy it to a local folder.")
     files = StoreFiles(system, place, label)
     found = Streamed(files, chosen, label=label, revision=None, identity=None, beside=None if single else beside)
-    found.identity = [label, sorted(files.keys.items())]
+    found.identity = [label, files.keys]
     return found
 
 
