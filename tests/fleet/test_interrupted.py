@@ -40,7 +40,7 @@ def all_there(out: Path, single: Path) -> None:
     for one in sorted(single.iterdir()):
         assert same(out / one.name, one)
     # Nothing but them, and the note of what was made: no finished layers, no half folder.
-    assert {path.name for path in out.iterdir()} == {*(one.name for one in single.iterdir()), "phlora_fleet.json"}
+    assert {path.name for path in out.iterdir()} == {*(one.name for one in single.iterdir()), ".phlora_fleet.json"}
 
 
 # Every weight takes a while, so that a kill comes in the middle.
