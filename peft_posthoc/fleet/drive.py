@@ -65,17 +65,20 @@ def drive(members: Sequence[Member], shared: Sequence[Shared], processes: Proces
             one.done(step)
         return _Read(member, pair)
 
-    def work(read: _Read) -> tuple[Member, Outcome | None]:
-        outcome, (member, pair) = None, read
-        with member.alone():
-            if pair is not None and member.is_open:
-                fate = member.work.prepared.plan.fates[pair.name]
-                outcome = outcome_of(pair, fate, exact=options["exact"], device=device)
-        return member, outcome
-
     total = sum(member.work.bytes(name) for member, name in items)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Extracting", disable=not progress or processes.rank > 0)
-    with bar, Workers(waiting=1) as reader, at_work(largest, exact=options["exact"], device=device) as workers:
+    factoring = at_work(largest, exact=options["exact"], device=device)
+    with bar, Workers(waiting=1) as reader, factoring as (workers, devices):
+
+        def work(read: _Read) -> tuple[Member, Outcome | None]:
+            outcome, (member, pair) = None, read
+            with member.alone():
+                if pair is not None and member.is_open:
+                    fate = member.work.prepared.plan.fates[pair.name]
+                    with devices.one() as where:
+                        outcome = outcome_of(pair, fate, exact=options["exact"], device=where)
+            return member, outcome
+
         pairs = reader.map(read, enumerate(items))
         for member, outcome in workers.map(work, pairs, size=lambda one: one.pair.bytes if one.pair else 0):
             if outcome is not None:
