@@ -17,6 +17,7 @@ from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError, ShareDone, noting
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.begun import begin
+from peft_posthoc.extraction.estimate import seconds
 from peft_posthoc.extraction.preflight import streamed
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.extraction.request import Options, Request, takes_options
@@ -118,8 +119,11 @@ def preflight_many(
     """
     place = Path(out).absolute()
     shared, members = _begun(base, tuned, Request.of(rank, **options), place, ALONE)
-    _check_room([member for member in members if member.is_open], shared, place)
-    return Planned(shared, members, place)
+    good = [member for member in members if member.is_open]
+    _check_room(good, shared, place)
+    # Much the same for all: one is measured.
+    each = seconds(good[0].work.prepared) if good else (0.0, 0.0)
+    return Planned(shared, members, place, (len(good) * each[0], len(good) * each[1]))
 
 
 def _begun(

@@ -10,7 +10,7 @@ from typing import Any
 from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.files import free_at
 from peft_posthoc.fleet.member import Member
-from peft_posthoc.text import shorten, size
+from peft_posthoc.text import shorten, size, took
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Planned:
     shared: Sequence[Shared]
     members: Sequence[Member]
     out: Path
+    seconds: tuple[float, float]
+    """About how long the work takes on this machine, from deltas of low rank to noise; without fetching."""
 
     @property
     def failed(self) -> list[Member]:
@@ -48,6 +50,7 @@ class Planned:
             "adapter_bytes": sum(member.work.needs.adapter_bytes for member in good),
             "disk_bytes": sum(member.work.needs.disk_bytes for member in good),
             "disk_free": free_at(self.out),
+            "seconds": list(self.seconds),
             "memory_bytes": max((member.work.needs.memory_bytes for member in good), default=0),
         }
 
@@ -69,6 +72,6 @@ class Planned:
             "",
             f"Adapters: at most {size(told['adapter_bytes'])}. To read: {size(told['read_bytes'])}, the base once"
             f"{fetch}. Disk needed: {size(told['disk_bytes'])} of {size(told['disk_free'])} that are free. Memory: "
-            f"about {size(told['memory_bytes'])}.",
+            f"about {size(told['memory_bytes'])}.{took(self.seconds)}",
         ]
         return "\n".join(lines)
