@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from peft_posthoc.checkpoints.hub import Repository, told
-from peft_posthoc.errors import CheckpointError
+from peft_posthoc.errors import CheckpointError, FetchError
+
+
+@contextlib.contextmanager
+def _now() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise FetchError(str(error)) from error
 
 
 class HubFiles:
@@ -17,14 +28,15 @@ class HubFiles:
         """These bytes of a file.
 
         Raises:
-            CheckpointError: They cannot be fetched, or the file is no longer the one that was asked for before.
+            CheckpointError: The file is no longer the one that was asked for before.
+            FetchError: They cannot be fetched.
         """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
         own = self._repository
-        with told(own.repo_id, own.commit, own.role):
+        with _now(), told(own.repo_id, own.commit, own.role):
             answer = http_backoff(
                 "GET",
                 hf_hub_url(own.repo_id, file, revision=own.commit),

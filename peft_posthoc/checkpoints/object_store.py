@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_posthoc.checkpoints.model_files import SUFFIXES, is_index, no_weights, shards_of, weight_files
 from peft_posthoc.checkpoints.streamed import Streamed
-from peft_posthoc.errors import CheckpointError, MissingExtraError
+from peft_posthoc.errors import CheckpointError, FetchError, MissingExtraError
 
 # What says how weights are to be read lies in small files beside them.
 _SMALL = (".json", ".model", ".txt", ".jinja")
@@ -27,7 +27,8 @@ class StoreFiles:
         """These bytes of a file.
 
         Raises:
-            CheckpointError: They cannot be fetched, or the file is no longer the one that was opened.
+            CheckpointError: The file is no longer the one that was opened.
+            FetchError: They cannot be fetched.
         """
         path = f"{self._place}/{file}"
         try:
@@ -35,7 +36,7 @@ class StoreFiles:
             self._system.invalidate_cache(self._place)  # What was listed is not asked for again.
             key = str(self._system.ukey(path))
         except Exception as error:  # Each store raises its own.
-            raise CheckpointError(f"`{file}` of `{self._label}` could not be fetched: {_first(error)}") from error
+            raise FetchError(f"`{file}` of `{self._label}` could not be fetched: {_first(error)}") from error
         if self.keys.setdefault(file, key) != key:
             raise CheckpointError(
                 f"`{file}` of `{self._label}` changed while it was read. Start again when nothing writes to it."

@@ -29,7 +29,8 @@ class Files(Protocol):
         """These bytes of a file.
 
         Raises:
-            CheckpointError: They cannot be fetched, or the file is no longer the one that was opened.
+            CheckpointError: The file is no longer the one that was opened.
+            FetchError: They cannot be fetched.
         """
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
+from peft_posthoc.errors import AdapterError, FetchError, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.preflight import Preflight, check
@@ -95,7 +95,7 @@ class Begun:
         spool = self.spool
         try:
             yield
-        except KeyboardInterrupt as interrupt:
+        except (KeyboardInterrupt, FetchError) as interrupt:
             if spool is not None and len(spool):
                 interrupt.add_note(
                     f"{len(spool)} of {len(self.names)} weights are done and kept in `{spool.folder}`. "

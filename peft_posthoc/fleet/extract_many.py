@@ -219,7 +219,7 @@ def _is_finished(member: Member, made: Made, processes: Processes, *, force: boo
                     f"{len(names) - len(outcomes)} finished layers in `{spool.folder}` cannot be read. Start again."
                 )
             _save(member.work.finish(outcomes), member, made, force=force)
-    if spool is not None and member.error is not None:
+    if spool is not None and member.error is not None and not member.keeps:
         spool.remove()
     return True
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import CheckpointError, MissingExtraError, extract, extract_many, open_checkpoint, preflight
 from peft_posthoc.checkpoints import streamed
+from peft_posthoc.checkpoints.object_store import StoreFiles
+from peft_posthoc.errors import FetchError
 from tests.make import models
 from tests.make.hub_session import HUGE, refused
 
@@ -149,6 +151,57 @@ def test_a_store_is_read_as_a_folder_is(stored, served_pair, tmp_path, monkeypat
     fleet = extract_many("memory://models/base", ["memory://models/tuned"], 4, out=tmp_path / "all")
     assert not fleet.failed
     assert adapter(tmp_path / "all/tuned") == adapter(tmp_path / "out")
+
+
+@pytest.fixture
+def lost(monkeypatch):
+    """Call it with how many parts come before the connection is lost; gives the parts that were asked for."""
+    real, asked = StoreFiles.fetch, []
+
+    def after(count):
+        asked.clear()
+
+        def fetch(self, file, start, end):
+            if len(asked) == count:
+                raise FetchError("The connection is lost.")
+            asked.append((self._label, file, start, end))
+            return real(self, file, start, end)
+
+        monkeypatch.setattr(StoreFiles, "fetch", fetch)
+        return asked
+
+    return after
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("count", [26, 33, 47])
+def test_a_connection_that_is_lost_costs_nothing_that_is_done(stored, lost, tmp_path, monkeypatch, many, count):
+    monkeypatch.setattr("peft_posthoc.extraction.spool.Spool.patience", 0.0)
+    sides, out = ("memory://models/base", "memory://models/tuned"), tmp_path / "all" / "tuned"
+
+    def run():
+        if many:
+            return extract_many(sides[0], [sides[1]], 4, out=out.parent).failed
+        return extract(*sides, 4, out=out).save(out, force=False) and []
+
+    extract(*sides, 4).save(tmp_path / "whole")
+    asked = lost(count)
+    if many:
+        assert "The connection is lost" in run()[0].error
+    else:
+        with pytest.raises(FetchError) as error:
+            run()
+        assert "The same command goes on from there" in error.value.__notes__[0]
+    assert not out.exists()
+    before = {part for part in asked if part[2] > 8}
+    asked = lost(-1)
+    assert not run()
+    # What is fetched again are headers, and the weights that were in work when it was lost.
+    weights = [part for part in asked if part in before and part[2] > 8]
+    headers = 2 * len({part[:2] for part in asked})
+    assert len(weights) <= headers / 2 + 6
+    assert adapter(out) == adapter(tmp_path / "whole")
+    assert not [path for path in out.parent.iterdir() if ".spool-" in path.name]
 
 
 def test_what_changes_in_a_store_is_refused(stored):
