@@ -124,6 +124,20 @@ def test_a_fleet_fetches_the_base_once(hub, phlora, served_pair, tmp_path):
     assert all(torch.equal(one[name], of_fleet[name]) for name in one)
 
 
+def test_a_collection_is_a_fleet_of_the_models_in_it(hub, phlora, served_pair, tmp_path, work):
+    items = [("s/base", "model"), ("s/tuned", "model"), ("s/texts", "dataset"), ("s/absent", "model")]
+    hub.collections["s/tunes-123"] = items
+    for address in ("collections/s/tunes-123", "https://huggingface.co/collections/s/tunes-123"):
+        out = tmp_path / address.replace("/", "-")
+        status, said, _ = phlora("extract", "s/base", address, "--out", out, "--rank", "4", "--json")
+        assert status == 1  # of the one that is not there
+        told = {one["name"]: one for one in json.loads(said)["adapters"]}
+        assert told.keys() == {"tuned", "absent"}
+        assert told["tuned"]["state"] == "made"
+        assert "repository on the hub" in told["absent"]["error"]
+    refused(phlora("extract", "s/base", "collections/s/none-1", "--out", work / "all"), work, "collections/s/none-1")
+
+
 @pytest.fixture
 def stored(served_pair):
     """The same pair in fsspec's store in memory."""

@@ -50,6 +50,7 @@ class FakeHub:
         self.parts = []  # (repository, file, first, last byte) of every part that was sent
         self.drops = lambda count: False  # whether the connection ends within the part that is sent as this one
         self.tags = {}  # by (repository, file): another ETag than that of its content
+        self.collections = {}  # by slug, the ids and types of what is in it
         self.gates = {}  # repositories whose requests to write wait until an event is set
 
     def repository(self, repo_id):
@@ -120,6 +121,8 @@ class FakeHub:
             def answer(self, *, send):
                 path = urlsplit(self.path).path
                 hub.asked.append(path)
+                if (slug := path.removeprefix("/api/collections/")) in hub.collections:
+                    return self.collection(slug, send=send)
                 for pattern, method in (
                     (r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self.info),
                     (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self.tree),
@@ -134,6 +137,15 @@ class FakeHub:
                             return self.reply(404, send=send, error="RevisionNotFound")
                         return method(repo_id, commit, repository.commits[commit], *rest, send=send)
                 return self.reply(404, send=send)
+
+            def collection(self, slug, *, send):
+                items = [
+                    {"_id": str(at), "id": name, "type": kind, "position": at}
+                    for at, (name, kind) in enumerate(hub.collections[slug])
+                ]
+                told = {"slug": slug, "title": "A collection", "owner": {"name": slug.split("/")[0]}, "items": items}
+                more = {"position": 0, "private": False, "theme": "green", "upvotes": 0}
+                self.reply(200, {**told, **more, "lastUpdated": "2026-01-01T00:00:00.000Z"}, send=send)
 
             def info(self, repo_id, commit, files, *, send):
                 claimed = hub.repositories[repo_id].claimed
