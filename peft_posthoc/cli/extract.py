@@ -35,6 +35,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("with_tokenizer")
 @NAMES
 @MODELS
+@option("stream")
 @OUTPUT
 def extract(
     base: str,
