@@ -10,7 +10,7 @@ ENGINES := $(PHLORA_ENGINES)
 ENGINE_INSTALL = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check
 LLAMA_CPP := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-distributed test-engines sweep engines bench bench-serving lint wheel clean
+.PHONY: demo test docs test-distributed test-engines sweep engines bench bench-serving lint wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -23,7 +23,10 @@ demo: $(READY)  ## Train, fine-tune, extract, verify: the main job on real weigh
 
 test: lint $(READY)  ## What the CI runs: two processes, a thread each.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-	$(MAKE) wheel
+	$(MAKE) docs wheel
+
+docs: $(READY)  ## The site of docs/ into .work/site; a dead link or a warning ends it.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 sweep: $(READY)  ## Every class of transformers and diffusers that builds small; a table in docs/architectures.md. 20 minutes.
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep

@@ -18,7 +18,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.checkpoints.quantized.decoded import decoded
-from peft_posthoc.checkpoints.quantized.undecoded import quantized
+from peft_posthoc.checkpoints.quantized.undecoded import refuse_codes
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
@@ -75,12 +75,12 @@ def opened(model: ModelReference, *, merged: bool) -> Checkpoint:
     # A model of the hub lies in a folder that is named by its commit.
     found = Folder(folder, label=label, revision=None if local else folder.name)
     check_counts(found.config or {})
-    if merged and (coded := next(iter(quantized(found).items()), None)):
-        raise CheckpointError(
-            f"`{label}` is quantised (`{coded[0]}`: {coded[1].format}), and mergekit would merge its codes. Give it in "
-            "16 bits; a quantised base that is in no part of the merge can be given with `--base`."
+    if merged:
+        refuse_codes(
+            found,
+            "mergekit would merge its codes (a quantised base that is in no part of the merge is given with `--base`)",
         )
-    return decoded(found, folder)
+    return decoded(found)
 
 
 def is_narrower(dtype: torch.dtype | None, model: Checkpoint) -> bool:

@@ -13,6 +13,8 @@ from .extraction.extract import extract
 from .extraction.preflight import Preflight, preflight
 from .extraction.report import Report
 from .extraction.series import Series
+from .fleet.extract_many import extract_many, preflight_many
+from .fleet.fleet import Fleet
 from .formats.export import export
 from .formats.result import Exported
 from .inspection.inspection import Inspection, inspect
@@ -44,6 +46,7 @@ __all__ = [
     "CheckpointError",
     "Exported",
     "Fixed",
+    "Fleet",
     "Given",
     "Inspection",
     "LeftOutWarning",
@@ -74,6 +77,7 @@ __all__ = [
     "distil",
     "export",
     "extract",
+    "extract_many",
     "fix",
     "fixed",
     "get_peft_model",
@@ -84,6 +88,7 @@ __all__ = [
     "open_checkpoint",
     "patch_peft",
     "preflight",
+    "preflight_many",
     "refine",
     "resize",
     "several",

@@ -5,11 +5,15 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+import builtins
+
+from jaxtyping import Float, install_import_hook
 
 from tests.make import shapes
 
-# Shape annotations are checked here, and only here: in every module that has one.
+# Shape annotations are checked here, and only here: in every module that has one. Else no module
+# imports their names.
+builtins.Float = Float
 _ROOT = Path(__file__).parents[1]
 install_import_hook(
     [

@@ -15,8 +15,7 @@ from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
 from peft_posthoc.checkpoints.model_files import state_of
-from peft_posthoc.checkpoints.quantized.undecoded import quantized
-from peft_posthoc.errors import CheckpointError
+from peft_posthoc.checkpoints.quantized.undecoded import refuse_codes
 from peft_posthoc.models.find import layout_of
 
 
@@ -29,6 +28,7 @@ class Applied(Checkpoint):
 
     doubt: str | None = None
     """A sentence about a base that is not the one which the adapter names."""
+    handed = True
 
     def __init__(
         self, base: Checkpoint, adapter: Path | AdapterFile, *, label: str, revision: str | None = None
@@ -48,18 +48,15 @@ class Applied(Checkpoint):
         self.label = label
         self.revision = revision
         self.sequential, self.to_fetch = base.sequential, base.to_fetch
+        self.to_stream: int = getattr(base, "to_stream", 0)
         folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
         layout = layout_of(base)
         # A tokenizer that was changed lies beside the adapter.
         own = (folder.place / "tokenizer_config.json").is_file()
         self.beside = folder.place if own else place_of(base)
-        coded = {own: (name, one.format) for name, one in quantized(base).items() for own in layout.names_of(name)}
-        if adapted := next((own for own in coded if own.startswith(tuple(f"{m}." for m in folder.modules))), None):
-            name, how = coded[adapted]
-            raise CheckpointError(
-                f"`{folder.label}` adds to `{name}`, which `{base.label}` holds quantised ({how}); its numbers need "
-                "their scales. Give the model that it was made from."
-            )
+        adapted = tuple(f"{module}." for module in folder.modules)
+        why = f"`{folder.label}` adds to it: its numbers need their scales"
+        refuse_codes(base, why, lambda name: any(own.startswith(adapted) for own in layout.names_of(name)))
         self._on = AdapterOnModel(folder, base, layout)
         size = resize_of(self._on)
         self.config = base.config if size is None or base.config is None else size.config(base.config)

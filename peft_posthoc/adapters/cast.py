@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.text import asked
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Powers of two that a pair is moved by, out of balance, in search of a type's own range: float16 has 40.
 _MOVES = range(-40, 41)
@@ -38,17 +41,20 @@ def cast(
     Raises:
         AdapterError: The type does not hold a factor, or so little of the product that the adapter would be another.
     """
-    saved = a.to(dtype), b.to(dtype)
-    if _overflow(a, saved[0]) or _overflow(b, saved[1]):
+    own, rank = len(a), len(a) if rank is None else rank
+    saved = Factors(a, b).padded(rank, dtype)
+    if _overflow(a, saved.a[:own]) or _overflow(b, saved.b[:, :own]):
         raise AdapterError(f"The factors of `{name}` overflow {dtype}. {_another()}")
-    if (a.dtype, b.dtype) != (dtype, dtype) and not _held(a, b, *saved):
+    if (a.dtype, b.dtype) == (dtype, dtype) or _only_rounded(a, b, dtype):
+        return saved
+    if not _held(a, b, saved.a[:own], saved.b[:, :own]):
         wide = _balanced(a.double(), b.double(), dtype)
-        saved = wide[0].to(dtype), wide[1].to(dtype)
-        if not _held(*wide, *saved):
+        saved = Factors(*wide).padded(rank, dtype)
+        if not _held(*wide, saved.a[:own], saved.b[:, :own]):
             raise AdapterError(
                 f"The factors of `{name}` are too small for {dtype}: they would be another delta, or none. {_another()}"
             )
-    return Factors(*saved).padded(len(a) if rank is None else rank)
+    return saved
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -87,21 +93,35 @@ def _another() -> str:
 
 
 def _overflow(x: Tensor, saved: Tensor) -> bool:
-    # PyTorch does not compute with float8, and casts to some of its types by cutting at the largest number.
-    wide, limit = saved.float() if saved.dtype.itemsize < 4 else saved, torch.finfo(saved.dtype)
-    beyond = x.numel() and float(x.abs().max()) > limit.max * (1 + limit.eps)
-    return bool(beyond) or not bool(torch.isfinite(wide).all())
+    limit = torch.finfo(saved.dtype)
+    most = float(torch.linalg.vector_norm(x, math.inf)) if x.numel() else 0.0
+    # Between the two what rounds up is lost. PyTorch does not compute with float8, and cuts at some types' maximum.
+    return not most <= limit.max and (
+        not most <= limit.max * (1 + limit.eps) or not bool(torch.isfinite(saved.float()).all())
+    )
+
+
+def _only_rounded(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a type must hold the product, by the most that rounding can change: `_held` in a pass over each."""
+    limit = torch.finfo(dtype)
+    norms = [torch.linalg.vector_norm(x, dim=dim).double() for x, dim in ((a, 1), (b, 0))]
+    least = limit.smallest_normal * limit.eps / 2  # what rounding does to numbers below the normal ones
+    offs = [
+        limit.eps / 2 * norm + least * math.sqrt(count) for norm, count in zip(norms, (a.shape[1], len(b)), strict=True)
+    ]
+    return _within(norms[0] * norms[1], offs[0] * norms[1] + norms[0] * offs[1] + offs[0] * offs[1], limit.eps)
 
 
 def _held(a: Tensor, b: Tensor, saved_a: Tensor, saved_b: Tensor) -> bool:
     """Tell whether a type holds the product up to its rounding."""
     if not len(a):
         return True
-    size, lost = _sizes(a, b, saved_a, saved_b)
-    # Rounding alone changes each factor by at most half of `eps`.
-    return float(torch.linalg.vector_norm(lost)) <= 2 * torch.finfo(saved_a.dtype).eps * float(
-        torch.linalg.vector_norm(size)
-    )
+    return _within(*_sizes(a, b, saved_a, saved_b), torch.finfo(saved_a.dtype).eps)
+
+
+def _within(size: Tensor, lost: Tensor, eps: float) -> bool:
+    """Tell whether what is lost is no more than rounding, which changes each factor by at most half of `eps`."""
+    return float(torch.linalg.vector_norm(lost)) <= 2 * eps * float(torch.linalg.vector_norm(size))
 
 
 def _sizes(a: Tensor, b: Tensor, saved_a: Tensor, saved_b: Tensor) -> tuple[Tensor, Tensor]:

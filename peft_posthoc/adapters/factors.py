@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.compute.precision import full_precision
 from peft_posthoc.models.kinds import LayerKind
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Factors(NamedTuple):
@@ -18,11 +20,13 @@ class Factors(NamedTuple):
     a: Float[Tensor, "r n"]
     b: Float[Tensor, "m r"]
 
-    def padded(self, rank: int) -> Factors:
-        """New factors with rows and columns of zeros behind their own."""
-        a, b = self.a.new_zeros(rank, self.a.shape[1]), self.b.new_zeros(len(self.b), rank)
-        a[: len(self.a)] = self.a
-        b[:, : len(self.a)] = self.b
+    def padded(self, rank: int, dtype: torch.dtype | None = None) -> Factors:
+        """New factors with rows and columns of zeros behind their own; of another type, if one is given."""
+        own = len(self.a)
+        a = self.a.new_empty(rank, self.a.shape[1], dtype=dtype)
+        b = self.b.new_empty(len(self.b), rank, dtype=dtype)
+        a[:own], b[:, :own] = self.a, self.b
+        a[own:], b[:, own:] = 0, 0
         return Factors(a, b)
 
     def to(self, like: Tensor | torch.dtype | torch.device) -> Factors:

@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.adapters.vocabulary import resize_of
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of
-from peft_posthoc.checkpoints.quantized.undecoded import quantized
+from peft_posthoc.checkpoints.quantized.undecoded import refuse_codes
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.json_file import read_json
 from peft_posthoc.models.as_model import as_model, converted, second_names
@@ -50,11 +50,7 @@ class Merge:
         base, names = deltas.base, deltas.base.headers
         if base.sequential:
             raise CheckpointError(f"`{base.label}` can be read once only. Write it to a folder first.")
-        if coded := next(iter(quantized(deltas.stored).items()), None):
-            raise CheckpointError(
-                f"The base `{base.label}` holds `{coded[0]}` in a form that is not decoded ({coded[1].format}). Give "
-                "the model that it was made from."
-            )
+        refuse_codes(deltas.stored, "its numbers need their scales")
         untied = self._untied()
         stored = {self._layout.name_of(name): name for name in names}
         users = {user for owner, users in self._layout.shared.items() if owner in stored for user in users}

@@ -50,8 +50,8 @@ class Checkpoint(Protocol):
     """Bytes that are downloaded when the first tensor is read."""
     sequential: bool = False
     """True where each tensor can be read once only, in the order of `headers`: it is made as it is read."""
-    from_codes: bool = False
-    """True where the files hold codes, under these names or others: transformers is handed what they are decoded to."""
+    handed: bool = False
+    """True where transformers is handed the tensors, as they are made here: of codes, or of a base and an adapter."""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in its own dtype. It may share memory with its source and must not be changed."""

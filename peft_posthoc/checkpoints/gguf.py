@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.gguf_header import header_alone
 from peft_posthoc.checkpoints.gguf_steps import beside, gaps
 from peft_posthoc.checkpoints.model_files import state_of
 from peft_posthoc.errors import CheckpointError, MissingExtraError
@@ -21,12 +23,21 @@ SUFFIX = ".gguf"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MODEL = re.compile(r"(?!mmproj|.*imatrix)[^/]+\.gguf")
 # Values that are decoded at a time, which stay in the processor's cache.
-_AT_A_TIME = 1 << 16
+_AT_A_TIME = 1 << 17
 # What numpy has no word for is handed over as bytes.
 _PLAIN = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
 }
+
+
+class _Place(NamedTuple):
+    """Where a tensor is, and its type, one of `gguf.GGMLQuantizationType`."""
+
+    file: Path
+    begin: int
+    end: int
+    type: Any
 
 
 class Gguf(Checkpoint):
@@ -52,7 +63,8 @@ class Gguf(Checkpoint):
             raise CheckpointError(
                 f"`{label}` is one of {len(self.files)} files of a model; beside it is no {', '.join(missing)}."
             )
-        self._tensors: dict[str, tuple[Path, Any]] = {}
+        self._tensors: dict[str, _Place] = {}
+        self._mapped: dict[Path, Any] = {}
         self.headers: dict[str, Header] = {}
         self.types: dict[str, str] = {}
         """By tensor, how its values are stored, as `gguf` calls it: `Q4_K`."""
@@ -60,13 +72,7 @@ class Gguf(Checkpoint):
         """What the file says of the model, lists left out."""
         for file in self.files:
             self._states[file] = state_of(regular(file))
-            reader = _opened(file)
-            if file == self.files[0]:
-                self.metadata = {
-                    name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1
-                }
-            for tensor in reader.tensors:
-                self._add(file, tensor)
+            self._open(file)
         coded = [name for name, kind in self.types.items() if kind not in _PLAIN]
         scales = {name: f"{name.removesuffix('weight')}scale" for name in coded}
         self._scales = {name: self.read(scale) for name, scale in scales.items() if scale in self.types}
@@ -80,7 +86,32 @@ class Gguf(Checkpoint):
         """What llama.cpp calls the kind of model."""
         return str(self.metadata.get("general.architecture") or "")
 
-    def _add(self, file: Path, tensor: Any) -> None:
+    def _open(self, file: Path) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise MissingExtraError(
+                f"`{file}` is read with the gguf package: `pip install 'peft-posthoc[quantised]'`."
+            ) from error
+        import numpy as np
+
+        try:
+            with header_alone(file) as (short, gone):
+                reader = gguf.GGUFReader(short)
+                # A private mapping: nothing is written to it, and PyTorch takes no other without a warning.
+                self._mapped[file] = np.memmap(file, mode="c")
+                if file == self.files[0]:
+                    single = ((name, field) for name, field in reader.fields.items() if len(field.types) == 1)
+                    self.metadata = {name: field.contents() for name, field in single if field.data}
+        except Exception as error:
+            # Of damaged bytes the reader makes errors of every kind.
+            raise CheckpointError(
+                f"`{file}` is not a readable GGUF file: {type(error).__name__}: {str(error).rstrip('.')}."
+            ) from error
+        for tensor in reader.tensors:
+            self._add(file, tensor, int(tensor.data_offset) + gone)
+
+    def _add(self, file: Path, tensor: Any, begin: int) -> None:
         name, kind = str(tensor.name), tensor.tensor_type.name
         if name in self.headers:
             raise CheckpointError(f"Two files of `{self.label}` hold `{name}`; one of them is `{file.name}`.")
@@ -92,7 +123,7 @@ class Gguf(Checkpoint):
         shape = tuple(int(side) for side in reversed(tensor.shape))
         self.headers[name] = Header(shape, _PLAIN.get(kind, torch.float32))
         self.types[name] = kind
-        self._tensors[name] = file, tensor
+        self._tensors[name] = _Place(file, begin, begin + int(tensor.n_bytes), tensor.tensor_type)
 
     def read(self, name: str) -> Tensor:
         """One tensor, decoded to float32 if it is quantised.
@@ -100,18 +131,16 @@ class Gguf(Checkpoint):
         Raises:
             CheckpointError: Its file changed meanwhile.
         """
-        import numpy as np
-
         stored, (shape, dtype) = self._stored(name), self.headers[name]
         if self.types[name] in _PLAIN:
-            return torch.from_numpy(stored.view(np.uint8)).view(dtype).view(shape)
-        return self._scaled(name, self._decoded(name, stored.reshape(-1)))
+            return torch.from_numpy(stored).view(dtype).view(shape)
+        return self._scaled(name, self._decoded(name, stored))
 
     def steps(self, name: str) -> Tensor | None:
         """Of a quantised tensor, the grid's step at each value; None of any other."""
         if self.types[name] in _PLAIN:
             return None
-        stored, kind = self._stored(name).reshape(-1), self._tensors[name][1].tensor_type
+        stored, kind = self._stored(name), self._tensors[name].type
         values, next_ones = self._decoded(name, stored), beside(stored, kind)
         found = gaps(values) if next_ones is None else values.sub_(self._decoded(name, next_ones)).abs_()
         return self._scaled(name, found)
@@ -123,23 +152,31 @@ class Gguf(Checkpoint):
     def _stored(self, name: str) -> Any:
         import numpy as np
 
-        file, tensor = self._tensors[name]
+        file, begin, end, _ = self._tensors[name]
         if state_of(file) != self._states[file]:
             raise CheckpointError(f"`{file}` changed while it was read. Start again when nothing writes to it.")
         # Of a plain array slices are cheap, of a mapping they are not.
-        return np.asarray(tensor.data)
+        return np.asarray(self._mapped[file][begin:end])
 
     def _decoded(self, name: str, blocks: Any) -> Tensor:
         import gguf
 
-        kind = self._tensors[name][1].tensor_type
+        kind = self._tensors[name].type
         found = torch.empty(self.headers[name].shape)
         values = found.view(-1).numpy()
         # Every block is decoded by itself: as one long row, which `gguf` does not divide further.
         per_block, size = gguf.GGML_QUANT_SIZES[kind]
-        for at in range(0, len(blocks) // size, _AT_A_TIME // per_block):
-            to = at + _AT_A_TIME // per_block
-            values[at * per_block : to * per_block] = gguf.dequantize(blocks[at * size : to * size], kind)
+        step = _AT_A_TIME // per_block
+        starts = range(0, len(blocks) // size, step)
+        threads = max(min(torch.get_num_threads(), len(starts)), 1)
+
+        def some(first: int) -> None:
+            for at in starts[first::threads]:
+                own = gguf.dequantize(blocks[at * size : (at + step) * size], kind)
+                values[at * per_block : (at + step) * per_block] = own
+
+        with ThreadPoolExecutor(threads) as pool:  # NumPy works on one core.
+            list(pool.map(some, range(threads)))
         return found
 
     def _scaled(self, name: str, values: Tensor) -> Tensor:
@@ -174,26 +211,6 @@ def only_model(names: Collection[str], where: str) -> str | None:
             f"`{where}/{models[0]}`."
         )
     return models[0] if models else None
-
-
-def _opened(path: Path) -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError(
-            f"`{path}` is read with the gguf package: `pip install 'peft-posthoc[quantised]'`."
-        ) from error
-    try:
-        # A private mapping: nothing is written to it, and PyTorch takes no other without a warning.
-        reader = gguf.GGUFReader(path, "c")
-    except Exception as error:
-        # Of damaged bytes the reader makes errors of every kind.
-        raise CheckpointError(
-            f"`{path}` is not a readable GGUF file: {type(error).__name__}: {str(error).rstrip('.')}."
-        ) from error
-    if reader.byte_order != "I":
-        raise CheckpointError(f"`{path}` has its bytes in the order of another machine, which is not read here.")
-    return reader
 
 
 def _decodes(kind: Any) -> bool:

@@ -50,6 +50,8 @@ class View(Checkpoint):
         self.revision = checkpoint.revision
         self.identity = checkpoint.identity
         self.config, self.metadata = checkpoint.config, checkpoint.metadata
+        self.to_stream: int = getattr(checkpoint, "to_stream", 0)
+        self.doubt: str | None = getattr(checkpoint, "doubt", None)
         self.sequential, self.to_fetch = checkpoint.sequential, checkpoint.to_fetch
         self.headers = {name: piece.header for name, piece in pieces.items()}
         self._held: dict[str, Tensor] = {}
@@ -71,9 +73,13 @@ class View(Checkpoint):
         formats = map(self.seen.coded_as, self._pieces[name].sources)
         return next((one for one in formats if one is not None), None)
 
+    def sources(self, name: str) -> tuple[str, ...]:
+        """What the tensor is made of, by the names in the checkpoint that is seen."""
+        return self._pieces[name].sources
+
     def stored_names(self, name: str) -> set[str]:
         """The checkpoint's own names of what the tensor is made of."""
-        return {own for source in self._pieces[name].sources for own in stored_names(self.seen, source)}
+        return {own for source in self.sources(name) for own in stored_names(self.seen, source)}
 
     def in_stored_order(self) -> list[str]:
         """The names, in the order in which what they are made of is stored."""
@@ -101,15 +107,15 @@ def in_stored_order(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.in_stored_order() if isinstance(checkpoint, View) else list(checkpoint.headers)
 
 
-def as_decoded(checkpoint: Checkpoint) -> Checkpoint | None:
-    """What codes are decoded to, under the names that transformers knows; None where there are none.
+def as_handed(checkpoint: Checkpoint) -> Checkpoint | None:
+    """What transformers is handed, under the names that it knows: what codes are decoded to; None if it reads files.
 
     Args:
         checkpoint: It, or a view of it.
     """
-    while isinstance(checkpoint, View) and not checkpoint.from_codes:
+    while isinstance(checkpoint, View) and not checkpoint.handed:
         checkpoint = checkpoint.seen
-    return checkpoint if checkpoint.from_codes else None
+    return checkpoint if checkpoint.handed else None
 
 
 def same(checkpoint: Checkpoint, name: str) -> Piece:

@@ -59,8 +59,9 @@ def check(
 ) -> None:
     """Tell what serving engines would do with the LoRA adapter in the folder or file ADAPTER, whoever made it.
 
-    Reads its configuration and the headers of its tensors only. The exit status is 1 if a chosen engine would refuse it
-    or compute something else than PEFT; with --fix, if it would do so with OUT.
+    Reads its configuration and the headers of its tensors only. The exit status is 1 if an engine would refuse it or
+    compute something else than PEFT; with --fix, if it would do so with OUT. Without --engine, those that load no base
+    in BASE's format are not counted.
     """
     check_file(json_to, "--json")
     names = engines or ("all",)

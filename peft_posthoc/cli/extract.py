@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from peft_posthoc.cli.export import IMAGES
+from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
+from peft_posthoc.cli.write_as import write_as
 from peft_posthoc.errors import ShareDone, noting
 
 
 @click.command()
 @click.argument("base")
-@click.argument("tuned")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("tuned", nargs=-1, required=True, metavar="TUNED OUT | TUNED... --out DIR")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")
 @RANK
 @option("rank_pattern")
 @option("dtype")
@@ -42,11 +43,12 @@ from peft_posthoc.errors import ShareDone, noting
 @option("with_tokenizer")
 @NAMES
 @MODELS
+@option("stream")
 @OUTPUT
 def extract(
     base: str,
-    tuned: str,
-    out: Path,
+    tuned: tuple[str, ...],
+    out: Path | None,
     rank: Asked,
     force: bool,
     dry_run: bool,
@@ -61,8 +63,72 @@ def extract(
     With several ranks between commas, as in --rank 8,16,32, the adapters are OUT/r8, OUT/r16, OUT/r32, of one
     factorization. With --refine OUT is the refined adapter, or nothing: where the fit fails, the same command without
     --refine writes the adapter as it was extracted, from finished layers that are kept beside OUT.
+
+    With --out there may be many TUNED, and text files that list them (@FILE, or FILE.txt) and collections on the hub
+    (collections/OWNER/TITLE-ID): the base is read once for all, each has a folder of its own in DIR, and what fails
+    stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
+    if out is not None:
+        if to is not None:
+            raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
+        if asked is not None:
+            raise click.UsageError("--refine goes with one TUNED. `phlora refine` refines each adapter afterwards.")
+        of_many(
+            base, tuned, rule, out=out, force=force, dry_run=dry_run, html=html, quiet=quiet, json_to=json_to, **options
+        )
+        return
+    if len(tuned) < 2:
+        raise click.UsageError("Missing argument 'OUT'.")
+    if len(tuned) > 2:
+        raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
+    if to is not None:
+        if asked is not None or html is not None:
+            raise click.UsageError("--to goes without --refine and --html.")
+        if to == "comfyui" and click.get_current_context().get_parameter_source("form") is ParameterSource.DEFAULT:
+            options["form"] = "peft"
+        write_as(
+            base,
+            tuned[0],
+            rule,
+            Path(tuned[1]),
+            to,
+            force=force,
+            dry_run=dry_run,
+            quiet=quiet,
+            json_to=json_to,
+            **options,
+        )
+        return
+    _one(
+        base,
+        tuned[0],
+        Path(tuned[1]),
+        rule,
+        asked,
+        force=force,
+        dry_run=dry_run,
+        html=html,
+        quiet=quiet,
+        json_to=json_to,
+        **options,
+    )
+
+
+def _one(
+    base: str,
+    tuned: str,
+    out: Path,
+    rule: Any,
+    asked: Any,
+    *,
+    force: bool,
+    dry_run: bool,
+    html: Path | None,
+    quiet: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
     from peft_posthoc.adapters.writer import check_target
     from peft_posthoc.extraction.extract import extract as run
     from peft_posthoc.extraction.preflight import preflight
@@ -74,17 +140,6 @@ def extract(
     # Bad arguments are told before the work, not after it.
     if asked is not None and (isinstance(rule, several) or html is not None):
         raise click.UsageError("--refine goes with one rank and without --html.")
-    if to is not None:
-        if asked is not None or isinstance(rule, several) or html is not None:
-            raise click.UsageError("--to goes with one rank, and without --refine and --html.")
-        source = click.get_current_context().get_parameter_source("form")
-        if to == "comfyui" and source is ParameterSource.DEFAULT:
-            options["form"] = "peft"
-        check_file(json_to, "--json")
-        _straight(
-            base, tuned, rule or 32, out, to, force=force, dry_run=dry_run, quiet=quiet, json_to=json_to, **options
-        )
-        return
     check_file(json_to, "--json")
     check_drawing(html, "--html")
     if isinstance(rule, several):
@@ -123,35 +178,3 @@ def extract(
             Inspection.of(adapter, made).html(html)
         done = f"{'Adapters' if several_of_them else 'Adapter'} written to {out}"
         show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet, more=[done])
-
-
-def _straight(
-    base: str,
-    tuned: str,
-    rank: Any,
-    out: Path,
-    to: Any,
-    *,
-    force: bool,
-    dry_run: bool,
-    quiet: bool,
-    json_to: str | None,
-    **options: Any,
-) -> None:
-    """Extract, and export what was extracted."""
-    from peft_posthoc.extraction.extract import extract as run
-    from peft_posthoc.extraction.preflight import preflight
-    from peft_posthoc.formats.export import check_out
-    from peft_posthoc.formats.export import export as write
-
-    check_out(to, out, force=force)
-    if dry_run:
-        show(preflight(base, tuned, rank, **options), json_to, quiet=quiet)
-        return
-    adapter = run(base, tuned, rank, progress=not quiet, **options)
-    with TemporaryDirectory(prefix="phlora-") as room:
-        adapter.save(Path(room) / out.stem)
-        done = write(Path(room) / out.stem, out, to, base=base, base_revision=options["base_revision"], force=force)
-    with noting(f"The LoRA is at `{out}`."):
-        told = f"{adapter.report.table()}\n\n{done.table()}"
-        show(adapter.report, json_to, quiet=quiet, table=told, more=[f"Written to {out}"])

@@ -74,7 +74,7 @@ def check_drawing(path: Path | None, option: str) -> None:
     """See before the work whether there will be something to draw with."""
     check_file(path, option)
     if path is not None:
-        from peft_posthoc.inspection.plots import check_format
+        from peft_posthoc.inspection.drawing import check_format
 
         check_format(path.suffix if option == "--plot" else ".svg")
 

@@ -13,6 +13,7 @@ from peft_posthoc.cli.options import together
 if TYPE_CHECKING:
     from peft_posthoc.refinement.method import Method
     from peft_posthoc.refinement.refining import Refining
+    from peft_posthoc.refinement.usual import Usual
     from peft_posthoc.texts.texts import Texts
 
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -113,14 +114,20 @@ def refining(options: dict[str, Any]) -> Refining:
     return Refining(given, chosen, **numbers)
 
 
-def _method(name: str | None, options: Mapping[str, float | None]) -> Method | None:
+def _method(name: str | None, options: Mapping[str, float | None]) -> Method | Usual | None:
     import peft_posthoc
+    from peft_posthoc.refinement.usual import Usual
 
     given = {key: value for key, value in options.items() if value is not None}
     if name is None:
         if not given:
             return None
-        name = "distil"
+        names = [method for method, own in _METHODS.items() if given.keys() <= {*own}]
+        if not names:
+            raise click.UsageError(f"No method takes {' and '.join(f'--{key}' for key in given)} together.")
+        if len(names) > 1:
+            return Usual(**given)
+        (name,) = names
     for key in given.keys() - {*_METHODS[name]}:
         raise click.UsageError(f"--{key} does not belong to --method {name}.")
     chosen: Method = getattr(peft_posthoc, name)(**given)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.extraction.forms.lay_out import lay_out
@@ -18,6 +17,9 @@ from peft_posthoc.extraction.outcomes import Kept, Layer, Skipped
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.linalg.spectrum import Spectrum
 from peft_posthoc.pairing.difference import Difference
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)

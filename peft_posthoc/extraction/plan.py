@@ -184,7 +184,7 @@ def make_plan(
                 raise CheckpointError(
                     f"The {role} `{side.label}` is quantised (`{first}` is {side.headers[first].dtype}: "
                     f"{found[first].format}); its numbers need their scales. Give the checkpoint it was made from, or "
-                    "dequantize it first."
+                    "dequantize it first; if it was cast and never scaled, give the single file, or save it in 16 bits."
                 )
         reasons = ", ".join(sorted({fate.hint for fate in plan.left_out.values()}))
         raise NothingToCarryError(f"No weight of `{base.label}` and `{tuned.label}` can be carried: {reasons}.")

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.checkpoints.beside import files_of_text
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.view import stored_names
@@ -45,7 +44,17 @@ from peft_posthoc.text import asked, shorten
 # identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
 # A new option is in both.
 _MODELS = {"base_revision", "tuned_revision", "tuned_name", "for_base"}
-_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy", "with_tokenizer"}
+_TOLD_OTHERWISE = {
+    *_MODELS,
+    "choose",
+    "leave_out",
+    "experts",
+    "device",
+    "dtype",
+    "min_energy",
+    "with_tokenizer",
+    "stream",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,13 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     kind = cast(Form, form)
     where = pick_device(options["device"])
     mixture = options["experts"] or ("fused" if form == "peft" else "none")
-    opened = open_pair(base, tuned, base_revision=options["base_revision"], tuned_revision=options["tuned_revision"])
+    opened = open_pair(
+        base,
+        tuned,
+        base_revision=options["base_revision"],
+        tuned_revision=options["tuned_revision"],
+        stream=options["stream"],
+    )
     before, after, layout, whole, notes = match(
         *opened,
         rules=rename,
@@ -146,7 +161,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         vocab=cast(Vocab, options["vocab"]),
         of_tuned=form == "peft",
     )
-    notes = (*notes, *(side.doubt for side in opened if isinstance(side, Applied) and side.doubt))
+    notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
@@ -167,7 +182,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     served = None
     if options["for_base"] is not None:
         served = served_as(
-            open_checkpoint(options["for_base"], role="served base"),
+            open_checkpoint(options["for_base"], role="served base", stream=options["stream"]),
             opened[0],
             {name: before.headers[name].shape for name in plan.carried},
             rules=rename,

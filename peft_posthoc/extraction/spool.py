@@ -24,6 +24,8 @@ from peft_posthoc.json_file import read_json
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.linalg.noise import Noise
 
+_FAILED = "failed"
+
 
 class Spool:
     """A folder beside the adapter to be, bound by its name to all that the layers in it depend on.
@@ -42,6 +44,8 @@ class Spool:
         self._start = time.monotonic()
         key = hashlib.sha256(json.dumps([identity, torch.__version__], sort_keys=True).encode()).hexdigest()
         target = Path(out).absolute()
+        self.key = key
+        """The same for the same inputs, options and libraries alone."""
         self.folder = target.parent / f"{_prefix(target)}{key[:16]}"
         self._target, self._taken = target, is_taken(target)
         self._above = [path for path in self.folder.parents if not path.exists()]
@@ -99,6 +103,20 @@ class Spool:
         for path in self._above:
             with contextlib.suppress(OSError):  # Others use it, or it is not there.
                 path.rmdir()
+
+    def fail(self, why: str) -> None:
+        """Tell the other processes that there will be no adapter."""
+        with contextlib.suppress(OSError):  # Then this process' end tells them.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / _FAILED).write_text(why, encoding="utf-8")
+
+    def failed(self, since: float) -> str | None:
+        """Why another process made no adapter; None where none has said so since that time."""
+        try:
+            path = self.folder / _FAILED
+            return path.read_text(encoding="utf-8") if path.stat().st_mtime >= since else None
+        except OSError:
+            return None
 
     def was_overtaken(self) -> bool:
         """Whether another run has written its adapter to the same place in the meantime."""

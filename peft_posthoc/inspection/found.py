@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.extraction.adapter import Adapter
@@ -19,6 +18,9 @@ from peft_posthoc.inspection.answers import Candidate, candidates, of
 from peft_posthoc.inspection.curves import Curves
 from peft_posthoc.inspection.grid import Cell, cells
 from peft_posthoc.text import percent, shorten, sized
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # The columns of the terminal's table, and of the page's.
 COLUMNS = (8, 16, 32, 64, 128, 256, 512)

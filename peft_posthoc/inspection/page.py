@@ -7,13 +7,13 @@ import hashlib
 import os
 from importlib import resources
 from pathlib import PurePath
+from typing import Any
 
 from peft_posthoc.inspection.found import Found
 from peft_posthoc.inspection.plots import captions, drawings
 from peft_posthoc.text import percent, sized
 
-_TEMPLATE = "page.html.jinja"
-_SCRIPT = "page.js"
+_HERE = "peft_posthoc.inspection"
 
 
 def page(inspection: Found) -> str:
@@ -22,24 +22,27 @@ def page(inspection: Found) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    return rendered(_HERE, inspection=inspection, drawings=drawings(inspection), captions=captions(inspection))
+
+
+def rendered(package: str, **values: Any) -> str:
+    """The page of a package, `page.html.jinja`, with the style and the script that all pages have."""
     # It comes with torch, but is not loaded with it.
     from jinja2 import Environment, StrictUndefined
 
-    drawn = drawings(inspection)
     # What checkpoints bring (names, labels) is escaped; the drawings are matplotlib's, which escapes it too.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_read(_TEMPLATE))
-    script = _read(_SCRIPT)
+    template = environment.from_string(_read(package, "page.html.jinja"))
+    script = _read(_HERE, "page.js")
     return template.render(
-        inspection=inspection,
-        drawings=drawn,
-        captions=captions(inspection),
         short=_short,
         percent=percent,
         sized=sized,
+        style=_read(_HERE, "page.css"),
         script=script,
         # The one script that a browser may run here.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
     )
 
 
@@ -48,5 +51,5 @@ def _short(label: str) -> str:
     return PurePath(label).name if os.path.isabs(label) else label
 
 
-def _read(name: str) -> str:
-    return (resources.files("peft_posthoc.inspection") / name).read_text(encoding="utf-8")
+def _read(package: str, name: str) -> str:
+    return (resources.files(package) / name).read_text(encoding="utf-8")

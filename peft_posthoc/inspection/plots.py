@@ -2,80 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from peft_posthoc.errors import MissingExtraError
 from peft_posthoc.inspection.answers import Candidate
+from peft_posthoc.inspection.drawing import INK, SIZE, STYLE, check_format, require, saved, short, svg
 from peft_posthoc.inspection.found import Found
 from peft_posthoc.ranks.rules import above_noise, keep_energy
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Okabe and Ito's colours, which those who do not see all colours tell apart too; without black, which is the total's,
 # and yellow, which is lost on white. Beyond seven modules the lines are dashed.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
 _DASHES = ("-", "--", ":", "-.")
 _MAP = "viridis"  # Of even steps in lightness, for all eyes.
-# Stands for the text's colour until the page's own, of day or night, takes its place.
-_INK = "#010203"
-_SIZE = (6.2, 4.1)  # inches
 _POINTS = 48  # of a curve: more are not seen
-_STYLE = {
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9.5,
-    "grid.alpha": 0.25,
-    "grid.color": _INK,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "text.parse_math": False,  # A dollar in a name is a dollar.
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
 _WHAT: dict[type, str] = {
     keep_energy: "Each layer gets what holds the same share of its own energy.",
     above_noise: "Each layer gets what stands out of the noise that the checkpoints carry.",
 }
-
-
-def require() -> None:
-    """See that there is matplotlib.
-
-    Raises:
-        MissingExtraError: There is none.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("Plots need matplotlib: `pip install 'peft-posthoc[plot]'`.") from error
-
-
-def check_format(suffix: str) -> None:
-    """See that matplotlib can write a file of this suffix.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        ValueError: matplotlib does not know the format.
-    """
-    require()
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if suffix and suffix.removeprefix(".").lower() not in known:
-        raise ValueError(f"A picture cannot be a `{suffix}` file. Choose one of {', '.join(sorted(known))}.")
 
 
 def picture(inspection: Found, suffix: str = ".png") -> bytes:
@@ -89,8 +42,8 @@ def picture(inspection: Found, suffix: str = ".png") -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE | {"text.color": "black", "svg.hashsalt": "picture"}):
-        figure: Any = Figure(figsize=(2 * _SIZE[0], 2 * _SIZE[1]), layout="constrained")
+    with matplotlib.rc_context(STYLE | {"text.color": "black", "svg.hashsalt": "picture"}):
+        figure: Any = Figure(figsize=(2 * SIZE[0], 2 * SIZE[1]), layout="constrained")
         rules = _rules(inspection)
         top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
         left, right = top.subfigures(1, 2)
@@ -98,7 +51,7 @@ def picture(inspection: Found, suffix: str = ".png") -> bytes:
         _heat(right, inspection)
         for part, rule in zip(bottom.subfigures(1, len(rules), squeeze=False)[0], rules, strict=True):
             _allocation(part, inspection, rule)
-        return _saved(figure, suffix.removeprefix(".").lower() or "png", dpi=110)
+        return saved(figure, suffix.removeprefix(".").lower() or "png", dpi=110)
 
 
 def drawings(inspection: Found) -> dict[str, str]:
@@ -108,21 +61,9 @@ def drawings(inspection: Found) -> dict[str, str]:
         MissingExtraError: matplotlib is not installed.
     """
     require()
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    found = {}
     drawn = [("Energy against rank", _energy), ("Energy over layers and modules", _heat)]
     drawn += [(f"Ranks of {rule.flags}", partial(_allocation, rule=rule)) for rule in _rules(inspection)]
-    for title, draw in drawn:
-        # Names within each drawing are made of its salt: those of several in one page must differ.
-        with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-            figure = Figure(figsize=_SIZE, layout="constrained")
-            figure.patch.set_alpha(0)
-            draw(figure, inspection)
-            svg = _saved(figure, "svg", transparent=True).decode()
-        found[title] = _for_page(svg)
-    return found
+    return {title: svg(title, partial(draw, inspection=inspection)) for title, draw in drawn}
 
 
 def captions(inspection: Found) -> dict[str, str]:
@@ -137,25 +78,6 @@ def captions(inspection: Found) -> dict[str, str]:
         triangles = f" Triangles: higher than {top}, where the factorization ended." if rule.beyond else ""
         told[f"Ranks of {rule.flags}"] = f"{_WHAT.get(type(rule.rule), '')}{triangles}"
     return told
-
-
-def _saved(figure: Any, kind: str, **options: Any) -> bytes:
-    # Of the same numbers, the same bytes: no dates.
-    dated = {
-        "png": {},
-        "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
-        "pdf": {"CreationDate": None},
-    }
-    file = io.BytesIO()
-    figure.savefig(file, format=kind, metadata=dated.get(kind), **options)
-    return file.getvalue()
-
-
-def _for_page(svg: str) -> str:
-    """One element, in the colour of the text around it, as wide as its place, with no names that others have too."""
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)
 
 
 def _styles(inspection: Found) -> dict[str, dict[str, Any]]:
@@ -179,9 +101,9 @@ def _legend(figure: Any, styles: Mapping[str, Mapping[str, Any]], *, total: bool
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], linewidth=2, **style) for style in styles.values()]
-    names = [_short(name) for name in styles]
+    names = [short(name) for name in styles]
     if total:
-        lines, names = [Line2D([], [], color=_INK, linewidth=2.5), *lines], ["total", *names]
+        lines, names = [Line2D([], [], color=INK, linewidth=2.5), *lines], ["total", *names]
     # A name that begins with `_` would be left out.
     names = [f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name for name in names]
     figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), handlelength=1.6)
@@ -208,12 +130,12 @@ def _energy(figure: Any, inspection: Found) -> None:
             linewidth=0,
         )
         axes.plot(shown, group.median(dim=0).values.tolist(), linewidth=1.3, **style)
-    axes.plot(shown, [float(curves.total[rank - 1]) for rank in shown], color=_INK, linewidth=2.2)
+    axes.plot(shown, [float(curves.total[rank - 1]) for rank in shown], color=INK, linewidth=2.2)
     for share in (0.5, 0.9):
         reached = int((curves.total < share).sum()) + 1
         if 1 < reached <= len(curves.total):
             point = (reached, float(curves.total[reached - 1]))
-            axes.plot(*point, "o", color=_INK, markersize=4.5)
+            axes.plot(*point, "o", color=INK, markersize=4.5)
             axes.annotate(f"{share:.0%} at {reached}", point, (6, -11), textcoords="offset points", fontweight="bold")
     _rank_axis(axes.xaxis)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -247,7 +169,7 @@ def _heat(figure: Any, inspection: Found) -> None:
                 axes.text(
                     x + 0.5, y + 0.5, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black"
                 )
-    axes.set_yticks([y + 0.5 for y in range(len(modules))], [_short(name) for name in modules])
+    axes.set_yticks([y + 0.5 for y in range(len(modules))], [short(name) for name in modules])
     _layer_axis(axes, columns)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
@@ -268,7 +190,7 @@ def _allocation(figure: Any, inspection: Found, rule: Candidate) -> None:
         axes.plot(at, row[~row.isnan()].tolist(), marker="o", markersize=size, linewidth=1.1, **styles[module])
     ended = [(inspection.cells[name], rule.ranks[name]) for name in sorted(rule.beyond)]
     at = [columns.index(_column(cell.layer)) + 0.5 for cell, _ in ended]
-    axes.plot(at, [rank for _, rank in ended], "^", color=_INK, markersize=4.5, markerfacecolor="none")
+    axes.plot(at, [rank for _, rank in ended], "^", color=INK, markersize=4.5, markerfacecolor="none")
     # The same range for all rules: drawings are compared.
     ranks = [rank for one in _rules(inspection) for rank in one.ranks.values()]
     low, high = math.floor(math.log2(min(ranks)) - 0.01), math.ceil(math.log2(max(ranks)) + 0.01)
@@ -336,7 +258,3 @@ def _spread_out(top: int) -> list[int]:
     if top == 1:
         return [1]
     return sorted({round(top ** (i / (_POINTS - 1))) for i in range(_POINTS)})
-
-
-def _short(name: str, width: int = 28) -> str:
-    return name if len(name) <= width else f"…{name[-(width - 1) :]}"

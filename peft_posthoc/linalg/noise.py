@@ -14,13 +14,15 @@ well known $\sigma^2 (\sqrt m + \sqrt n)^2$.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.linalg.norms import chunks, energy_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _COARSE = (torch.bfloat16, torch.float16)
 # Rows at a time: what is made of them stays in the cache.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Values subtracted at a time: 1 MB of float32, which stay in the cache between the subtraction and the norms. With 4 MB
 # the allocator keeps 100 MB more of what is freed, and it is no faster.

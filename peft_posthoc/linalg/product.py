@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.linalg.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Product(NamedTuple):

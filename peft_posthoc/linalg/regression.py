@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.linalg.svd import truncated_svd
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Columns of the right sides that are solved for at a time, in float64.
 _COLUMNS = 1024

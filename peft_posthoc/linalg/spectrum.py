@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.linalg.noise import Noise
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Spectrum(NamedTuple):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.compute.precision import full_precision
@@ -14,6 +14,9 @@ from peft_posthoc.linalg.krylov import block_krylov, columns
 from peft_posthoc.linalg.lowrank import LowRank, share
 from peft_posthoc.linalg.norms import frobenius_norm
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Up to this side LAPACK's full SVD costs no more than the iteration.
 _SMALL = 256

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_posthoc.checkpoints.memory import of_bitsandbytes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from peft_posthoc.adapters.names import PREFIX
+from peft_posthoc.errors import PosthocError
 from peft_posthoc.models.kinds import EMBEDDING, LayerKind, kind_of
 from peft_posthoc.running.live import Live
 
@@ -30,6 +31,8 @@ class Layer:
     b: Parameter
     scale: float
     """What PEFT multiplies their product with."""
+    bias: Tensor | None = None
+    """Of the factors, which PEFT multiplies likewise."""
 
     @property
     def rank(self) -> int:
@@ -49,6 +52,10 @@ class Layer:
         """The tuned weight minus the base's, `m` by `n`."""
         after, before = (self.kind.matrix(one.weight.detach()).float() for one in (self.tuned, self.base))  # type: ignore[operator]
         return after.to(before.device) - before
+
+    def lacks(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """What the factors are to add to the base's output, for that of the tuned layer."""
+        return wanted - made if self.bias is None else wanted - made - self.scale * self.bias.float()
 
     @torch.no_grad()
     def put(self, a: Tensor, b: Tensor) -> None:
@@ -70,7 +77,16 @@ class Layers(NamedTuple):
 
 
 def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
-    """Sort the modules that have factors, `factors` by the names of the file."""
+    """Sort the modules that have factors, `factors` by the names of the file.
+
+    Raises:
+        PosthocError: What the tuned model computes with are not its weights alone.
+    """
+    if hasattr(live.tuned, "peft_config"):
+        raise PosthocError(
+            "`compensated` compares weights, and the tuned model has an adapter on it. Give what `merge_and_unload()` "
+            "makes of it, or refine by `distil`."
+        )
     found, chosen = Layers({}, {}), {id(factor) for factor in factors.values()}
     places = [name for name, own in live.adapted.named_parameters() if id(own) in chosen]
     for module in dict.fromkeys(name.partition(".lora_")[0] for name in places):
@@ -85,13 +101,14 @@ def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
             found.others[own] = "an embedding has no earlier layer's error to make up for"
         elif kind.kernel:
             found.others[own] = "a convolution is not fitted in closed form"
-        elif layer.lora_B[live.name].bias is not None:
-            found.others[own] = "its factors come with a bias"
         else:
-            a, b = (factor[live.name].weight for factor in (layer.lora_A, layer.lora_B))
-            one = Layer(own, base, live.tuned.get_submodule(own), kind, a, b, layer.scaling[live.name])
+            a, b = (factor[live.name] for factor in (layer.lora_A, layer.lora_B))
+            tuned, scale = live.tuned.get_submodule(own), layer.scaling[live.name]
+            one = Layer(own, base, tuned, kind, a.weight, b.weight, scale, b.bias)
             if one.rank:
                 found.linear[own] = one
+            else:
+                found.others[own] = "one of its factors is zero, which leaves no pair to fit"
     return found
 
 

@@ -81,6 +81,11 @@ def opened(
                 folder, called = Path(adapter), str(adapter)
             file = open_adapter(folder)
             before = _side(base, base_revision, "base")
+            if hasattr(before, "peft_config"):
+                raise AdapterError(
+                    f"The base, {label(before)}, has an adapter on it. Give what `merge_and_unload()` makes of it, or "
+                    "the model alone, `refine(model, tuned=...)`, to refine that adapter."
+                )
             # What is alive is in memory already.
             apart = streams and isinstance(before, Checkpoint) and isinstance(after, Checkpoint)
             load: Any = load_streamed if apart else load_live

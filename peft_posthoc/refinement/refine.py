@@ -26,7 +26,7 @@ from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
-from peft_posthoc.refinement.usual import usual_method
+from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.running.live import Live
 from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
@@ -44,7 +44,7 @@ def refine(
     tuned: Source | None = None,
     *,
     texts: Texts | None = None,
-    method: Method | None = None,
+    method: Method | Usual | None = None,
     sequences: int = 960,
     length: int | None = None,
     minutes: float | None = None,
@@ -110,12 +110,12 @@ def refine(
         raise ValueError(
             f"`refine(texts=...)` is `Prompts([...])`, `Given([...])` or `Sampled()`. Got `{texts!r:.40}`."
         )
-    clock, given, chosen = Clock(minutes, since), texts or Sampled(), method
+    clock, given, chosen = Clock(minutes, since), texts or Sampled(), method or Usual()
     where = pick_device(device)
     together = Together(processes.rank, processes.size, where)
-    if chosen is None:
+    if isinstance(chosen, Usual):
         with together.agreed():
-            usual = usual_method(
+            usual = chosen.method(
                 base,
                 tuned,
                 base_revision=base_revision,
@@ -155,7 +155,8 @@ def refine(
             parts = work.texts(sequences, length, state)
             alone, judging = work.alone(parts)
             with movable(work.live.adapted, factors):
-                seconds = clock.seconds if clock.seconds is None else clock.seconds - judging
+                # No two clocks say the same: that of the first process decides.
+                seconds = together.first(clock.seconds and clock.seconds - judging)
                 fit = chosen(work.live, factors, parts, seed=seed, seconds=seconds, progress=progress, state=state)
                 tensors, after, kept = stored, fit.before, fit.kept
                 if not kept:

@@ -14,12 +14,15 @@ from peft_posthoc.refinement.method import Method
 from peft_posthoc.refinement.opened import Refinable
 from peft_posthoc.refinement.refine import check_numbers, refine
 from peft_posthoc.refinement.refined import Refined
+from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.running.live import check_sides
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.texts.texts import Given, Prompts, Sampled, Texts
 
 # What another process knows by its name.
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Sampled, Prompts, Given, distil, compensated, blocks)}
+_KINDS: dict[str, type] = {
+    kind.__name__: kind for kind in (Sampled, Prompts, Given, Usual, distil, compensated, blocks)
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Refining:
     """The arguments of `refine` that say how."""
 
     texts: Texts | None = None
-    method: Method | None = None
+    method: Method | Usual | None = None
     sequences: int = 960
     length: int | None = None
     minutes: float | None = None

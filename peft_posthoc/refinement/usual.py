@@ -1,6 +1,9 @@
-"""The method that is taken where none is asked for: by the memory at hand."""
+"""The method that is taken where none is named: by the memory at hand."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,30 +18,44 @@ from peft_posthoc.sources import Source, open_checkpoint
 _MODELS = 0.75
 
 
-def usual_method(
-    base: Source | None,
-    tuned: Source,
-    *,
-    base_revision: str | None = None,
-    tuned_revision: str | None = None,
-    device: torch.device,
-    processes: int = 1,
-) -> Method:
+@dataclass(frozen=True)
+class Usual:
     """`distil`, which measures best; `blocks`, where both models at once are more than the memory holds.
 
     Args:
-        base: The model before; None where it is alive.
-        tuned: The model after.
-        base_revision: Branch, tag or commit, where `base` is a hub id.
-        tuned_revision: The same for `tuned`.
-        device: Where they would be.
-        processes: How many hold them.
+        lr: Of whichever it is (see there); its own if None.
+        passes: The same.
     """
-    if base is None or isinstance(base, torch.nn.Module) or isinstance(tuned, torch.nn.Module):
-        return distil()
-    sides = open_checkpoint(base, revision=base_revision), open_checkpoint(tuned, revision=tuned_revision)
-    taken = processes * sum(map(_in_float32, sides))
-    return distil() if taken <= _MODELS * free_memory(device) else blocks()
+
+    lr: float | None = None
+    passes: float | None = None
+
+    def method(
+        self,
+        base: Source | None,
+        tuned: Source,
+        *,
+        base_revision: str | None = None,
+        tuned_revision: str | None = None,
+        device: torch.device,
+        processes: int = 1,
+    ) -> Method:
+        """The one for two models.
+
+        Args:
+            base: The model before; None where it is alive.
+            tuned: The model after.
+            base_revision: Branch, tag or commit, where `base` is a hub id.
+            tuned_revision: The same for `tuned`.
+            device: Where they would be.
+            processes: How many hold them.
+        """
+        own: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        if base is None or isinstance(base, torch.nn.Module) or isinstance(tuned, torch.nn.Module):
+            return distil(**own)
+        sides = open_checkpoint(base, revision=base_revision), open_checkpoint(tuned, revision=tuned_revision)
+        taken = processes * sum(map(_in_float32, sides))
+        return distil(**own) if taken <= _MODELS * free_memory(device) else blocks(**own)
 
 
 def _in_float32(checkpoint: Checkpoint) -> int:

@@ -70,6 +70,8 @@ class Weights:
         self._read: dict[str, Callable[[], Tensor]] = {
             own: partial(stored.read, name) for name in stored.headers for own in layout.names_of(name)
         }
+        # A tied weight of which both names are stored is none.
+        self._read |= {name: partial(stored.read, name) for name in stored.headers}
         for stack in layout.stacks:
             if stack.parts and all(part in stored.headers for parts in stack.parts for part in parts):
                 self._read[stack.name] = partial(_stacked, stored, stack.parts)

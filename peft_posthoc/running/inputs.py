@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
-from peft_posthoc.checkpoints.view import as_decoded
+from peft_posthoc.checkpoints.view import as_handed
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import check_folder
 from peft_posthoc.json_file import read_json
@@ -79,7 +79,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
-    found = as_decoded(checkpoint)
+    found = as_handed(checkpoint)
     if isinstance(found, OfGguf):
         return _of_gguf(found)
     folder = place_of(checkpoint)

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_posthoc.adapters.config import read_config, try_patterns
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.modules import module_of
-from peft_posthoc.checkpoints.view import as_decoded
+from peft_posthoc.checkpoints.view import as_handed
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError
 from peft_posthoc.files import check_folder
 from peft_posthoc.models.by_class import check_counts
@@ -25,8 +25,8 @@ from peft_posthoc.models.remote_code import without_code
 
 def is_loadable(checkpoint: Checkpoint) -> bool:
     """Tell whether a checkpoint is a model in a folder, on the hub or in a file, of which all is known."""
-    found = as_decoded(checkpoint)
-    whole = isinstance(found, OfGguf) or (found is not None and place_of(found) is not None)
+    found = as_handed(checkpoint)
+    whole = isinstance(found, OfGguf) or (found is not None and bool(found.config) and place_of(found) is not None)
     return whole or checkpoint.folder is not None
 
 
@@ -36,25 +36,25 @@ def load_model(
     """The model of a checkpoint.
 
     Codes are decoded as everywhere here, a tensor at a time, into a model of plain layers: for most kinds of codes
-    transformers has no kernels on a CPU, and needs a library for each.
+    transformers has no kernels on a CPU, and needs a library for each. A base with an adapter is handed over likewise.
 
     Args:
         checkpoint: One that is loadable.
         cls: Its class in transformers.
         device: Where it goes.
-        dtype: What it computes in; `auto`: the file's own, and float32 where codes are decoded.
+        dtype: What it computes in; `auto`: the file's own, and float32 of what is handed over.
 
     Raises:
         CheckpointError: transformers cannot load it, or it lacks a weight.
     """
     if not is_loadable(checkpoint):
         raise ValueError(f"`load_model(checkpoint=...)` needs one in a folder. Got `{checkpoint.label}`.")
-    decoded = as_decoded(checkpoint)
+    handed = as_handed(checkpoint)
     with told_of(checkpoint):
         config = config_of(checkpoint, cls)
-        if decoded is not None:
-            model = _of_tensors(decoded, cls, config, torch.float32 if dtype == "auto" else dtype)
-            write_as_told(model, decoded)
+        if handed is not None:
+            model = _of_tensors(handed, cls, config, torch.float32 if dtype == "auto" else dtype)
+            write_as_told(model, handed)
         else:
             model = cls.from_pretrained(
                 checkpoint.folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
@@ -65,8 +65,8 @@ def load_model(
 def config_of(checkpoint: Checkpoint, cls: Any) -> Any:
     """The configuration of a checkpoint that is loadable, without code that it names, and of plain layers."""
     check_counts(checkpoint.config or {})
-    if (decoded := as_decoded(checkpoint)) is not None:
-        return cls.config_class.from_dict(of_plain_layers(without_code(decoded.config or {})))
+    if (handed := as_handed(checkpoint)) is not None:
+        return cls.config_class.from_dict(of_plain_layers(without_code(handed.config or {})))
     folder: Any = checkpoint.folder
     check_folder(folder)
     config = cls.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -36,6 +36,8 @@ class Finding:
     way_out: str
     source: str
     versions: str
+    of_base: bool = False
+    """Whether it is the base that the engine does not load, with whatever adapter."""
 
     @classmethod
     def of(cls, rule: Rule, found: tuple[str, ...] | str, engine: str, adapter: str) -> Finding:
@@ -44,7 +46,7 @@ class Finding:
             ((adapter,), f"{rule.message}: {found}") if isinstance(found, str) else (found, rule.message)
         )
         versions = rule.versions or ALL[engine].examined
-        return cls(rule.name, rule.severity, culprits, message, rule.way_out, rule.source, versions)
+        return cls(rule.name, rule.severity, culprits, message, rule.way_out, rule.source, versions, rule.of_base)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class EngineOutcome:
         found = {finding.severity for finding in self.findings}
         return "refused" if "refused" in found else "silently wrong" if "silently wrong" in found else "right"
 
+    @property
+    def loads_base(self) -> bool:
+        """Whether the engine loads the base at all."""
+        return not any(finding.of_base for finding in self.findings)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -72,11 +79,17 @@ class Check:
     adapter: str
     base: str | None
     outcomes: tuple[EngineOutcome, ...]
+    every: bool = False
+    """Whether all engines were asked, and none by its name."""
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """The engines that would refuse the adapter, or compute something else."""
-        return tuple(outcome.engine for outcome in self.outcomes if outcome.verdict != "right")
+        """The engines that would refuse the adapter, or compute something else.
+
+        Where every engine is asked, those that load no such base are not counted, unless that leaves none.
+        """
+        counted = [outcome for outcome in self.outcomes if outcome.loads_base or not self.every]
+        return tuple(outcome.engine for outcome in counted or self.outcomes if outcome.verdict != "right")
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as plain JSON values."""
@@ -86,7 +99,10 @@ class Check:
     def table(self) -> str:
         """The findings for a terminal: a line for each engine, then each finding once, then the commands."""
         width = max(len(outcome.title) for outcome in self.outcomes)
-        lines = [f"{outcome.title:<{width}}  {outcome.verdict}" for outcome in self.outcomes]
+        lines = [
+            f"{outcome.title:<{width}}  {outcome.verdict}{'' if outcome.loads_base else ' (loads no such base)'}"
+            for outcome in self.outcomes
+        ]
         broken: dict[str, Finding] = {}
         titles: dict[str, list[str]] = defaultdict(list)
         for outcome in self.outcomes:
@@ -137,11 +153,13 @@ def check(
         CheckpointError: The base is no model folder.
         ValueError: There is no such engine.
     """
+    engines = set(engines)
     names = chosen(engines, of_images=image_file(Path(adapter)) is not None)
     of_text, of_images = ([name for name in names if name in some] for some in (ENGINES, IMAGE_ENGINES))
     found = [judge(Subject.read(adapter, base), of_text)] if of_text else []
     found += [judge(ImageSubject.read(adapter), of_images)] if of_images else []
-    return replace(found[0], outcomes=tuple(outcome for one in found for outcome in one.outcomes))
+    outcomes = tuple(outcome for one in found for outcome in one.outcomes)
+    return replace(found[0], outcomes=outcomes, every="all" in engines)
 
 
 def chosen(engines: Iterable[str], *, of_images: bool | None = None) -> tuple[str, ...]:

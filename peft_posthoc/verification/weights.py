@@ -16,8 +16,8 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.extraction.delta import Pair, difference
-from peft_posthoc.extraction.extract import read_pairs
 from peft_posthoc.extraction.plan import Plan
+from peft_posthoc.extraction.read import read_pairs
 from peft_posthoc.extraction.reasons import CODED
 from peft_posthoc.linalg.norms import energy_of
 from peft_posthoc.models.layout import Place

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, combine, export, extract, resize
-from peft_posthoc.adapters.cast import cast, cast_biases
+from peft_posthoc.adapters.cast import _held, _only_rounded, cast, cast_biases
 from peft_posthoc.serving.fix import fix
 from tests.make import models
 from tests.make.spectra import with_spectrum
@@ -92,6 +92,20 @@ def test_an_overflow_is_refused_by_name(dtype):
     a, b = factors(1e12)
     with pytest.raises(AdapterError, match=r"`layer` overflow torch"):
         cast(a, b, dtype, "layer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_the_quick_look_never_passes_what_the_type_does_not_hold(dtype):
+    said = []
+    for power in range(-30, 3):
+        for spread in (0.0, 3.0, 8.0):  # powers of ten between entries
+            a, b = (torch.randn(5, 40) * 10 ** (spread * torch.rand(5, 40) - spread) * 10.0**power for _ in range(2))
+            quick = _only_rounded(a, b.mT, dtype)
+            held = _held(a, b.mT, a.to(dtype), b.mT.to(dtype))
+            said.append((quick, held))
+    assert (True, False) not in said
+    assert (True, True) in said
+    assert (False, False) in said or dtype is torch.bfloat16  # It has the range of float32.
 
 
 def test_zeros_are_zeros_in_every_type():

@@ -104,6 +104,41 @@ def test_what_says_how_it_is_quantised_is_found_wherever_it_stands(scheme, place
     assert torch.equal(open_checkpoint(tmp_path).read("layer.weight"), wanted)
 
 
+def _in_config(told):
+    return "config.json", {"quantization_config": told, "torch_dtype": "float16"}
+
+
+OTHER_NAMES = {
+    "gptq, 4 bits": {"method": "gptq", "format": "gptq_v2", "bits": 4},
+    "awq gemv": {"method": "awq", "format": "gemv", "bits": 4, "group_size": coded.GROUP},
+    "gptq, 3 bits": {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 3},
+    "awq": {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4},
+}
+
+
+@pytest.mark.parametrize("scheme", OTHER_NAMES)
+def test_newer_and_other_names_of_a_form_are_known(scheme, tmp_path):
+    """GPTQModel has `method` and `format` now; AutoRound packs as the others do."""
+    tensors, wanted = coded.BY_HAND[scheme][1](torch.randn(16, 32))
+    save_file({f"layer.{leaf}": value.contiguous() for leaf, value in tensors.items()}, tmp_path / "model.safetensors")
+    name, says = _in_config(OTHER_NAMES[scheme])
+    (tmp_path / name).write_text(json.dumps(says))
+    assert torch.equal(open_checkpoint(tmp_path).read("layer.weight"), wanted)
+
+
+@pytest.mark.parametrize(
+    "said", [{"rotation": "hadamard"}, {"transform_config": {"config_groups": {"u": {}}}}], ids=str
+)
+def test_weights_that_were_rotated_are_refused(said):
+    codes, scale = quantised(torch.randn(8, 8), (1, 1))
+    base = InMemory({"layer.weight": codes, "layer.weight_scale": scale}, label="base")
+    base.config = {"quantization_config": {"quant_method": "fp8", "transform_config": {"config_groups": {}}}}
+    assert list(open_checkpoint(base).headers) == ["layer.weight"]
+    base.config = {"quantization_config": {"quant_method": "fp8", **said}}
+    with pytest.raises(CheckpointError, match=r"`base` holds weights that were rotated before they were quantised"):
+        open_checkpoint(base)
+
+
 @pytest.mark.parametrize("place", [_in_text, _older])
 def test_the_size_of_blocks_and_the_type_are_found_wherever_they_stand(place, tmp_path):
     codes, scale = torch.randn(64, 64).to(E4M3), torch.rand(3, 4) + 0.1

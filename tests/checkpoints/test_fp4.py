@@ -65,15 +65,22 @@ def test_modelopt_s_nvfp4_multiplies():
     assert list(source.headers) == ["x.weight"]
     wanted = by_hand(tensors["weight_packed"], tensors["weight_scale"].float() / 1024)
     assert torch.equal(source.read("x.weight"), wanted.bfloat16())
-    with pytest.raises(CheckpointError, match=r"`x.pre_quant_scale`, a factor of what goes into the layer"):
-        opened({**own, "x.pre_quant_scale": torch.ones(N)}, "modelopt")
 
 
-def test_scales_in_the_order_of_a_kernel_are_not_taken_for_others():
-    tensors = nvfp4()
-    own = {"x.weight": tensors["weight_packed"], "x.weight_scale": tensors["weight_scale"]}
-    own |= {"x.weight_scale_2": torch.ones(()), "x.comfy_quant": torch.ones(20, dtype=torch.uint8)}
-    assert opened(own).coded_as("x.weight") is None
+def test_what_a_layer_s_input_is_multiplied_by_is_in_its_weight():
+    """ModelOpt's and ComfyUI's `pre_quant_scale`, whatever the codes are."""
+    tensors, smooth = nvfp4(), 2.0 ** torch.randint(-2, 3, (N,))
+    four = {"weight": tensors["weight_packed"], "weight_scale": tensors["weight_scale"]}
+    four["weight_scale_2"] = torch.tensor(1 / 1024)
+    eight = {"weight": torch.randn(M, N).to(torch.float8_e4m3fn), "weight_scale": torch.tensor(0.5)}
+    for own in (four, eight):
+        own = {f"x.{name}": tensor for name, tensor in own.items()}
+        plain, found = opened(own, "modelopt"), opened({**own, "x.pre_quant_scale": smooth}, "modelopt")
+        assert list(found.headers) == ["x.weight"]
+        assert torch.equal(found.read("x.weight"), (plain.read("x.weight") * smooth).bfloat16())
+        assert torch.equal(found.steps("x.weight"), plain.steps("x.weight") * smooth)
+    with pytest.raises(CheckpointError, match=r"`x.pre_quant_scale` is \(3,\); it scales no columns of `x.weight`"):
+        opened({**own, "x.pre_quant_scale": torch.ones(3)}, "modelopt")
 
 
 def test_compressed_tensors_mxfp4_is_what_it_decodes_itself():

@@ -70,6 +70,14 @@ def test_a_stack_of_experts_has_scales_for_each(shape):
         assert torch.equal(source.read("experts.up")[at], by_hand(stack[at], own, sides))
 
 
+def test_modelopt_s_stack_of_experts_has_scales_by_its_own_name():
+    stack, scale = codes(3, 40, 70), torch.tensor([0.5])
+    beside = {"experts.up_proj_weight_scale": scale, "experts.up_proj_input_scale": torch.ones(1)}
+    source = open_checkpoint({"experts.up_proj": stack, **beside})
+    assert source.headers.keys() == {"experts.up_proj"}
+    assert torch.equal(source.read("experts.up_proj"), (stack.float() * 0.5).bfloat16())
+
+
 @pytest.mark.parametrize("shape", [(6,), (6, 4, 3, 3), (6, 4, 5)], ids=str)
 def test_convolutions_and_vectors_have_one_scale_or_one_for_each_row(shape):
     weight = codes(*shape)
@@ -112,6 +120,12 @@ def test_a_weight_that_lacks_the_scale_that_others_have_is_refused():
     stored = {"x.weight": codes(8, 6), "x.weight_scale": torch.tensor(0.5), "y.weight": codes(8, 6)}
     with pytest.raises(CheckpointError, match=r"`y.weight` of `state dict` holds codes \(float8_e4m3fn\) and lacks"):
         open_checkpoint(stored)
+
+
+@pytest.mark.parametrize("said", [{"weight_block_size": [0, "x"]}, {"config_groups": ["x"]}], ids=str)
+def test_a_configuration_that_nobody_understands_is_refused_in_a_line(said):
+    with pytest.raises(CheckpointError, match=r"What says how `model` is quantised is not understood: "):
+        told({"x.weight": codes(256, 256), "x.weight_scale_inv": torch.rand(2, 2)}, **said)
 
 
 def test_what_a_header_says_that_is_no_json_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from peft_posthoc import extract, refine
 from peft_posthoc.cli.main import main
-from peft_posthoc.extraction.extract import read_pairs
+from peft_posthoc.extraction.read import read_pairs
 from tests.make import models
 
 FEW = ("--sequences", "48", "--length", "8")

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from peft_posthoc import extract
 from peft_posthoc.cli.main import main
+from peft_posthoc.refinement import usual
 
 
 @pytest.fixture
@@ -34,14 +35,29 @@ def test_the_table_and_the_json_say_the_same(here: Path, llama_pair: tuple[str, 
 
 
 @pytest.mark.parametrize(
-    "options", [["--method", "compensated", "--damping", "0.1"], ["--method", "blocks", "--lr", "0.1"]]
+    ("options", "free", "method"),
+    [
+        (["--method", "compensated", "--damping", "0.1"], 1e9, "compensated"),
+        (["--damping", "0.1"], 1e9, "compensated"),  # No other has it.
+        (["--method", "blocks", "--lr", "0.1"], 1e9, "blocks"),
+        (["--lr", "0.1"], 1e9, "distil"),
+        (["--lr", "0.1"], 1e3, "blocks"),  # Both models do not fit.
+    ],
 )
-def test_the_method_is_chosen_with_its_options(here: Path, llama_pair: tuple[str, str], options: list[str]) -> None:
+def test_the_method_is_chosen_with_its_options(
+    here: Path,
+    llama_pair: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    free: float,
+    method: str,
+) -> None:
+    monkeypatch.setattr(usual, "free_memory", lambda device: free)
     done = _run(here, llama_pair, *options, "--json", str(here / "told.json"))
     assert done.exit_code == 0, done.output
     told = json.loads((here / "told.json").read_text())["options"]["method"]
-    assert told["kind"] == options[1]
-    assert told[options[2].removeprefix("--")] == 0.1
+    assert told["kind"] == method
+    assert told[options[-2].removeprefix("--")] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +69,8 @@ def test_the_method_is_chosen_with_its_options(here: Path, llama_pair: tuple[str
         (["--prefix", "x"], 1, "tokenizer"),
         (["--lr", "0"], 2, "--lr"),
         (["--lr", "1", "--method", "compensated"], 2, "--lr does not belong to --method compensated"),
-        (["--damping", "1"], 2, "--damping does not belong to --method distil"),
+        (["--damping", "1", "--method", "distil"], 2, "--damping does not belong to --method distil"),
+        (["--damping", "1", "--lr", "1"], 2, "No method takes --lr and --damping together"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(

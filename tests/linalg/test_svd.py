@@ -411,10 +411,20 @@ def test_a_cut_beyond_the_rank_held_is_refused(rank):
         found.cut(rank)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 4096, 5000])
+def test_a_pass_in_panels_is_the_two_products(rows):
+    """130 columns: panels of 4032 rows."""
+    tall = torch.randn(rows, 130, dtype=torch.float64)
+    x = torch.randn(130, 16, dtype=torch.float64)
+    image, back = Problem(tall, 2.0, fixed(1), (rows, 130)).there_and_back(x)
+    torch.testing.assert_close(image, tall @ x / 2)
+    torch.testing.assert_close(back, tall.mT @ (tall @ x) / 4)
+
+
 def test_the_iteration_stops_on_what_it_sees_and_not_on_a_count(monkeypatch):
     products = []
-    times = Problem.times
-    monkeypatch.setattr(Problem, "times", lambda self, x: products.append(x.shape) or times(self, x))
+    both = Problem.there_and_back
+    monkeypatch.setattr(Problem, "there_and_back", lambda self, x: products.append(x.shape) or both(self, x))
     steps = []
     for spectrum in (low_rank(700), power(700), noise(700)):
         products.clear()

@@ -387,7 +387,7 @@ _PAGE = """# Serving an adapter
 reads the configuration and the tensors' headers, and only such tensors as have to be compared with the base's. With
 `--base` it holds names, shapes, layers and ties against the model that is served; with `--fix OUT` it writes the
 adapter again as all engines read it. The exit status is 1 if a chosen engine (`--engine`) would refuse the adapter or
-compute something else than PEFT.
+compute something else than PEFT; without `--engine`, one that loads no base of this format is told and not counted.
 
 ```sh
 phlora check adapter                                    # every engine

@@ -5,7 +5,7 @@ import torch
 from peft_posthoc.refinement import usual
 from peft_posthoc.refinement.blocks import blocks
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.usual import usual_method
+from peft_posthoc.refinement.usual import Usual
 
 CPU = torch.device("cpu")
 
@@ -14,14 +14,14 @@ def test_where_two_models_do_not_fit_they_are_fitted_a_block_at_a_time(monkeypat
     """Two models of 1000 numbers in float32: 8000 bytes, three quarters of 10,667."""
     base, tuned = ({"weight": torch.ones(10, 100, dtype=torch.bfloat16)} for _ in range(2))
     monkeypatch.setattr(usual, "free_memory", lambda device: 10_700)
-    assert isinstance(usual_method(base, tuned, device=CPU), distil)
-    assert isinstance(usual_method(base, tuned, device=CPU, processes=2), blocks)
+    assert isinstance(Usual().method(base, tuned, device=CPU), distil)
+    assert isinstance(Usual().method(base, tuned, device=CPU, processes=2), blocks)
     monkeypatch.setattr(usual, "free_memory", lambda device: 10_600)
-    assert isinstance(usual_method(base, tuned, device=CPU), blocks)
+    assert isinstance(Usual().method(base, tuned, device=CPU), blocks)
 
 
 def test_live_models_are_in_memory_already(monkeypatch):
     monkeypatch.setattr(usual, "free_memory", lambda device: 0)
     model = torch.nn.Linear(2, 2)
-    assert isinstance(usual_method(model, model, device=CPU), distil)
-    assert isinstance(usual_method(None, {"weight": torch.ones(2, 2)}, device=CPU), distil)
+    assert isinstance(Usual().method(model, model, device=CPU), distil)
+    assert isinstance(Usual().method(None, {"weight": torch.ones(2, 2)}, device=CPU), distil)

@@ -162,3 +162,14 @@ def test_on_another_base_no_engine_is_right_and_none_is_started(good, bases):
     assert told.wrong == tuple(ENGINES)
     assert f"and `{other}` was given" in told.table()
     assert "To serve it" not in told.table()
+
+
+def test_engines_that_load_no_such_base_count_only_where_they_are_asked_by_name(good, bases):
+    quantised = wrong_adapters.base_of(wrong_adapters.CASES["format-vllm"], bases)
+    told = check(good, base=quantised)
+    refusing = {outcome.engine for outcome in told.outcomes if outcome.verdict == "refused"}
+    assert refusing == {outcome.engine for outcome in told.outcomes if not outcome.loads_base}
+    assert "vllm" in refusing
+    assert told.wrong == ()
+    assert "vLLM          refused (loads no such base)" in told.table()
+    assert check(good, engines=["vllm", "peft"], base=quantised).wrong == ("vllm",)

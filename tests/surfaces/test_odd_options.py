@@ -88,6 +88,8 @@ def test_an_odd_value_of_an_option_is_no_crash(command, option, work):
     for value in ODD.values():
         if option in ("--plot", "--html", "--json") and value.startswith("/dev"):
             continue
+        if option == "--out" and value == "/":
+            continue  # root may write there
         rest = [word for word in LINES[command] if not word.startswith(f"{option}=")]
         run(command, *rest, f"{option}={value}")
 

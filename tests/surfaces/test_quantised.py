@@ -69,5 +69,5 @@ def test_a_merge_of_codes_is_refused_with_what_to_give(pair, tmp_path):
     for both in ((low, tuned), (base, low)):
         result = mergekit_runs.phlora(mergekit_runs.config(*both), tmp_path / "out", "--no-model")
         assert result.exit_code == 1
-        assert f"`{low}` is quantised" in result.output
-        assert "mergekit would merge its codes. Give it in 16 bits" in result.output
+        assert f"`{low}` holds `" in result.output
+        assert "mergekit would merge its codes (a quantised base that is in no part of the merge" in result.output

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.quantized.grid import eight_rows, unpacked, weight_of, whole
 from peft_posthoc.errors import CheckpointError
 
 # Where a word has each of eight neighbours: a kernel gets 0 and 1, then 2 and 3, from the halves of a word at once.
@@ -25,9 +25,14 @@ def gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None = None) -> Tenso
         scales: Groups x out features.
         qzeros: Words of zeros, groups x out features / 8; None where all are the middle.
     """
-    codes = _across(qweight)
-    zeros = torch.full_like(scales.T, 8, dtype=torch.uint8) if qzeros is None else _across(qzeros)
-    return weight_of(codes, zeros, scales.T, _groups(codes, len(scales)))
+    zeros = torch.full_like(scales.T, 8) if qzeros is None else eight_rows(qzeros.T, _PLACES)
+    groups = _groups(len(qweight), len(scales))
+    words = qweight.T.contiguous()
+
+    def codes(rows: slice) -> Tensor:
+        return eight_rows(words[rows.start // 8 : rows.stop // 8], _PLACES).float()
+
+    return weight_of(codes, zeros, scales.T, groups, every=8)
 
 
 def gemv(qweight: Tensor, scales: Tensor, qzeros: Tensor, *, group: int) -> Tensor:
@@ -39,19 +44,14 @@ def gemv(qweight: Tensor, scales: Tensor, qzeros: Tensor, *, group: int) -> Tens
         qzeros: Words of zeros, out features x groups / 8.
         group: In features of a group.
     """
-    codes = unpacked(qweight, 4)
-    count = codes.shape[1] // group
-    return weight_of(codes, unpacked(qzeros, 4)[:, :count], scales[:, :count], _groups(codes, count))
+    n = 8 * qweight.shape[1]
+    count = n // group
+    zeros = unpacked(qzeros, 4)[:, :count]
+    return weight_of(lambda rows: whole(qweight[rows], 4), zeros, scales[:, :count], _groups(n, count))
 
 
-def _across(words: Tensor) -> Tensor:
-    """The numbers of words along the second side, as that many rows."""
-    columns = words.T.contiguous()
-    return torch.stack([((columns >> (4 * place)) & 15).to(torch.uint8) for place in _PLACES], 1).flatten(0, 1)
-
-
-def _groups(codes: Tensor, count: int) -> Tensor:
-    return torch.arange(codes.shape[1]) // (codes.shape[1] // count)
+def _groups(n: int, count: int) -> Tensor:
+    return torch.arange(n) // (n // count)
 
 
 def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
@@ -62,7 +62,8 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """
     if stored.method != "awq":
         return
-    version, bits = str(stored.told.get("version") or "gemm").lower(), stored.number("bits") or 4
+    version = str(stored.told.get("version") or stored.told.get("format") or "gemm").lower()
+    bits = stored.number("bits") or 4
     for name in stored.headers:
         scales = stored.beside(name, "scales")
         if not name.endswith(".qweight") or scales is None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.errors import CheckpointError
+
+# What names in ComfyUI's files may begin with, and those in its account of layers not.
+_MODELS = ("model.diffusion_model.", "diffusion_model.")
 
 
 class Coded(NamedTuple):
@@ -41,21 +47,44 @@ class Stored:
     dtype: torch.dtype
     """Of the model, as its configuration says."""
 
-    @property
+    taken: Collection[str] = ()
+    """What belongs to weights that are found already."""
+
+    @cached_property
     def headers(self) -> Mapping[str, Header]:
-        """Of all that is stored."""
-        return self.checkpoint.headers
+        """Of all others that are stored."""
+        return {name: header for name, header in self.checkpoint.headers.items() if name not in self.taken}
 
     @property
     def method(self) -> str:
         """By what it was quantised, as its configuration says."""
-        told = self.told.get("quant_method") or ""
+        told = self.told.get("quant_method") or self.told.get("method") or ""  # GPTQModel's name of it.
         return str(getattr(told, "value", told))  # Of a live model it is one of transformers' own.
 
     def number(self, key: str) -> int:
         """A whole number that says how it was quantised; 0 where none does."""
         value = self.told.get(key)
         return value if isinstance(value, int) else 0
+
+    def layer(self, name: str) -> Mapping[str, Any] | None:
+        """What ComfyUI says of a tensor's module, in the file's header or in a tensor of the module itself; else None.
+
+        Raises:
+            CheckpointError: It is no JSON.
+        """
+        module = name.rpartition(".")[0]
+        layers = self.told.get("layers")
+        if self.method == "ComfyUI" and isinstance(layers, Mapping):
+            own = (layers.get(module.removeprefix(begin)) for begin in ("", *_MODELS))
+            return next((one for one in own if isinstance(one, Mapping)), None)
+        mark = self.beside(name, "comfy_quant")
+        if mark is None:
+            return None
+        try:
+            read: Mapping[str, Any] = json.loads(bytes(self.checkpoint.read(mark).tolist()))
+        except ValueError as error:
+            raise CheckpointError(f"`{mark}` of `{self.checkpoint.label}` is no JSON: {error}.") from error
+        return read
 
     @property
     def schemes(self) -> list[Mapping[str, Any]]:

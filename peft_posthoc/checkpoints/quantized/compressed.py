@@ -10,8 +10,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
-from peft_posthoc.checkpoints.quantized.scaled import ROWS
+from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of, whole
 from peft_posthoc.errors import CheckpointError
 
 _BITS = (4, 8, 2, 3, 5, 6, 7)
@@ -76,13 +75,9 @@ def _made(
 ) -> Tensor:
     m = len(words)
     scales = scale.reshape(-1, scale.shape[-1] if scale.ndim > 1 else 1).expand(m, -1)
-    zeros = torch.full((1, 1), 2 ** (bits - 1), dtype=torch.uint8).expand_as(scales)
+    zeros = torch.full((1, 1), 2 ** (bits - 1)).expand_as(scales)
     if has[0]:
         # Packed along the out features.
         zeros = unpacked(beside[0].T, bits)[:, :m].T
     groups = beside[-1].long() if has[1] else torch.arange(n) // -(-n // scales.shape[1])
-    made = torch.empty(m, n, dtype=dtype)
-    for at in range(0, m, ROWS):
-        rows = slice(at, at + ROWS)
-        made[rows] = weight_of(unpacked(words[rows], bits)[:, :n], zeros[rows], scales[rows], groups)
-    return made
+    return weight_of(lambda rows: whole(words[rows], bits)[:, :n], zeros, scales, groups).to(dtype)

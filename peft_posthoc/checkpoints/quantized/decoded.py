@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, compressed, fp4, gptq, scaled
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
+from peft_posthoc.checkpoints.quantized import awq, bitsandbytes, comfyui, compressed, fp4, gptq, scaled
 from peft_posthoc.checkpoints.quantized.coded import Coded, Reader, Stored
 from peft_posthoc.checkpoints.quantized.scaled import FLOATS
 from peft_posthoc.checkpoints.quantized.steps import steps
@@ -22,6 +23,7 @@ from peft_posthoc.json_file import read_json
 
 # In this order each finds its own among what the ones before it left.
 READERS: tuple[Reader, ...] = (
+    comfyui.weights,
     fp4.weights,
     scaled.weights,
     compressed.weights,
@@ -30,6 +32,8 @@ READERS: tuple[Reader, ...] = (
     bitsandbytes.weights,
 )
 
+# What says that weights were rotated: by compressed-tensors, and by GPTQModel.
+_ROTATED = ("transform_config", "rotation")
 # What a model of several parts calls the configuration of its text.
 _TEXT = ("text_config", "llm_config", "language_config")
 # Scales of what attention computes and keeps (compressed-tensors, ModelOpt, Quark), which are no weights.
@@ -39,7 +43,7 @@ _OF_CACHE = ("k_scale", "v_scale", "q_scale", "prob_output_scale", "output_scale
 class Decoded(View):
     """A checkpoint of which some weights are decoded; all others are as they are stored."""
 
-    from_codes = True
+    handed = True
 
     def __init__(self, checkpoint: Checkpoint, coded: dict[str, Coded], *, method: str) -> None:
         """Show what is decoded in place of what it is made of.
@@ -97,26 +101,69 @@ def decoded(checkpoint: Checkpoint, beside: Path | None = None) -> Checkpoint:
 
     Args:
         checkpoint: As it is stored.
-        beside: The folder that it is in, which may have `hf_quant_config.json` or another file that tells.
+        beside: The folder that it is in, which may have `hf_quant_config.json` or another file that tells; by default
+            the checkpoint's own.
 
     Raises:
         CheckpointError: What is stored fits no weight.
     """
     if not quantized(checkpoint):
         return checkpoint
-    stored = Stored(checkpoint, _told(checkpoint, beside), _dtype_of_model(checkpoint))
+    stored = Stored(checkpoint, _told(checkpoint, beside or place_of(checkpoint)), _dtype_of_model(checkpoint))
     coded: dict[str, Coded] = {}
-    gone: set[str] = set()
     for reader in READERS:
-        for name, one in reader(stored):
-            if gone.isdisjoint(one.sources):
-                coded[name] = one
-                gone |= {*one.sources, *one.beside}
+        gone = {name for one in coded.values() for name in (*one.sources, *one.beside)}
+        try:
+            coded |= dict(reader(replace(stored, taken=gone)))
+        except PosthocError:
+            raise
+        except Exception as error:  # A configuration may hold anything.
+            raise CheckpointError(
+                f"What says how `{checkpoint.label}` is quantised is not understood: {one_line(error)}"
+            ) from error
+    coded = coded or dict(scaled.as_they_are(stored))
     if not coded:
         return checkpoint
+    _refuse_rotated(stored)
+    coded = {name: _with_smoothing(stored, name, one) for name, one in coded.items()}
     view = Decoded(checkpoint, coded, method=stored.method)
     _refuse_incomplete(view)
     return view
+
+
+def _with_smoothing(stored: Stored, name: str, one: Coded) -> Coded:
+    """The weight times what the layer's input is multiplied by (ModelOpt, ComfyUI), where that is stored beside it.
+
+    Raises:
+        CheckpointError: It is not for the in features of a linear layer.
+    """
+    factor = replace(stored, taken=()).beside(name, "pre_quant_scale")
+    if factor is None or name.rpartition(".")[2] != "weight":
+        return one
+    shape = stored.checkpoint.headers[factor].shape
+    if torch.Size(shape).numel() != one.header.shape[-1] or len(one.header.shape) != 2:
+        raise CheckpointError(f"`{factor}` is {shape}; it scales no columns of `{name}` ({one.header.shape}).")
+
+    def make(*tensors: Tensor) -> Tensor:
+        made = one.make(*tensors[:-1])
+        return (made * tensors[-1].to(torch.float32).flatten()).to(made.dtype)
+
+    return one._replace(sources=(*one.sources, factor), make=make)
+
+
+def _refuse_rotated(stored: Stored) -> None:
+    """See that codes stand for the model's own weights, and not for those in another basis.
+
+    Raises:
+        CheckpointError: Something says that they were rotated.
+    """
+    for key in _ROTATED:
+        told = stored.told.get(key)
+        if told and (not isinstance(told, Mapping) or told.get("config_groups", told)):
+            raise CheckpointError(
+                f"`{stored.checkpoint.label}` holds weights that were rotated before they were quantised (`{key}`), "
+                "which is not undone here. Give the model that it was made from."
+            )
 
 
 def _refuse_incomplete(view: Decoded) -> None:
@@ -132,9 +179,16 @@ def _refuse_incomplete(view: Decoded) -> None:
     for name, header in view.headers.items():
         leaf = name.rpartition(".")[2]
         if (leaf, header.dtype) in codes or (floats and header.dtype in FLOATS and "scale" not in leaf):
+            module = name.rpartition(".")[0]
+            scaled_so = any(f"{module}.{own}" in view.headers for own in ("weight_scale", "weight_scale_inv", "scales"))
             raise CheckpointError(
-                f"`{name}` of `{view.label}` holds codes ({str(header.dtype).removeprefix('torch.')}) and lacks the "
-                "scales that others have beside them. Fetch the checkpoint again, or convert it again."
+                f"`{name}` of `{view.label}` holds codes ({str(header.dtype).removeprefix('torch.')}) "
+                + (
+                    f"as {list(header.shape)}, a form that is not read. Give the model that it was made from."
+                    if scaled_so
+                    else "and lacks the scales that others have beside them. Fetch the checkpoint again, or convert it "
+                    "again."
+                )
             )
 
 
@@ -159,7 +213,7 @@ def _told(checkpoint: Checkpoint, beside: Path | None) -> dict[str, Any]:
     for config in _configs(checkpoint):
         told = config.get("quantization_config") or config.get("compression_config")
         if isinstance(told, dict):
-            return told
+            return _as_packed(told)
     if "_quantization_metadata" in checkpoint.metadata:
         try:
             said = json.loads(checkpoint.metadata["_quantization_metadata"])
@@ -175,6 +229,13 @@ def _told(checkpoint: Checkpoint, beside: Path | None) -> dict[str, Any]:
                 raise CheckpointError(f"`{file}` cannot be read: {error}.") from error
             return told_in(read) if isinstance(read, dict) else {}
     return {}
+
+
+def _as_packed(told: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the method whose form AutoRound packed in."""
+    form = str(told.get("packing_format") or "").removeprefix("auto_round:").removeprefix("auto_")
+    packed = form in ("gptq", "awq") and "round" in str(told.get("quant_method"))
+    return {**told, "quant_method": form} if packed else told
 
 
 def _of_modelopt(read: dict[str, Any]) -> dict[str, Any]:

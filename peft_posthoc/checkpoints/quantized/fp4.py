@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.quantized.scaled import ROWS, factor, is_half, numbers
+from peft_posthoc.checkpoints.quantized.grid import eight_rows, fill, numbers
+from peft_posthoc.checkpoints.quantized.scaled import factor, is_half
 from peft_posthoc.errors import CheckpointError
 
 _BYTES = (torch.uint8, torch.int8)
@@ -52,18 +53,12 @@ def _matrix(stored: Stored, name: str, header: Header) -> Coded | None:
     if is_half(stored, scale):
         if shape != (header.shape[0], header.shape[1] // 16):
             return None
-        return Coded((name, scale), shown, partial(_made, divide=False, dtype=stored.dtype), 4, "MXFP4", beside=beside)
+        return Coded((name, scale), shown, partial(matrix, dtype=stored.dtype), 4, "MXFP4", beside=beside)
     second = stored.beside(name, "weight_global_scale", "weight_scale_2")
-    # ComfyUI stores the scales in the order of a kernel's tiles, and has no configuration.
-    if second is None or stored.method == "ComfyUI" or stored.beside(name, "comfy_quant"):
+    if second is None:
         return None
-    if (smooth := stored.beside(name, "pre_quant_scale")) is not None:
-        raise CheckpointError(
-            f"`{stored.checkpoint.label}` has `{smooth}`, a factor of what goes into the layer, which is not read. "
-            "Give the model that it was made from."
-        )
     _check(name, (header.shape[0], header.shape[1] // 8), scale, shape)
-    make = partial(_made, divide=second.endswith("global_scale"), dtype=stored.dtype)
+    make = partial(matrix, divide=second.endswith("global_scale"), dtype=stored.dtype)
     return Coded((name, scale, second), shown, make, 4, "NVFP4", beside=beside)
 
 
@@ -72,36 +67,59 @@ def _check(name: str, wanted: tuple[int, ...], scale: str, found: tuple[int, ...
         raise CheckpointError(f"`{scale}` is {found}; for `{name}` it would be {wanted}.")
 
 
-def _made(codes: Tensor, scale: Tensor, second: Tensor | None = None, *, divide: bool, dtype: torch.dtype) -> Tensor:
-    made = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    for at in range(0, len(codes), ROWS):
-        scales = factor(scale[at : at + ROWS])
-        if second is not None:
-            scales = scales.div_(second.float()) if divide else scales.mul_(second.float())
-        made[at : at + ROWS] = values(codes[at : at + ROWS], scales)
-    return made
-
-
-def values(codes: Tensor, scales: Tensor) -> Tensor:
-    """Rows in float32: the lower half of a byte is the first of two neighbours.
+def matrix(
+    codes: Tensor,
+    scale: Tensor,
+    second: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    divide: bool = False,
+    high_first: bool = False,
+) -> Tensor:
+    """The weight of a linear layer, out x in features.
 
     Args:
-        codes: Rows of bytes.
-        scales: For each row, of as many groups as there are.
+        codes: Bytes, out x in features / 2.
+        scale: Of every group of neighbours, out features x groups.
+        second: A scale for all.
+        dtype: Of what is made.
+        divide: Whether the second scale divides the first.
+        high_first: Whether the upper half of a byte is the first of two neighbours.
     """
-    table = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
-    halves = torch.empty(*codes.shape, 2, dtype=torch.uint8)
-    torch.bitwise_and(codes.view(torch.uint8), 15, out=halves[..., 0])
-    torch.bitwise_right_shift(codes.view(torch.uint8), 4, out=halves[..., 1])
-    made = numbers(halves.flatten(-2), table)
-    made.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None])
-    return made
+    values = _values()
+    halves = values.repeat(16), values.repeat_interleave(16)  # Of every byte, the lower and the upper.
+    table = torch.stack(halves[::-1] if high_first else halves, 1)
+    scales = factor(scale)
+    if second is not None:
+        scales = scales.div_(second.float()) if divide else scales.mul_(second.float())
+
+    def part(rows: slice) -> Tensor:
+        found = numbers(codes[rows], table)
+        found.unflatten(1, (scales.shape[1], -1)).mul_(scales[rows, :, None])
+        return found
+
+    return fill(torch.empty(len(codes), codes.shape[1] * 2, dtype=dtype), part)
+
+
+def _values() -> Tensor:
+    """What each code stands for."""
+    return torch.tensor([*_VALUES, *(-value for value in _VALUES)])
 
 
 def _stack(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """A stack of experts as the model has it, (experts, in, out), from one expert at a time."""
+    """A stack of experts as the model has it, (experts, in, out)."""
     experts, out, groups, half = blocks.shape
     made = torch.empty(experts, groups * half * 2, out, dtype=dtype)
-    for into, codes, scale in zip(made, blocks, scales, strict=True):
-        into.copy_(_made(codes.flatten(1), scale, divide=False, dtype=dtype).T)
+    values = _values()
+
+    def part(words: Tensor, factors: Tensor, rows: slice) -> Tensor:
+        codes = eight_rows(words[rows.start // 8 : rows.stop // 8])
+        found = values.index_select(0, codes.flatten()).view(codes.shape)
+        found.unflatten(0, (-1, 2 * half)).mul_(factors[rows.start // (2 * half) : rows.stop // (2 * half), None])
+        return found
+
+    for matrix, codes, scale in zip(made, blocks, scales, strict=True):
+        # As words they are turned in a third of the time of bytes.
+        words = codes.flatten(1).view(torch.int32).T.contiguous()
+        fill(matrix, partial(part, words, factor(scale).T.contiguous()), every=2 * half)
     return made

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
-from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of
+from peft_posthoc.checkpoints.quantized.grid import unpacked, weight_of, whole
 from peft_posthoc.errors import CheckpointError
 
 # What the stored zeros lack, by form of the format.
@@ -33,14 +33,15 @@ def gptq(
         offset: What the stored zeros lack: 1 in the first version of the format, 0 in the second.
         group: How many in features share a group, where `g_idx` does not say.
     """
-    codes = unpacked(qweight.T, bits)
-    groups = torch.arange(codes.shape[1]) // group if g_idx is None or not len(g_idx) else g_idx.long()
-    zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
+    n = len(qweight) * 32 // bits
+    groups = torch.arange(n) // group if g_idx is None or not len(g_idx) else g_idx.long()
+    zeros = torch.full_like(scales, 2 ** (bits - 1))
     if qzeros is not None:
         # Zero itself is stored as the largest number in the first version. GPTQModel reads it so; kernels made after
         # ExLlama's take it for 2**bits, which no quantiser writes.
         zeros = (unpacked(qzeros, bits)[:, : scales.shape[1]] + offset) & (2**bits - 1)
-    return weight_of(codes[:, : len(groups)], zeros.T, scales.T, groups)
+    words = qweight.T.contiguous()
+    return weight_of(lambda rows: whole(words[rows], bits)[:, : len(groups)], zeros.T, scales.T, groups)
 
 
 def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
@@ -51,7 +52,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     """
     if stored.method != "gptq":
         return
-    form = str(stored.told.get("checkpoint_format") or "gptq")
+    form = str(stored.told.get("checkpoint_format") or stored.told.get("format") or "gptq").lower()
     for name in stored.headers:
         if not name.endswith(".qweight"):
             continue

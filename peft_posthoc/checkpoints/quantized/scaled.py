@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Header, place_of
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
+from peft_posthoc.checkpoints.quantized.grid import fill, numbers
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import CheckpointError
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -18,12 +20,20 @@ FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.f
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # In every file that is known, where no configuration says another.
 _BLOCK = 128
+# What marks ComfyUI's older files.
+_MARK = "scaled_fp8"
 # What lies beside a weight and is not needed to decode it.
 _BESIDE = (
-    *("input_scale", "scale_input", "activation_scale", "input_global_scale", "input_zero_point", "comfy_quant"),
+    *(
+        "input_scale",
+        "input_scale_ub",
+        "scale_input",
+        "activation_scale",
+        "input_global_scale",
+        "input_zero_point",
+        "comfy_quant",
+    ),
 )
-# Rows that are decoded at once: what is made of them stays in the cache, five times as fast as all at once.
-ROWS = 32
 
 
 def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
@@ -31,15 +41,15 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
 
     The scale is `X.weight_scale_inv` (DeepSeek, Qwen; a factor all the same), `X.weight_scale` (compressed-tensors,
     ModelOpt, ComfyUI), `X.scale` (DeepSeek's own files) or `X.scale_weight` (ComfyUI's older files, which one tensor
-    `scaled_fp8` marks).
+    `scaled_fp8` marks); of a stack of experts `X_weight_scale` (ModelOpt).
     """
-    marks = [name for name in stored.headers if name.rpartition(".")[2] == "scaled_fp8"]
+    marks = [name for name in stored.headers if name.rpartition(".")[2] == _MARK]
     for name, header in stored.headers.items():
         if header.dtype not in (*FLOATS, torch.int8):
             continue
         leaf = name.rpartition(".")[2]
         own = ("scale",) if leaf == "weight" else ()
-        scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}", *own)
+        scale = stored.beside(name, f"{leaf}_scale_inv", f"{leaf}_scale", f"scale_{leaf}", f"{leaf}_weight_scale", *own)
         if scale is None or (header.dtype is torch.int8 and is_half(stored, scale)):
             continue
         zero = stored.beside(name, f"{leaf}_zero_point")
@@ -52,9 +62,26 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
                 partial(weight, blocks=blocks, dtype=stored.dtype),
                 8,
                 f"{'INT8' if header.dtype is torch.int8 else 'FP8'}{by}",
-                beside=(*stored.all_beside(name, *_BESIDE), *marks),
+                beside=(*stored.all_beside(name, *_BESIDE, f"{leaf}_input_scale"), *marks),
             ),
         )
+
+
+def as_they_are(stored: Stored) -> Iterator[tuple[str, Coded]]:
+    """Every tensor of 8-bit floats of a single file as the numbers that it holds: image models are cast so.
+
+    None where anything tells of scales, or there is a folder that may have lost them.
+    """
+    checkpoint = stored.checkpoint
+    tells = any(one.is_part for one in quantized(checkpoint).values()) or any(
+        name.rpartition(".")[2] == _MARK for name in stored.headers
+    )
+    if stored.told or tells or checkpoint.identity is None or place_of(checkpoint) is not None:
+        return
+    for name, header in stored.headers.items():
+        if header.dtype in FLOATS:
+            cast = partial(Tensor.to, dtype=stored.dtype)
+            yield name, Coded((name,), Header(header.shape, stored.dtype), cast, 8, "FP8 without scales")
 
 
 def is_half(stored: Stored, scale: str) -> bool:
@@ -74,29 +101,24 @@ class Blocks(NamedTuple):
 
 
 def weight(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, blocks: Blocks, dtype: torch.dtype) -> Tensor:
-    """(codes - zero) * scale, computed in float32 and rounded once, some rows at a time."""
+    """(codes - zero) * scale, computed in float32 and rounded once."""
     made = torch.empty(codes.shape, dtype=dtype)
     scales = factor(scale).reshape(blocks.grid)
     zeros = None if zero is None else zero.float().reshape(blocks.grid)
     table = None if codes.dtype is torch.int8 else _table(codes.dtype)
-    for at, (into, out_of) in enumerate(
-        zip(made.view(blocks.matrices), codes.reshape(blocks.matrices), strict=True),
-    ):
-        for start in range(0, len(into), ROWS):
-            rows = torch.arange(start, min(start + ROWS, len(into))) // blocks.size[0]
-            part = numbers(out_of[start : start + ROWS], table)
-            if zeros is not None:
-                part.sub_(_along(zeros[at, rows], blocks))
-            into[start : start + ROWS] = part.mul_(_along(scales[at, rows], blocks))
+    of_matrices = codes.reshape(blocks.matrices)
+
+    def part(at: int, rows: slice) -> Tensor:
+        own = of_matrices[at, rows]
+        # PyTorch converts floats of a byte more slowly than they are looked up.
+        found = own.float() if table is None else numbers(own, table)
+        if zeros is not None:
+            found.sub_(_along(zeros[at], rows, blocks))
+        return found.mul_(_along(scales[at], rows, blocks))
+
+    for at, matrix in enumerate(made.view(blocks.matrices)):
+        fill(matrix, partial(part, at))
     return made
-
-
-def numbers(codes: Tensor, table: Tensor | None) -> Tensor:
-    """Codes of a byte as float32, looked up where they are no whole numbers: PyTorch converts floats more slowly."""
-    if table is None:
-        return codes.float()
-    found: Tensor = table.index_select(0, codes.contiguous().view(torch.uint8).flatten().int()).view(codes.shape)
-    return found
 
 
 def factor(scale: Tensor) -> Tensor:
@@ -108,18 +130,20 @@ def factor(scale: Tensor) -> Tensor:
 
 def _table(dtype: torch.dtype) -> Tensor:
     """What each byte is as a float of that type."""
-    return torch.arange(256).to(torch.uint8).view(dtype).float()
+    return torch.arange(256).to(torch.uint8).view(dtype).float()[:, None]
 
 
-def _along(scale: Tensor, blocks: Blocks) -> Tensor:
-    """A block's number at each of its columns."""
-    return scale if scale.shape[1] == 1 else scale.repeat_interleave(blocks.size[1], 1)[:, : blocks.matrices[2]]
+def _along(scale: Tensor, rows: slice, blocks: Blocks) -> Tensor:
+    """A block's number at each of its columns, for some rows: for one, where they are of one row of blocks."""
+    first, last = rows.start // blocks.size[0], (rows.stop - 1) // blocks.size[0]
+    own = scale[first : last + 1] if first == last else scale[torch.arange(rows.start, rows.stop) // blocks.size[0]]
+    return own if own.shape[1] == 1 else own.repeat_interleave(blocks.size[1], 1)[:, : blocks.matrices[2]]
 
 
 def _told(stored: Stored, name: str) -> Sequence[int]:
     """The size of a block of a weight, as far as anything says it."""
-    layer = (stored.told.get("layers") or {}).get(name.rpartition(".")[0])
-    if isinstance(layer, dict) and layer.get("group_size"):
+    layer = stored.layer(name)
+    if layer and layer.get("group_size"):
         return [int(layer["group_size"])] * 2
     told = [stored.told.get("weight_block_size"), *(one.get("block_structure") for one in stored.schemes)]
     return next((one for one in told if isinstance(one, list) and len(one) == 2), [_BLOCK, _BLOCK])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.errors import CheckpointError
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 # How the names of codes end, what the weight's own name has in that place, and whose format it is.
@@ -22,7 +23,7 @@ _CODES = (
 )
 _STATE = ".quant_state."
 # What lies beside codes in their module.
-_BESIDE = re.compile(r"scale|zero|g_idx|shape|absmax|quant|codebook|amax|^SCB$|_format$|^meta$", re.IGNORECASE)
+_BESIDE = re.compile(r"scal(?:e|ing)|zero|g_idx|shape|absmax|quant|codebook|amax|^SCB$|_format$|^meta$", re.IGNORECASE)
 
 
 class Quantized(NamedTuple):
@@ -58,6 +59,25 @@ def quantized(checkpoint: Checkpoint) -> dict[str, Quantized]:
         if owner:
             found[name] = owner._replace(is_part=True)
     return found
+
+
+def refuse_codes(checkpoint: Checkpoint, why: str, concerns: Callable[[str], bool] = lambda _: True) -> None:
+    """See that a checkpoint holds no codes where numbers are needed.
+
+    Args:
+        checkpoint: As it is read: what a view decodes are no codes.
+        why: What cannot be done with them.
+        concerns: Of the names of weights, those for which it matters.
+
+    Raises:
+        CheckpointError: It holds some.
+    """
+    for name, one in quantized(checkpoint).items():
+        if concerns(name):
+            raise CheckpointError(
+                f"`{checkpoint.label}` holds `{name}` quantised ({one.format}), and {why}. Give the model that it was "
+                "made from, in 16 bits."
+            )
 
 
 def _codes(name: str, header: Header, method: str | None) -> tuple[str, str] | None:

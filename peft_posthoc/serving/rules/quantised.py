@@ -75,6 +75,7 @@ RULES: tuple[Rule, ...] = (
         source="read: vllm/model_executor/layers/quantization/__init__.py (QUANTIZATION_METHODS); vllm #39583",
         versions="0.33.0; read, since it does not run here",
         needs_base=True,
+        of_base=True,
     ),
     Rule(
         name="format-tgi",
@@ -85,6 +86,7 @@ RULES: tuple[Rule, ...] = (
         way_out="serve the 16-bit base (with `--quantize bitsandbytes-nf4`), or a GPTQ or AWQ form of it",
         source="read: TGI text_generation_server/utils/quantization.py; LoRAX lorax_server/layers/linear.py",
         needs_base=True,
+        of_base=True,
     ),
     Rule(
         name="format-lorax",
@@ -95,6 +97,7 @@ RULES: tuple[Rule, ...] = (
         way_out="serve the 16-bit base, or a GPTQ or AWQ form of it",
         source="read: LoRAX lorax_server/layers/linear.py; lorax #671",
         needs_base=True,
+        of_base=True,
     ),
     Rule(
         name="fused-in-part",

@@ -32,6 +32,8 @@ class Rule:
     versions: str = ""
     """The engine's versions that do so, where these are not those examined (`ENGINES`)."""
     needs_base: bool = False
+    of_base: bool = False
+    """Whether it is the base that the engine does not load, with whatever adapter."""
 
     def applies_to(self, engine: str) -> bool:
         """Tell whether the rule is one of this engine, or of an engine that it hands the adapter to."""

@@ -1,0 +1,46 @@
+"""The tensors of one name in all checkpoints that are compared, read ahead of the work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Container, Iterable, Iterator
+
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.compute.workers import Workers
+from peft_posthoc.extraction.delta import Pair
+
+
+def read_pair(
+    base: Checkpoint, tuned: Checkpoint, name: str, *, served: Checkpoint | None = None, only: Container[str] = ()
+) -> Pair:
+    """The tensor of that name in both checkpoints.
+
+    Of those in `only`, what the served base has too, and the steps of the grids of what is quantised.
+    """
+    before, after = (side.read(name) if name in side.headers else None for side in (base, tuned))
+    pair = Pair(name, before, after)
+    if name not in only:
+        return pair
+    return pair._replace(
+        served=None if served is None else served.read(name), steps=(base.steps(name), tuned.steps(name))
+    )
+
+
+@contextlib.contextmanager
+def read_pairs(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    names: Iterable[str],
+    *,
+    served: Checkpoint | None = None,
+    only: Container[str] = (),
+) -> Iterator[Iterator[Pair]]:
+    """The tensors of these names, as `read_pair` has them, one pair at a time, the next one read ahead.
+
+    They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
+    and Ctrl-C only ever comes to the main thread.
+    """
+    # Codes are decoded there, in many short steps: on more cores each waits for threads that factor meanwhile, and all
+    # takes up to ten times as long.
+    with Workers(waiting=1, torch_threads=1) as reader:
+        yield reader.map(lambda name: read_pair(base, tuned, name, served=served, only=only), names)

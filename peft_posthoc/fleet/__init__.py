@@ -1,0 +1,1 @@
+"""Adapters of many fine-tunes of one base, which is read once."""

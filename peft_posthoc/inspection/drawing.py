@@ -1,0 +1,100 @@
+"""Drawings by matplotlib: their look, and how they come into a file or a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from peft_posthoc.errors import MissingExtraError
+
+# Stands for the text's colour until the page's own, of day or night, takes its place.
+INK = "#010203"
+SIZE = (6.2, 4.1)  # inches
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9.5,
+    "grid.alpha": 0.25,
+    "grid.color": INK,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "text.parse_math": False,  # A dollar in a name is a dollar.
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def require() -> None:
+    """See that there is matplotlib.
+
+    Raises:
+        MissingExtraError: There is none.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("Plots need matplotlib: `pip install 'peft-posthoc[plot]'`.") from error
+
+
+def check_format(suffix: str) -> None:
+    """See that matplotlib can write a file of this suffix.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: matplotlib does not know the format.
+    """
+    require()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if suffix and suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"A picture cannot be a `{suffix}` file. Choose one of {', '.join(sorted(known))}.")
+
+
+def saved(figure: Any, kind: str, **options: Any) -> bytes:
+    """The bytes of a file of that kind."""
+    # Of the same numbers, the same bytes: no dates.
+    dated = {
+        "png": {},
+        "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
+        "pdf": {"CreationDate": None},
+    }
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, metadata=dated.get(kind), **options)
+    return file.getvalue()
+
+
+def _for_page(svg: str) -> str:
+    """One element, in the colour of the text around it, as wide as its place, with no names that others have too."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)
+
+
+def svg(title: str, draw: Callable[[Any], None]) -> str:
+    """A drawing as SVG that can stand in a page, in the colour of its text.
+
+    Args:
+        title: Names within a drawing are made of it: those of several in one page must differ.
+        draw: Draws into a figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        figure.patch.set_alpha(0)
+        draw(figure)
+        return _for_page(saved(figure, "svg", transparent=True).decode())
+
+
+def short(name: str, width: int = 28) -> str:
+    """A name without its beginning, if it is longer."""
+    return name if len(name) <= width else f"…{name[-(width - 1) :]}"
