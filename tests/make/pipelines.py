@@ -1,6 +1,5 @@
 """Tiny pipelines of diffusers around given components, and text encoders for them."""
 
-import torch
 
 
 def clip(projection=False):
@@ -33,16 +32,12 @@ def loader(mixin, **components):
 
 
 def fused(pipe, folder, **where):
-    """The state of each component after a file was loaded and fused, by component."""
+    """The state of each component after a file was loaded and fused, and how many tensors of LoRA layers came of it."""
     pipe.load_lora_weights(folder, **where)
+    loaded = sum(".lora_" in name for component in pipe.components.values() for name in component.state_dict())
     pipe.fuse_lora(components=list(pipe.components))
     states = {}
     for name, component in pipe.components.items():
         state = component.state_dict()
         states[name] = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-    return states
-
-
-def loras(component):
-    """By module, the tensors of LoRA layers that came from a file, not as they were made."""
-    return {name: value for name, value in component.state_dict().items() if ".lora_" in name and torch.any(value)}
+    return states, loaded
