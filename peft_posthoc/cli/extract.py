@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from peft_posthoc.cli.components import COMPONENT, check_alone, components_of
 from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
@@ -21,6 +22,8 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")
 @RANK
 @option("rank_pattern")
+@option("conv_rank", type=int)
+@COMPONENT
 @option("dtype")
 @option("tuned_name")
 @option("min_energy")
@@ -41,6 +44,7 @@ def extract(
     tuned: tuple[str, ...],
     out: Path | None,
     rank: Asked,
+    components: tuple[str, ...],
     force: bool,
     dry_run: bool,
     html: Path | None,
@@ -59,6 +63,7 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
+    check_alone(components, out=out, html=html, json=json_to, refine=asked)
     if out is not None:
         if asked is not None:
             raise click.UsageError("--refine goes with one TUNED. `phlora refine` refines each adapter afterwards.")
@@ -70,6 +75,13 @@ def extract(
         raise click.UsageError("Missing argument 'OUT'.")
     if len(tuned) > 2:
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
+    parts = components_of(components, base, tuned[0], Path(tuned[1]))
+    for part in parts:
+        given = {"force": force, "dry_run": dry_run, "html": None, "quiet": quiet, "json_to": None}
+        with noting(f"This is of the component `{part.out.name}`."):
+            _one(part.base, part.tuned, part.out, part.rank or rule, None, **given, **options)
+    if parts:
+        return
     _one(
         base,
         tuned[0],
