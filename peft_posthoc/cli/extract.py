@@ -8,6 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from peft_posthoc.cli.components import COMPONENT, check_alone, components_of
 from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
@@ -24,6 +25,8 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")
 @RANK
 @option("rank_pattern")
+@option("conv_rank", type=int)
+@COMPONENT
 @option("dtype")
 @option("tuned_name")
 @option("min_energy")
@@ -50,6 +53,7 @@ def extract(
     tuned: tuple[str, ...],
     out: Path | None,
     rank: Asked,
+    components: tuple[str, ...],
     force: bool,
     dry_run: bool,
     html: Path | None,
@@ -69,6 +73,7 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
+    check_alone(components, out=out, to=to, html=html, json=json_to, refine=asked)
     if out is not None:
         if to is not None:
             raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
@@ -99,6 +104,13 @@ def extract(
             json_to=json_to,
             **options,
         )
+        return
+    parts = components_of(components, base, tuned[0], Path(tuned[1]))
+    for part in parts:
+        given = {"force": force, "dry_run": dry_run, "html": None, "quiet": quiet, "json_to": None}
+        with noting(f"This is of the component `{part.out.name}`."):
+            _one(part.base, part.tuned, part.out, part.rank or rule, None, **given, **options)
+    if parts:
         return
     _one(
         base,

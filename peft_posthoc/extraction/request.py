@@ -99,6 +99,7 @@ class Options(TypedDict, total=False):
         Mapping[str, int] | None,
         Option("Ranks by hand, for modules whose name ends in a regular expression, as in PEFT."),
     ]
+    conv_rank: Annotated[int | None, Option("Rank of the convolutions, which are carried then.", metavar="R")]
     with_tokenizer: Annotated[
         bool, Option("Copy TUNED's tokenizer, chat template and generation config beside the adapter.", False)
     ]
