@@ -1,3 +1,4 @@
+from .adapters.push import push
 from .checkpoints.checkpoint import Checkpoint
 from .errors import (
     AdapterError,
@@ -89,6 +90,7 @@ __all__ = [
     "patch_peft",
     "preflight",
     "preflight_many",
+    "push",
     "refine",
     "resize",
     "several",

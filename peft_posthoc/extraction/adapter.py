@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_posthoc.adapters.push import CanPush
 from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import NothingToCarryError
@@ -30,7 +31,7 @@ from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
 
 
 @dataclass(frozen=True)
-class Adapter(Findings):
+class Adapter(Findings, CanPush):
     """The factors of every carried weight, and an account of everything else."""
 
     @classmethod

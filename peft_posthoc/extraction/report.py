@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.kinds import Carried, Left, by_kind, by_reason
 from peft_posthoc.extraction.meaning import meaning, norms
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
@@ -77,6 +78,10 @@ class Report:
     provenance: Mapping[str, Any]
     differences: tuple[Difference, ...] = ()
     """Of configuration and tokenizer: what no adapter carries."""
+    by_kind: tuple[Carried, ...] = ()
+    """What is carried of all modules that are called alike."""
+    by_reason: tuple[Left, ...] = ()
+    """What is left out."""
 
     @classmethod
     def of(cls, adapter: Findings) -> Report:
@@ -87,7 +92,7 @@ class Report:
         said, warned = meaning(rows, adapter.provenance)
         warnings = (*adapter.file.warnings, *warned, *_warnings(rows, totals), *told_as_warnings(beside))
         notes = (*adapter.notes, *said, *told_as_notes(beside))
-        return cls(rows, totals, warnings, notes, adapter.provenance, beside)
+        return cls(rows, totals, warnings, notes, adapter.provenance, beside, by_kind(rows), by_reason(rows))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -96,6 +101,8 @@ class Report:
             "totals": asdict(self.totals),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
+            "by_kind": [asdict(one) for one in self.by_kind],
+            "by_reason": [asdict(one) for one in self.by_reason],
             "differences": [asdict(one) for one in self.differences],
             "provenance": dict(self.provenance),
             "rows": [asdict(row) for row in self.rows],
