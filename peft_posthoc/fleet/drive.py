@@ -75,7 +75,11 @@ def drive(members: Sequence[Member], shared: Sequence[Shared], processes: Proces
 
     total = sum(member.work.bytes(name) for member, name in items)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Extracting", disable=not progress or processes.rank > 0)
-    with bar, Workers(waiting=1) as reader, at_work(largest, exact=options["exact"], device=device) as workers:
+    with (
+        bar,
+        Workers(waiting=1, torch_threads=1) as reader,
+        at_work(largest, exact=options["exact"], device=device) as workers,
+    ):
         pairs = reader.map(read, enumerate(items))
         for member, outcome in workers.map(work, pairs, size=lambda one: one.pair.bytes if one.pair else 0):
             if outcome is not None:
