@@ -1,3 +1,4 @@
+from . import callbacks as callbacks
 from .adapters.push import push
 from .checkpoints.checkpoint import Checkpoint
 from .errors import (
@@ -72,6 +73,7 @@ __all__ = [
     "add_adapter",
     "blocks",
     "budget",
+    "callbacks",
     "check",
     "combine",
     "compensated",

@@ -28,9 +28,10 @@ from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
+from peft_posthoc.text import as_html
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter(Findings, CanPush):
     """The factors of every carried weight, and an account of everything else."""
 
@@ -90,6 +91,12 @@ class Adapter(Findings, CanPush):
                 },
             },
         )
+
+    def __repr__(self) -> str:
+        return f"<Adapter of {self.provenance['tuned']}: {self.report.summary()[0].removesuffix('.')}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.report.table())
 
     def at(self, rank: Rank) -> Adapter:
         """The same adapter at lower ranks: its leading triplets, by another rule. Nothing is factored again.

@@ -16,7 +16,7 @@ from peft_posthoc.extraction.row import Row, energies, energy_of, is_of_tuned, i
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
-from peft_posthoc.text import percent, share_of_all, shorten, size
+from peft_posthoc.text import as_html, percent, share_of_all, shorten, size
 
 # Shares of the whole delta's energy from which leaving something out is worth a warning.
 MATERIAL = 0.01
@@ -66,7 +66,7 @@ class Totals:
         return share_of_all(self.energy_of_all, self.unknown)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """An honest account of what an adapter holds."""
 
@@ -93,6 +93,12 @@ class Report:
         warnings = (*adapter.file.warnings, *warned, *_warnings(rows, totals), *told_as_warnings(beside))
         notes = (*adapter.notes, *said, *told_as_notes(beside))
         return cls(rows, totals, warnings, notes, adapter.provenance, beside, by_kind(rows), by_reason(rows))
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()[0].removesuffix('.')}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from peft_posthoc import extract
+from peft_posthoc import Inspection, Series, extract
 from peft_posthoc.inspection.curves import Curves
 from peft_posthoc.ranks.rules import keep_energy
 from tests.make import models
@@ -109,6 +109,18 @@ def test_the_table_shows_layers_losses_and_totals():
     assert "64.0%" in table
     assert "head (carried with --head): 50.0%" in table
     assert "rank 1 (padded to 8 in the file)" in table
+
+
+def test_what_a_prompt_and_a_notebook_show_is_short_and_says_what_is_kept():
+    deltas = {"a.weight": diagonal(4.0, 3.0), "lm_head.weight": diagonal(5.0)}
+    adapter = extract(*pair_with(deltas), 1, exact=True)
+    for one in (adapter, adapter.report):
+        assert len(repr(one)) < 250
+        assert "hold 64.0% of their deltas' energy, 32.0% of the whole" in repr(one)
+        assert "head (carried with --head): 50.0%" in one._repr_html_()
+    for one in (Series({"r1": adapter}), Inspection.of(adapter)):
+        assert len(repr(one)) < 100
+        assert one._repr_html_().startswith("<pre>")
 
 
 def test_curves_are_the_energies_of_every_rank():
