@@ -25,6 +25,13 @@ class Carried:
     """Their deltas' share of the whole fine-tune's energy."""
     bytes: int
 
+    @property
+    def ranks(self) -> str:
+        """In words."""
+        if not self.rank:
+            return "whole"
+        return str(self.rank) if self.least == self.rank else f"{self.least} to {self.rank}"
+
 
 @dataclass(frozen=True)
 class Left:

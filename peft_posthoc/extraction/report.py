@@ -114,23 +114,20 @@ class Report:
             "rows": [asdict(row) for row in self.rows],
         }
 
-    def table(self) -> str:
-        """The report for a terminal: the layers, what is left out by reason, the totals and the warnings."""
-        measured = any(row.signal_rank is not None for row in self.rows)
-        more = f" {'signal':>7} {'noise':>7}" if measured else ""
-        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}{more}"]
-        lines += [
-            f"{shorten(row.weight):<52} {row.rank:>5} {percent(row.energy):>7} {percent(row.relative_error):>7} "
-            f"{percent(row.relative_delta):>8} {size(row.bytes):>9}"
-            + (f" {row.signal_rank:>7} {percent(row.noise):>7}" if measured else "")
-            for row in self.rows
-            if row.status == "extracted"
-        ]
-        lines += ["", *_left_out_lines(self.rows), *self.summary()]
-        return "\n".join(lines)
+    def table(self, *, layers: bool = False) -> str:
+        """The report for a terminal: what is kept, what is left out, what to mind; then a row for each kind of module.
+
+        Args:
+            layers: A row for every weight instead.
+        """
+        rows = self._layers() if layers else self._kinds()
+        return "\n".join([*self._verdict(), *_left_out_lines(self.rows), *self._remarks(), "", *rows])
 
     def summary(self) -> list[str]:
         """The totals and the warnings, a line each."""
+        return [*self._verdict(), *self._remarks()]
+
+    def _verdict(self) -> list[str]:
         totals = self.totals
         padded = totals.file_rank > totals.rank
         rank = f"{totals.rank} (padded to {totals.file_rank} in the file)" if padded else f"{totals.rank}"
@@ -142,9 +139,32 @@ class Report:
         ]
         if totals.padding >= MATERIAL * totals.bytes:
             lines.append(f"{size(totals.padding)} of that are zeros, for loaders that need one rank for all layers.")
-        if self.provenance["layout"] == GUESSED:
-            lines.append("No configuration or module was there to ask: linear layers were told by names and shapes.")
-        return [*lines, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
+        return lines
+
+    def _remarks(self) -> list[str]:
+        guessed = "No configuration or module was there to ask: linear layers were told by names and shapes."
+        found = [guessed] if self.provenance["layout"] == GUESSED else []
+        return [*found, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
+
+    def _kinds(self) -> list[str]:
+        lines = [f"{'modules':<40} {'weights':>8} {'rank':>11} {'E_r':>7} {'of all':>7} {'size':>9}"]
+        return lines + [
+            f"{shorten(one.kind, 40):<40} {one.weights:>8} {one.ranks:>11} {percent(one.energy):>7} "
+            f"{percent(one.of_all):>7} {size(one.bytes):>9}"
+            for one in self.by_kind
+        ]
+
+    def _layers(self) -> list[str]:
+        measured = any(row.signal_rank is not None for row in self.rows)
+        more = f" {'signal':>7} {'noise':>7}" if measured else ""
+        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}{more}"]
+        return lines + [
+            f"{shorten(row.weight):<52} {row.rank:>5} {percent(row.energy):>7} {percent(row.relative_error):>7} "
+            f"{percent(row.relative_delta):>8} {size(row.bytes):>9}"
+            + (f" {row.signal_rank:>7} {percent(row.noise):>7}" if measured else "")
+            for row in self.rows
+            if row.status == "extracted"
+        ]
 
 
 def _rows(adapter: Findings) -> Iterable[Row]:
