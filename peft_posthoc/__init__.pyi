@@ -23,6 +23,7 @@ from .inspection.inspection import Inspection, inspect
 from .linalg.lowrank import LowRank
 from .linalg.spectrum import RankRule, Spectrum
 from .linalg.svd import truncated_svd
+from .lineage.whose import Whose, whose
 from .lora_config import LoraConfig, add_adapter, get_peft_model, patch_peft
 from .ranks.budget import budget
 from .ranks.rules import above_noise, fixed, keep_energy, keep_error, limited, several
@@ -69,6 +70,7 @@ __all__ = [
     "Series",
     "Spectrum",
     "Verification",
+    "Whose",
     "above_noise",
     "add_adapter",
     "blocks",
@@ -99,4 +101,5 @@ __all__ = [
     "spectra",
     "truncated_svd",
     "verify",
+    "whose",
 ]

@@ -25,6 +25,7 @@ _FILES = {
     "refine": "refine",
     "resize": "resize",
     "verify": "verify",
+    "whose": "whose",
 }
 
 

@@ -1,0 +1,20 @@
+"""`phlora whose`."""
+
+from __future__ import annotations
+
+import click
+
+from peft_posthoc.cli.options import OUTPUT
+from peft_posthoc.cli.output import check_file, show
+
+
+@click.command()
+@click.argument("tuned")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
+@OUTPUT
+def whose(tuned: str, candidates: tuple[str, ...], quiet: bool, json_to: str | None) -> None:
+    """Tell which CANDIDATE is the base of TUNED, from a few kilobytes of each; unsure is said, never guessed."""
+    check_file(json_to, "--json")
+    from peft_posthoc.lineage.whose import whose as run
+
+    show(run(tuned, candidates), json_to, quiet=quiet)
