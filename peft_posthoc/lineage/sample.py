@@ -16,7 +16,8 @@ _EDGE = 64
 
 def chosen(checkpoint: Checkpoint) -> list[str]:
     """Names of some matrices, from all over the model."""
-    names = [name for name, head in sorted(checkpoint.headers.items()) if len(head.shape) == 2 and min(head.shape) > 1]
+    heads = sorted(checkpoint.headers.items())
+    names = [name for name, (shape, dtype) in heads if len(shape) == 2 and min(shape) > 1 and dtype.is_floating_point]
     return [names[at * len(names) // _WEIGHTS] for at in range(_WEIGHTS)] if len(names) > _WEIGHTS else names
 
 
@@ -32,7 +33,7 @@ def corners(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
     for name in names:
         if name in checkpoint.headers and len(checkpoint.headers[name].shape) == 2:
             found[name] = checkpoint.read(name)[:_EDGE, :_EDGE].clone()
-            if not found[name].isfinite().all():
+            if not found[name].double().isfinite().all():
                 raise CheckpointError(f"`{checkpoint.label}` has a value in `{name}` that is not finite.")
     return found
 

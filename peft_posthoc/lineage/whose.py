@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.checkpoints.hub import find, is_repo_id
+from peft_posthoc.errors import CheckpointError, PosthocError, one_line
 from peft_posthoc.lineage.sample import chosen, corners, flat, rounded_alike
 from peft_posthoc.sources import Source, open_checkpoint
 
@@ -72,7 +73,7 @@ def whose(tuned: Source, candidates: Sequence[Source]) -> Whose:
         CheckpointError: The fine-tune cannot be read.
         PosthocError: It has no matrix to compare.
     """
-    after = open_checkpoint(tuned, role="tuned")
+    after = _opened(tuned, "tuned")
     names = chosen(after)
     if not names:
         raise PosthocError(f"`{after.label}` has no matrices to compare.")
@@ -80,7 +81,7 @@ def whose(tuned: Source, candidates: Sequence[Source]) -> Whose:
     rows, kin = [], {}
     for at, source in enumerate(candidates):
         try:
-            before = open_checkpoint(source, role="candidate")
+            before = _opened(source, "candidate")
             label = before.label
             row, sample = _compared(after, own, before, same=source is tuned or _same_place(tuned, source))
         except Exception as error:
@@ -91,6 +92,13 @@ def whose(tuned: Source, candidates: Sequence[Source]) -> Whose:
             kin[at] = sample
     _placed(own, rows, kin)
     return _verdict(after.label, rows)
+
+
+def _opened(source: Source, role: str) -> Checkpoint:
+    """A checkpoint whose weights are on this machine: opening some kinds of a hub id's downloads them."""
+    if isinstance(source, str) and is_repo_id(source) and not Path(source).exists() and find(source, role=role).missing:
+        raise CheckpointError(f"`{source}` is not in the local cache. Download it, or give its folder.")
+    return open_checkpoint(source, role=role)
 
 
 def _same_place(one: Source, other: Source) -> bool:

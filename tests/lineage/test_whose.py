@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def test_a_resized_vocabulary_hides_no_parent():
     tuned = _tune(root, 1)
     tuned["embed.weight"] = torch.cat([tuned["embed.weight"], torch.randn(8, 64)])
     assert whose(tuned, [root, _tune(root, 2)]).candidates[0].kind == "parent"
+
+
+def test_shards_in_another_order_hide_no_parent_and_tables_of_integers_are_passed_over(tmp_path: Path):
+    root = {**_model(0), "ids.table": torch.arange(16).reshape(4, 4)}
+    tuned = {**_tune(_model(0), 1), "ids.table": root["ids.table"]}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    for at, name in enumerate(reversed(list(root)), 1):
+        file = f"model-{at:05}-of-{len(root):05}.safetensors"
+        save_file({name: root[name]}, tmp_path / file)
+    files = {n: f"model-{at:05}-of-{len(root):05}.safetensors" for at, n in enumerate(reversed(list(root)), 1)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    found = whose(tmp_path / "tuned.safetensors", [_tune(_model(0), 2), tmp_path])
+    assert found.base == str(tmp_path)
 
 
 def test_too_few_values_to_tell_angles_are_unsure():
