@@ -38,6 +38,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("with_tokenizer")
 @NAMES
 @MODELS
+@option("stream")
 @OUTPUT
 def extract(
     base: str,
@@ -77,9 +78,20 @@ def extract(
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
     parts = components_of(components, base, tuned[0], Path(tuned[1]))
     for part in parts:
-        given = {"force": force, "dry_run": dry_run, "html": None, "quiet": quiet, "json_to": None}
         with noting(f"This is of the component `{part.out.name}`."):
-            _one(part.base, part.tuned, part.out, part.rank or rule, None, **given, **options)
+            _one(
+                part.base,
+                part.tuned,
+                part.out,
+                part.rank or rule,
+                None,
+                force=force,
+                dry_run=dry_run,
+                html=None,
+                quiet=quiet,
+                json_to=None,
+                **options,
+            )
     if parts:
         return
     _one(

@@ -44,7 +44,17 @@ from peft_posthoc.text import asked, shorten
 # identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
 # A new option is in both.
 _MODELS = {"base_revision", "tuned_revision", "tuned_name", "for_base"}
-_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy", "with_tokenizer"}
+_TOLD_OTHERWISE = {
+    *_MODELS,
+    "choose",
+    "leave_out",
+    "experts",
+    "device",
+    "dtype",
+    "min_energy",
+    "with_tokenizer",
+    "stream",
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,13 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     kind = cast(Form, form)
     where = pick_device(options["device"])
     mixture = options["experts"] or ("fused" if form == "peft" else "none")
-    opened = open_pair(base, tuned, base_revision=options["base_revision"], tuned_revision=options["tuned_revision"])
+    opened = open_pair(
+        base,
+        tuned,
+        base_revision=options["base_revision"],
+        tuned_revision=options["tuned_revision"],
+        stream=options["stream"],
+    )
     before, after, layout, whole, notes = match(
         *opened,
         rules=rename,
@@ -169,7 +185,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     served = None
     if options["for_base"] is not None:
         served = served_as(
-            open_checkpoint(options["for_base"], role="served base"),
+            open_checkpoint(options["for_base"], role="served base", stream=options["stream"]),
             opened[0],
             {name: before.headers[name].shape for name in plan.carried},
             rules=rename,
