@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from peft_posthoc.cli.components import COMPONENT, check_alone, components_of
+from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
+from peft_posthoc.cli.write_as import write_as
 from peft_posthoc.errors import ShareDone, noting
 
 
@@ -31,6 +34,11 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
 @AND_REFINE
 @HTML
+@click.option(
+    "--to",
+    type=click.Choice(IMAGES),
+    help="Write OUT, NAME.safetensors, as `phlora export` does; comfyui: with --form peft, unless another is given.",
+)
 @option("form")
 @CHOICE
 @option("for_base")
@@ -49,6 +57,7 @@ def extract(
     force: bool,
     dry_run: bool,
     html: Path | None,
+    to: str | None,
     quiet: bool,
     json_to: str | None,
     **options: Any,
@@ -64,8 +73,10 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
-    check_alone(components, out=out, html=html, json=json_to, refine=asked)
+    check_alone(components, out=out, to=to, html=html, json=json_to, refine=asked)
     if out is not None:
+        if to is not None:
+            raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
         if asked is not None:
             raise click.UsageError("--refine goes with one TUNED. `phlora refine` refines each adapter afterwards.")
         of_many(
@@ -93,6 +104,24 @@ def extract(
                 **options,
             )
     if parts:
+        return
+    if to is not None:
+        if asked is not None or html is not None:
+            raise click.UsageError("--to goes without --refine and --html.")
+        if to == "comfyui" and click.get_current_context().get_parameter_source("form") is ParameterSource.DEFAULT:
+            options["form"] = "peft"
+        write_as(
+            base,
+            tuned[0],
+            rule,
+            Path(tuned[1]),
+            to,
+            force=force,
+            dry_run=dry_run,
+            quiet=quiet,
+            json_to=json_to,
+            **options,
+        )
         return
     _one(
         base,
