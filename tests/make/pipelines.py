@@ -1,7 +1,6 @@
 """Tiny pipelines of diffusers around given components, and text encoders for them."""
 
 
-
 def clip(projection=False):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
