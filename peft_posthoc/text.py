@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from html import escape
 from typing import Any, Literal
 
 
@@ -39,6 +40,48 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    for unit, of_next in (("s", 120), ("min", 120)):
+        if seconds < of_next:
+            return f"{max(seconds, 1):.0f} {unit}"
+        seconds /= 60
+    return f"{seconds:.1f} h"
+
+
+def took(seconds: tuple[float, float] | None) -> str:
+    """The shortest and the longest time that work may take, as a sentence behind others; nothing where not known."""
+    return "" if seconds is None else f" Time: {duration(seconds[0])} to {duration(seconds[1])}, without fetching."
+
+
+def as_share(text: str) -> float:
+    """The share that somebody writes: `0.9` or `90%`.
+
+    Raises:
+        ValueError: It is no number.
+    """
+    number = text.strip()
+    return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+
+
+_TYPES = {
+    **dict.fromkeys(("bf16",), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+}
+
+
+def type_name(text: str) -> str:
+    """PyTorch's name of a type, which people also call `bf16`, `fp16` or `half`."""
+    name = text.strip().removeprefix("torch.")
+    return _TYPES.get(name.lower(), name)
+
+
+def as_html(text: str) -> str:
+    """A table for a terminal, in a notebook."""
+    return f"<pre>{escape(text)}</pre>"
 
 
 Surface = Literal["python", "command line", "mergekit"]

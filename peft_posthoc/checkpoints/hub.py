@@ -72,6 +72,12 @@ class Repository:
         """Bytes of the files that are not in the cache."""
         return sum(self.sizes.get(file, 0) for file in self.missing)
 
+    @property
+    def streams(self) -> bool:
+        """Whether the weights can be fetched one at a time, and are not in the cache yet."""
+        safetensors = all(file.endswith(".safetensors") for file in self.files)
+        return safetensors and not self.is_adapter and bool(self.missing)
+
     def get(self) -> Path:
         """Fetch the weights.
 
@@ -81,12 +87,14 @@ class Repository:
         from huggingface_hub import snapshot_download
 
         check_room(self.to_fetch, self.repo_id)
-        with _told(self.repo_id, self.commit, self.role):
+        with told(self.repo_id, self.commit, self.role):
             patterns = [escape(file) for file in self.files]
             return Path(snapshot_download(self.repo_id, revision=self.commit, allow_patterns=patterns))
 
-    def headers(self) -> dict[str, Header] | None:
-        """Of every tensor, from the beginnings of the files; None where that needs the files, or they are there.
+    def headers(self) -> tuple[dict[str, Header], dict[str, str]] | None:
+        """Those of all tensors, and what the files say of themselves, from the beginnings of the files.
+
+        None where that needs the files, or they are there.
 
         Raises:
             CheckpointError: The files cannot be fetched, or are no safetensors.
@@ -96,25 +104,27 @@ class Repository:
         if not self.missing or not all(file.endswith(".safetensors") for file in self.files):
             return None
         found: dict[str, Header] = {}
-        with _told(self.repo_id, self.commit, self.role):
+        said: dict[str, str] = {}
+        with told(self.repo_id, self.commit, self.role):
             for file in self.files:
                 read = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
                 found |= {
                     name: Header(tuple(info.shape), dtype_of(info.dtype, f"`{file}` of `{self.repo_id}`", name))
                     for name, info in read.tensors.items()
                 }
-        return found
+                said |= read.metadata
+        return found, said
 
 
 class OnHub(Checkpoint):
     """A repository's weights: the headers at once, the files when the first tensor is read."""
 
-    def __init__(self, repository: Repository, headers: Mapping[str, Header]) -> None:
+    def __init__(self, repository: Repository, headers: Mapping[str, Header], metadata: Mapping[str, str]) -> None:
         self.label = repository.repo_id
         self.revision: str | None = repository.commit
         self.identity: Any = [repository.repo_id, repository.commit]
         self.config = config_of(repository.folder)
-        self.headers = headers
+        self.headers, self.metadata = headers, metadata
         self.folder: Path | None = repository.folder
         """In the hub's own cache; with the weights once one is read."""
         self.to_fetch = repository.to_fetch
@@ -156,7 +166,7 @@ def find(
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    with _told(repo_id, revision, role):
+    with told(repo_id, revision, role):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         names = sizes.keys()
@@ -185,7 +195,7 @@ def find(
         return Repository(repo_id, str(info.sha), folder, tuple(wanted), sizes, role)
 
 
-def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0) -> None:
+def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0, instead: str = "") -> None:
     """See that the disk of the hub's cache holds what is to be downloaded.
 
     Args:
@@ -193,6 +203,7 @@ def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0)
         what: The models, for messages.
         out: Where else something will be written.
         taken: How many bytes, which count where that is the same disk.
+        instead: Another way out, behind "or".
 
     Raises:
         CheckpointError: There is less room.
@@ -206,7 +217,7 @@ def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0)
     if needed > free:
         raise CheckpointError(
             f"To download `{'` and `'.join(what)}` takes {size(needed)}, and {size(max(free, 0))} are free at "
-            f"`{cache}`. Make room, or set `HF_HOME` to a folder on another disk."
+            f"`{cache}`. Make room, {instead and f'{instead}, '}or set `HF_HOME` to a folder on another disk."
         )
 
 
@@ -221,7 +232,7 @@ def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base
     repo_id = repo_id.rstrip("/")
     if not is_repo_id(repo_id):
         raise CheckpointError(f"The {role} `{repo_id}` is neither a folder nor a hub id such as `org/name`.")
-    with _told(repo_id, revision, role):
+    with told(repo_id, revision, role):
         return config_of(Path(snapshot_download(repo_id, revision=revision, allow_patterns=["config.json"])))
 
 
@@ -233,12 +244,12 @@ def fetch_beside(repo_id: str, patterns: Iterable[str], *, revision: str | None)
     """
     from huggingface_hub import snapshot_download
 
-    with _told(repo_id, revision, "base"):
+    with told(repo_id, revision, "base"):
         snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
 
 
 @contextlib.contextmanager
-def _told(repo_id: str, revision: str | None, role: str) -> Iterator[None]:
+def told(repo_id: str, revision: str | None, role: str) -> Iterator[None]:
     """Say what is wrong in one line."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
+from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import noting
 
-TO = ("gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged")
+IMAGES = ("diffusers", "comfyui", "kohya")
+TO = ("gguf", "mlx", *IMAGES, "vllm-moe", "peft-moe", "merged")
 
 
 @click.command()
@@ -19,10 +20,17 @@ TO = ("gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(TO), required=True, help="What to write.")
 @click.option("--base", metavar="BASE", help="The model it is for.  [default: what the adapter names]")
+@click.option(
+    "--with",
+    "beside",
+    multiple=True,
+    metavar="[BASE+]ADAPTER",
+    help="An adapter of another component of the same pipeline, into the same file.",
+)
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=TYPE,
     help="Of what is written.  [default: the adapter's; merged: the base's]",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier export that is at OUT; what else lies there stays.")
@@ -35,12 +43,14 @@ def export(
     json_to: str | None,
     **options: Any,
 ) -> None:
-    """Write ADAPTER, a PEFT LoRA folder, as what other programs read into OUT.
+    """Write ADAPTER, a PEFT LoRA folder or a LoRA file of an image model, as what other programs read into OUT.
 
     \b
     gguf      a file for llama.cpp and Ollama
     mlx       a folder for MLX-LM
-    diffusers a folder for `pipe.load_lora_weights`
+    diffusers a folder, or NAME.safetensors, for `pipe.load_lora_weights`
+    comfyui   NAME.safetensors for ComfyUI, norms and biases in it too
+    kohya     NAME.safetensors for A1111, Forge, kohya's scripts
     vllm-moe  experts one by one, as vLLM and SGLang read them
     peft-moe  experts stacked, as PEFT computes with them
     merged    a full checkpoint of BASE + ADAPTER
