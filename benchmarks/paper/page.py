@@ -40,8 +40,8 @@ def _section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"## {name}",
         "",
         f"{task.about}. {first['questions']} test questions of at most {settings.longest} tokens, trained on "
-        f"{first['trained on']}; {settings.epochs:g} epochs, batches of {settings.batch}, learning rate {settings.lr:g} "
-        f"(LoRA: {settings.lora_lr:g}), seed {settings.seed}. {first['machine']}, {rows[-1]['date']}.",
+        f"{first['trained on']}; {settings.epochs:g} epochs, batches of {settings.batch}, learning rate {settings.lr:g}"
+        f" (LoRA: {settings.lora_lr:g}), seed {settings.seed}. {first['machine']}, {rows[-1]['date']}.",
         "",
         "| model | E_r | " + " | ".join(metrics) + f" | {metrics[0]}, to the fine-tune | size | CPU seconds |",
         "|---|--:|" + "--:|" * (len(metrics) + 3),

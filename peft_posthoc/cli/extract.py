@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from peft_posthoc.cli.components import COMPONENT, check_alone, components_of
 from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
@@ -24,11 +26,14 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")
 @RANK
 @option("rank_pattern")
+@option("conv_rank", type=int)
+@COMPONENT
 @option("dtype")
 @option("tuned_name")
 @option("min_energy")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
+@click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
 @AND_REFINE
 @HTML
 @click.option(
@@ -50,8 +55,10 @@ def extract(
     tuned: tuple[str, ...],
     out: Path | None,
     rank: Asked,
+    components: tuple[str, ...],
     force: bool,
     dry_run: bool,
+    layers: bool,
     html: Path | None,
     to: str | None,
     quiet: bool,
@@ -69,6 +76,7 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
+    check_alone(components, out=out, to=to, html=html, json=json_to, refine=asked)
     if out is not None:
         if to is not None:
             raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
@@ -100,6 +108,25 @@ def extract(
             **options,
         )
         return
+    parts = components_of(components, base, tuned[0], Path(tuned[1]))
+    for part in parts:
+        with noting(f"This is of the component `{part.out.name}`."):
+            _one(
+                part.base,
+                part.tuned,
+                part.out,
+                part.rank or rule,
+                None,
+                force=force,
+                dry_run=dry_run,
+                layers=layers,
+                html=None,
+                quiet=quiet,
+                json_to=None,
+                **options,
+            )
+    if parts:
+        return
     _one(
         base,
         tuned[0],
@@ -108,6 +135,7 @@ def extract(
         asked,
         force=force,
         dry_run=dry_run,
+        layers=layers,
         html=html,
         quiet=quiet,
         json_to=json_to,
@@ -124,6 +152,7 @@ def _one(
     *,
     force: bool,
     dry_run: bool,
+    layers: bool,
     html: Path | None,
     quiet: bool,
     json_to: str | None,
@@ -164,7 +193,7 @@ def _one(
         with finished_layers(out.absolute(), {out.absolute(): adapter.provenance}):
             refined.save(out, force=force)
         with noting(f"The adapter is at `{out}`."):
-            table = f"{adapter.report.table()}\n\n{refined.table()}"
+            table = f"{adapter.report.table(layers=layers)}\n\n{refined.table()}"
             show(refined, json_to, quiet=quiet, table=table, more=[f"Adapter written to {out}"])
         return
     found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
@@ -177,4 +206,9 @@ def _one(
             made = found.adapters if isinstance(found, Series) else {"as written": adapter}
             Inspection.of(adapter, made).html(html)
         done = f"{'Adapters' if several_of_them else 'Adapter'} written to {out}"
-        show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet, more=[done])
+        if isinstance(found, Series):
+            show(found, json_to, quiet=quiet, more=["", done])
+            return
+        table = found.report.table(layers=layers)
+        compare = shlex.join(["phlora", "verify", str(out), "--base", base, "--tuned", tuned])
+        show(found.report, json_to, quiet=quiet, table=table, more=["", done, f"To compare it with TUNED: {compare}"])

@@ -32,9 +32,7 @@ from peft_posthoc.models.layout import GUESSED, Layout
 from peft_posthoc.models.part import is_rest
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import differences
-from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match, served_as
-from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_checkpoint, open_pair
@@ -143,7 +141,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     options, rank = request.options, request.rank
     form = options["form"]
     include, exclude, rename = (tuple(options[name]) for name in ("include", "exclude", "rename"))
-    kind = cast(Form, form)
+    kind: Form = form
     where = pick_device(options["device"])
     mixture = options["experts"] or ("fused" if form == "peft" else "none")
     opened = open_pair(
@@ -157,15 +155,18 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         *opened,
         rules=rename,
         serve_as=options["serve_as"],
-        experts=cast(Experts, mixture),
-        vocab=cast(Vocab, options["vocab"]),
+        experts=mixture,
+        vocab=options["vocab"],
         of_tuned=form == "peft",
     )
     notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
-        embeddings=options["embeddings"], head=options["head"], conv=options["conv"], experts=carry_experts
+        embeddings=options["embeddings"],
+        head=options["head"],
+        conv=options["conv"] or options["conv_rank"] is not None,
+        experts=carry_experts,
     )
     if form == "peft":
         flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
@@ -187,7 +188,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
             {name: before.headers[name].shape for name in plan.carried},
             rules=rename,
             serve_as=options["serve_as"],
-            experts=cast(Experts, mixture),
+            experts=mixture,
         )
     named = options["dtype"]
     dtype = getattr(torch, str(named), None) if named else after.headers[next(iter(plan.carried))].dtype
@@ -196,7 +197,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     allocation = rank if isinstance(rank, Allocation) else None
     if isinstance(rank, Allocation):
         rank = rank.bounds(PlanSizing(plan, dtype, kind))
-    rules = rules_of(plan, rank, options["rank_pattern"] or {})
+    rules = rules_of(plan, rank, options["rank_pattern"] or {}, options["conv_rank"])
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
     never = (*CODED, Reason.BESIDE_MODEL)
@@ -288,8 +289,16 @@ def _may_be_kept(
     return [name for name in names if (not include or name in wanted) and name not in unwanted]
 
 
-def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
+def rules_of(
+    plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int], conv_rank: int | None = None
+) -> dict[str, RankRule]:
     """The rank rule of every carried weight: `rank`, but where a pattern gives its module a rank by hand.
+
+    Args:
+        plan: What is carried.
+        rank: Of all, or by weight.
+        rank_pattern: By a pattern of modules' names.
+        conv_rank: Of the convolutions that no pattern gives one.
 
     Raises:
         ValueError: A rank makes no sense, or is given for a weight that cannot be carried.
@@ -301,6 +310,7 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
             why = plan.left_out[name].hint if name in plan.left_out else "neither checkpoint has it"
             raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {why}.")
     own = {pattern: each(one) for pattern, one in rank_pattern.items()}
+    convolutions = None if conv_rank is None else each(conv_rank)
     modules = {weight: places[0].parameter for weight, places in plan.carried.items()}
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
@@ -317,6 +327,8 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     def of(weight: str, module: str) -> RankRule | None:
         if module in by_hand:
             return own[by_hand[module]]
+        if convolutions is not None and plan.carried[weight][0].role == "convolution":
+            return convolutions
         return rule if given is None else given.get(weight)
 
     found = {weight: of(weight, module) for weight, module in modules.items()}

@@ -35,6 +35,7 @@ FULL = {
     "for_base": "org/base-4bit",
     "vocab": "extend",
     "rank_pattern": {"q_proj": 4},
+    "conv_rank": 2,
     "with_tokenizer": True,
     "stream": True,
     "form": "peft",
@@ -118,9 +119,9 @@ def test_the_callback_shows_them_too():
         (phlora.get_command(None, "extract"), set()),
         (
             phlora.get_command(None, "inspect"),
-            {"tuned_name", "rank_pattern", "dtype", "for_base", "min_energy", "with_tokenizer"},
+            {"tuned_name", "rank_pattern", "conv_rank", "dtype", "for_base", "min_energy", "with_tokenizer"},
         ),
-        (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename", "stream"}),
+        (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename", "conv_rank", "stream"}),
     ],
     ids=["extract", "inspect", "mergekit-phlora"],
 )
