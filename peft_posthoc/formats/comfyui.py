@@ -123,8 +123,10 @@ def _differences(part: Component) -> dict[str, Tensor]:
     all_summands = summands(part.deltas)
     for name, delta in all_summands.items():
         module, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias"):
-            raise AdapterError(f"ComfyUI takes no difference of `{name}`. Use `{asked('to', 'merged')}`.")
+        if leaf not in ("weight", "bias"):  # A parameter of its own: ComfyUI knows it by the original's name alone.
+            # The layout calls a parameter at the top twice by its name.
+            found[f"{_original(part, leaf if module == leaf else name)}.diff"] = delta.float()
+            continue
         if leaf == "bias" and (original := _swapped(part, module)):
             found[f"diffusion_model.{original}.diff_b"] = swapped(delta.float())
             continue
@@ -138,6 +140,20 @@ def _differences(part: Component) -> dict[str, Tensor]:
         rows = [all_summands.get(f"{one}.bias", torch.zeros(part.deltas.slots[one].m)) for one in modules]
         found[f"diffusion_model.{original}.diff_b"] = torch.cat([one.float() for one in rows])
     return found
+
+
+def _original(part: Component, name: str) -> str:
+    """The key of a parameter that is no module's weight or bias.
+
+    Raises:
+        AdapterError: None is known.
+    """
+    if not (found := fused(part.cls, [name]) if part.cls in FAMILIES else {}):
+        raise AdapterError(
+            f"ComfyUI's name of `{name}` of `{part.cls}` is not known here. Leave it out when you extract "
+            f"(`{asked('exclude', name.rpartition('.')[2])}`), or use `{asked('to', 'merged')}`."
+        )
+    return f"diffusion_model.{next(iter(found))}"
 
 
 def _swapped(part: Component, module: str) -> str | None:
