@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from peft_posthoc.adapters.writer import REPORT
+from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.json_file import read_json
 

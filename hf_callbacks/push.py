@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi
 
-from hf_callbacks.card import card
 from hf_callbacks.pin import hold
 from hf_callbacks.run import FINAL
+from peft_posthoc.adapters.card import CARD, card_of
 from peft_posthoc.errors import one_line
 
 
@@ -61,10 +61,10 @@ class Push:
         self._count += 1
         held = self._work / f"{self._count:06}" / adapter.name
         hold(adapter, sorted(path.name for path in adapter.iterdir()), held)
-        page = held / "README.md"
+        page = held / CARD
         page.unlink(missing_ok=True)  # it is a link: writing would change the adapter's own
         subfolder = None if held.name == FINAL else held.name
-        page.write_text(card(adapter, step=step, repo_id=self.repo_id, subfolder=subfolder), encoding="utf-8")
+        page.write_text(card_of(adapter, step=step, repo_id=self.repo_id, subfolder=subfolder), encoding="utf-8")
         self._submit(held)
 
     def poll(self) -> list[Sent]:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from hf_callbacks.base import Base
-from hf_callbacks.card import card, summary
+from hf_callbacks.card import summary
 from hf_callbacks.jobs import Done, Job, Jobs
 from hf_callbacks.memory import remembered
 from hf_callbacks.metrics import read_report
@@ -21,7 +21,8 @@ from hf_callbacks.pin import pin
 from hf_callbacks.plot import plot
 from hf_callbacks.random_numbers import numbers_kept
 from hf_callbacks.task import Task
-from peft_posthoc.adapters.writer import REPORT, adapter_files, is_our_card
+from peft_posthoc.adapters.card import CARD, REPORT, card_of, is_our_card
+from peft_posthoc.adapters.writer import adapter_files
 from peft_posthoc.errors import AdapterError, CheckpointError, MissingExtraError, PosthocError, one_line
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.files import staged, write_whole
@@ -29,7 +30,6 @@ from peft_posthoc.refinement.refining import Refining
 
 FINAL = "final"
 PICTURE = "energy.png"
-README = "README.md"
 
 
 class Run:
@@ -112,7 +112,7 @@ class Run:
         place = _free(self.out / "earlier")
         place.mkdir()
         pages = [self.out / PICTURE] if step == 0 else []
-        pages += [self.out / README] if step == 0 and is_our_card(self.out / README) else []
+        pages += [self.out / CARD] if step == 0 and is_our_card(self.out / CARD) else []
         for path in [*earlier, *pages]:
             if path.exists():
                 path.rename(place / path.name)
@@ -285,7 +285,7 @@ class Run:
 
     def _place(self, job: Job) -> None:
         """Move a finished adapter into its place, with its card; then let go of those that are too old."""
-        write_whole(job.made / README, card(job.made, step=job.step).encode())
+        write_whole(job.made / CARD, card_of(job.made, step=job.step).encode())
         target = self.out / job.name
         if target.exists() and not (target / REPORT).is_file():
             raise AdapterError(f"There is something else than an adapter at `{target}`. Move it away")
@@ -297,7 +297,7 @@ class Run:
             shutil.rmtree(self.out / _name(old), ignore_errors=True)
 
     def _write_page(self, adapters: Mapping[int, Path], *, picture: str | None) -> None:
-        page = self.out / README
+        page = self.out / CARD
         if page.exists() and not is_our_card(page):
             raise AdapterError(f"`{page}` was not written by this program, and is left as it is")
         final = self.out / FINAL if _is_readable(self.out / FINAL) else None

@@ -1,3 +1,5 @@
+from . import callbacks as callbacks
+from .adapters.push import push
 from .checkpoints.checkpoint import Checkpoint
 from .errors import (
     AdapterError,
@@ -71,6 +73,7 @@ __all__ = [
     "add_adapter",
     "blocks",
     "budget",
+    "callbacks",
     "check",
     "combine",
     "compensated",
@@ -89,6 +92,7 @@ __all__ = [
     "patch_peft",
     "preflight",
     "preflight_many",
+    "push",
     "refine",
     "resize",
     "several",

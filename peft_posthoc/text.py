@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from html import escape
 from typing import Any, Literal
 
 
@@ -53,6 +54,34 @@ def duration(seconds: float) -> str:
 def took(seconds: tuple[float, float] | None) -> str:
     """The shortest and the longest time that work may take, as a sentence behind others; nothing where not known."""
     return "" if seconds is None else f" Time: {duration(seconds[0])} to {duration(seconds[1])}, without fetching."
+
+
+def as_share(text: str) -> float:
+    """The share that somebody writes: `0.9` or `90%`.
+
+    Raises:
+        ValueError: It is no number.
+    """
+    number = text.strip()
+    return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+
+
+_TYPES = {
+    **dict.fromkeys(("bf16",), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+}
+
+
+def type_name(text: str) -> str:
+    """PyTorch's name of a type, which people also call `bf16`, `fp16` or `half`."""
+    name = text.strip().removeprefix("torch.")
+    return _TYPES.get(name.lower(), name)
+
+
+def as_html(text: str) -> str:
+    """A table for a terminal, in a notebook."""
+    return f"<pre>{escape(text)}</pre>"
 
 
 Surface = Literal["python", "command line", "mergekit"]

@@ -13,20 +13,17 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_posthoc.adapters.card import CARD, REPORT, card, is_our_card
 from peft_posthoc.adapters.config import CONFIG, PICKLE, WEIGHTS
 from peft_posthoc.checkpoints.beside import text_files_in
 from peft_posthoc.checkpoints.model_files import weight_files
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.files import check_apart, check_free, files_in, regular, staged
+from peft_posthoc.files import check_apart, check_free, files_in, staged
 from peft_posthoc.json_file import read_json
 from peft_posthoc.text import asked
 
-REPORT = "phlora_report.json"
 _WRITTEN = (CONFIG, WEIGHTS, REPORT)
-_CARD = "README.md"
 _BESIDE = "beside"  # in the report: what was copied beside the adapter
-CARD_MARK = "<!-- Made with the adapter by phlora, and replaced with it. -->"
-"""In every model card of ours: a card without it is somebody else's."""
 # What engines load with the adapter if it lies beside it.
 _SPOIL = (".safetensors", "added_tokens.json")
 
@@ -68,7 +65,7 @@ def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None
 def adapter_files(folder: Path) -> set[str]:
     """The files of an adapter that is there: what we or PEFT write, by name."""
     found = files_in(folder, (*_WRITTEN, PICKLE)) | copied(folder).keys()
-    return found | {_CARD} if is_our_card(folder / _CARD) else found
+    return found | {CARD} if is_our_card(folder / CARD) else found
 
 
 def copied(folder: Path) -> dict[str, Path]:
@@ -81,14 +78,6 @@ def copied(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in text_files_in(folder) if name in listed} if isinstance(listed, list) else {}
 
 
-def is_our_card(page: Path) -> bool:
-    """Tell whether a page is there and was made by this program."""
-    try:
-        return CARD_MARK in regular(page).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-
-
 def write_folder(
     folder: str | os.PathLike[str],
     contents: Contents,
@@ -96,7 +85,7 @@ def write_folder(
     force: bool = False,
     called: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write an adapter folder: all of it, or nothing.
+    """Write an adapter folder: all of it, with a model card, or nothing. A card that is not ours stays.
 
     Args:
         folder: A folder that does not exist yet, or is empty.
@@ -117,6 +106,9 @@ def write_folder(
         _write_json(made / CONFIG, contents.config)
         copied = {_BESIDE: sorted(contents.beside)} if contents.beside else {}
         _write_json(made / REPORT, {**contents.report, **copied})
+        if CARD in ours or not os.path.lexists(place / CARD):
+            told = {"provenance": contents.provenance, **contents.report}
+            (made / CARD).write_text(card(contents.config, told), encoding="utf-8")
         for name, path in contents.beside.items():
             (made / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, made / name)

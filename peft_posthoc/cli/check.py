@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
+from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import PosthocError, noting
 
@@ -42,7 +42,7 @@ NAMES = (
 @click.option("--fix", "out", type=click.Path(path_type=Path), metavar="OUT", help="Write it as all engines read it.")
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=TYPE,
     help="Of the factors in OUT.  [default: ADAPTER's]",
 )
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
+from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import noting
 
@@ -30,7 +30,7 @@ TO = ("gguf", "mlx", *IMAGES, "vllm-moe", "peft-moe", "merged")
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=TYPE,
     help="Of what is written.  [default: the adapter's; merged: the base's]",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier export that is at OUT; what else lies there stays.")

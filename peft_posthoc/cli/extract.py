@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("min_energy")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
+@click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
 @AND_REFINE
 @HTML
 @click.option(
@@ -56,6 +58,7 @@ def extract(
     components: tuple[str, ...],
     force: bool,
     dry_run: bool,
+    layers: bool,
     html: Path | None,
     to: str | None,
     quiet: bool,
@@ -87,24 +90,6 @@ def extract(
         raise click.UsageError("Missing argument 'OUT'.")
     if len(tuned) > 2:
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
-    parts = components_of(components, base, tuned[0], Path(tuned[1]))
-    for part in parts:
-        with noting(f"This is of the component `{part.out.name}`."):
-            _one(
-                part.base,
-                part.tuned,
-                part.out,
-                part.rank or rule,
-                None,
-                force=force,
-                dry_run=dry_run,
-                html=None,
-                quiet=quiet,
-                json_to=None,
-                **options,
-            )
-    if parts:
-        return
     if to is not None:
         if asked is not None or html is not None:
             raise click.UsageError("--to goes without --refine and --html.")
@@ -123,6 +108,25 @@ def extract(
             **options,
         )
         return
+    parts = components_of(components, base, tuned[0], Path(tuned[1]))
+    for part in parts:
+        with noting(f"This is of the component `{part.out.name}`."):
+            _one(
+                part.base,
+                part.tuned,
+                part.out,
+                part.rank or rule,
+                None,
+                force=force,
+                dry_run=dry_run,
+                layers=layers,
+                html=None,
+                quiet=quiet,
+                json_to=None,
+                **options,
+            )
+    if parts:
+        return
     _one(
         base,
         tuned[0],
@@ -131,6 +135,7 @@ def extract(
         asked,
         force=force,
         dry_run=dry_run,
+        layers=layers,
         html=html,
         quiet=quiet,
         json_to=json_to,
@@ -147,6 +152,7 @@ def _one(
     *,
     force: bool,
     dry_run: bool,
+    layers: bool,
     html: Path | None,
     quiet: bool,
     json_to: str | None,
@@ -187,7 +193,7 @@ def _one(
         with finished_layers(out.absolute(), {out.absolute(): adapter.provenance}):
             refined.save(out, force=force)
         with noting(f"The adapter is at `{out}`."):
-            table = f"{adapter.report.table()}\n\n{refined.table()}"
+            table = f"{adapter.report.table(layers=layers)}\n\n{refined.table()}"
             show(refined, json_to, quiet=quiet, table=table, more=[f"Adapter written to {out}"])
         return
     found = Series.of(adapter, rule) if isinstance(rule, several) else adapter
@@ -200,4 +206,9 @@ def _one(
             made = found.adapters if isinstance(found, Series) else {"as written": adapter}
             Inspection.of(adapter, made).html(html)
         done = f"{'Adapters' if several_of_them else 'Adapter'} written to {out}"
-        show(found if isinstance(found, Series) else found.report, json_to, quiet=quiet, more=[done])
+        if isinstance(found, Series):
+            show(found, json_to, quiet=quiet, more=["", done])
+            return
+        table = found.report.table(layers=layers)
+        compare = shlex.join(["phlora", "verify", str(out), "--base", base, "--tuned", tuned])
+        show(found.report, json_to, quiet=quiet, table=table, more=["", done, f"To compare it with TUNED: {compare}"])

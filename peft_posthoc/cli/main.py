@@ -21,6 +21,7 @@ _FILES = {
     "export": "export",
     "extract": "extract",
     "inspect": "inspect",
+    "push": "push",
     "refine": "refine",
     "resize": "resize",
     "verify": "verify",

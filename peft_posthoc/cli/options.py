@@ -10,10 +10,33 @@ import click
 
 from peft_posthoc.cli.ranks import RANK_PATTERN
 from peft_posthoc.extraction.request import OPTIONS
+from peft_posthoc.text import as_share, type_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = OPTIONS["dtype"].choices
+
+
+class _Type(click.Choice[str]):
+    """A type of numbers, as people write it: `bf16` too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(type_name(value), param, ctx)
+
+
+class _Share(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
+    """A share: `0.9` or `90%`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return as_share(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no share such as 0.9 or 90%.", param, ctx)
+
+
+TYPE, SHARE = _Type(DTYPES), _Share()
 
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -39,13 +62,13 @@ def option(name: str, **changes: Any) -> Callable[[F], F]:
     asked = OPTIONS[name]
     given: dict[str, Any] = {"help": asked.help, "metavar": asked.metavar or None}
     if asked.choices:
-        given["type"] = click.Choice(asked.choices)
+        given["type"] = TYPE if name == "dtype" else click.Choice(asked.choices)
     if asked.default == ():
         given["multiple"] = True
     elif asked.default is False:
         given["is_flag"] = True
     elif name == "min_energy":
-        given["type"] = float
+        given["type"] = SHARE
     elif asked.default is not None:
         given |= {"default": asked.default, "show_default": True}
     return click.option(f"--{(asked.flag or name).replace('_', '-')}", name, **(given | changes))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of, together
+from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of, together
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.cli.ranks import RANK, Asked, ranks
 from peft_posthoc.errors import noting
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SHARED = together(
     click.option(
         "--dtype",
-        type=click.Choice(DTYPES),
+        type=TYPE,
         help="Of the new adapter.  [default: that of the old ones]",
     ),
     click.option(

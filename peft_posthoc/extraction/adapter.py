@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_posthoc.adapters.push import CanPush
 from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import NothingToCarryError
@@ -27,10 +28,11 @@ from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
+from peft_posthoc.text import as_html
 
 
-@dataclass(frozen=True)
-class Adapter(Findings):
+@dataclass(frozen=True, repr=False)
+class Adapter(Findings, CanPush):
     """The factors of every carried weight, and an account of everything else."""
 
     @classmethod
@@ -89,6 +91,12 @@ class Adapter(Findings):
                 },
             },
         )
+
+    def __repr__(self) -> str:
+        return f"<Adapter of {self.provenance['tuned']}: {self.report.summary()[0].removesuffix('.')}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.report.table())
 
     def at(self, rank: Rank) -> Adapter:
         """The same adapter at lower ranks: its leading triplets, by another rule. Nothing is factored again.

@@ -32,9 +32,7 @@ from peft_posthoc.models.layout import GUESSED, Layout
 from peft_posthoc.models.part import is_rest
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import differences
-from peft_posthoc.pairing.experts import Experts
 from peft_posthoc.pairing.pair import match, served_as
-from peft_posthoc.pairing.vocabulary import Vocab
 from peft_posthoc.patterns import PatternError, asked_for, first_matches
 from peft_posthoc.ranks.rules import Allocation, Rank, describe, each
 from peft_posthoc.sources import Source, open_checkpoint, open_pair
@@ -143,7 +141,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     options, rank = request.options, request.rank
     form = options["form"]
     include, exclude, rename = (tuple(options[name]) for name in ("include", "exclude", "rename"))
-    kind = cast(Form, form)
+    kind: Form = form
     where = pick_device(options["device"])
     mixture = options["experts"] or ("fused" if form == "peft" else "none")
     opened = open_pair(
@@ -157,8 +155,8 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         *opened,
         rules=rename,
         serve_as=options["serve_as"],
-        experts=cast(Experts, mixture),
-        vocab=cast(Vocab, options["vocab"]),
+        experts=mixture,
+        vocab=options["vocab"],
         of_tuned=form == "peft",
     )
     notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)))
@@ -190,7 +188,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
             {name: before.headers[name].shape for name in plan.carried},
             rules=rename,
             serve_as=options["serve_as"],
-            experts=cast(Experts, mixture),
+            experts=mixture,
         )
     named = options["dtype"]
     dtype = getattr(torch, str(named), None) if named else after.headers[next(iter(plan.carried))].dtype

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft_posthoc.extraction.findings import Findings
+from peft_posthoc.extraction.kinds import Carried, Left, by_kind, by_reason
 from peft_posthoc.extraction.meaning import meaning, norms
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
@@ -15,7 +16,7 @@ from peft_posthoc.extraction.row import Row, energies, energy_of, is_of_tuned, i
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
-from peft_posthoc.text import percent, share_of_all, shorten, size
+from peft_posthoc.text import as_html, percent, share_of_all, shorten, size
 
 # Shares of the whole delta's energy from which leaving something out is worth a warning.
 MATERIAL = 0.01
@@ -65,7 +66,7 @@ class Totals:
         return share_of_all(self.energy_of_all, self.unknown)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """An honest account of what an adapter holds."""
 
@@ -77,6 +78,10 @@ class Report:
     provenance: Mapping[str, Any]
     differences: tuple[Difference, ...] = ()
     """Of configuration and tokenizer: what no adapter carries."""
+    by_kind: tuple[Carried, ...] = ()
+    """What is carried of all modules that are called alike."""
+    by_reason: tuple[Left, ...] = ()
+    """What is left out."""
 
     @classmethod
     def of(cls, adapter: Findings) -> Report:
@@ -87,7 +92,13 @@ class Report:
         said, warned = meaning(rows, adapter.provenance)
         warnings = (*adapter.file.warnings, *warned, *_warnings(rows, totals), *told_as_warnings(beside))
         notes = (*adapter.notes, *said, *told_as_notes(beside))
-        return cls(rows, totals, warnings, notes, adapter.provenance, beside)
+        return cls(rows, totals, warnings, notes, adapter.provenance, beside, by_kind(rows), by_reason(rows))
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()[0].removesuffix('.')}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -96,28 +107,27 @@ class Report:
             "totals": asdict(self.totals),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
+            "by_kind": [asdict(one) for one in self.by_kind],
+            "by_reason": [asdict(one) for one in self.by_reason],
             "differences": [asdict(one) for one in self.differences],
             "provenance": dict(self.provenance),
             "rows": [asdict(row) for row in self.rows],
         }
 
-    def table(self) -> str:
-        """The report for a terminal: the layers, what is left out by reason, the totals and the warnings."""
-        measured = any(row.signal_rank is not None for row in self.rows)
-        more = f" {'signal':>7} {'noise':>7}" if measured else ""
-        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}{more}"]
-        lines += [
-            f"{shorten(row.weight):<52} {row.rank:>5} {percent(row.energy):>7} {percent(row.relative_error):>7} "
-            f"{percent(row.relative_delta):>8} {size(row.bytes):>9}"
-            + (f" {row.signal_rank:>7} {percent(row.noise):>7}" if measured else "")
-            for row in self.rows
-            if row.status == "extracted"
-        ]
-        lines += ["", *_left_out_lines(self.rows), *self.summary()]
-        return "\n".join(lines)
+    def table(self, *, layers: bool = False) -> str:
+        """The report for a terminal: what is kept, what is left out, what to mind; then a row for each kind of module.
+
+        Args:
+            layers: A row for every weight instead.
+        """
+        rows = self._layers() if layers else self._kinds()
+        return "\n".join([*self._verdict(), *_left_out_lines(self.rows), *self._remarks(), "", *rows])
 
     def summary(self) -> list[str]:
         """The totals and the warnings, a line each."""
+        return [*self._verdict(), *self._remarks()]
+
+    def _verdict(self) -> list[str]:
         totals = self.totals
         padded = totals.file_rank > totals.rank
         rank = f"{totals.rank} (padded to {totals.file_rank} in the file)" if padded else f"{totals.rank}"
@@ -129,9 +139,32 @@ class Report:
         ]
         if totals.padding >= MATERIAL * totals.bytes:
             lines.append(f"{size(totals.padding)} of that are zeros, for loaders that need one rank for all layers.")
-        if self.provenance["layout"] == GUESSED:
-            lines.append("No configuration or module was there to ask: linear layers were told by names and shapes.")
-        return [*lines, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
+        return lines
+
+    def _remarks(self) -> list[str]:
+        guessed = "No configuration or module was there to ask: linear layers were told by names and shapes."
+        found = [guessed] if self.provenance["layout"] == GUESSED else []
+        return [*found, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)]
+
+    def _kinds(self) -> list[str]:
+        lines = [f"{'modules':<40} {'weights':>8} {'rank':>11} {'E_r':>7} {'of all':>7} {'size':>9}"]
+        return lines + [
+            f"{shorten(one.kind, 40):<40} {one.weights:>8} {one.ranks:>11} {percent(one.energy):>7} "
+            f"{percent(one.of_all):>7} {size(one.bytes):>9}"
+            for one in self.by_kind
+        ]
+
+    def _layers(self) -> list[str]:
+        measured = any(row.signal_rank is not None for row in self.rows)
+        more = f" {'signal':>7} {'noise':>7}" if measured else ""
+        lines = [f"{'weight':<52} {'rank':>5} {'E_r':>7} {'error':>7} {'|d|/|w|':>8} {'size':>9}{more}"]
+        return lines + [
+            f"{shorten(row.weight):<52} {row.rank:>5} {percent(row.energy):>7} {percent(row.relative_error):>7} "
+            f"{percent(row.relative_delta):>8} {size(row.bytes):>9}"
+            + (f" {row.signal_rank:>7} {percent(row.noise):>7}" if measured else "")
+            for row in self.rows
+            if row.status == "extracted"
+        ]
 
 
 def _rows(adapter: Findings) -> Iterable[Row]:

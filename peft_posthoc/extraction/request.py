@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
-from peft_posthoc.text import asked
+from peft_posthoc.text import asked, type_name
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
     head: Annotated[bool, Option("Carry the output head (lm_head) too.", False)]
     conv: Annotated[bool, Option("Carry convolutions too.", False)]
     experts: Annotated[
-        str | None,
+        Literal["none", "per-expert", "fused"] | None,
         Option(
             "Carry experts: per-expert for serving engines, fused for PEFT.  [default: none; fused in the peft form]",
             choices=("none", "per-expert", "fused"),
@@ -87,7 +87,7 @@ class Options(TypedDict, total=False):
         ),
     ]
     vocab: Annotated[
-        str,
+        Literal["error", "truncate", "extend"],
         Option(
             "Where the vocabularies differ: stop, compare what both have, or keep tuned's embeddings whole (in the "
             "peft form).",
@@ -104,7 +104,7 @@ class Options(TypedDict, total=False):
         bool, Option("Copy TUNED's tokenizer, chat template and generation config beside the adapter.", False)
     ]
     form: Annotated[
-        str,
+        Literal["portable", "peft"],
         Option(
             "portable: what every engine loads. peft: all that changed, as exactly as PEFT can hold it.",
             "portable",
@@ -160,7 +160,7 @@ class Request:
         made["leave_out"] = dict(made["leave_out"] or {})
         if isinstance(made["for_base"], PathLike):
             made["for_base"] = str(made["for_base"])
-        made["dtype"] = made["dtype"] and str(made["dtype"]).removeprefix("torch.")
+        made["dtype"] = made["dtype"] and type_name(str(made["dtype"]))
         _check(made)
         return cls(given, cast(Options, MappingProxyType(made)))
 

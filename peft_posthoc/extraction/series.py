@@ -14,10 +14,10 @@ from peft_posthoc.errors import noting
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.spool import finished_layers
 from peft_posthoc.ranks.rules import several
-from peft_posthoc.text import percent, size
+from peft_posthoc.text import as_html, percent, size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Series:
     """The same layers at several ranks."""
 
@@ -28,6 +28,12 @@ class Series:
     def of(cls, adapter: Adapter, rules: several) -> Series:
         """What each of the rules keeps of an adapter that was extracted with all of them."""
         return cls({name: adapter.at(rule) for name, rule in rules.named})
+
+    def __repr__(self) -> str:
+        return f"<Series of {', '.join(self.adapters)}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
 
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write each into a folder of its own in `folder`: every one whole or not at all.

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peft_posthoc.adapters.writer import REPORT
+from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.delta import Served
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from peft_posthoc.fleet.compare import Comparison
 from peft_posthoc.fleet.member import Member
-from peft_posthoc.inspection.grid import cells
+from peft_posthoc.models.grid import cells
 from peft_posthoc.text import percent, shorten, size
 
 _WIDTH = 32

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_posthoc.adapters.writer import REPORT
+from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.files import write_whole
 from peft_posthoc.fleet.member import Member
 from peft_posthoc.json_file import read_json

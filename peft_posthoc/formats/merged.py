@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.merge import Merge
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.beside import TOKENIZER, matching
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header, place_of

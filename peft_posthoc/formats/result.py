@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.config import CONFIG
 from peft_posthoc.adapters.named_base import another_base
-from peft_posthoc.adapters.writer import REPORT
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import check_apart, check_free, files_in
 from peft_posthoc.json_file import read_json

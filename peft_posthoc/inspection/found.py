@@ -16,7 +16,7 @@ from peft_posthoc.extraction.report import Report
 from peft_posthoc.extraction.row import Row
 from peft_posthoc.inspection.answers import Candidate, candidates, of
 from peft_posthoc.inspection.curves import Curves
-from peft_posthoc.inspection.grid import Cell, cells
+from peft_posthoc.models.grid import Cell, cells
 from peft_posthoc.text import percent, shorten, sized
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from peft_posthoc.inspection.page import page
 from peft_posthoc.inspection.plots import picture
 from peft_posthoc.ranks.rules import fixed
 from peft_posthoc.sources import Source
+from peft_posthoc.text import as_html
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,15 @@ class up_to(fixed):
     measures_noise = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection(Found):
     """The spectra of all deltas, and what every rank rule would make of them."""
+
+    def __repr__(self) -> str:
+        return f"<Inspection of {self.report.provenance['tuned']}: {len(self.spectra)} weights>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw energy against rank, energy over layers and modules, and the ranks of two rules, into one picture.

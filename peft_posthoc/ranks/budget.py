@@ -72,12 +72,12 @@ class budget:
             if isinstance(self.params, bool) or not isinstance(self.params, int) or self.params < 1:
                 raise ValueError(f"A number of parameters must be whole and at least 1. Got {self.params!r}.")
             return self.params
-        found = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30}) *([kKMG]i?B|B|%)?", str(self.size))
+        found = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30}) *([kmg]i?b?|b|%)?", str(self.size), re.I)
         if isinstance(self.size, bool) or found is None or not float(found[1]):
             raise ValueError(
                 f"A budget is a size such as 64MB, 1.5GiB or 2% of the tuned checkpoint. Got {self.size!r}."
             )
-        unit = tuned_bytes / 100 if found[2] == "%" else _UNITS[(found[2] or "B").upper()]
+        unit = tuned_bytes / 100 if found[2] == "%" else _UNITS[f"{(found[2] or '').upper().removesuffix('B')}B"]
         return int(float(found[1]) * unit)
 
     def bounds(self, sizing: Sizing) -> dict[str, RankRule]:

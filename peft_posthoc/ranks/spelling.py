@@ -24,7 +24,7 @@ from peft_posthoc.ranks.rules import (
 )
 from peft_posthoc.ranks.weighting import WEIGHTINGS
 from peft_posthoc.ranks.words import LIMITS, RULES, SHARED
-from peft_posthoc.text import asked
+from peft_posthoc.text import as_share, asked
 
 _PREFIX = {"rank": "r", "energy": "e", "error": "error"}
 
@@ -105,20 +105,36 @@ def parse(said: Mapping[str, Any]) -> RankRule | Allocation | None:
     texts = [text.strip() for text in str(value).split(",")]
     if len(texts) == 1:
         return one(texts[0])
-    return several(tuple((_PREFIX[name] + text if text != "auto" else text, one(text)) for text in texts))
+    return several(tuple((_PREFIX[name] + _folder(text) if text != "auto" else text, one(text)) for text in texts))
 
 
 def _rule(name: str, text: str) -> RankRule:
     if name == "rank" and text == "auto":
         return above_noise()
     try:
-        number = int(text) if name == "rank" else float(text)
+        number = int(text) if name == "rank" else as_share(text)
     except ValueError as error:
+        if name == "rank" and _is_share(text):
+            raise Misspelled(
+                f"{asked(name, None)}: '{text}' is no number of singular triplets. To keep a share of the energy, give "
+                f"`{asked('energy', text)}`."
+            ) from error
         what = "integer, nor `auto`" if name == "rank" else "float"
         raise Misspelled(f"{asked(name, None)}: '{text}' is not a valid {what}.") from error
     if name == "rank":
         return fixed(int(number))
     return keep_energy(number) if name == "energy" else keep_error(number)
+
+
+def _folder(text: str) -> str:
+    return f"{as_share(text):g}" if text.endswith("%") else text
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < as_share(text) <= 1
+    except ValueError:
+        return False
 
 
 def _limits(rule: limited | budget) -> dict[str, int]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
+from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.reader import AdapterFile
-from peft_posthoc.adapters.writer import REPORT, copied
+from peft_posthoc.adapters.writer import copied
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.compute.together import Together
 from peft_posthoc.errors import PosthocError

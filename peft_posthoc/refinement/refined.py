@@ -11,17 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_posthoc.adapters.card import KINDS
+from peft_posthoc.adapters.push import CanPush
 from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.refinement.state import clear
 from peft_posthoc.texts.distance import Distance
 from peft_posthoc.texts.sequences import Kind
 
-SAID: dict[Kind, str] = {"task": "like the task's", "general": "general"}
-"""Kinds of text in words."""
-
 
 @dataclass(frozen=True)
-class Refined:
+class Refined(CanPush):
     """A refined adapter: the same modules, ranks, scale and file layout, other values."""
 
     adapter: str
@@ -65,7 +64,7 @@ class Refined:
     def table(self) -> str:
         """The account for a terminal."""
         lines = [f"{'held-out text':<18} {'against tuned':<22} {'KL, nats a token':>17} {'same next token':>16}"]
-        for kind, said in SAID.items():
+        for kind, said in KINDS.items():
             for name, score in (
                 ("base", self.base),
                 ("base + adapter before", self.before),
@@ -90,7 +89,7 @@ class Refined:
             return [*stopped, f"Nothing better was found on both kinds of text: the adapter is as it was. {made}"]
         nearer = ", ".join(
             f"{1 - self.after[kind].kl / self.before[kind].kl:.0%} of the distance on text {said} is gone"
-            for kind, said in SAID.items()
+            for kind, said in KINDS.items()
             if kind in self.after and self.before[kind].kl
         )
         return [*stopped, f"{nearer[:1].upper()}{nearer[1:]}. {made}"]

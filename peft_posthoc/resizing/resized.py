@@ -21,6 +21,7 @@ from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.module import Kind, Module
 from peft_posthoc.adapters.named_base import same_base
 from peft_posthoc.adapters.names import PREFIX, patterns
+from peft_posthoc.adapters.push import CanPush
 from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.layout import is_of_an_expert
@@ -143,7 +144,7 @@ class ResizeReport:
 
 
 @dataclass(frozen=True)
-class Resized:
+class Resized(CanPush):
     """The factors of every module at their new ranks, and what is carried along with them."""
 
     cuts: tuple[Cut, ...]

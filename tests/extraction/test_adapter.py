@@ -126,9 +126,9 @@ def test_the_folder_says_where_it_comes_from(saved, llama_pair):
     assert details["versions"]["torch"] == torch.__version__
 
 
-def test_the_folder_holds_three_files_that_others_may_read(saved):
+def test_the_folder_holds_four_files_that_others_may_read(saved):
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}
-    assert modes.keys() == {"adapter_config.json", "adapter_model.safetensors", "phlora_report.json"}
+    assert modes.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "phlora_report.json"}
     assert len(set(modes.values())) == 1
 
 

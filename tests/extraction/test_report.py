@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from peft_posthoc import extract
+from peft_posthoc import Inspection, Series, extract
 from peft_posthoc.inspection.curves import Curves
 from peft_posthoc.ranks.rules import keep_energy
 from tests.make import models
@@ -102,13 +102,27 @@ def test_excluded_tensors_of_other_shapes_are_rows_without_a_size():
     assert any("other shapes" in warning for warning in report.warnings)
 
 
-def test_the_table_shows_layers_losses_and_totals():
+def test_the_table_shows_what_is_kept_then_what_is_lost_then_a_row_for_each_kind_of_module():
+    layers = {f"model.layers.{n}.self_attn.q_proj.weight": diagonal(4.0, 3.0) for n in (0, 1, 2, 10)}
+    report = extract(*pair_with({**layers, "lm_head.weight": diagonal(10.0)}), 1, exact=True).report
+    lines = report.table().splitlines()
+    assert lines[0].startswith("4 weights at rank 1 (padded to 8 in the file) hold 64.0%")
+    assert "head (carried with --head): 50.0%" in lines[2]
+    assert [line.split()[:5] for line in lines if "q_proj" in line] == [["q_proj", "4", "1", "64.0%", "50.0%"]]
+    told = [line.split()[0] for line in report.table(layers=True).splitlines() if "q_proj" in line]
+    assert told == list(layers)
+
+
+def test_what_a_prompt_and_a_notebook_show_is_short_and_says_what_is_kept():
     deltas = {"a.weight": diagonal(4.0, 3.0), "lm_head.weight": diagonal(5.0)}
-    table = extract(*pair_with(deltas), 1, exact=True).report.table()
-    assert "a.weight" in table
-    assert "64.0%" in table
-    assert "head (carried with --head): 50.0%" in table
-    assert "rank 1 (padded to 8 in the file)" in table
+    adapter = extract(*pair_with(deltas), 1, exact=True)
+    for one in (adapter, adapter.report):
+        assert len(repr(one)) < 250
+        assert "hold 64.0% of their deltas' energy, 32.0% of the whole" in repr(one)
+        assert "head (carried with --head): 50.0%" in one._repr_html_()
+    for one in (Series({"r1": adapter}), Inspection.of(adapter)):
+        assert len(repr(one)) < 100
+        assert one._repr_html_().startswith("<pre>")
 
 
 def test_curves_are_the_energies_of_every_rank():

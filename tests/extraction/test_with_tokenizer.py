@@ -14,7 +14,7 @@ from tests.make.trainer_runs import here, trainer
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 COPIED = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "phlora_report.json"}
+ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "phlora_report.json"}
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from peft_posthoc import extract, open_checkpoint, resize
 from peft_posthoc.adapters import writer
+from peft_posthoc.adapters.card import MARK as CARD_MARK
+from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.config import CONFIG, WEIGHTS
-from peft_posthoc.adapters.writer import CARD_MARK, REPORT
 from peft_posthoc.extraction.forms.layout import FileLayout
 from tests.make.spoiled import contents, moved, refused, run, tensors, write
 
@@ -95,10 +96,10 @@ def test_force_keeps_what_lies_in_each_folder_of_several_ranks(work):
     assert {Path(name).name for name in before if after[name] != before[name]} <= OURS
 
 
-def test_only_a_card_of_ours_goes_with_the_adapter(work):
+def test_only_a_card_of_ours_is_replaced_with_the_adapter(work):
     Path("out/README.md").write_text(f"# An adapter\n{CARD_MARK}\n")
     assert extract_again() == 0
-    assert not Path("out/README.md").exists()
+    assert "# tuned as a LoRA adapter" in Path("out/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["README.md", "adapter_model.bin"])

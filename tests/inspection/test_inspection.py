@@ -14,8 +14,8 @@ from peft_posthoc.cli import main as cli
 from peft_posthoc.errors import AdapterError, MissingExtraError, OutputError
 from peft_posthoc.files import write_whole
 from peft_posthoc.inspection.answers import of
-from peft_posthoc.inspection.grid import Cell, cells
 from peft_posthoc.inspection.inspection import Inspection, inspect
+from peft_posthoc.models.grid import Cell, cells
 from tests.make import llama_spectra, models
 from tests.make.diagonal import diagonal, pair_with
 

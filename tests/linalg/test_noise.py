@@ -127,8 +127,8 @@ def test_of_nothing_but_rounding_one_triplet_is_kept_and_the_report_says_so():
     (row,) = adapter.report.rows
     assert (row.rank, row.signal_rank) == (1, 0)
     assert row.noise == pytest.approx(1, abs=1e-6)
-    assert "signal   noise" in adapter.report.table()
-    assert "100.0%" in adapter.report.table()
+    assert "signal   noise" in adapter.report.table(layers=True)
+    assert "100.0%" in adapter.report.table(layers=True)
 
 
 def test_the_noise_share_is_that_of_the_delta():

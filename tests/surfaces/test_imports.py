@@ -57,3 +57,10 @@ def test_every_public_name_exists():
     assert [name for name in peft_posthoc.__all__ if getattr(peft_posthoc, name, None) is None] == []
     with pytest.raises(AttributeError, match="nonsense"):
         peft_posthoc.nonsense  # noqa: B018
+
+
+def test_the_callbacks_have_a_place_under_the_librarys_own_name():
+    from hf_callbacks import PosthocLoraCallback
+    from peft_posthoc.callbacks import PosthocLoraCallback as same
+
+    assert same is PosthocLoraCallback

@@ -132,7 +132,14 @@ def test_what_is_named_is_an_option_there():
 
 
 # What speaks flags for a reason: data for shells, and texts that stand in tables of other programs' commands.
-ELSEWHERE = ("cli/", "serving/rules", "serving/engines.py", "checkpoints/zero.py", "pairing/differences.py")
+ELSEWHERE = (
+    "cli/",
+    "adapters/card.py",
+    "serving/rules",
+    "serving/engines.py",
+    "checkpoints/zero.py",
+    "pairing/differences.py",
+)
 
 
 def literals(path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_posthoc.adapters import writer
+from peft_posthoc.adapters import card
 from tests.make.spoiled import (
     an_adapter_at,
     contents,
@@ -55,7 +55,7 @@ def test_force_does_not_replace_the_base(no_svd, work):
 def test_force_replaces_an_adapter_by_the_new_one_and_nothing_of_the_old(work):
     an_adapter_at(work / "out")
     (work / "out" / "adapter_model.bin").write_bytes(b"old")
-    (work / "out" / "README.md").write_text(f"old\n{writer.CARD_MARK}\n")
+    (work / "out" / "README.md").write_text(f"old\n{card.MARK}\n")
     assert run("extract", "base", "tuned", "new", "--rank", "4")[0] == 0
     assert run("extract", "base", "tuned", "out", "--rank", "4", "--force")[0] == 0
     assert {path.name for path in (work / "out").iterdir()} == {path.name for path in (work / "new").iterdir()}
