@@ -19,6 +19,7 @@ from peft_posthoc.formats.components import Component, components, filed, old_na
 from peft_posthoc.formats.kohya import lora
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
+from peft_posthoc.models.original import PREFIXES
 from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
 from peft_posthoc.text import asked
 
@@ -30,6 +31,7 @@ _AS_IN_DIFFUSERS = (
 )
 # By diffusers' names, those of which ComfyUI has a part of a weight, or one with its halves swapped.
 _PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp", "norm_out.linear")
+_ORIGINAL = "a single file"
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -56,7 +58,8 @@ def write(
         AdapterError: A model is none that ComfyUI has names for which are known here, something in an adapter has none,
             or the file cannot be written.
     """
-    parts = components([deltas, *more])
+    single = None if more else _of_file(deltas)
+    parts = [single] if single else components([deltas, *more])
     dtype = dtype or deltas.folder.dtype()
     tensors: dict[str, Tensor] = {}
     ranks = [0]
@@ -76,12 +79,20 @@ def _notes(tensors: dict[str, Tensor]) -> list[str]:
     return [f"{count} tensors without factors are in it as differences, which ComfyUI alone reads."] if count else []
 
 
+def _of_file(deltas: AdapterOnModel) -> Component | None:
+    """The model of a single file under its original names, which ComfyUI has too; None of another."""
+    named = deltas.names and all(name.startswith(PREFIXES) for name in deltas.names)
+    return Component("diffusion_model", _ORIGINAL, deltas) if named and not deltas.base.config else None
+
+
 def key_of(part: Component, module: str) -> str:
     """The beginning of a module's keys.
 
     Raises:
         AdapterError: None is known.
     """
+    if part.cls == _ORIGINAL:
+        return f"diffusion_model.{module.partition('diffusion_model.')[2]}"
     if part.text:
         clip = "t5xxl" if part.cls.startswith("T5") else _TEXT.get(part.name)
         if part.cls == "CLIPTextModel" and (part.deltas.base.config or {}).get("hidden_size") == 1024:
