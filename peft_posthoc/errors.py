@@ -2,6 +2,7 @@
 
     PosthocError                    everything below; the command line prints it as one line
     ├── CheckpointError             a checkpoint cannot be found, read or trusted
+    │   └── FetchError              it cannot be fetched now; what is done is kept, and gone on with
     ├── MismatchError               base and tuned are not two states of one model
     ├── NothingToCarryError         nothing changed, or nothing of what changed has a LoRA form
     ├── AdapterError                an adapter folder cannot be read, written or fitted to a model
@@ -25,6 +26,10 @@ class PosthocError(Exception):
 
 class CheckpointError(PosthocError):
     """A checkpoint cannot be found, read or trusted."""
+
+
+class FetchError(CheckpointError):
+    """A part of a checkpoint cannot be fetched now; the same command goes on from what is done."""
 
 
 class MismatchError(PosthocError):

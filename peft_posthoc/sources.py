@@ -21,10 +21,13 @@ from peft_posthoc.checkpoints.distcp import Distcp, find_shards
 from peft_posthoc.checkpoints.folder import File, Folder
 from peft_posthoc.checkpoints.gguf import SUFFIX, Gguf, only_model
 from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id, repo_and_file
+from peft_posthoc.checkpoints.hub_files import HubFiles
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
 from peft_posthoc.checkpoints.modules import listed_modules, with_modules
+from peft_posthoc.checkpoints.object_store import is_url, open_store
 from peft_posthoc.checkpoints.quantized.decoded import decoded
+from peft_posthoc.checkpoints.streamed import Streamed
 from peft_posthoc.checkpoints.wrappers import unwrapped, without_second_names
 from peft_posthoc.checkpoints.zero import Zero, find_partitions
 from peft_posthoc.errors import AdapterError, CheckpointError
@@ -109,15 +112,20 @@ Source: TypeAlias = "str | PathLike[str] | nn.Module | Mapping[str, Tensor] | Ch
 
 
 def open_pair(
-    base: Source, tuned: Source, *, base_revision: str | None = None, tuned_revision: str | None = None
+    base: Source,
+    tuned: Source,
+    *,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    stream: bool = False,
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Open both sides of a delta.
+    """Open both sides of a delta, as `open_checkpoint` does.
 
     Raises:
         CheckpointError: One of them cannot be read.
     """
-    before = open_checkpoint(base, revision=base_revision, role="base", modules=True)
-    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned", modules=True)
+    before = open_checkpoint(base, revision=base_revision, role="base", modules=True, stream=stream)
+    after = open_checkpoint(tuned, revision=tuned_revision, role="tuned", modules=True, stream=stream)
     return without_second_names(before, after), without_second_names(after, before)
 
 
@@ -152,18 +160,25 @@ def _of_file(path: Path, *, label: str) -> Checkpoint:
 
 
 def open_checkpoint(
-    source: Source, *, revision: str | None = None, role: str = "source", modules: bool = False
+    source: Source,
+    *,
+    revision: str | None = None,
+    role: str = "source",
+    modules: bool = False,
+    stream: bool = False,
 ) -> Checkpoint:
-    """Open a folder, a file, a hub id, a module, a state dict or another checkpoint for reading.
+    """Open a folder, a file, a hub id, a place in a store, a module, a state dict or another checkpoint for reading.
 
     Args:
         source: A local folder, be it with the shards of torch.distributed.checkpoint or DeepSpeed's ZeRO; a single file
-            of weights; a hub id (`org/name`), whose needed files are fetched; a LoRA adapter's folder or hub id, whose
+            of weights; a hub id (`org/name`), whose needed files are fetched; `s3://...` or another place that fsspec
+            knows, whose weights are fetched when they are read; a LoRA adapter's folder or hub id, whose
             base it names itself; `BASE+ADAPTER`; a `torch.nn.Module`; a state dict; or anything that already is a
             `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
         modules: Show the weights of modules beside the model too, which SentenceTransformers has.
+        stream: Of a hub id's safetensors, fetch each weight when it is read, and keep nothing on disk.
 
     Raises:
         CheckpointError: There is no such folder or repository, or its files cannot be read as plain tensors.
@@ -188,8 +203,14 @@ def open_checkpoint(
             checkpoint, beside = _of_file(path, label=label), path.parent
         elif not path.exists() and (named := repo_and_file(label)):
             found = find(named[0], revision=revision, role=role, file=named[1])
-            headers = found.headers()
-            if found.files[0].endswith(SUFFIX):
+            headers = None if stream and found.streams else found.headers()
+            if stream and found.streams:
+                files = HubFiles(found)
+                identity = [found.repo_id, found.commit]
+                checkpoint = Streamed(
+                    files, found.files, label=label, revision=found.commit, identity=identity, beside=found.folder
+                )
+            elif found.files[0].endswith(SUFFIX):
                 checkpoint = as_model_of_gguf(Gguf(found.get() / found.files[0], label=label, revision=found.commit))
             elif headers is None:
                 checkpoint = _of_folder(found.get(), label=label, commit=found.commit)
@@ -199,6 +220,9 @@ def open_checkpoint(
             if modules and (listed := listed_modules(beside)):
                 fetch_beside(label, [f"{escape(path)}/*" for path in listed], revision=found.commit)
             revision = None
+        elif is_url(label) and not path.exists():
+            checkpoint = open_store(label, role=role)
+            beside = checkpoint.beside
         elif not path.exists() and (both := sides(label)):
             checkpoint = adapted(*both, role=role)
         else:
@@ -223,6 +247,6 @@ def open_checkpoint(
         raise CheckpointError(
             f"The {role} `{checkpoint.label}` is no model but an adapter in the format of {form.owner}. {form.advice}"
         )
-    if modules and beside is not None and isinstance(checkpoint, Folder | OnHub):
+    if modules and beside is not None and isinstance(checkpoint, Folder | OnHub | Streamed):
         checkpoint = with_modules(checkpoint, beside)
     return as_computed(decoded(unwrapped(checkpoint), beside), beside)

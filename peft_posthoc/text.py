@@ -42,6 +42,20 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def duration(seconds: float) -> str:
+    """A time for people."""
+    for unit, of_next in (("s", 120), ("min", 120)):
+        if seconds < of_next:
+            return f"{max(seconds, 1):.0f} {unit}"
+        seconds /= 60
+    return f"{seconds:.1f} h"
+
+
+def took(seconds: tuple[float, float] | None) -> str:
+    """The shortest and the longest time that work may take, as a sentence behind others; nothing where not known."""
+    return "" if seconds is None else f" Time: {duration(seconds[0])} to {duration(seconds[1])}, without fetching."
+
+
 def as_share(text: str) -> float:
     """The share that somebody writes: `0.9` or `90%`.
 

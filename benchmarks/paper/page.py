@@ -13,9 +13,10 @@ from .settings import TASKS, Settings
 _HEAD = """# The paper's tables, on models and data within reach
 
 Made by `python -m benchmarks.paper page` of the files in `benchmarks/paper/results`, one for each row, which
-`python -m benchmarks.paper run CONFIG --data FOLDER --work FOLDER` writes (`make paper`). A metric is a mean over the test questions, in
-percent; in brackets 95 % of bootstrap samples of the questions. *To the fine-tune*: the difference of the two, question by question, with
-the same interval. E_r is of the carried layers, weighted by energy, in brackets of everything that changed.
+`python -m benchmarks.paper run CONFIG --data FOLDER --work FOLDER` writes (`make paper`). A metric is a mean over the
+test questions, in percent; in brackets 95 % of bootstrap samples of the questions. *To the fine-tune*: the difference
+of the two, question by question, with the same interval. E_r is of the carried layers, weighted by energy, in brackets
+of everything that changed.
 """
 
 
@@ -39,8 +40,8 @@ def _section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"## {name}",
         "",
         f"{task.about}. {first['questions']} test questions of at most {settings.longest} tokens, trained on "
-        f"{first['trained on']}; {settings.epochs:g} epochs, batches of {settings.batch}, learning rate {settings.lr:g} "
-        f"(LoRA: {settings.lora_lr:g}), seed {settings.seed}. {first['machine']}, {rows[-1]['date']}.",
+        f"{first['trained on']}; {settings.epochs:g} epochs, batches of {settings.batch}, learning rate {settings.lr:g}"
+        f" (LoRA: {settings.lora_lr:g}), seed {settings.seed}. {first['machine']}, {rows[-1]['date']}.",
         "",
         "| model | E_r | " + " | ".join(metrics) + f" | {metrics[0]}, to the fine-tune | size | CPU seconds |",
         "|---|--:|" + "--:|" * (len(metrics) + 3),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from .tatqa import TatQA
 from .task import SEED, Task
+from .tatqa import TatQA
 
 TASKS: dict[str, type[Task]] = {"tatqa": TatQA}
 

@@ -2,7 +2,7 @@
 
 Exact match and F1 follow the rules of the data set's own scorer (`tatqa_metric.py` of NExTplusplus/TAT-QA): an answer
 and its scale are one text; a number counts as its value, rounded to two decimals, times its scale; a bare fraction is
-right for a percentage; of several answers all must be there, in any order. `literal` is the same text, letter by letter.
+right for a percentage; of several answers all must be there, in any order. `literal` is the same text to the letter.
 """
 
 from __future__ import annotations

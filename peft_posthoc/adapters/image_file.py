@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.folder import File
 from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.errors import AdapterError, CheckpointError
+from peft_posthoc.models.original_modules import SWAPPED, swapped
 
 _OTHERS = {
     "hada_": "LoHa, whose deltas are products of two matrices element by element",
@@ -78,12 +80,7 @@ class ImageFile(LoraFolder):
             missing = {"up", "down"} & parts.keys()
             if len(missing) == 1:
                 raise AdapterError(f"`{self.label}` holds `{parts[missing.pop()]}` without its counterpart.")
-            total, at = self._rows(modules, parts), 0
-            for module in modules:
-                rows = slice(at, at + total // len(modules)) if module != modules[-1] else slice(at, total)
-                if modules[-1].endswith("proj_mlp"):  # Flux: q, k, v and the larger part of the MLP.
-                    rows = _of_linear1(self._hidden(parts), modules.index(module), total)
-                at = rows.stop
+            for module, rows in zip(modules, self._rows(modules, parts), strict=True):
                 yield from self._of_module(module, parts, rows if len(modules) > 1 else None)
 
     def _of_module(self, module: str, parts: Mapping[str, str], rows: slice | None) -> Iterator[tuple[str, Piece]]:
@@ -109,25 +106,23 @@ class ImageFile(LoraFolder):
 
     def _cut(self, name: str, rows: slice | None) -> Piece:
         if rows is None:
-            return same(self._own, name)
+            turned = any(one in name or one.replace(".", "_") in name for one in SWAPPED)
+            return Piece((name,), self._own.headers[name], swapped) if turned else same(self._own, name)
         header = self._own.headers[name]
         return Piece(
             (name,), Header((rows.stop - rows.start, *header.shape[1:]), header.dtype), lambda tensor: tensor[rows]
         )
 
-    def _rows(self, modules: tuple[str, ...], parts: Mapping[str, str]) -> int:
+    def _rows(self, modules: tuple[str, ...], parts: Mapping[str, str]) -> list[slice]:
+        """The rows of each of the modules that one is fused of."""
         shapes = [self._own.headers[parts[part]].shape for part in parts if part not in ("down", "mid", "alpha")]
         total = shapes[0][0] if shapes and shapes[0] else 0
-        if total % len(modules) and not modules[-1].endswith("proj_mlp"):
-            raise AdapterError(f"`{self.label}` holds {total} rows for the {len(modules)} parts {', '.join(modules)}.")
-        return total
-
-    def _hidden(self, parts: Mapping[str, str]) -> int:
-        """In features of Flux's fused layer, which q, k and v have as many rows of."""
-        told = next((parts[part] for part in ("down", "diff", "set_weight") if part in parts), None)
-        if told is None:
-            raise AdapterError(f"`{self.label}` holds `{next(iter(parts.values()))}` alone: its parts are not known.")
-        return self._own.headers[told].shape[1]
+        # Flux: q, k, v, and four times as many of the MLP.
+        shares = [4 if module.endswith("proj_mlp") else 1 for module in modules]
+        if total % sum(shares):
+            raise AdapterError(f"`{self.label}` holds {total} rows for the parts {', '.join(modules)}.")
+        ends = [total // sum(shares) * end for end in accumulate(shares)]
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     def _modules(self) -> Iterator[Module]:
         biased = {name.removeprefix(PREFIX) for name in self.headers}
@@ -219,11 +214,7 @@ def _sorted(file: File, label: str) -> dict[str, dict[tuple[str, ...], dict[str,
         if named.part in parts:
             raise AdapterError(f"`{label}` holds both `{parts[named.part]}` and `{name}`.")
         parts[named.part] = name
-    return found
-
-
-def _of_linear1(hidden: int, index: int, total: int) -> slice:
-    return slice(index * hidden, (index + 1) * hidden if index < 3 else total)
+    return dict(sorted(found.items()))
 
 
 def _tucker(mid: Tensor, down: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ class Repository:
         """Bytes of the files that are not in the cache."""
         return sum(self.sizes.get(file, 0) for file in self.missing)
 
+    @property
+    def streams(self) -> bool:
+        """Whether the weights can be fetched one at a time, and are not in the cache yet."""
+        safetensors = all(file.endswith(".safetensors") for file in self.files)
+        return safetensors and not self.is_adapter and bool(self.missing)
+
     def get(self) -> Path:
         """Fetch the weights.
 
@@ -81,7 +87,7 @@ class Repository:
         from huggingface_hub import snapshot_download
 
         check_room(self.to_fetch, self.repo_id)
-        with _told(self.repo_id, self.commit, self.role):
+        with told(self.repo_id, self.commit, self.role):
             patterns = [escape(file) for file in self.files]
             return Path(snapshot_download(self.repo_id, revision=self.commit, allow_patterns=patterns))
 
@@ -99,7 +105,7 @@ class Repository:
             return None
         found: dict[str, Header] = {}
         said: dict[str, str] = {}
-        with _told(self.repo_id, self.commit, self.role):
+        with told(self.repo_id, self.commit, self.role):
             for file in self.files:
                 read = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
                 found |= {
@@ -160,7 +166,7 @@ def find(
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    with _told(repo_id, revision, role):
+    with told(repo_id, revision, role):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         names = sizes.keys()
@@ -189,7 +195,7 @@ def find(
         return Repository(repo_id, str(info.sha), folder, tuple(wanted), sizes, role)
 
 
-def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0) -> None:
+def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0, instead: str = "") -> None:
     """See that the disk of the hub's cache holds what is to be downloaded.
 
     Args:
@@ -197,6 +203,7 @@ def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0)
         what: The models, for messages.
         out: Where else something will be written.
         taken: How many bytes, which count where that is the same disk.
+        instead: Another way out, behind "or".
 
     Raises:
         CheckpointError: There is less room.
@@ -210,7 +217,7 @@ def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0)
     if needed > free:
         raise CheckpointError(
             f"To download `{'` and `'.join(what)}` takes {size(needed)}, and {size(max(free, 0))} are free at "
-            f"`{cache}`. Make room, or set `HF_HOME` to a folder on another disk."
+            f"`{cache}`. Make room, {instead and f'{instead}, '}or set `HF_HOME` to a folder on another disk."
         )
 
 
@@ -225,7 +232,7 @@ def fetch_config(repo_id: str, *, revision: str | None = None, role: str = "base
     repo_id = repo_id.rstrip("/")
     if not is_repo_id(repo_id):
         raise CheckpointError(f"The {role} `{repo_id}` is neither a folder nor a hub id such as `org/name`.")
-    with _told(repo_id, revision, role):
+    with told(repo_id, revision, role):
         return config_of(Path(snapshot_download(repo_id, revision=revision, allow_patterns=["config.json"])))
 
 
@@ -237,12 +244,12 @@ def fetch_beside(repo_id: str, patterns: Iterable[str], *, revision: str | None)
     """
     from huggingface_hub import snapshot_download
 
-    with _told(repo_id, revision, "base"):
+    with told(repo_id, revision, "base"):
         snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
 
 
 @contextlib.contextmanager
-def _told(repo_id: str, revision: str | None, role: str) -> Iterator[None]:
+def told(repo_id: str, revision: str | None, role: str) -> Iterator[None]:
     """Say what is wrong in one line."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.folder import Folder
 from peft_posthoc.checkpoints.model_files import is_plain_name, weight_files
 from peft_posthoc.errors import CheckpointError
@@ -28,6 +28,7 @@ class WithModules(Checkpoint):
         """
         self.label, self.revision, self.config = root.label, root.revision, root.config
         self.folder, self.sequential, self.to_fetch = root.folder, root.sequential, root.to_fetch
+        self.to_stream, self.beside = getattr(root, "to_stream", 0), place_of(root)
         self.identity = [root.identity, *(module.identity for module in modules.values())]
         self._owners = {name: (root, name) for name in root.headers}
         self._owners |= {

@@ -50,6 +50,7 @@ class View(Checkpoint):
         self.revision = checkpoint.revision
         self.identity = checkpoint.identity
         self.config, self.metadata = checkpoint.config, checkpoint.metadata
+        self.to_stream: int = getattr(checkpoint, "to_stream", 0)
         self.doubt: str | None = getattr(checkpoint, "doubt", None)
         self.sequential, self.to_fetch = checkpoint.sequential, checkpoint.to_fetch
         self.headers = {name: piece.header for name, piece in pieces.items()}

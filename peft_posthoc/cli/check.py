@@ -10,13 +10,34 @@ from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import PosthocError, noting
 
-# As in `engines.ENGINES`, which a test holds against this: importing it for `phlora --help` would take a second.
-NAMES = ("peft", "vllm", "sglang", "lorax", "tgi", "trtllm", "nim", "llamacpp", "mlx", "all")
+# As in `ENGINES` and `IMAGE_ENGINES`, which a test holds against this: importing them for `phlora --help` would take
+# a second.
+NAMES = (
+    "peft",
+    "vllm",
+    "sglang",
+    "lorax",
+    "tgi",
+    "trtllm",
+    "nim",
+    "llamacpp",
+    "mlx",
+    "diffusers",
+    "comfyui",
+    "a1111",
+    "all",
+)
 
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--engine", "engines", type=click.Choice(NAMES), multiple=True, help="Once or more.  [default: all]")
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice(NAMES),
+    multiple=True,
+    help="Once or more.  [default: all, of text or of images]",
+)
 @click.option("--base", metavar="BASE", help="Folder of the model to be served: hold names and shapes against it.")
 @click.option("--fix", "out", type=click.Path(path_type=Path), metavar="OUT", help="Write it as all engines read it.")
 @click.option(
@@ -36,7 +57,7 @@ def check(
     quiet: bool,
     json_to: str | None,
 ) -> None:
-    """Tell what serving engines would do with the LoRA adapter in the folder ADAPTER, whoever made it.
+    """Tell what serving engines would do with the LoRA adapter in the folder or file ADAPTER, whoever made it.
 
     Reads its configuration and the headers of its tensors only. The exit status is 1 if an engine would refuse it or
     compute something else than PEFT; with --fix, if it would do so with OUT. Without --engine, those that load no base

@@ -11,7 +11,8 @@ from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import noting
 
-TO = ("gguf", "mlx", "diffusers", "comfyui", "kohya", "vllm-moe", "peft-moe", "merged")
+IMAGES = ("diffusers", "comfyui", "kohya")
+TO = ("gguf", "mlx", *IMAGES, "vllm-moe", "peft-moe", "merged")
 
 
 @click.command()

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from peft_posthoc.cli.components import COMPONENT, check_alone, components_of
+from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
+from peft_posthoc.cli.write_as import write_as
 from peft_posthoc.errors import ShareDone, noting
 
 
@@ -22,6 +26,8 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")
 @RANK
 @option("rank_pattern")
+@option("conv_rank", type=int)
+@COMPONENT
 @option("dtype")
 @option("tuned_name")
 @option("min_energy")
@@ -30,6 +36,11 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
 @AND_REFINE
 @HTML
+@click.option(
+    "--to",
+    type=click.Choice(IMAGES),
+    help="Write OUT, NAME.safetensors, as `phlora export` does; comfyui: with --form peft, unless another is given.",
+)
 @option("form")
 @CHOICE
 @option("for_base")
@@ -37,16 +48,19 @@ from peft_posthoc.errors import ShareDone, noting
 @option("with_tokenizer")
 @NAMES
 @MODELS
+@option("stream")
 @OUTPUT
 def extract(
     base: str,
     tuned: tuple[str, ...],
     out: Path | None,
     rank: Asked,
+    components: tuple[str, ...],
     force: bool,
     dry_run: bool,
     layers: bool,
     html: Path | None,
+    to: str | None,
     quiet: bool,
     json_to: str | None,
     **options: Any,
@@ -62,7 +76,10 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
+    check_alone(components, out=out, to=to, html=html, json=json_to, refine=asked)
     if out is not None:
+        if to is not None:
+            raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
         if asked is not None:
             raise click.UsageError("--refine goes with one TUNED. `phlora refine` refines each adapter afterwards.")
         of_many(
@@ -73,6 +90,43 @@ def extract(
         raise click.UsageError("Missing argument 'OUT'.")
     if len(tuned) > 2:
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
+    if to is not None:
+        if asked is not None or html is not None:
+            raise click.UsageError("--to goes without --refine and --html.")
+        if to == "comfyui" and click.get_current_context().get_parameter_source("form") is ParameterSource.DEFAULT:
+            options["form"] = "peft"
+        write_as(
+            base,
+            tuned[0],
+            rule,
+            Path(tuned[1]),
+            to,
+            force=force,
+            dry_run=dry_run,
+            quiet=quiet,
+            json_to=json_to,
+            **options,
+        )
+        return
+    parts = components_of(components, base, tuned[0], Path(tuned[1]))
+    for part in parts:
+        with noting(f"This is of the component `{part.out.name}`."):
+            _one(
+                part.base,
+                part.tuned,
+                part.out,
+                part.rank or rule,
+                None,
+                force=force,
+                dry_run=dry_run,
+                layers=layers,
+                html=None,
+                quiet=quiet,
+                json_to=None,
+                **options,
+            )
+    if parts:
+        return
     _one(
         base,
         tuned[0],

@@ -32,7 +32,7 @@ def of_many(
 
     check_file(json_to, "--json")
     check_drawing(html, "--html")
-    sources = listed(tuned)
+    sources = listed(tuned, base)
     if dry_run:
         planned = preflight_many(base, sources, rule or 32, out=out, **options)
         show(planned, json_to, quiet=quiet)

@@ -29,6 +29,7 @@ from peft_posthoc.errors import noting
 @option("vocab")
 @NAMES
 @MODELS
+@option("stream")
 @OUTPUT
 def inspect(
     base: str,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
 
 import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU if there is one.
+    """The device of that name; `auto` is a GPU if there is one.
 
     Raises:
         ValueError: There is no such device here.
@@ -25,3 +28,28 @@ def pick_device(name: str) -> torch.device:
             f"There is no device `{name}` here. Use `cpu`, or `auto` for a GPU if there is one."
         ) from error
     return device
+
+
+def all_of(device: torch.device) -> list[torch.device]:
+    """The devices that a name stands for: `cuda` for every GPU, where no number says which."""
+    if device.type != "cuda" or device.index is not None:
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+class Devices:
+    """Devices that several threads work on, each on one at a time."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._free: SimpleQueue[torch.device] = SimpleQueue()
+        for device in devices:
+            self._free.put(device)
+
+    @contextmanager
+    def one(self) -> Iterator[torch.device]:
+        """One that nobody else works on; waits for it."""
+        device = self._free.get()
+        try:
+            yield device
+        finally:
+            self._free.put(device)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from peft_posthoc.errors import AdapterError, PosthocError, ShareDone
+from peft_posthoc.errors import AdapterError, FetchError, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.preflight import Preflight, check
@@ -19,8 +18,6 @@ from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.row import left_out
 from peft_posthoc.extraction.series import Series
 from peft_posthoc.extraction.spool import Spool
-from peft_posthoc.linalg.spectrum import in_advance
-from peft_posthoc.linalg.svd import cost
 from peft_posthoc.ranks.rules import is_value, several
 from peft_posthoc.sources import Source, sides
 from peft_posthoc.text import asked, percent
@@ -54,20 +51,6 @@ class Begun:
     def largest(self) -> int:
         """Bytes of the largest tensor."""
         return max(header.bytes for header in self.prepared.plan.headers.values())
-
-    def costs(self) -> dict[str, float]:
-        """About how much work each tensor is, as `svd.cost` counts it."""
-        return {name: self._cost(name) for name in self.names}
-
-    def _cost(self, name: str) -> float:
-        # Reading a value, subtracting and taking norms take as long as a thousand multiplications in a product.
-        prepared, plan = self.prepared, self.prepared.plan
-        found = [side.headers[name] for side in (prepared.base, prepared.tuned) if name in side.headers]
-        values = max(math.prod(header.shape) for header in found)
-        if name not in plan.carried:
-            return 1e3 * values
-        slot, exact = plan.slots[plan.carried[name][0].module], self.request.options["exact"]
-        return 1e3 * values + cost(slot.m, slot.n, in_advance(prepared.rules[name]) or 32, exact=exact)
 
     def all(self, outcomes: list[Outcome]) -> list[Outcome]:
         """What is known of every tensor, once the other processes have handed over theirs.
@@ -112,7 +95,7 @@ class Begun:
         spool = self.spool
         try:
             yield
-        except KeyboardInterrupt as interrupt:
+        except (KeyboardInterrupt, FetchError) as interrupt:
             if spool is not None and len(spool):
                 interrupt.add_note(
                     f"{len(spool)} of {len(self.names)} weights are done and kept in `{spool.folder}`. "

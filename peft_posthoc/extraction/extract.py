@@ -11,6 +11,7 @@ from peft_posthoc.checkpoints.view import in_stored_order
 from peft_posthoc.errors import LeftOutWarning, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.begun import Begun, begin, losses
+from peft_posthoc.extraction.estimate import costs
 from peft_posthoc.extraction.outcomes import Layer, Outcome
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.extraction.read import read_pairs
@@ -89,7 +90,7 @@ def _outcomes(begun: Begun, processes: Processes, *, progress: bool, keep_factor
         ShareDone: This is not the first of several processes.
     """
     prepared, plan, spool = begun.prepared, begun.prepared.plan, begun.spool
-    share = processes.share(begun.costs())
+    share = processes.share(costs(prepared))
     if prepared.tuned.sequential:
         share = [
             *in_stored_order(prepared.tuned),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -12,6 +12,7 @@ from typing import Any, Literal, Unpack
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.hub import check_room
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.extraction.estimate import ASSUMED, seconds
 from peft_posthoc.extraction.forms.lay_out import lay_out
 from peft_posthoc.extraction.forms.layout import FileLayout
 from peft_posthoc.extraction.plan import Plan
@@ -24,13 +25,11 @@ from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source
-from peft_posthoc.text import shorten, size
+from peft_posthoc.text import asked, shorten, size, took
 
 # Python and PyTorch alone. With what `_work` adds, estimates were 0.96 to 1.20 of what was measured: 12 layers of
 # 768 x 3072 (291 against 242 MB), one of Llama 7B at rank 32 and 128 (729, 746; 875, 909), 4 of 2048 x 5632 (505, 471).
 _PROCESS = 230e6
-# Where a rule looks at the spectrum its rank is not known before: sizes are told for this one.
-_ASSUMED = 32
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ class Preflight:
     """None where no folder was named."""
     download_bytes: int
     """Of weights on the hub that are not in its cache yet."""
+    stream_bytes: int
+    """Of weights elsewhere that are fetched when they are read, and not kept."""
     memory_bytes: int
     """An estimate, without mapped files, which the system takes back when it needs to."""
     layout: str
@@ -80,6 +81,9 @@ class Preflight:
     notes: tuple[str, ...]
     differences: tuple[Difference, ...] = ()
     """Of configuration and tokenizer: what no adapter carries."""
+    seconds: tuple[float, float] | None = None
+    """About how long the work takes on this machine, from deltas of low rank to noise; without fetching. None where it
+    was not measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -113,12 +117,14 @@ class Preflight:
         carried = sum(row.status == "carried" for row in self.rows)
         free = "" if self.disk_free is None else f" of {size(self.disk_free)} that are free"
         fetch = f", of which {size(self.download_bytes)} are downloaded" if self.download_bytes else ""
-        at = "" if self.rank_is_known else f" at rank {_ASSUMED} (the rule decides)"
+        if self.stream_bytes:
+            fetch += f", {'and' if fetch else 'of which'} {size(self.stream_bytes)} are fetched as they are read"
+        at = "" if self.rank_is_known else f" at rank {ASSUMED} (the rule decides)"
         lines += [
             f"{carried} weights have factors; with those kept whole, {self.values:.1%} of the model's values. Layers "
             f"by {self.layout}.",
             f"Adapter: at most {size(self.adapter_bytes)}{at}. To read: {size(self.read_bytes)}{fetch}. Disk needed: "
-            f"{size(self.disk_bytes)}{free}. Memory: about {size(self.memory_bytes)}.",
+            f"{size(self.disk_bytes)}{free}. Memory: about {size(self.memory_bytes)}.{took(self.seconds)}",
         ]
         warnings = (f"Warning: {warning}" for warning in told_as_warnings(self.differences))
         return [*lines, *self.notes, *told_as_notes(self.differences), *warnings]
@@ -149,7 +155,8 @@ def preflight(
         NothingToCarryError: No weight can be carried.
         ValueError: An argument makes no sense.
     """
-    return check(prepare(base, tuned, Request.of(rank, **options)), out)
+    prepared = prepare(base, tuned, Request.of(rank, **options))
+    return replace(check(prepared, out), seconds=seconds(prepared))
 
 
 def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
@@ -163,13 +170,18 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     sides = [side for side in prepared.models if side.to_fetch]
     place = None if out is None else Path(out)
     taken = found.disk_bytes if found.rank_is_known else 0
-    check_room(found.download_bytes, *(side.label for side in sides), out=place, taken=taken)
+    check_room(found.download_bytes, *(side.label for side in sides), out=place, taken=taken, instead=streamed())
     if found.disk_free is not None and found.rank_is_known and found.disk_bytes > found.disk_free:
         raise AdapterError(
             f"`{out}` needs {size(found.disk_bytes)} (adapter, and finished layers until it is written), and "
             f"{size(found.disk_free)} are free there. Choose another folder, or a lower rank."
         )
     return found
+
+
+def streamed() -> str:
+    """The way out where weights have no room on the disk, for an error."""
+    return f"keep none there (`{asked('stream')}`)"
 
 
 def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
@@ -198,6 +210,7 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         disk_bytes=size + finished,
         disk_free=None if out is None else free_at(Path(out)),
         download_bytes=sum(side.to_fetch for side in prepared.models),
+        stream_bytes=sum(getattr(side, "to_stream", 0) for side in prepared.models),
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
         notes=prepared.notes,
@@ -209,7 +222,7 @@ def _ranks(prepared: Prepared) -> dict[str, int]:
     """By weight, the rank that it will have at most, or that is assumed where its rule looks at the spectrum."""
     plan = prepared.plan
     return {
-        name: min(in_advance(prepared.rules[name]) or _ASSUMED, *plan.slot(name)[1:])
+        name: min(in_advance(prepared.rules[name]) or ASSUMED, *plan.slot(name)[1:])
         for name in plan.headers
         if name in plan.carried
     }

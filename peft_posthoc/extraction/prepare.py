@@ -42,7 +42,17 @@ from peft_posthoc.text import asked, shorten
 # identity of the two; what is chosen by Python, as what is carried; how factors are saved; and what changes no adapter.
 # A new option is in both.
 _MODELS = {"base_revision", "tuned_revision", "tuned_name", "for_base"}
-_TOLD_OTHERWISE = {*_MODELS, "choose", "leave_out", "experts", "device", "dtype", "min_energy", "with_tokenizer"}
+_TOLD_OTHERWISE = {
+    *_MODELS,
+    "choose",
+    "leave_out",
+    "experts",
+    "device",
+    "dtype",
+    "min_energy",
+    "with_tokenizer",
+    "stream",
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,13 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     kind: Form = form
     where = pick_device(options["device"])
     mixture = options["experts"] or ("fused" if form == "peft" else "none")
-    opened = open_pair(base, tuned, base_revision=options["base_revision"], tuned_revision=options["tuned_revision"])
+    opened = open_pair(
+        base,
+        tuned,
+        base_revision=options["base_revision"],
+        tuned_revision=options["tuned_revision"],
+        stream=options["stream"],
+    )
     before, after, layout, whole, notes = match(
         *opened,
         rules=rename,
@@ -147,7 +163,10 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
-        embeddings=options["embeddings"], head=options["head"], conv=options["conv"], experts=carry_experts
+        embeddings=options["embeddings"],
+        head=options["head"],
+        conv=options["conv"] or options["conv_rank"] is not None,
+        experts=carry_experts,
     )
     if form == "peft":
         flags = everything if carry_experts else by_flags(embeddings=True, head=True, conv=True)
@@ -164,7 +183,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     served = None
     if options["for_base"] is not None:
         served = served_as(
-            open_checkpoint(options["for_base"], role="served base"),
+            open_checkpoint(options["for_base"], role="served base", stream=options["stream"]),
             opened[0],
             {name: before.headers[name].shape for name in plan.carried},
             rules=rename,
@@ -178,7 +197,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     allocation = rank if isinstance(rank, Allocation) else None
     if isinstance(rank, Allocation):
         rank = rank.bounds(PlanSizing(plan, dtype, kind))
-    rules = rules_of(plan, rank, options["rank_pattern"] or {})
+    rules = rules_of(plan, rank, options["rank_pattern"] or {}, options["conv_rank"])
     by_hand = () if allocation is None else (name for name, rule in rules.items() if cast(Any, rank)[name] is not rule)
     plan = plan.ruled(rules)
     never = (*CODED, Reason.BESIDE_MODEL)
@@ -270,8 +289,16 @@ def _may_be_kept(
     return [name for name in names if (not include or name in wanted) and name not in unwanted]
 
 
-def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int]) -> dict[str, RankRule]:
+def rules_of(
+    plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[str, int], conv_rank: int | None = None
+) -> dict[str, RankRule]:
     """The rank rule of every carried weight: `rank`, but where a pattern gives its module a rank by hand.
+
+    Args:
+        plan: What is carried.
+        rank: Of all, or by weight.
+        rank_pattern: By a pattern of modules' names.
+        conv_rank: Of the convolutions that no pattern gives one.
 
     Raises:
         ValueError: A rank makes no sense, or is given for a weight that cannot be carried.
@@ -283,6 +310,7 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
             why = plan.left_out[name].hint if name in plan.left_out else "neither checkpoint has it"
             raise ValueError(f"A rank is given for `{name}`, which cannot be carried: {why}.")
     own = {pattern: each(one) for pattern, one in rank_pattern.items()}
+    convolutions = None if conv_rank is None else each(conv_rank)
     modules = {weight: places[0].parameter for weight, places in plan.carried.items()}
     try:
         by_hand = first_matches(own, dict.fromkeys(modules.values()))
@@ -299,6 +327,8 @@ def rules_of(plan: Plan, rank: Rank | Mapping[str, Rank], rank_pattern: Mapping[
     def of(weight: str, module: str) -> RankRule | None:
         if module in by_hand:
             return own[by_hand[module]]
+        if convolutions is not None and plan.carried[weight][0].role == "convolution":
+            return convolutions
         return rule if given is None else given.get(weight)
 
     found = {weight: of(weight, module) for weight, module in modules.items()}

@@ -99,6 +99,7 @@ class Options(TypedDict, total=False):
         Mapping[str, int] | None,
         Option("Ranks by hand, for modules whose name ends in a regular expression, as in PEFT."),
     ]
+    conv_rank: Annotated[int | None, Option("Rank of the convolutions, which are carried then.", metavar="R")]
     with_tokenizer: Annotated[
         bool, Option("Copy TUNED's tokenizer, chat template and generation config beside the adapter.", False)
     ]
@@ -111,7 +112,8 @@ class Options(TypedDict, total=False):
         ),
     ]
     exact: Annotated[bool, Option("LAPACK's full SVD for every weight.", False)]
-    device: Annotated[str, Option("Where to compute: cpu, cuda or auto.", "cpu")]
+    stream: Annotated[bool, Option("Fetch each weight of a hub id when it is read, and keep none on disk.", False)]
+    device: Annotated[str, Option("Where to compute: cpu, cuda (all GPUs), cuda:N or auto.", "cpu")]
     dtype: Annotated[
         "torch.dtype | str | None",
         Option("Of the adapter.  [default: the tuned checkpoint's]", choices=("float32", "bfloat16", "float16")),

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from peft_posthoc.compute.device import Devices, all_of
 from peft_posthoc.compute.precision import full_precision
 from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import CheckpointError, PosthocError
@@ -42,37 +43,39 @@ def factor_pairs(
         fates: By weight, what becomes of it. Of what is factored the rule is known.
         largest: Bytes of the largest weight.
         exact: Use LAPACK's full SVD for every weight.
-        device: Where to work.
+        device: Where to work, the CPU if None; `cuda` is all GPUs, each with weights of its own.
 
     Yields:
         An iterator over the results, one for every pair, each as it is ready. It raises `CheckpointError` where a value
         is NaN or infinite.
     """
+    with at_work(largest, exact=exact, device=device) as (workers, devices):
 
-    def work(pair: Pair) -> Outcome:
-        return outcome_of(pair, fates[pair.name], exact=exact, device=device)
+        def work(pair: Pair) -> Outcome:
+            with devices.one() as where:
+                return outcome_of(pair, fates[pair.name], exact=exact, device=where)
 
-    with at_work(largest, exact=exact, device=device) as workers:
         yield workers.map(work, pairs, size=lambda pair: pair.bytes)
 
 
 @contextlib.contextmanager
-def at_work(largest: int, *, exact: bool = False, device: torch.device | None = None) -> Iterator[Workers]:
-    """The threads that factor weights; they end with the `with` block.
+def at_work(
+    largest: int, *, exact: bool = False, device: torch.device | None = None
+) -> Iterator[tuple[Workers, Devices]]:
+    """The threads that factor weights, and the devices that they do it on; the threads end with the `with` block.
 
-    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads: the
-    bits of a result then do not depend on how many threads there are, and nobody waits for a thread that other programs
-    have put off the processor.
+    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads, on
+    GPUs one on each: the bits of a result then do not depend on how many threads there are, and nobody waits for a
+    thread that other programs have put off the processor.
     """
-    # However many threads there are, the deltas in memory are never more than twice the largest; LAPACK's full SVD
-    # takes three times as much beside each, so that one must do.
-    room = (1 if exact else 2) * largest
-    on_gpu = device is not None and device.type != "cpu"
-    with (
-        full_precision(),
-        Workers(1 if on_gpu else torch.get_num_threads(), room=room, torch_threads=1) as workers,
-    ):
-        yield workers
+    found = all_of(device or torch.device("cpu"))
+    # However many threads there are, the deltas in memory are never more than twice the largest, for each device;
+    # LAPACK's full SVD takes three times as much beside each, so that one must do.
+    room = (1 if exact else 2) * largest * len(found)
+    if found[0].type == "cpu":
+        found *= torch.get_num_threads()
+    with full_precision(), Workers(len(found), room=room, torch_threads=1) as workers:
+        yield workers, Devices(found)
 
 
 def outcome_of(pair: Pair, fate: Fate, *, exact: bool = False, device: torch.device | None = None) -> Outcome:

@@ -89,25 +89,19 @@ def _modules(adapters: Sequence[AdapterFile]) -> Iterator[list[tuple[int, Factor
                 yield each
 
 
-def _products(each: Sequence[tuple[int, Factors]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all adapters' directions: whose each is, `b.T @ b` and `a @ a.T`."""
-    owners = torch.cat([torch.full((len(one.a),), at) for at, one in each])
-    a, b = torch.cat([one.a for _, one in each]), torch.cat([one.b for _, one in each], dim=1)
-    return owners, b.mT @ b, a @ a.mT
-
-
 def _gram(each: Sequence[tuple[int, Factors]], size: int) -> Tensor:
     """The inner products of the deltas of as many adapters; zero where one has none."""
-    owners, b, a = _products(each)
+    owners = torch.cat([torch.full((len(one.a),), at) for at, one in each])
+    a, b = torch.cat([one.a for _, one in each]), torch.cat([one.b for _, one in each], dim=1)
     of = torch.nn.functional.one_hot(owners, size).double()
-    return of.mT @ (b * a) @ of
+    return of.mT @ ((b.mT @ b) * (a @ a.mT)) @ of
 
 
 def _shared(adapters: Sequence[AdapterFile], scale: Tensor) -> dict[int, float] | None:
     """The mean share of the adapters' energy in the best common basis of the inputs of each module, by its rank.
 
-    It is that of the eigenvectors of the sum of all deltas' `delta.T @ delta`, each delta at norm one. Its eigenvalues
-    are those of a matrix with a row for each direction of each adapter.
+    It is that of the eigenvectors of the sum of all deltas' `delta.T @ delta`, each adapter at norm one. With the root
+    of `b.T @ b` in place of `b` each has a row for each of its directions, and the same product.
     """
     directions = Counter[str]()
     for one in adapters:
@@ -117,14 +111,17 @@ def _shared(adapters: Sequence[AdapterFile], scale: Tensor) -> dict[int, float] 
     kept: dict[int, float] = {}
     energies = []
     for each in _modules(adapters):
-        owners, b, a = _products(each)
-        weights = scale[owners]
-        b = b * weights[:, None] * weights
-        # Of each adapter's own block of `b.T @ b` the square root.
-        values, vectors = torch.linalg.eigh(torch.where(owners[:, None] == owners, b, 0))
-        root = vectors * values.clamp(min=0).sqrt() @ vectors.mT
-        energies.append(torch.linalg.eigvalsh(root @ a @ root).flip(0).clamp(min=0).cumsum(0))
+        rows = torch.cat([scale[at] * _root(one.b.mT @ one.b) @ one.a for at, one in each])
+        gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
+        energies.append(torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(0))
     total = sum(float(each[-1]) for each in energies)
     for rank in range(1, max(map(len, energies)) + 1):
         kept[rank] = sum(float(each[min(rank, len(each)) - 1]) for each in energies) / total if total else 1.0
     return kept
+
+
+def _root(square: Tensor) -> Tensor:
+    """The symmetric root of a matrix without negative eigenvalues."""
+    values, vectors = torch.linalg.eigh(square)
+    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.mT
+    return root

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.compute.workers import Workers
 from peft_posthoc.extraction.delta import Pair
+from peft_posthoc.extraction.estimate import costs
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.extraction.processes import Processes
 from peft_posthoc.extraction.read import read_pair
@@ -64,23 +65,21 @@ def drive(members: Sequence[Member], shared: Sequence[Shared], processes: Proces
             one.done(step)
         return _Read(member, pair)
 
-    def work(read: _Read) -> tuple[Member, Outcome | None]:
-        outcome, (member, pair) = None, read
-        with member.alone():
-            if pair is not None and member.is_open:
-                fate = member.work.prepared.plan.fates[pair.name]
-                outcome = outcome_of(pair, fate, exact=options["exact"], device=device)
-        return member, outcome
-
     total = sum(member.work.bytes(name) for member, name in items)
-    bar = progress_bar(
-        total=total, unit="B", unit_scale=True, desc="Extracting", progress=progress and processes.rank == 0
-    )
-    with (
-        bar,
-        Workers(waiting=1, torch_threads=1) as reader,
-        at_work(largest, exact=options["exact"], device=device) as workers,
-    ):
+    shown = progress and processes.rank == 0
+    bar = progress_bar(total=total, unit="B", unit_scale=True, desc="Extracting", progress=shown)
+    factoring = at_work(largest, exact=options["exact"], device=device)
+    with bar, Workers(waiting=1, torch_threads=1) as reader, factoring as (workers, devices):
+
+        def work(read: _Read) -> tuple[Member, Outcome | None]:
+            outcome, (member, pair) = None, read
+            with member.alone():
+                if pair is not None and member.is_open:
+                    fate = member.work.prepared.plan.fates[pair.name]
+                    with devices.one() as where:
+                        outcome = outcome_of(pair, fate, exact=options["exact"], device=where)
+            return member, outcome
+
         pairs = reader.map(read, enumerate(items))
         for member, outcome in workers.map(work, pairs, size=lambda one: one.pair.bytes if one.pair else 0):
             if outcome is not None:
@@ -101,17 +100,17 @@ def _keep(member: Member, outcome: Outcome) -> None:
 def _share(members: Sequence[Member], base: Shared, processes: Processes) -> list[_Item]:
     """This process' share, the costliest first: weights that need the same tensor of the base together."""
     groups: dict[str, list[_Item]] = {}
-    costs: dict[str, float] = {}
+    load: dict[str, float] = {}
     for member in members:
         prepared = member.work.prepared
-        for name, cost in member.work.costs().items():
+        for name, cost in costs(prepared).items():
             within = base.within(prepared.base, name) if name in prepared.base.headers else set()
             group = min(within, default=f"{name} of {member.name}")
             groups.setdefault(group, []).append(_Item(member, name))
-            costs[group] = costs.get(group, 0.0) + cost
+            load[group] = load.get(group, 0.0) + cost
     # Pieces of one tensor (experts) each by itself: what is made of it is worked on while the others are read.
     return list(
-        chain.from_iterable(sorted(groups[group], key=lambda item: item.name) for group in processes.share(costs))
+        chain.from_iterable(sorted(groups[group], key=lambda item: item.name) for group in processes.share(load))
     )
 
 

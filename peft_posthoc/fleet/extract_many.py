@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
-import psutil
-
 from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.checkpoints.hub import check_room
 from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.errors import AdapterError, CheckpointError, PosthocError, ShareDone, noting
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.begun import begin
+from peft_posthoc.extraction.estimate import seconds
+from peft_posthoc.extraction.preflight import streamed
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.files import free_at
+from peft_posthoc.fleet import handover
 from peft_posthoc.fleet.drive import drive
 from peft_posthoc.fleet.fleet import Fleet
 from peft_posthoc.fleet.made import Made, report_of
@@ -83,8 +84,9 @@ def extract_many(
             for member in to_do:
                 if member.error is not None and member.work.spool is not None:
                     member.work.spool.fail(member.error)
+            handover.leave(place, processes)
             raise ShareDone("This process has done its share; the first one has the adapters.")
-        _finish(to_do, made, processes, force=force)
+        _finish(to_do, made, processes, place, force=force)
     for member in members:
         if member.state in ("made", "was there"):
             member.report = report_of(member.place)
@@ -117,8 +119,11 @@ def preflight_many(
     """
     place = Path(out).absolute()
     shared, members = _begun(base, tuned, Request.of(rank, **options), place, ALONE)
-    _check_room([member for member in members if member.is_open], shared, place)
-    return Planned(shared, members, place)
+    good = [member for member in members if member.is_open]
+    _check_room(good, shared, place)
+    # Much the same for all: one is measured.
+    each = seconds(good[0].work.prepared) if good else (0.0, 0.0)
+    return Planned(shared, members, place, (len(good) * each[0], len(good) * each[1]))
 
 
 def _begun(
@@ -138,12 +143,13 @@ def _begun(
     if out.exists() and not out.is_dir():
         raise AdapterError(f"`{out}` is a file. Name a folder for the adapters' folders.")
     found = named(tuned)
-    opened = open_checkpoint(base, revision=options["base_revision"], role="base", modules=True)
+    stream = options["stream"]
+    opened = open_checkpoint(base, revision=options["base_revision"], role="base", modules=True, stream=stream)
     shared = [Shared(opened)]
     # Both were opened here, and stay as they are.
     request = Request.of(request, base_revision=None)
     if options["for_base"] is not None:
-        shared.append(Shared(open_checkpoint(options["for_base"], role="served base")))
+        shared.append(Shared(open_checkpoint(options["for_base"], role="served base", stream=stream)))
         request = Request.of(request, for_base=shared[1])
     members = [Member(name, source, out / name) for name, source in found.items()]
     for member in members:
@@ -178,24 +184,33 @@ def _check_room(members: Sequence[Member], shared: Sequence[Shared], out: Path) 
         )
     sides = [*shared, *(member.work.prepared.tuned for member in members)]
     fetched = [side for side in sides if side.to_fetch]
-    check_room(sum(side.to_fetch for side in fetched), *(side.label for side in fetched), out=out, taken=needed)
+    check_room(
+        sum(side.to_fetch for side in fetched),
+        *(side.label for side in fetched),
+        out=out,
+        taken=needed,
+        instead=streamed(),
+    )
 
 
-def _finish(members: Sequence[Member], made: Made, processes: Processes, *, force: bool) -> None:
-    """Write each adapter as soon as all of its layers are there."""
+def _finish(members: Sequence[Member], made: Made, processes: Processes, out: Path, *, force: bool) -> None:
+    """Write each adapter as soon as all of its layers are there; what others did of one that failed goes."""
     waiting = list(members)
     while waiting:
         waiting = [member for member in waiting if not _is_finished(member, made, processes, force=force)]
         if waiting:
             # Should another process die, the launcher ends this one too.
             time.sleep(0.05)
+    handover.wait(out, processes)
+    for member in members:
+        if member.work.spool is not None and member.error is not None and not member.keeps:
+            member.work.spool.remove()
 
 
 def _is_finished(member: Member, made: Made, processes: Processes, *, force: bool) -> bool:
     spool, names = member.work.spool, member.work.names
     if spool is not None and processes.size > 1 and member.is_open and len(spool) < len(names):
-        # Launchers start when all of them are there: what is older was said by another run.
-        why = spool.failed(since=psutil.Process(os.getppid()).create_time())
+        why = spool.failed(since=handover.start())
         if why is None and not spool.was_overtaken():
             return False
         member.fail(PosthocError(why or "Another run has written its adapter to the same folder."))
@@ -207,8 +222,6 @@ def _is_finished(member: Member, made: Made, processes: Processes, *, force: boo
                     f"{len(names) - len(outcomes)} finished layers in `{spool.folder}` cannot be read. Start again."
                 )
             _save(member.work.finish(outcomes), member, made, force=force)
-    if spool is not None and member.error is not None:
-        spool.remove()
     return True
 
 

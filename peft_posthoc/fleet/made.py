@@ -13,7 +13,7 @@ from peft_posthoc.files import write_whole
 from peft_posthoc.fleet.member import Member
 from peft_posthoc.json_file import read_json
 
-FILE = "phlora_fleet.json"
+FILE = ".phlora_fleet.json"
 
 
 class Made:

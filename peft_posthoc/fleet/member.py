@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.errors import FetchError, PosthocError, one_line
 from peft_posthoc.extraction.begun import Begun
 from peft_posthoc.extraction.outcomes import Outcome
 from peft_posthoc.sources import Source
@@ -27,6 +27,8 @@ class Member:
     error: str | None = None
     """The one line that says why there is no adapter."""
     state: State = "open"
+    keeps: bool = False
+    """Whether what is done is of use to a later run, though this one failed."""
     outcomes: list[Outcome] = field(default_factory=list)
     """Results in memory, where none can be kept on disk."""
     report: Mapping[str, Any] | None = None
@@ -49,6 +51,7 @@ class Member:
         known = isinstance(error, PosthocError | ValueError | OSError)
         what = "" if known else f"Unexpected {type(error).__name__}: "
         self.error, self.state = f"{what}{one_line(error)}", "failed"
+        self.keeps = isinstance(error, FetchError)
         self.outcomes.clear()
 
     @contextlib.contextmanager

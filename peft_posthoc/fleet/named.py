@@ -15,8 +15,12 @@ from peft_posthoc.sources import Source, sides
 _COLLECTION = re.compile(r"(?:https://huggingface\.co/)?collections/([^/\s]+/[^/\s]+)")
 
 
-def listed(tuned: Iterable[str]) -> list[str]:
+def listed(tuned: Iterable[str], base: str) -> list[str]:
     """What is given, with text files (`@FILE`, or `FILE.txt`) and collections on the hub replaced by what they list.
+
+    Args:
+        tuned: What is given.
+        base: Which a collection may hold too.
 
     Raises:
         CheckpointError: A list is not there, is empty, or cannot be read.
@@ -25,8 +29,8 @@ def listed(tuned: Iterable[str]) -> list[str]:
     for one in tuned:
         if one.startswith("@") or (one.endswith(".txt") and Path(one).is_file()):
             found += _lines(Path(one.removeprefix("@")))
-        elif collection := _COLLECTION.fullmatch(one):
-            found += _models(collection[1])
+        elif not Path(one).exists() and (collection := _COLLECTION.fullmatch(one.rstrip("/"))):
+            found += [model for model in _models(collection[1]) if model != base.rstrip("/")]
         else:
             found.append(one)
     return found
@@ -50,10 +54,12 @@ def _models(slug: str) -> list[str]:
         items = get_collection(slug).items
     except Exception as error:  # The client raises its own errors and those of its HTTP library.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"The collection `{slug}` could not be fetched from the hub: {first}") from error
+        raise CheckpointError(
+            f"The collection `collections/{slug}` could not be fetched from the hub: {first}"
+        ) from error
     if models := [item.item_id for item in items if item.item_type == "model"]:
         return models
-    raise CheckpointError(f"The collection `{slug}` on the hub holds no models.")
+    raise CheckpointError(f"The collection `collections/{slug}` on the hub holds no models.")
 
 
 def named(tuned: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:

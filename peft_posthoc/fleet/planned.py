@@ -10,7 +10,7 @@ from typing import Any
 from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.files import free_at
 from peft_posthoc.fleet.member import Member
-from peft_posthoc.text import shorten, size
+from peft_posthoc.text import shorten, size, took
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Planned:
     shared: Sequence[Shared]
     members: Sequence[Member]
     out: Path
+    seconds: tuple[float, float]
+    """About how long the work takes on this machine, from deltas of low rank to noise; without fetching."""
 
     @property
     def failed(self) -> list[Member]:
@@ -44,9 +46,11 @@ class Planned:
             # Each base once.
             "read_bytes": sum(header.bytes for side in sides for header in side.headers.values()),
             "download_bytes": sum(side.to_fetch for side in sides),
+            "stream_bytes": sum(getattr(side, "to_stream", 0) for side in sides),
             "adapter_bytes": sum(member.work.needs.adapter_bytes for member in good),
             "disk_bytes": sum(member.work.needs.disk_bytes for member in good),
             "disk_free": free_at(self.out),
+            "seconds": list(self.seconds),
             "memory_bytes": max((member.work.needs.memory_bytes for member in good), default=0),
         }
 
@@ -62,10 +66,12 @@ class Planned:
             carried, out = (sum(row.status == what for row in rows) for what in ("carried", "left out"))
             lines.append(f"{shorten(member.name, 36):<36} {carried:>8} {size(needs.adapter_bytes):>10}  {out}")
         fetch = f", of which {size(told['download_bytes'])} are downloaded" if told["download_bytes"] else ""
+        if told["stream_bytes"]:
+            fetch += f", {'and' if fetch else 'of which'} {size(told['stream_bytes'])} are fetched as they are read"
         lines += [
             "",
             f"Adapters: at most {size(told['adapter_bytes'])}. To read: {size(told['read_bytes'])}, the base once"
             f"{fetch}. Disk needed: {size(told['disk_bytes'])} of {size(told['disk_free'])} that are free. Memory: "
-            f"about {size(told['memory_bytes'])}.",
+            f"about {size(told['memory_bytes'])}.{took(self.seconds)}",
         ]
         return "\n".join(lines)

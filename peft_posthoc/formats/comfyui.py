@@ -18,7 +18,7 @@ from peft_posthoc.formats.components import Component, components, filed, old_na
 from peft_posthoc.formats.kohya import lora
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
-from peft_posthoc.models.original_modules import FAMILIES, fused
+from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
@@ -125,6 +125,9 @@ def _differences(part: Component) -> dict[str, Tensor]:
         module, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias"):
             raise AdapterError(f"ComfyUI takes no difference of `{name}`. Use `{asked('to', 'merged')}`.")
+        if leaf == "bias" and (original := _swapped(part, module)):
+            found[f"diffusion_model.{original}.diff_b"] = swapped(delta.float())
+            continue
         if not part.text and leaf == "bias" and part.cls in _AS_IN_DIFFUSERS and module.endswith(_PARTS):
             by_fused |= _fused(part, module)
             continue
@@ -135,6 +138,17 @@ def _differences(part: Component) -> dict[str, Tensor]:
         rows = [all_summands.get(f"{one}.bias", torch.zeros(part.deltas.slots[one].m)) for one in modules]
         found[f"diffusion_model.{original}.diff_b"] = torch.cat([one.float() for one in rows])
     return found
+
+
+def _swapped(part: Component, module: str) -> str | None:
+    """The original of a module that ComfyUI has with its halves the other way round."""
+    if part.cls not in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
+        return None
+    if module == "norm_out.linear":
+        return SWAPPED[0]
+    last = int((part.deltas.base.config or {}).get("num_layers", 0)) - 1
+    of_sd3 = part.cls.startswith("SD3") and module == f"transformer_blocks.{last}.norm1_context.linear"
+    return f"joint_blocks.{last}.context_block.adaLN_modulation.1" if of_sd3 else None
 
 
 def _fused(part: Component, module: str) -> dict[str, tuple[str, ...]]:

@@ -89,25 +89,37 @@ def export(
         MissingExtraError: `gguf` is asked for, and the package is not installed.
         ValueError: An argument makes no sense.
     """
-    target = TARGETS.get(to)
-    if target is None:
-        raise ValueError(f"`export(to=...)` must be one of {', '.join(TARGETS)}. Got {to!r}.")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"`export(dtype=...)` must be float32, bfloat16 or float16. Got {dtype}.")
+    target = check_out(to, out, force=force)
     if beside and not target.several:
         raise ValueError(f"`export(beside=...)` goes with several components in one file, which {to!r} has not.")
     place = Out(str(out), Path(out).absolute())
-    is_file = target.shape == "file" or (target.shape == "either" and place.place.suffix == SAFETENSORS)
-    if target.several and is_file and place.place.suffix != SAFETENSORS:
+    write: Write = getattr(importlib.import_module(target.module), target.function)
+    deltas: AdapterOnModel = open_deltas(adapter, base, values=target.values, revision=base_revision)
+    several = {"more": [_of_component(one, values=target.values) for one in beside]} if target.several else {}
+    return write(deltas, place, dtype=dtype, force=force, progress=progress, **several)
+
+
+def check_out(to: str, out: str | os.PathLike[str], *, force: bool) -> Target:
+    """See before the work whether a target may be written there.
+
+    Raises:
+        AdapterError: Something is there that must not be replaced.
+        ValueError: There is no such target, or it is written under other names.
+    """
+    target = TARGETS.get(to)
+    if target is None:
+        raise ValueError(f"`export(to=...)` must be one of {', '.join(TARGETS)}. Got {to!r}.")
+    of_tensors = Path(out).suffix == SAFETENSORS
+    is_file = target.shape == "file" or (target.shape == "either" and of_tensors)
+    if target.several and is_file and not of_tensors:
         raise ValueError(f"`export(to={to!r})` writes one file, NAME{SAFETENSORS}. Got {str(out)!r}.")
     if target.shape == "adapter":
         check_target(out, force=force)
     else:
         check_place(out, force=force, is_file=is_file)
-    write: Write = getattr(importlib.import_module(target.module), target.function)
-    deltas: AdapterOnModel = open_deltas(adapter, base, values=target.values, revision=base_revision)
-    several = {"more": [_of_component(one, values=target.values) for one in beside]} if target.several else {}
-    return write(deltas, place, dtype=dtype, force=force, progress=progress, **several)
+    return target
 
 
 def _of_component(adapter: str | os.PathLike[str], *, values: bool) -> AdapterOnModel:

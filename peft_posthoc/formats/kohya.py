@@ -13,7 +13,7 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.components import Component, components, filed, old_name, one_below_another
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
-from peft_posthoc.models.original_modules import FAMILIES, fused
+from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
@@ -56,6 +56,8 @@ def write(
         for module, sources in progress_bar(_modules(part).items(), desc=part.name, progress=progress):
             name = f"{prefix}{module.replace('.', '_')}"
             own = lora(part, name, sources, dtype)
+            if module in SWAPPED:
+                own[f"{name}.lora_up.weight"] = swapped(own[f"{name}.lora_up.weight"])
             tensors |= own
             ranks.append(int(own[f"{name}.alpha"]))
     if max(ranks) > max(part.deltas.rank for part in parts):

@@ -42,8 +42,9 @@ def metadata_of(
         configs: diffusers' `lora_adapter_metadata`.
     """
     rank = exported.rank or exported.rank_before
+    title = ", ".join(one.rstrip("/").rpartition("/")[2] for one in exported.adapter.split(", "))
     provenance = {
-        "adapter": exported.adapter,
+        "adapter": title,
         "base": exported.base,
         "to": exported.to,
         "versions": {"peft-posthoc": metadata.version("peft-posthoc")},
@@ -55,7 +56,7 @@ def metadata_of(
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": exported.adapter.rstrip("/").rpartition("/")[2],
+        "modelspec.title": title,
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
     }
     for part in parts:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
+from torch import Tensor
+
 # The original's name and, from top to bottom, those of diffusers; `#` is a number, the same in all.
 _FLUX = {
     "double_blocks.#.img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -33,13 +36,14 @@ _FLUX = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     **{
         f"{original}.{layer}": (f"time_text_embed.{own}_embedder.linear_{number}",)
         for original, own in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance"))
         for layer, number in (("in_layer", 1), ("out_layer", 2))
     },
 }
-# Not here: `norm_out.linear` and the last block's `norm1_context.linear`, whose halves are swapped.
+# Not here: the last block's `norm1_context.linear`, whose halves are swapped, and the others, which are called alike.
 _SD3 = {
     f"joint_blocks.#.{side}.{original}": owns
     for side, original, owns in (
@@ -55,7 +59,7 @@ _SD3 = {
         ("context_block", "mlp.fc2", ("ff_context.net.2",)),
         ("x_block", "adaLN_modulation.1", ("norm1.linear",)),
     )
-}
+} | {"final_layer.adaLN_modulation.1": ("norm_out.linear",)}
 _WAN = {
     **{
         f"blocks.#.{original}.{leaf}": (f"{own}.{name}",)
@@ -94,6 +98,9 @@ FAMILIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """By diffusers' class, its table."""
 
+SWAPPED = ("final_layer.adaLN_modulation.1",)
+"""Originals whose halves, shift and scale, are the other way round in diffusers."""
+
 
 def parts_of(original: str, underscored: bool = False) -> tuple[str, ...]:
     """The modules of diffusers that one of an original is made of; none where it is in no table.
@@ -126,6 +133,11 @@ def fused(family: str, modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
             if module in own:
                 found[name.replace("#", number[0]) if number else name] = own
     return found
+
+
+def swapped(rows: Tensor) -> Tensor:
+    """The halves the other way round."""
+    return torch.cat(rows.chunk(2)[::-1])
 
 
 def _named(name: str, parts: tuple[str, ...], number: str) -> tuple[str, ...]:

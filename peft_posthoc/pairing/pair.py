@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.model_files import config_of
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.find import layout_of
@@ -55,6 +57,7 @@ def match(
         MismatchError: Their names or experts cannot be brought together.
         ValueError: A rule is malformed, or changes no name; there is no such class.
     """
+    base, tuned = _as_components(base, tuned, serve_as)
     base, told_base, used_base = by_rules(base, rules)
     tuned, told_tuned, used_tuned = by_rules(tuned, rules)
     notes = [*told_base, *told_tuned]
@@ -80,6 +83,18 @@ def match(
     base, tuned, layout = see_experts(base, tuned, layout, experts)
     base, tuned, resized, said = see_vocabulary(base, tuned, layout, vocab)
     return Match(base, tuned, layout, resized, (*notes, *told, *again, *tuned_again, *said))
+
+
+def _as_components(base: Checkpoint, tuned: Checkpoint, serve_as: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """Both under the names of a class of diffusers, where one is its, or it is asked for: files have others."""
+    folder = Path(serve_as) if serve_as is not None else None
+    wanted = [config_of(folder)] if folder is not None and folder.is_dir() else [base.config, tuned.config]
+    config = next((one for one in wanted if one and "_class_name" in one), None)
+    if config is None or (folder is None and base.headers.keys() == tuned.headers.keys()):
+        return base, tuned
+    from peft_posthoc.models.original import as_component
+
+    return as_component(base, config), as_component(tuned, config)
 
 
 def served_as(

@@ -6,15 +6,21 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from peft_posthoc.adapters.foreign import image_file
 from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.image_engines import IMAGE_ENGINES
+from peft_posthoc.serving.image_subject import ImageSubject
+from peft_posthoc.serving.rules import images
 from peft_posthoc.serving.rules.rule import Rule, Severity
 from peft_posthoc.serving.rules.table import RULES
 from peft_posthoc.serving.subject import Subject
 from peft_posthoc.text import as_flag, shorten
 
 Verdict = Literal["right", "refused", "silently wrong"]
+ALL = {**ENGINES, **IMAGE_ENGINES}
 _ORDER = {"refused": 0, "silently wrong": 1, "warning": 2}
 
 
@@ -39,7 +45,7 @@ class Finding:
         culprits, message = (
             ((adapter,), f"{rule.message}: {found}") if isinstance(found, str) else (found, rule.message)
         )
-        versions = rule.versions or ENGINES[engine].examined
+        versions = rule.versions or ALL[engine].examined
         return cls(rule.name, rule.severity, culprits, message, rule.way_out, rule.source, versions, rule.of_base)
 
 
@@ -136,8 +142,9 @@ def check(
     base's. The rules, their versions and sources are those of `serving.rules.table.RULES`.
 
     Args:
-        adapter: An adapter folder, by whatever tool.
-        engines: Some of `ENGINES`, or `all`.
+        adapter: An adapter folder, by whatever tool; or a LoRA file of an image model.
+        engines: Some of `ENGINES` and, for adapters of image models, of `IMAGE_ENGINES`; or `all`, of those that are
+            for such a file or folder.
         base: The folder of the model that it is to be served on. Its configuration and headers tell whether modules,
             shapes, layers, ties and vocabulary fit.
 
@@ -147,33 +154,44 @@ def check(
         ValueError: There is no such engine.
     """
     engines = set(engines)
-    return replace(judge(Subject.read(adapter, base), chosen(engines)), every="all" in engines)
+    names = chosen(engines, of_images=image_file(Path(adapter)) is not None)
+    of_text, of_images = ([name for name in names if name in some] for some in (ENGINES, IMAGE_ENGINES))
+    found = [judge(Subject.read(adapter, base), of_text)] if of_text else []
+    found += [judge(ImageSubject.read(adapter), of_images)] if of_images else []
+    outcomes = tuple(outcome for one in found for outcome in one.outcomes)
+    return replace(found[0], outcomes=outcomes, every="all" in engines)
 
 
-def chosen(engines: Iterable[str]) -> tuple[str, ...]:
+def chosen(engines: Iterable[str], *, of_images: bool | None = None) -> tuple[str, ...]:
     """The engines of these names, in the table's order.
+
+    Args:
+        engines: Names, or `all` for those of one kind.
+        of_images: Whether these are the programs for image models; None where those cannot be asked.
 
     Raises:
         ValueError: There is no such engine.
     """
     names = set(engines)
-    unknown = sorted(names - {*ENGINES, "all"})
+    known = {**ENGINES, **({} if of_images is None else IMAGE_ENGINES)}
+    unknown = sorted(names - {*known, "all"})
     if unknown or not names:
         what = f"`{unknown[0]}`" if unknown else "none"
-        raise ValueError(f"`check(engines=...)` takes some of {', '.join(ENGINES)}, or all. Got {what}.")
-    return tuple(name for name in ENGINES if name in names or "all" in names)
+        raise ValueError(f"`check(engines=...)` takes some of {', '.join(known)}, or all. Got {what}.")
+    everyone = (IMAGE_ENGINES if of_images else ENGINES) if "all" in names else {}
+    return tuple(name for name in known if name in names or name in everyone)
 
 
-def judge(subject: Subject, engines: Iterable[str]) -> Check:
+def judge(subject: Subject | ImageSubject, engines: Iterable[str]) -> Check:
     """Hold an adapter against every rule of the engines."""
     names = tuple(engines)
-    rules = (rule for rule in RULES if any(map(rule.applies_to, names)))
+    rules = (rule for rule in (*RULES, *images.RULES) if any(map(rule.applies_to, names)))
     found = [(rule, rule.finds(subject)) for rule in rules if subject.base is not None or not rule.needs_base]
     outcomes = []
     for name in names:
         broken = [Finding.of(rule, what, name, subject.label) for rule, what in found if what and rule.applies_to(name)]
         findings = tuple(sorted(broken, key=lambda finding: _ORDER[finding.severity]))
-        engine = ENGINES[name]
+        engine = ALL[name]
         outcomes.append(EngineOutcome(name, engine.title, engine.examined, findings, tuple(engine.serve(subject))))
     base = subject.base.checkpoint.label if subject.base is not None else None
     return Check(subject.label, base, tuple(outcomes))

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft_posthoc.checkpoints.gguf import SUFFIX
 from peft_posthoc.serving.subject import Subject
@@ -21,7 +22,7 @@ class Engine:
     title: str
     examined: str
     """The versions whose code the rules were found in, and how."""
-    serve: Callable[[Subject], list[str]]
+    serve: Callable[[Any], list[str]]
     """The commands that serve the adapter."""
     backends: tuple[str, ...] = ()
     """Engines that it hands the adapter to: their rules are its own."""

@@ -38,6 +38,9 @@ def hub(served):
     hub, _ = served
     hub.fetched.clear()
     hub.begun.clear()
+    hub.parts.clear()
+    hub.tags.clear()
+    hub.drops = lambda count: False
     hub.asked.clear()
     return hub
 

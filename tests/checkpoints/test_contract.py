@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import open_checkpoint
+from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.checkpoints.wrappers import unwrapped
 from peft_posthoc.pairing.names import renamed
 from peft_posthoc.pairing.pair import match
@@ -115,6 +116,18 @@ def for_llama_cpp(model, where):
     return lambda: open_checkpoint(where / "model.gguf")
 
 
+def stored(model, where):
+    """In a place that fsspec knows, each tensor fetched when it is read."""
+    models.save(models.load(model), where / "model", max_shard_size="20KB")
+    return lambda: open_checkpoint(f"file://{where / 'model'}")
+
+
+def held(model, where):
+    """By all that read it together."""
+    opened = folder(model, where)
+    return lambda: Shared(opened())
+
+
 def coded(model, where):
     """In 4-bit floats, decoded as they are read."""
     coded_folders.quantise(model, where / "model", coded_folders.nvfp4)
@@ -125,6 +138,8 @@ ON_DISK = [
     coded,
     folder,
     sharded,
+    stored,
+    held,
     pickled,
     file,
     for_llama_cpp,

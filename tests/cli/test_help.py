@@ -5,6 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from peft_posthoc.cli.main import main
+from peft_posthoc.formats.export import TARGETS
 
 COMMANDS = main.list_commands(click.Context(main))
 
@@ -22,7 +23,8 @@ def test_no_mark_of_click_is_shown(command):
 
 def test_each_target_of_an_export_has_a_line():
     lines = [line.split()[0] for line in text_of("export").splitlines() if line.startswith("  ")]
-    assert lines[1:7] == ["gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged"]
+    first = lines.index("gguf")
+    assert lines[first : first + len(TARGETS)] == [*TARGETS]
 
 
 def test_the_default_of_a_command_is_the_one_that_its_help_names():

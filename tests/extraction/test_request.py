@@ -35,7 +35,9 @@ FULL = {
     "for_base": "org/base-4bit",
     "vocab": "extend",
     "rank_pattern": {"q_proj": 4},
+    "conv_rank": 2,
     "with_tokenizer": True,
+    "stream": True,
     "form": "peft",
     "exact": True,
     "device": "cpu",
@@ -117,9 +119,9 @@ def test_the_callback_shows_them_too():
         (phlora.get_command(None, "extract"), set()),
         (
             phlora.get_command(None, "inspect"),
-            {"tuned_name", "rank_pattern", "dtype", "for_base", "min_energy", "with_tokenizer"},
+            {"tuned_name", "rank_pattern", "conv_rank", "dtype", "for_base", "min_energy", "with_tokenizer"},
         ),
-        (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename"}),
+        (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename", "conv_rank", "stream"}),
     ],
     ids=["extract", "inspect", "mergekit-phlora"],
 )
@@ -164,7 +166,7 @@ def test_every_option_that_changes_factors_is_in_the_report_and_so_in_the_key_of
     """A layer that was finished under other options is not taken for one of these."""
     told = peft_posthoc.extract(*llama_pair, 2).provenance["options"]
     otherwise = {"base_revision", "tuned_revision", "tuned_name", "with_tokenizer", "choose", "leave_out", "dtype"}
-    otherwise |= {"min_energy", "for_base"}
+    otherwise |= {"min_energy", "for_base", "stream"}
     assert set(told) == set(OPTIONS) - otherwise | {"rule"}
 
 

@@ -60,7 +60,7 @@ def test_the_base_is_read_once_and_each_adapter_is_that_of_a_single_extraction(f
         assert same(tmp_path / "all" / Path(tuned[at]).name, tmp_path / "one" / str(at))
     # Nothing else is left: no finished layers, and a note of what was made.
     names = {path.name for path in (tmp_path / "all").iterdir()}
-    assert names == {*(Path(one).name for one in tuned), "phlora_fleet.json"}
+    assert names == {*(Path(one).name for one in tuned), ".phlora_fleet.json"}
 
 
 @pytest.mark.parametrize("options", [{"form": "peft"}, {"embeddings": True, "head": True, "rank": keep_energy(0.5)}])

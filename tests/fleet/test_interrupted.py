@@ -40,7 +40,7 @@ def all_there(out: Path, single: Path) -> None:
     for one in sorted(single.iterdir()):
         assert same(out / one.name, one)
     # Nothing but them, and the note of what was made: no finished layers, no half folder.
-    assert {path.name for path in out.iterdir()} == {*(one.name for one in single.iterdir()), "phlora_fleet.json"}
+    assert {path.name for path in out.iterdir()} == {*(one.name for one in single.iterdir()), ".phlora_fleet.json"}
 
 
 # Every weight takes a while, so that a kill comes in the middle.
@@ -119,3 +119,30 @@ def test_two_groups_of_processes_share_a_fleet_and_what_fails_in_one_is_a_row(fl
     assert "NaN" in shown
     assert shown.count("fine-tunes have an adapter") == 1
     all_there(out, single)
+
+
+KILLED = """
+import os, signal
+from peft_posthoc.cli.main import main
+from peft_posthoc.extraction import work
+real, calls = work.truncated_svd, []
+def svd(*args, **kwargs):
+    calls.append(None)
+    if len(calls) == 12 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+work.truncated_svd = svd
+main(prog_name="phlora")
+"""
+
+
+def test_a_process_of_a_fleet_that_is_killed_is_started_again_and_goes_on(fleet, tmp_path: Path) -> None:
+    base, tuned, single = fleet
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = ["--no-python", sys.executable, "-c", KILLED, "extract", base, *tuned[:5], "--out", str(tmp_path / "all")]
+    ran = subprocess.run(
+        [*launcher, *command, "--rank", "4"], capture_output=True, text=True, timeout=HANG, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "5 of 5 fine-tunes have an adapter" in ran.stdout
+    all_there(tmp_path / "all", single)

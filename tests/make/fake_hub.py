@@ -47,6 +47,10 @@ class FakeHub:
         self.begun = []  # the same of which only a part was asked for
         self.asked = []  # the path of every request
         self.token = None  # what a client must show before it may write
+        self.parts = []  # (repository, file, first, last byte) of every part that was sent
+        self.drops = lambda count: False  # whether the connection ends within the part that is sent as this one
+        self.tags = {}  # by (repository, file): another ETag than that of its content
+        self.collections = {}  # by slug, the ids and types of what is in it
         self.gates = {}  # repositories whose requests to write wait until an event is set
 
     def repository(self, repo_id):
@@ -117,6 +121,8 @@ class FakeHub:
             def answer(self, *, send):
                 path = urlsplit(self.path).path
                 hub.asked.append(path)
+                if (slug := path.removeprefix("/api/collections/")) in hub.collections:
+                    return self.collection(slug, send=send)
                 for pattern, method in (
                     (r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self.info),
                     (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self.tree),
@@ -132,6 +138,15 @@ class FakeHub:
                         return method(repo_id, commit, repository.commits[commit], *rest, send=send)
                 return self.reply(404, send=send)
 
+            def collection(self, slug, *, send):
+                items = [
+                    {"_id": str(at), "id": name, "type": kind, "position": at}
+                    for at, (name, kind) in enumerate(hub.collections[slug])
+                ]
+                told = {"slug": slug, "title": "A collection", "owner": {"name": slug.split("/")[0]}, "items": items}
+                more = {"position": 0, "private": False, "theme": "green", "upvotes": 0}
+                self.reply(200, {**told, **more, "lastUpdated": "2026-01-01T00:00:00.000Z"}, send=send)
+
             def info(self, repo_id, commit, files, *, send):
                 claimed = hub.repositories[repo_id].claimed
                 siblings = [{"rfilename": n, "size": claimed.get(n, len(c))} for n, c in files.items()]
@@ -145,24 +160,32 @@ class FakeHub:
                     return self.reply(404, send=send, error="EntryNotFound", commit=commit)
                 part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
                 if part and send:
+                    first, last = int(part[1]), int(part[2])
                     hub.begun.append((repo_id, name))
-                    return self.reply(206, files[name][int(part[1]) : int(part[2]) + 1], send=send, commit=commit)
+                    hub.parts.append((repo_id, name, first, last))
+                    body, tag = files[name][first : last + 1], self.tag_of(repo_id, name, files)
+                    ends = hub.drops(len(hub.parts))
+                    return self.reply(206, body, send=send, commit=commit, tag=tag, ends=ends)
                 if send:
                     hub.fetched.append((repo_id, name))
                 return self.reply(200, files[name], send=send, commit=commit)
 
-            def reply(self, status, content=b"", *, send, error=None, commit=None):
+            def tag_of(self, repo_id, name, files):
+                return hub.tags.get((repo_id, name), hashlib.sha1(files[name]).hexdigest())
+
+            def reply(self, status, content=b"", *, send, error=None, commit=None, tag=None, ends=False):
                 body = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
-                self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+                self.send_header("ETag", f'"{tag or hashlib.sha1(body).hexdigest()}"')
                 if error is not None:
                     self.send_header("X-Error-Code", error)
                 if commit is not None:
                     self.send_header("X-Repo-Commit", commit)
                 self.end_headers()
                 if send:
-                    self.wfile.write(body)
+                    self.wfile.write(body[: len(body) // 2] if ends else body)
+                    self.close_connection = self.close_connection or ends
 
         return Handler
 

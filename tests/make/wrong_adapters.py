@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from peft_posthoc.serving.check import ALL
 from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.rules import images
 from peft_posthoc.serving.rules.table import RULES
 from tests.make import architectures, coded_folders, models
 
@@ -397,6 +399,9 @@ phlora check adapter --base base --fix adapter-for-all  # scales folded in, one 
 loss: DoRA, initial weights taken out of the base, factors of all experts at once or of convolutions. Where a scale is
 no power of two, factors are rounded to their dtype once more, and it says by how much (`--dtype float32`).
 
+A LoRA file of an image model is checked for diffusers, ComfyUI and A1111, a PEFT folder where one of these is named:
+[`images.md`](images.md).
+
 In Python: `peft_posthoc.check("adapter", engines=["vllm"], base="base").wrong` has the names of the engines, and
 `peft_posthoc.fix("adapter", "out", base="base")` is `--fix`.
 
@@ -411,7 +416,7 @@ engines did with these, run here, is in [`engines.md`](engines.md).
 |---|---|---|
 {engines}
 NIM has the rules of both its backends. llama.cpp and MLX read forms of their own: llama.cpp's rules are about what its
-own converter makes, MLX's about `phlora export --to mlx`.
+own converter makes, MLX's about `phlora export --to mlx`. The last three are asked about LoRAs of image models alone.
 
 ## The rules
 
@@ -427,12 +432,12 @@ version, those examined are meant.
 
 def page() -> str:
     """The rule table."""
-    engines = "".join(f"| `{name}` | {engine.title} | {engine.examined} |\n" for name, engine in ENGINES.items())
-    return _PAGE.format(engines=engines, rules="".join(_row(rule) for rule in RULES))
+    engines = "".join(f"| `{name}` | {engine.title} | {engine.examined} |\n" for name, engine in ALL.items())
+    return _PAGE.format(engines=engines, rules="".join(_row(rule) for rule in (*RULES, *images.RULES)))
 
 
 def _row(rule: Any) -> str:
-    titles = ", ".join(ENGINES[name].title for name in rule.engines)
+    titles = ", ".join(ALL[name].title for name in rule.engines)
     who = "all" if set(rule.engines) == set(ENGINES) else titles
     versions = f" ({rule.versions})" if rule.versions else ""
     base = " With `--base`." if rule.needs_base else ""

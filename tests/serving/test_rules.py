@@ -6,6 +6,7 @@ import pytest
 from peft_posthoc import check, extract
 from peft_posthoc.cli.check import NAMES
 from peft_posthoc.serving.engines import ENGINES
+from peft_posthoc.serving.image_engines import IMAGE_ENGINES
 from peft_posthoc.serving.rules.table import RULES
 from peft_posthoc.serving.subject import Subject
 from tests.make import models, wrong_adapters
@@ -60,7 +61,7 @@ def test_the_page_has_the_rules_of_today():
 
 
 def test_the_command_knows_every_engine():
-    assert (*ENGINES, "all") == NAMES
+    assert (*ENGINES, *IMAGE_ENGINES, "all") == NAMES
 
 
 def test_a_zero_alpha_is_one_in_llama_cpp_and_nothing_in_peft(good, tmp_path):

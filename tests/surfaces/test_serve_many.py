@@ -118,19 +118,23 @@ def test_the_python_block(here, capsys):
         assert f"Where is the kettle ? room {rooms[name]['kettle']}" in said
 
 
-def test_the_shell_loops(here):
+def test_the_shell_lines(here):
+    (line,) = (block for language, block in BLOCKS if language == "sh" and block.startswith("phlora extract "))
+    (here / "adapters").unlink()
+    tuned = [f"tuned/{path.name}" for path in sorted((here / "tuned").iterdir())[:2]]
+    _, *given = shlex.split(line, comments=True)
+    at = given.index("tuned/*")
+    result = CliRunner().invoke(cli.main, [*given[:at], *tuned, *given[at + 1 :]])
+    assert result.exit_code == 0, result.output
     loops = [block for language, block in BLOCKS if language == "sh" and block.startswith("for ")]
     assert [shlex.split(line)[1] for block in loops for line in block.splitlines()[1:-1]] == [
-        "extract",
         "check",
         "export",
     ]
-    (here / "adapters").unlink()
     for block in loops:
         things, line = re.fullmatch(r"for \w+ in (\w+)/\*; do\n +phlora (.*?)(?: \|\| .*)?\ndone\n", block).groups()
-        for path in sorted((here / things).iterdir())[:2]:
-            given = line.replace("${tuned##*/}", path.name).replace("${adapter##*/}", path.name)
-            given = re.sub(r"\$(tuned|adapter)\b", f"{things}/{path.name}", given)
+        for path in sorted((here / things).glob("[!.]*")):
+            given = line.replace("${adapter##*/}", path.name).replace("$adapter", f"{things}/{path.name}")
             result = CliRunner().invoke(cli.main, shlex.split(given))
             assert result.exit_code == 0, result.output
     assert sorted(path.name for path in here.glob("*.gguf")) == ["tenant-1.gguf", "tenant-2.gguf"]

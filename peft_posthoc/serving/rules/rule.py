@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peft_posthoc.serving.engines import ENGINES
-from peft_posthoc.serving.subject import Subject
 
 Severity = Literal["refused", "silently wrong", "warning"]
 REFUSED: Severity = "refused"
@@ -22,8 +21,9 @@ class Rule:
     name: str
     engines: tuple[str, ...]
     severity: Severity
-    finds: Callable[[Subject], tuple[str, ...] | str]
-    """The tensors, modules or settings at fault, or the words of a refusal; nothing where all is well."""
+    finds: Callable[[Any], tuple[str, ...] | str]
+    """Of a `Subject` or an `ImageSubject`: the tensors, modules or settings at fault, or the words of a refusal;
+    nothing where all is well."""
     message: str
     """The engine's own behaviour."""
     way_out: str
@@ -37,7 +37,8 @@ class Rule:
 
     def applies_to(self, engine: str) -> bool:
         """Tell whether the rule is one of this engine, or of an engine that it hands the adapter to."""
-        return bool({engine, *ENGINES[engine].backends} & {*self.engines})
+        backends = ENGINES[engine].backends if engine in ENGINES else ()
+        return bool({engine, *backends} & {*self.engines})
 
 
 FIX = "`--fix OUT` rewrites it"

@@ -1,0 +1,345 @@
+"""The names that diffusers' components had before: which tensors of a class each original tensor is made of.
+
+diffusers has converters in one direction only. `originals(class_name, headers)` goes the other way, for what reads
+the original names, such as ComfyUI; the tests hold every line against diffusers' own converter of the class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.view import Piece
+
+Names = Mapping[str, tuple[str, ...]]
+"""By an original module or parameter, those of the class that it has one above the other. `{}` is a number."""
+
+
+def _of(block: str, within: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The names within a block, which both begin otherwise: `ORIGINAL=CLASS`."""
+    before, _, after = block.partition("=")
+    return {f"{before}{old}": tuple(f"{after}{new}" for new in news.split()) for old, news in within.items()}
+
+
+_IMAGE, _TEXT = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+_EMBEDDERS = {
+    "time_in.in_layer": "timestep_embedder.linear_1",
+    "time_in.out_layer": "timestep_embedder.linear_2",
+    "guidance_in.in_layer": "guidance_embedder.linear_1",
+    "guidance_in.out_layer": "guidance_embedder.linear_2",
+}
+_POOLED = {"vector_in.in_layer": "text_embedder.linear_1", "vector_in.out_layer": "text_embedder.linear_2"}
+_HEAD = {"final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"}
+_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+_DOUBLE_FLUX = {
+    "img_attn.qkv": _IMAGE,
+    "txt_attn.qkv": _TEXT,
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+}
+_FLUX = {
+    **_of("=", {"txt_in": "context_embedder", "img_in": "x_embedder", **_HEAD}),
+    **_of("=time_text_embed.", {**_EMBEDDERS, **_POOLED}),
+    **_of(
+        "double_blocks.{}.=transformer_blocks.{}.",
+        {
+            **_DOUBLE_FLUX,
+            "img_mod.lin": "norm1.linear",
+            "txt_mod.lin": "norm1_context.linear",
+            "img_mlp.0": "ff.net.0.proj",
+            "img_mlp.2": "ff.net.2",
+            "txt_mlp.0": "ff_context.net.0.proj",
+            "txt_mlp.2": "ff_context.net.2",
+        },
+    ),
+    **_of(
+        "single_blocks.{}.=single_transformer_blocks.{}.",
+        {"modulation.lin": "norm.linear", "linear1": f"{_IMAGE} proj_mlp", "linear2": "proj_out", **_NORMS},
+    ),
+}
+_FLUX2 = {
+    **_of("=", {"txt_in": "context_embedder", "img_in": "x_embedder", **_HEAD}),
+    **_of("=time_guidance_embed.", _EMBEDDERS),
+    **_of(
+        "=",
+        {
+            f"{one}.lin": f"{one}.linear"
+            for one in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+        },
+    ),
+    **_of(
+        "double_blocks.{}.=transformer_blocks.{}.",
+        {
+            **_DOUBLE_FLUX,
+            "img_mlp.0": "ff.linear_in",
+            "img_mlp.2": "ff.linear_out",
+            "txt_mlp.0": "ff_context.linear_in",
+            "txt_mlp.2": "ff_context.linear_out",
+        },
+    ),
+    **_of(
+        "single_blocks.{}.=single_transformer_blocks.{}.",
+        {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out", **_NORMS},
+    ),
+}
+_SD3 = {
+    **_of("=", {"pos_embed": "pos_embed.pos_embed", "x_embedder.proj": "pos_embed.proj", **_HEAD}),
+    **_of(
+        "=time_text_embed.",
+        {
+            "t_embedder.mlp.0": "timestep_embedder.linear_1",
+            "t_embedder.mlp.2": "timestep_embedder.linear_2",
+            "y_embedder.mlp.0": "text_embedder.linear_1",
+            "y_embedder.mlp.2": "text_embedder.linear_2",
+        },
+    ),
+    **_of(
+        "joint_blocks.{}.x_block.=transformer_blocks.{}.",
+        {
+            "attn.qkv": _IMAGE,
+            "attn.ln_q": "attn.norm_q",
+            "attn.ln_k": "attn.norm_k",
+            "attn.proj": "attn.to_out.0",
+            "attn2.qkv": _IMAGE.replace("attn", "attn2"),
+            "attn2.ln_q": "attn2.norm_q",
+            "attn2.ln_k": "attn2.norm_k",
+            "attn2.proj": "attn2.to_out.0",
+            "adaLN_modulation.1": "norm1.linear",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+        },
+    ),
+    **_of(
+        "joint_blocks.{}.context_block.=transformer_blocks.{}.",
+        {
+            "attn.qkv": _TEXT,
+            "attn.ln_q": "attn.norm_added_q",
+            "attn.ln_k": "attn.norm_added_k",
+            "attn.proj": "attn.to_add_out",
+            "adaLN_modulation.1": "norm1_context.linear",
+            "mlp.fc1": "ff_context.net.0.proj",
+            "mlp.fc2": "ff_context.net.2",
+        },
+    ),
+}
+_ATTENTION_WAN = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "k_img": "add_k_proj",
+    "v_img": "add_v_proj",
+    "norm_k_img": "norm_added_k",
+}
+_WAN = {
+    **_of("=", {"head.modulation": "scale_shift_table", "head.head": "proj_out"}),
+    **_of(
+        "=condition_embedder.",
+        {
+            "time_embedding.0": "time_embedder.linear_1",
+            "time_embedding.2": "time_embedder.linear_2",
+            "text_embedding.0": "text_embedder.linear_1",
+            "text_embedding.2": "text_embedder.linear_2",
+            "time_projection.1": "time_proj",
+            "img_emb.proj.0": "image_embedder.norm1",
+            "img_emb.proj.1": "image_embedder.ff.net.0.proj",
+            "img_emb.proj.3": "image_embedder.ff.net.2",
+            "img_emb.proj.4": "image_embedder.norm2",
+        },
+    ),
+    **_of("blocks.{}.self_attn.=blocks.{}.attn1.", {**_ATTENTION_WAN, "norm_q": "norm_q", "norm_k": "norm_k"}),
+    **_of("blocks.{}.cross_attn.=blocks.{}.attn2.", {**_ATTENTION_WAN, "norm_q": "norm_q", "norm_k": "norm_k"}),
+    **_of(
+        "blocks.{}.=blocks.{}.",
+        {
+            "modulation": "scale_shift_table",
+            "ffn.0": "ffn.net.0.proj",
+            "ffn.2": "ffn.net.2",
+            "norm3": "norm2",
+        },
+    ),
+}
+_Z_IMAGE = {
+    **_of(
+        "=",
+        {
+            "x_embedder": "all_x_embedder.2-1",
+            "final_layer.linear": "all_final_layer.2-1.linear",
+            "final_layer.adaLN_modulation.{}": "all_final_layer.2-1.adaLN_modulation.{}",
+        },
+    ),
+    **{
+        old: new
+        for part in ("layers", "noise_refiner", "context_refiner")
+        for old, new in _of(
+            f"{part}.{{}}.attention.={part}.{{}}.attention.",
+            {"qkv": "to_q to_k to_v", "out": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"},
+        ).items()
+    },
+}
+_LTX = {
+    **_of(
+        "=",
+        {
+            "patchify_proj": "proj_in",
+            **{
+                f"adaln_single.{one}": f"time_embed.{one}"
+                for one in ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
+            },
+        },
+    ),
+    **{
+        old: new
+        for attention in ("attn1", "attn2")
+        for old, new in _of(
+            f"transformer_blocks.{{}}.{attention}.=transformer_blocks.{{}}.{attention}.",
+            {"q_norm": "norm_q", "k_norm": "norm_k"},
+        ).items()
+    },
+}
+_HUNYUAN = {
+    **_of("=", {"img_in.proj": "x_embedder.proj", "txt_in.input_embedder": "context_embedder.proj_in", **_HEAD}),
+    **_of(
+        "=time_text_embed.",
+        {
+            **_POOLED,
+            "time_in.mlp.0": "timestep_embedder.linear_1",
+            "time_in.mlp.2": "timestep_embedder.linear_2",
+            "guidance_in.mlp.0": "guidance_embedder.linear_1",
+            "guidance_in.mlp.2": "guidance_embedder.linear_2",
+        },
+    ),
+    **_of(
+        "txt_in.=context_embedder.time_text_embed.",
+        {
+            "t_embedder.mlp.0": "timestep_embedder.linear_1",
+            "t_embedder.mlp.2": "timestep_embedder.linear_2",
+            "c_embedder.linear_1": "text_embedder.linear_1",
+            "c_embedder.linear_2": "text_embedder.linear_2",
+        },
+    ),
+    **_of(
+        "txt_in.individual_token_refiner.blocks.{}.=context_embedder.token_refiner.refiner_blocks.{}.",
+        {
+            "self_attn_qkv": _IMAGE,
+            "self_attn_proj": "attn.to_out.0",
+            "adaLN_modulation.1": "norm_out.linear",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+            "norm1": "norm1",
+            "norm2": "norm2",
+        },
+    ),
+    **_of(
+        "double_blocks.{}.=transformer_blocks.{}.",
+        {
+            "img_attn_qkv": _IMAGE,
+            "txt_attn_qkv": _TEXT,
+            "img_attn_q_norm": "attn.norm_q",
+            "img_attn_k_norm": "attn.norm_k",
+            "txt_attn_q_norm": "attn.norm_added_q",
+            "txt_attn_k_norm": "attn.norm_added_k",
+            "img_attn_proj": "attn.to_out.0",
+            "txt_attn_proj": "attn.to_add_out",
+            "img_mod.linear": "norm1.linear",
+            "txt_mod.linear": "norm1_context.linear",
+            "img_mlp.fc1": "ff.net.0.proj",
+            "img_mlp.fc2": "ff.net.2",
+            "txt_mlp.fc1": "ff_context.net.0.proj",
+            "txt_mlp.fc2": "ff_context.net.2",
+        },
+    ),
+    **_of(
+        "single_blocks.{}.=single_transformer_blocks.{}.",
+        {
+            "linear1": f"{_IMAGE} proj_mlp",
+            "linear2": "proj_out",
+            "modulation.linear": "norm.linear",
+            "q_norm": "attn.norm_q",
+            "k_norm": "attn.norm_k",
+        },
+    ),
+}
+TABLES: Mapping[str, Names] = {
+    "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX2,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN,
+    "LTXVideoTransformer3DModel": _LTX,
+    "QwenImageTransformer2DModel": {},  # The names are the original ones.
+    "SD3Transformer2DModel": _SD3,
+    "WanTransformer3DModel": _WAN,
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
+# Shift above scale there, scale above shift in diffusers.
+_SWAPPED = dict.fromkeys(
+    (
+        "FluxTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "HunyuanVideoTransformer3DModel",
+        "SD3Transformer2DModel",
+    ),
+    ("final_layer.adaLN_modulation.1",),
+)
+_LAST_OF_SD3 = "joint_blocks.{}.context_block.adaLN_modulation.1"
+
+
+def originals(class_name: str, headers: Mapping[str, Header]) -> dict[str, Piece]:
+    """By its original name, what each tensor is made of: its sources by the class's names, one above the other.
+
+    `make` takes whatever has the rows of the weights, be it the weight, its delta, or a factor `b`.
+
+    Args:
+        class_name: One of `TABLES`.
+        headers: Of the component, by the class's names.
+    """
+    whole = [
+        (re.compile(re.escape(new).replace(r"\{\}", r"(\d+)")), old, news)
+        for old, news in TABLES[class_name].items()
+        for new in news
+    ]
+    last = max((int(name.split(".")[1]) for name in headers if name.startswith("transformer_blocks.")), default=0)
+    swapped = {
+        *_SWAPPED.get(class_name, ()),
+        *([_LAST_OF_SD3.format(last)] if class_name == "SD3Transformer2DModel" else ()),
+    }
+    found: dict[str, Piece] = {}
+    for name, header in headers.items():
+        module, leaf = _parted(name)
+        old: str = module
+        parts: tuple[str, ...] = (module,)
+        for pattern, before, news in whole:
+            if match := pattern.fullmatch(module):
+                old, parts = before.format(*match.groups()), tuple(new.format(*match.groups()) for new in news)
+        sources = tuple(_joined(part, leaf) for part in parts)
+        if name == sources[0] and headers.keys() >= {*sources}:
+            rows = sum(headers[source].shape[0] for source in sources)
+            own = "scale" if class_name.startswith("Flux") and old.endswith(("query_norm", "key_norm")) else leaf
+            found[_joined(old, own)] = Piece(
+                sources, Header((rows, *header.shape[1:]), header.dtype), _swapped if old in swapped else _stacked
+            )
+    return found
+
+
+def _parted(name: str) -> tuple[str, str]:
+    module, _, leaf = name.rpartition(".")
+    return (module, leaf) if leaf in ("weight", "bias") else (name, "")
+
+
+def _joined(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if leaf else module
+
+
+def _stacked(*tensors: Tensor) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])
