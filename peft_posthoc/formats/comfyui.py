@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.on_model import AdapterOnModel
@@ -21,6 +20,7 @@ from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
 from peft_posthoc.models.original import PREFIXES
 from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
 # Whose modules ComfyUI finds by diffusers' names, or that have the same.
@@ -64,7 +64,7 @@ def write(
     tensors: dict[str, Tensor] = {}
     ranks = [0]
     for part in parts:
-        for name in tqdm(part.deltas.names, desc=part.name, disable=not progress):
+        for name in progress_bar(part.deltas.names, desc=part.name, progress=progress):
             own = _lora(part, name, dtype)
             tensors |= own
             ranks.append(max(int(tensor) for key, tensor in own.items() if key.endswith(".alpha")))
