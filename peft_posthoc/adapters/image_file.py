@@ -214,7 +214,7 @@ def _sorted(file: File, label: str) -> dict[str, dict[tuple[str, ...], dict[str,
         if named.part in parts:
             raise AdapterError(f"`{label}` holds both `{parts[named.part]}` and `{name}`.")
         parts[named.part] = name
-    return found
+    return dict(sorted(found.items()))
 
 
 def _tucker(mid: Tensor, down: Tensor) -> Tensor:
