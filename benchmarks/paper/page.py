@@ -68,7 +68,8 @@ def _published(task: str) -> list[str]:
     """The paper's rows of the same set, as they are printed in its Tables 3 to 6."""
     told = json.loads(_PUBLISHED.read_text(encoding="utf-8"))[task]
     return [
-        f"The paper's rows of this set ({told['metrics']}; E_r in brackets), of its Tables 3 to 6, Table 3 where they differ:",
+        f"The paper's rows of this set ({told['metrics']}; E_r in brackets), of its Tables 3 to 6. Where these differ,",
+        f"Table 3's. {told['note']}",
         "",
         "| model | base | full fine-tune | LoRA+ r=32 | PHLoRA r=32 | PHLoRA r=64 | PHLoRA r=512 |",
         "|---|--:|--:|--:|--:|--:|--:|",
