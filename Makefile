@@ -8,9 +8,10 @@ READY := $(VENV)/.ready
 export PHLORA_ENGINES ?= $(CURDIR)/.work/engines
 ENGINES := $(PHLORA_ENGINES)
 ENGINE_INSTALL = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check
+PAPER ?= smollm2-tatqa
 LLAMA_CPP := llama-cpp-python==0.3.36
 
-.PHONY: demo test docs test-distributed test-engines sweep engines bench bench-serving lint wheel clean
+.PHONY: demo test docs test-distributed test-engines sweep engines bench bench-serving paper lint wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -72,6 +73,10 @@ bench: $(READY)  ## Side by side with the other extractors, the callback's cost,
 
 bench-serving: $(READY)  ## The paper's claims about serving, in PEFT and, where it is installed, in vLLM; 13 GB of disk.
 	$(BIN)/python benchmarks/serving.py
+
+paper: $(READY)  ## Rows of the paper's tables that are not there yet, hours on a CPU; DATA= the data set's folder.
+	$(BIN)/python -m benchmarks.paper run benchmarks/paper/$(PAPER).json --data '$(DATA)' --work .work/paper
+	$(BIN)/python -m benchmarks.paper page
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

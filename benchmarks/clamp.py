@@ -1,8 +1,8 @@
 """What it costs to clamp factors at a quantile, as extractors for image models do: `clamp.py BASE TUNED [RANK]`.
 
 They put the singular values into the left factor, take the 0.99 quantile of the entries of both factors as the bound,
-and cut both off at plus and minus it. Every tenth matrix of two files of safetensors is factored; a line has the share of
-the delta's energy that is kept without the clamp and with it.
+and cut both off at plus and minus it. Every tenth matrix of two files of safetensors is factored; a line has the share
+of the delta's energy that is kept without the clamp and with it.
 """
 
 from __future__ import annotations

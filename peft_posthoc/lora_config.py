@@ -47,7 +47,7 @@ class LoraConfig(peft.LoraConfig):  # type: ignore[misc]
         cls,
         base: Source,
         tuned: Source,
-        r: Rank = 8,
+        r: Rank = 32,
         *,
         base_revision: str | None = None,
         tuned_revision: str | None = None,

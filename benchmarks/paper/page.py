@@ -10,6 +10,7 @@ from typing import Any
 from .intervals import interval, rank_correlation
 from .settings import TASKS, Settings
 
+_PUBLISHED = Path(__file__).with_name("published.json")
 _HEAD = """# The paper's tables, on models and data within reach
 
 Made by `python -m benchmarks.paper page` of the files in `benchmarks/paper/results`, one for each row, which
@@ -60,7 +61,21 @@ def _section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += ["", f"Rank correlation of E_r and {metrics[0]} over these {len(ranked)} ranks: {found:.2f}."]
     if full is not None:
         lines += ["", *_verdict(rows, full, metrics[0])]
-    return [*lines, ""]
+    return [*lines, "", *_published(settings.task)]
+
+
+def _published(task: str) -> list[str]:
+    """The paper's rows of the same set, as they are printed in its Tables 3 to 6."""
+    told = json.loads(_PUBLISHED.read_text(encoding="utf-8"))[task]
+    return [
+        f"The paper's rows of this set ({told['metrics']}; E_r in brackets), of its Tables 3 to 6. Where these differ,",
+        f"Table 3's. {told['note']}",
+        "",
+        "| model | base | full fine-tune | LoRA+ r=32 | PHLoRA r=32 | PHLoRA r=64 | PHLoRA r=512 |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *(f"| {' | '.join(row)} |" for row in told["rows"]),
+        "",
+    ]
 
 
 def _mean(values: Any) -> str:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from .medmcqa import MedMCQA
 from .task import SEED, Task
 from .tatqa import TatQA
 
-TASKS: dict[str, type[Task]] = {"tatqa": TatQA}
+TASKS: dict[str, type[Task]] = {"medmcqa": MedMCQA, "tatqa": TatQA}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class ImageFile(LoraFolder):
             yield f"{own}.weight", self._cut(parts["set_weight"], rows)
         for part, leaf in (("diff", "weight"), ("diff_b", "bias")):
             if part in parts:
-                self._added[f"{module}.{leaf}"] = key = f"{own}.{part}"
+                name = module if module.endswith("scale_shift_table") else f"{module}.{leaf}"
+                self._added[name] = key = f"{own}.{part}"
                 yield key, self._cut(parts[part], rows)
 
     def _down(self, parts: Mapping[str, str]) -> Piece:
@@ -214,7 +215,7 @@ def _sorted(file: File, label: str) -> dict[str, dict[tuple[str, ...], dict[str,
         if named.part in parts:
             raise AdapterError(f"`{label}` holds both `{parts[named.part]}` and `{name}`.")
         parts[named.part] = name
-    return found
+    return dict(sorted(found.items()))
 
 
 def _tucker(mid: Tensor, down: Tensor) -> Tensor:

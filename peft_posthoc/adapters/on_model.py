@@ -294,7 +294,7 @@ class AdapterOnModel:
 
     def _own_tensor(self, name: str) -> str:
         module, _, leaf = name.rpartition(".")
-        return f"{self.own(module)}.{leaf}"
+        return f"{self.own(module)}.{leaf}" if leaf in ("weight", "bias") else self.layout.name_of(name)
 
     def _find(self) -> Iterable[tuple[str, Place]]:
         ends = tuple(f".{end}" for end in self.folder.config.get("target_parameters") or ())
@@ -327,7 +327,7 @@ class AdapterOnModel:
                     yield _module(part), Place(module.name, expert, slice(index * rows, (index + 1) * rows))
 
     def _fit(self) -> None:
-        shapes = {own: header.shape for n, header in self.base.headers.items() for own in self.layout.names_of(n)}
+        shapes = {own: h.shape for n, h in self.base.headers.items() for own in self.layout.names_of(n)}
         for name, key in self.added.items():
             if shapes.get(name) != (shape := self.folder.headers[key].shape):
                 raise AdapterError(

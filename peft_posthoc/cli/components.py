@@ -38,8 +38,8 @@ def components_of(asked: Sequence[str], base: str, tuned: str, out: Path) -> lis
         name, _, rank = one.partition("=")
         if not name or (rank and not (rank.isdecimal() and int(rank) > 0)) or one.endswith("="):
             raise click.BadParameter(f"Give a name such as text_encoder, or text_encoder=8. Got `{one}`.")
-        sides = [_part(side, name, alone=len(asked) == 1) for side in (base, tuned)]
-        found.append(Component(*sides, out / name, int(rank) if rank else None))
+        before, after = (_part(side, name, alone=len(asked) == 1) for side in (base, tuned))
+        found.append(Component(before, after, out / name, int(rank) if rank else None))
     if len({each.out for each in found}) < len(found):
         raise click.BadParameter("The same component is given twice.")
     return found

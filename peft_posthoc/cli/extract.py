@@ -110,9 +110,21 @@ def extract(
         return
     parts = components_of(components, base, tuned[0], Path(tuned[1]))
     for part in parts:
-        given = {"force": force, "dry_run": dry_run, "html": None, "quiet": quiet, "json_to": None}
         with noting(f"This is of the component `{part.out.name}`."):
-            _one(part.base, part.tuned, part.out, part.rank or rule, None, **given, **options)
+            _one(
+                part.base,
+                part.tuned,
+                part.out,
+                part.rank or rule,
+                None,
+                force=force,
+                dry_run=dry_run,
+                layers=layers,
+                html=None,
+                quiet=quiet,
+                json_to=None,
+                **options,
+            )
     if parts:
         return
     _one(

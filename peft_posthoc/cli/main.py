@@ -32,6 +32,12 @@ _FILES = {
 class _Command(click.Group):
     """Turns errors into one line on stderr, and Ctrl-C into the usual exit status."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # `--json BASE TUNED`: click would take BASE for the file.
+        following = [*args[1:], ""]
+        bare = [one == "--json" and not _is_file(after) for one, after in zip(args, following, strict=True)]
+        return super().parse_args(ctx, ["--json=-" if alone else one for one, alone in zip(args, bare, strict=True)])
+
     # Here and not in `main`: there click has already turned Ctrl-C into its own message and a status of 1.
     def invoke(self, ctx: click.Context) -> Any:
         if "--quiet" in ctx.args:
@@ -50,6 +56,11 @@ class _Command(click.Group):
         own = super().get_command(ctx, name)
         added = () if own else metadata.entry_points(group=COMMANDS, name=name)
         return next((point.load() for point in added), own)
+
+
+def _is_file(argument: str) -> bool:
+    """Whether what follows `--json` is the file to write: a name that ends so, a device, or `-`."""
+    return argument == "-" or argument.endswith(".json") or argument.startswith("/dev/")
 
 
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

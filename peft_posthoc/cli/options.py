@@ -85,14 +85,14 @@ HTML = click.option(
     help="Write a page with drawings and tables that can be sorted, for a browser.",
 )
 OUTPUT = together(
-    click.option("--quiet", is_flag=True, help="No progress bar, no table: errors only."),
+    click.option("--quiet", is_flag=True, help="No progress bar, no table: warnings and errors only."),
     click.option(
         "--json",
         "json_to",
         is_flag=False,
         flag_value="-",
         metavar="[FILE]",
-        help="Write the result as JSON into FILE, or to stdout in place of the table.",
+        help="Write the result as JSON into FILE (.json), or to stdout in place of the table.",
     ),
     # Read by the group, for every command.
     click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something goes wrong."),

@@ -100,7 +100,11 @@ def show(result: Any, json_to: str | None, *, quiet: bool, more: Iterable[str] =
             _print(text)
             return
         write_whole(json_to, text + "\n")
-    if not quiet:
+    if quiet:
+        warnings = getattr(result, "warnings", ())
+        for warning in warnings() if callable(warnings) else warnings:
+            click.echo(printable(f"Warning: {warning}"), err=True)
+    else:
         _print(printable("\n".join([result.table() if table is None else table, *more])))
 
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Unpack
 
-from tqdm import tqdm
-
 from peft_posthoc.checkpoints.view import in_stored_order
 from peft_posthoc.errors import LeftOutWarning, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
@@ -20,6 +18,7 @@ from peft_posthoc.extraction.read import read_pairs
 from peft_posthoc.extraction.report import MATERIAL
 from peft_posthoc.extraction.request import Options, Request, takes_options
 from peft_posthoc.extraction.work import factor_pairs
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.ranks.rules import Rank
 from peft_posthoc.sources import Source
 from peft_posthoc.text import percent, surface
@@ -100,13 +99,13 @@ def _outcomes(begun: Begun, processes: Processes, *, progress: bool, keep_factor
     outcomes = spool.outcomes(share) if spool else []
     done = {outcome.weight for outcome in outcomes}
     mine = [name for name in share if name not in done]
-    bar = tqdm(
+    bar = progress_bar(
         total=sum(map(begun.bytes, share)),
         initial=sum(map(begun.bytes, done)),
         unit="B",
         unit_scale=True,
         desc="Extracting",
-        disable=not progress or processes.rank > 0,
+        progress=progress and processes.rank == 0,
     )
     exact = begun.request.options["exact"]
     with (

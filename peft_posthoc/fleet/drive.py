@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from peft_posthoc.checkpoints.shared import Shared
 from peft_posthoc.compute.workers import Workers
 from peft_posthoc.extraction.delta import Pair
@@ -17,6 +15,7 @@ from peft_posthoc.extraction.processes import Processes
 from peft_posthoc.extraction.read import read_pair
 from peft_posthoc.extraction.work import at_work, outcome_of
 from peft_posthoc.fleet.member import Member
+from peft_posthoc.progress import progress_bar
 
 
 class _Item(NamedTuple):
@@ -67,7 +66,8 @@ def drive(members: Sequence[Member], shared: Sequence[Shared], processes: Proces
         return _Read(member, pair)
 
     total = sum(member.work.bytes(name) for member, name in items)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Extracting", disable=not progress or processes.rank > 0)
+    shown = progress and processes.rank == 0
+    bar = progress_bar(total=total, unit="B", unit_scale=True, desc="Extracting", progress=shown)
     factoring = at_work(largest, exact=options["exact"], device=device)
     with bar, Workers(waiting=1, torch_threads=1) as reader, factoring as (workers, devices):
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.on_model import AdapterOnModel
@@ -19,7 +18,9 @@ from peft_posthoc.formats.components import Component, components, filed, old_na
 from peft_posthoc.formats.kohya import lora
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
+from peft_posthoc.models.original import PREFIXES
 from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
 # Whose modules ComfyUI finds by diffusers' names, or that have the same.
@@ -30,6 +31,7 @@ _AS_IN_DIFFUSERS = (
 )
 # By diffusers' names, those of which ComfyUI has a part of a weight, or one with its halves swapped.
 _PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp", "norm_out.linear")
+_ORIGINAL = "a single file"
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -56,12 +58,13 @@ def write(
         AdapterError: A model is none that ComfyUI has names for which are known here, something in an adapter has none,
             or the file cannot be written.
     """
-    parts = components([deltas, *more])
+    single = None if more else _of_file(deltas)
+    parts = [single] if single else components([deltas, *more])
     dtype = dtype or deltas.folder.dtype()
     tensors: dict[str, Tensor] = {}
     ranks = [0]
     for part in parts:
-        for name in tqdm(part.deltas.names, desc=part.name, disable=not progress):
+        for name in progress_bar(part.deltas.names, desc=part.name, progress=progress):
             own = _lora(part, name, dtype)
             tensors |= own
             ranks.append(max(int(tensor) for key, tensor in own.items() if key.endswith(".alpha")))
@@ -76,12 +79,20 @@ def _notes(tensors: dict[str, Tensor]) -> list[str]:
     return [f"{count} tensors without factors are in it as differences, which ComfyUI alone reads."] if count else []
 
 
+def _of_file(deltas: AdapterOnModel) -> Component | None:
+    """The model of a single file under its original names, which ComfyUI has too; None of another."""
+    named = deltas.names and all(name.startswith(PREFIXES) for name in deltas.names)
+    return Component("diffusion_model", _ORIGINAL, deltas) if named and not deltas.base.config else None
+
+
 def key_of(part: Component, module: str) -> str:
     """The beginning of a module's keys.
 
     Raises:
         AdapterError: None is known.
     """
+    if part.cls == _ORIGINAL:
+        return f"diffusion_model.{module.partition('diffusion_model.')[2]}"
     if part.text:
         clip = "t5xxl" if part.cls.startswith("T5") else _TEXT.get(part.name)
         if part.cls == "CLIPTextModel" and (part.deltas.base.config or {}).get("hidden_size") == 1024:
@@ -123,8 +134,10 @@ def _differences(part: Component) -> dict[str, Tensor]:
     all_summands = summands(part.deltas)
     for name, delta in all_summands.items():
         module, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias"):
-            raise AdapterError(f"ComfyUI takes no difference of `{name}`. Use `{asked('to', 'merged')}`.")
+        if leaf not in ("weight", "bias"):  # A parameter of its own: ComfyUI knows it by the original's name alone.
+            # The layout calls a parameter at the top twice by its name.
+            found[f"{_original(part, leaf if module == leaf else name)}.diff"] = delta.float()
+            continue
         if leaf == "bias" and (original := _swapped(part, module)):
             found[f"diffusion_model.{original}.diff_b"] = swapped(delta.float())
             continue
@@ -138,6 +151,20 @@ def _differences(part: Component) -> dict[str, Tensor]:
         rows = [all_summands.get(f"{one}.bias", torch.zeros(part.deltas.slots[one].m)) for one in modules]
         found[f"diffusion_model.{original}.diff_b"] = torch.cat([one.float() for one in rows])
     return found
+
+
+def _original(part: Component, name: str) -> str:
+    """The key of a parameter that is no module's weight or bias.
+
+    Raises:
+        AdapterError: None is known.
+    """
+    if not (found := fused(part.cls, [name]) if part.cls in FAMILIES else {}):
+        raise AdapterError(
+            f"ComfyUI's name of `{name}` of `{part.cls}` is not known here. Leave it out when you extract "
+            f"(`{asked('exclude', name.rpartition('.')[2])}`), or use `{asked('to', 'merged')}`."
+        )
+    return f"diffusion_model.{next(iter(found))}"
 
 
 def _swapped(part: Component, module: str) -> str | None:

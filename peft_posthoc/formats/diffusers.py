@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.on_model import AdapterOnModel
@@ -17,6 +16,7 @@ from peft_posthoc.files import staged
 from peft_posthoc.formats.components import Component, components, filed, old_name
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.formats.single_file import account, metadata_of, save, write_file
+from peft_posthoc.progress import progress_bar
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -78,7 +78,7 @@ def _tensors(part: Component, rank: int, dtype: torch.dtype, progress: bool) -> 
     deltas = part.deltas
     deltas.only_factors("diffusers", convolutions=True, biases=True)
     found: dict[str, Tensor] = {}
-    for name in tqdm(deltas.names, desc=part.name, disable=not progress):
+    for name in progress_bar(deltas.names, desc=part.name, progress=progress):
         kind = deltas.slots[name].kind
         if kind.transposed or kind.stacked:
             raise AdapterError(f"`{name}` is of the kind {kind.name}, which diffusers has no LoRA for.")

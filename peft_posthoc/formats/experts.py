@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.config import CONFIG, WEIGHTS, adapter_config
@@ -26,6 +25,7 @@ from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.kinds import LINEAR
 from peft_posthoc.models.layout import Stack, is_of_an_expert
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
 
@@ -47,7 +47,7 @@ def write_per_expert(
     dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
     names = dict.fromkeys([*_others(deltas), *(name for stack in stacks for name in matrices(stack))])
     tensors: dict[str, Tensor] = {}
-    for name in tqdm(names, desc="Matrices", disable=not progress):
+    for name in progress_bar(names, desc="Matrices", progress=progress):
         tensors |= deltas.slots[name].kind.tensors(f"{PREFIX}{name}", *deltas.padded(name, rank, dtype))
     notes = deltas.notes()
     if deltas.layout.mistaken or not deltas.layout.peft_takes_experts:
@@ -84,7 +84,7 @@ def write_stacked(
     for name in names:
         tensors |= deltas.slots[name].kind.tensors(f"{PREFIX}{name}", *deltas.padded(name, rank, dtype))
     places = places_in_file(stacks)
-    for stack in tqdm(stacks, desc="Experts", disable=not progress):
+    for stack in progress_bar(stacks, desc="Experts", progress=progress):
         factors = {unit: (a, b) for unit, (a, b) in zip(stack.units, joined.pop(stack.name), strict=True)}
         tensors |= LINEAR.tensors(f"{PREFIX}{places[stack.name]}", *pack(stack, factors, rank, dtype))
     notes = [*deltas.notes(), "Stacked experts (`target_parameters`) need PEFT 0.19, or an engine that takes them so."]

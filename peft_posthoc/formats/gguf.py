@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.errors import AdapterError, MissingExtraError
@@ -20,6 +19,7 @@ from peft_posthoc.files import staged
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.kinds import EMBEDDING
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
 
@@ -88,7 +88,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
-            for module, a, b in tqdm(_modules(deltas, rank, dtype, heads), desc="Modules", disable=not progress):
+            for module, a, b in progress_bar(_modules(deltas, rank, dtype, heads), desc="Modules", progress=progress):
                 name = names.get_name(_plain(module))
                 if name is None:
                     raise AdapterError(f"`{deltas.folder.label}` adapts `{module}`, which llama.cpp has no name for.")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints.checkpoint import place_of
@@ -15,6 +14,7 @@ from peft_posthoc.formats.components import Component, components, filed, old_na
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
 from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
 # Whose modules have the same names there as in diffusers, or others that all readers map from diffusers'.
@@ -53,7 +53,7 @@ def write(
     notes: list[str] = []
     for part in parts:
         prefix = _prefix(part, parts)
-        for module, sources in tqdm(_modules(part).items(), desc=part.name, disable=not progress):
+        for module, sources in progress_bar(_modules(part).items(), desc=part.name, progress=progress):
             name = f"{prefix}{module.replace('.', '_')}"
             own = lora(part, name, sources, dtype)
             if module in SWAPPED:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.merge import Merge
@@ -27,6 +26,7 @@ from peft_posthoc.checkpoints.model_files import SAFETENSORS, SAFETENSORS_INDEX
 from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.sources import open_checkpoint
 from peft_posthoc.text import size
 
@@ -58,7 +58,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
     ours = files_of(out.place)
     with staged(out.place, what="The merged model", called=out.called, force=force, ours=ours) as made:
         made.mkdir()
-        bar = tqdm(total=len(merge.headers), desc="Tensors", disable=not progress)
+        bar = progress_bar(total=len(merge.headers), desc="Tensors", progress=progress)
         with bar:
             for file, names in shards.items():
                 tensors: dict[str, Tensor] = {}

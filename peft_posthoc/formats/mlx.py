@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 
 # Whose modules MLX-LM 0.32 names as transformers does, but for stacked experts.
@@ -38,7 +38,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
     check(deltas)
     dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
     tensors: dict[str, Tensor] = {}
-    for module, a, b in tqdm(_modules(deltas, rank, dtype), desc="Modules", disable=not progress):
+    for module, a, b in progress_bar(_modules(deltas, rank, dtype), desc="Modules", progress=progress):
         tensors |= {f"{module}.lora_a": a.contiguous(), f"{module}.lora_b": b.contiguous()}
     keys = sorted({name.rpartition(".")[0] for name in tensors})
     config = {

@@ -75,6 +75,8 @@ _WAN = {
     "blocks.#.ffn.0": ("ffn.net.0.proj",),
     "blocks.#.ffn.2": ("ffn.net.2",),
     "blocks.#.norm3": ("norm2",),
+    "blocks.#.modulation": ("scale_shift_table",),
+    "head.modulation": ("scale_shift_table",),
     "patch_embedding": ("patch_embedding",),
     "head.head": ("proj_out",),
     "time_projection.1": ("condition_embedder.time_proj",),

@@ -1,7 +1,7 @@
 """The names that diffusers' components had before: which tensors of a class each original tensor is made of.
 
 diffusers has converters in one direction only. `originals(class_name, headers)` goes the other way, for what reads
-the original names, such as ComfyUI; the tests hold every line against diffusers' own converter of the class.
+the original names; the tests hold every line, and those of `original_modules`, against diffusers' own converter.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.view import Piece
+from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
 
 Names = Mapping[str, tuple[str, ...]]
 """By an original module or parameter, those of the class that it has one above the other. `{}` is a number."""
@@ -44,26 +45,6 @@ _DOUBLE_FLUX = {
     "txt_attn.norm.key_norm": "attn.norm_added_k",
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
-}
-_FLUX = {
-    **_of("=", {"txt_in": "context_embedder", "img_in": "x_embedder", **_HEAD}),
-    **_of("=time_text_embed.", {**_EMBEDDERS, **_POOLED}),
-    **_of(
-        "double_blocks.{}.=transformer_blocks.{}.",
-        {
-            **_DOUBLE_FLUX,
-            "img_mod.lin": "norm1.linear",
-            "txt_mod.lin": "norm1_context.linear",
-            "img_mlp.0": "ff.net.0.proj",
-            "img_mlp.2": "ff.net.2",
-            "txt_mlp.0": "ff_context.net.0.proj",
-            "txt_mlp.2": "ff_context.net.2",
-        },
-    ),
-    **_of(
-        "single_blocks.{}.=single_transformer_blocks.{}.",
-        {"modulation.lin": "norm.linear", "linear1": f"{_IMAGE} proj_mlp", "linear2": "proj_out", **_NORMS},
-    ),
 }
 _FLUX2 = {
     **_of("=", {"txt_in": "context_embedder", "img_in": "x_embedder", **_HEAD}),
@@ -104,67 +85,26 @@ _SD3 = {
     **_of(
         "joint_blocks.{}.x_block.=transformer_blocks.{}.",
         {
-            "attn.qkv": _IMAGE,
             "attn.ln_q": "attn.norm_q",
             "attn.ln_k": "attn.norm_k",
-            "attn.proj": "attn.to_out.0",
-            "attn2.qkv": _IMAGE.replace("attn", "attn2"),
             "attn2.ln_q": "attn2.norm_q",
             "attn2.ln_k": "attn2.norm_k",
-            "attn2.proj": "attn2.to_out.0",
-            "adaLN_modulation.1": "norm1.linear",
-            "mlp.fc1": "ff.net.0.proj",
-            "mlp.fc2": "ff.net.2",
         },
     ),
     **_of(
         "joint_blocks.{}.context_block.=transformer_blocks.{}.",
         {
-            "attn.qkv": _TEXT,
             "attn.ln_q": "attn.norm_added_q",
             "attn.ln_k": "attn.norm_added_k",
-            "attn.proj": "attn.to_add_out",
             "adaLN_modulation.1": "norm1_context.linear",
-            "mlp.fc1": "ff_context.net.0.proj",
-            "mlp.fc2": "ff_context.net.2",
         },
     ),
-}
-_ATTENTION_WAN = {
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "o": "to_out.0",
-    "k_img": "add_k_proj",
-    "v_img": "add_v_proj",
-    "norm_k_img": "norm_added_k",
 }
 _WAN = {
-    **_of("=", {"head.modulation": "scale_shift_table", "head.head": "proj_out"}),
+    **_of("=", {"head.modulation": "scale_shift_table", "blocks.{}.modulation": "blocks.{}.scale_shift_table"}),
     **_of(
-        "=condition_embedder.",
-        {
-            "time_embedding.0": "time_embedder.linear_1",
-            "time_embedding.2": "time_embedder.linear_2",
-            "text_embedding.0": "text_embedder.linear_1",
-            "text_embedding.2": "text_embedder.linear_2",
-            "time_projection.1": "time_proj",
-            "img_emb.proj.0": "image_embedder.norm1",
-            "img_emb.proj.1": "image_embedder.ff.net.0.proj",
-            "img_emb.proj.3": "image_embedder.ff.net.2",
-            "img_emb.proj.4": "image_embedder.norm2",
-        },
-    ),
-    **_of("blocks.{}.self_attn.=blocks.{}.attn1.", {**_ATTENTION_WAN, "norm_q": "norm_q", "norm_k": "norm_k"}),
-    **_of("blocks.{}.cross_attn.=blocks.{}.attn2.", {**_ATTENTION_WAN, "norm_q": "norm_q", "norm_k": "norm_k"}),
-    **_of(
-        "blocks.{}.=blocks.{}.",
-        {
-            "modulation": "scale_shift_table",
-            "ffn.0": "ffn.net.0.proj",
-            "ffn.2": "ffn.net.2",
-            "norm3": "norm2",
-        },
+        "img_emb.proj.=condition_embedder.image_embedder.",
+        {"0": "norm1", "1": "ff.net.0.proj", "3": "ff.net.2", "4": "norm2"},
     ),
 }
 _Z_IMAGE = {
@@ -268,8 +208,9 @@ _HUNYUAN = {
         },
     ),
 }
+# Beside what `original_modules` has.
 TABLES: Mapping[str, Names] = {
-    "FluxTransformer2DModel": _FLUX,
+    "FluxTransformer2DModel": {},
     "Flux2Transformer2DModel": _FLUX2,
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
     "LTXVideoTransformer3DModel": _LTX,
@@ -278,16 +219,7 @@ TABLES: Mapping[str, Names] = {
     "WanTransformer3DModel": _WAN,
     "ZImageTransformer2DModel": _Z_IMAGE,
 }
-# Shift above scale there, scale above shift in diffusers.
-_SWAPPED = dict.fromkeys(
-    (
-        "FluxTransformer2DModel",
-        "Flux2Transformer2DModel",
-        "HunyuanVideoTransformer3DModel",
-        "SD3Transformer2DModel",
-    ),
-    ("final_layer.adaLN_modulation.1",),
-)
+# Its halves are the other way round too.
 _LAST_OF_SD3 = "joint_blocks.{}.context_block.adaLN_modulation.1"
 
 
@@ -306,15 +238,16 @@ def originals(class_name: str, headers: Mapping[str, Header]) -> dict[str, Piece
         for new in news
     ]
     last = max((int(name.split(".")[1]) for name in headers if name.startswith("transformer_blocks.")), default=0)
-    swapped = {
-        *_SWAPPED.get(class_name, ()),
-        *([_LAST_OF_SD3.format(last)] if class_name == "SD3Transformer2DModel" else ()),
-    }
+    halves = {*(() if class_name == "ZImageTransformer2DModel" else SWAPPED)}
+    if class_name == "SD3Transformer2DModel":
+        halves.add(_LAST_OF_SD3.format(last))
     found: dict[str, Piece] = {}
     for name, header in headers.items():
         module, leaf = _parted(name)
         old: str = module
         parts: tuple[str, ...] = (module,)
+        if class_name in FAMILIES and (known := fused(class_name, [module])):
+            ((old, parts),) = known.items()
         for pattern, before, news in whole:
             if match := pattern.fullmatch(module):
                 old, parts = before.format(*match.groups()), tuple(new.format(*match.groups()) for new in news)
@@ -323,7 +256,7 @@ def originals(class_name: str, headers: Mapping[str, Header]) -> dict[str, Piece
             rows = sum(headers[source].shape[0] for source in sources)
             own = "scale" if class_name.startswith("Flux") and old.endswith(("query_norm", "key_norm")) else leaf
             found[_joined(old, own)] = Piece(
-                sources, Header((rows, *header.shape[1:]), header.dtype), _swapped if old in swapped else _stacked
+                sources, Header((rows, *header.shape[1:]), header.dtype), swapped if old in halves else _stacked
             )
     return found
 
@@ -339,7 +272,3 @@ def _joined(module: str, leaf: str) -> str:
 
 def _stacked(*tensors: Tensor) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _swapped(tensor: Tensor) -> Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
 from peft_posthoc.adapters.names import PREFIX
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
@@ -74,7 +74,7 @@ class blocks:
         try:
             with walk:
                 total = steps * walk.count
-                bar = tqdm(total=total, initial=done, desc="Fitting", unit=" steps", disable=not progress)
+                bar = progress_bar(total=total, initial=done, desc="Fitting", unit=" steps", progress=progress)
                 with bar:
                     for number, stretch in enumerate(walk.stretches()):
                         if number < reached:

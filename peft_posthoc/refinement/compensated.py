@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
 from peft_posthoc.linalg.regression import damp, regress, root_of
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
 from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
@@ -64,7 +64,9 @@ class compensated:
             tensors, numbers = found
             put(factors, tensors)
             fitted, unmoved, earlier = set(numbers["fitted"]), numbers["unmoved"], numbers["seconds"]
-        bar = tqdm(total=len(layers.linear), initial=len(fitted), desc="Fitting", unit=" layers", disable=not progress)
+        bar = progress_bar(
+            total=len(layers.linear), initial=len(fitted), desc="Fitting", unit=" layers", progress=progress
+        )
         try:
             with Walk(chains_of(live), parts) as walk, torch.no_grad():
                 for stretch in walk.stretches():

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.method import Fit, better, finite
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
@@ -65,7 +65,7 @@ class distil:
         if found is not None:
             at, best, kept = _restored(*found, factors, best_factors, optimizer)
         pace = Pace(at, seconds and seconds - judging, judging)
-        bar = tqdm(total=steps, initial=at.done, desc="Fitting", unit=" steps", disable=not progress)
+        bar = progress_bar(total=steps, initial=at.done, desc="Fitting", unit=" steps", progress=progress)
         try:
             for part in islice(shuffled(texts.fitted, self.size, seed), at.done, None):
                 at = pace.at(at.done, steps, at.judged)

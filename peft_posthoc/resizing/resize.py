@@ -12,7 +12,6 @@ from importlib import metadata
 from typing import Literal, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from peft_posthoc.adapters.cast import cast
 from peft_posthoc.adapters.open import open_adapter
@@ -21,6 +20,7 @@ from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import AdapterError, NothingToCarryError
 from peft_posthoc.linalg.product import Product, factor_product
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.ranks.budget import budget
 from peft_posthoc.ranks.rules import Rank, as_rule, describe, each
 from peft_posthoc.resizing.resized import Cut, Resized
@@ -247,7 +247,7 @@ def _each(work: Callable[[str], T], names: Iterable[str], progress: bool, title:
         return name, work(name)
 
     with Workers(torch.get_num_threads(), torch_threads=1) as workers:
-        bar = tqdm(workers.map(named, names), total=len(names), desc=title, unit=" modules", disable=not progress)
+        bar = progress_bar(workers.map(named, names), total=len(names), desc=title, unit=" modules", progress=progress)
         found = dict(bar)
     return [found[name] for name in names]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.cast import cast, widest
 from peft_posthoc.adapters.config import adapter_config
@@ -25,6 +24,7 @@ from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.layout import ends
 from peft_posthoc.models.model import Model
 from peft_posthoc.models.slots import Slot
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.ranks.safe import safe_rank
 from peft_posthoc.serving.check import Check, check, chosen
 from peft_posthoc.serving.rules.adapter_files import unknown_keys
@@ -120,7 +120,7 @@ def fix(
     added = _absent(subject)
     tensors: dict[str, Tensor] = {}
     rounding = 0.0
-    for module, own in tqdm(subject.modules.items(), desc="Modules", disable=not progress):
+    for module, own in progress_bar(subject.modules.items(), desc="Modules", progress=progress):
         factors, error = _rewritten(subject, module, own, rank, saved)
         tensors |= own.kind.tensors(f"{PREFIX}{module}", *factors)
         rounding = max(rounding, error)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import LeftOutWarning, PosthocError, one_line
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 from peft_posthoc.texts.chat import Turn, turn_of
 from peft_posthoc.texts.sampling import without_end, write_on
@@ -162,7 +162,7 @@ class Sampled:
         room[general:] = [draw.randint(1, max(1, 3 * free // 4)) for free in room[general:]]
         ends = [*writers.ends, *(turn.after[:1] if turn is not None else ())]
         own = (general + count) // 2
-        with _seeded(seed), tqdm(total=2 * count - general, desc="Writing text", disable=not progress) as bar:
+        with _seeded(seed), progress_bar(total=2 * count - general, desc="Writing text", progress=progress) as bar:
             # Each of the three parts, and the answers, takes about as long as it has texts.
             written = writers.write_on(writers.base, openings[:own], room[:own], ends=ends, progress=bar, share=0.4)
             written += writers.write_on(
@@ -216,7 +216,7 @@ class Prompts:
         # Each prompt is answered as often as it takes; another answer is another text.
         starts = [own[i % len(own)] for i in range(count - general)]
         openings = writers.openings(general, draw)
-        with _seeded(seed), tqdm(total=count, desc="Writing text", disable=not progress) as bar:
+        with _seeded(seed), progress_bar(total=count, desc="Writing text", progress=progress) as bar:
             answered = _answered(writers, starts, length, bar, share=7 / 8)
             return answered + writers.general(openings, length, bar)
 
@@ -243,7 +243,7 @@ class Given:
         writers.check(own)
         draw, general = random.Random(seed), max(2, count // 8)
         openings = writers.openings(general, draw)
-        with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
+        with _seeded(seed), progress_bar(total=general, desc="Writing text", progress=progress) as bar:
             written = writers.general(openings, length, bar)
         return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]
 

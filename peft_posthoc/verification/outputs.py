@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from peft_posthoc.errors import CheckpointError
 from peft_posthoc.linalg.norms import frobenius
 from peft_posthoc.models.by_class import class_of
 from peft_posthoc.models.remote_code import not_run
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.running.inputs import inputs_for
 from peft_posthoc.running.live import load_live
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
@@ -74,7 +74,7 @@ def compare_outputs(
     cls = class_of(str(names[0][0]))
     if cls is None:
         return None, None, f"transformers has no class {names[0][0]}{not_run(tuned.config or base.config or {})}"
-    with tqdm(total=3, desc="Outputs", disable=not progress) as bar:
+    with progress_bar(total=3, desc="Outputs", progress=progress) as bar:
         model = load_model(tuned, cls, device)
         rows = rows_of(model)
         first = getattr(model, "main_input_name", "input_ids")

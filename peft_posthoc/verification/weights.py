@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.on_model import AdapterOnModel
@@ -21,6 +20,7 @@ from peft_posthoc.extraction.read import read_pairs
 from peft_posthoc.extraction.reasons import CODED
 from peft_posthoc.linalg.norms import energy_of
 from peft_posthoc.models.layout import Place
+from peft_posthoc.progress import progress_bar
 
 # Values of a weight compared at a time.
 _BLOCK = 1 << 21
@@ -116,7 +116,7 @@ def compare_weights(
     """
     found = {}
     with read_pairs(base, tuned, names) as pairs:
-        for pair in tqdm(pairs, total=len(names), desc="Weights", disable=not progress):
+        for pair in progress_bar(pairs, total=len(names), desc="Weights", progress=progress):
             if pair.base is None and pair.tuned is not None:
                 pair = pair._replace(base=torch.zeros_like(pair.tuned))
             places = [place for place in plan.layout.places(pair.name) if stored.rank_of(place.module)]

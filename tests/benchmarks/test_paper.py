@@ -6,8 +6,9 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.paper.__main__ import main
+from benchmarks.paper.__main__ import HERE, main
 from benchmarks.paper.intervals import interval, rank_correlation
+from benchmarks.paper.settings import TASKS, Settings
 from tests.make import models, texts
 
 
@@ -83,8 +84,14 @@ def test_every_row_is_made_once_and_stands_on_the_page(toy):
         assert len(values) == 4
         assert f"| {100 * sum(values) / 4:.1f} (" in line
         assert ("energy" in row) is (re.search(r"r=\d+$", row["row"]) is not None and "PHLoRA" in row["row"])
+    assert "| Nova Lite | 0 / 0 | 83.89 / 48.85 |" in text  # the paper's row, as its Table 3 has it
     assert "said" not in row
     assert len(list((toy / "work/toy/said").iterdir())) == len(files)
+
+
+def test_every_configuration_is_of_a_set_that_is_there_and_that_the_paper_has():
+    configs = [Settings.read(file) for file in HERE.glob("smollm2-*.json")]
+    assert {one.task for one in configs} == TASKS.keys() == json.loads((HERE / "published.json").read_text()).keys()
 
 
 def test_a_row_that_is_none_and_data_that_are_not_there_are_a_line(toy, tmp_path):

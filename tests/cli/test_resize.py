@@ -66,7 +66,8 @@ def test_resize_prints_a_table_and_writes_its_report(work):
 def test_energy_and_error_are_two_ways_to_say_one_thing(work):
     for option, value in (("energy", 0.75), ("error", 0.5)):
         result = run("resize", "a", f"by-{option}", f"--{option}", value, "--quiet", "--form", "peft")
-        assert (result.exit_code, result.output) == (0, "")
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert [line[:44] for line in result.stderr.splitlines()] == ["Warning: The `peft` form is for PEFT alone: "]
     one, other = (json.loads((work / f"by-{name}" / "phlora_report.json").read_text()) for name in ("energy", "error"))
     assert [row["rank"] for row in one["rows"]] == [row["rank"] for row in other["rows"]]
     assert all(row["relative_error"] <= 0.5 for row in one["rows"])

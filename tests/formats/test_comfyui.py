@@ -5,11 +5,11 @@ weights or rows of weights that they lead to. A difference of a bias is looked u
 """
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_posthoc import export, extract, open_checkpoint
 from tests.formats.test_image_files import distance, save_pair
-from tests.make import diffusion
+from tests.make import diffusion, small
 
 # Of Flux' and SD3's modules by diffusers' names: the original's, which third of it, or `swap` for turned halves.
 FLUX = {
@@ -109,3 +109,26 @@ def test_of_flux_comfyui_makes_the_fine_tune_norms_and_biases_included(tmp_path)
     wanted, _ = originals(open_checkpoint(tuned), FLUX)
     assert max((made[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
     assert distance(f"{base}+{file}", tuned) < 1e-5
+
+
+def test_of_wan_norms_biases_and_the_tables_that_no_module_has_are_read_and_written(tmp_path):
+    model = small.make("WanTransformer3DModel")
+    tables = {name: torch.randn_like(value) for name, value in model.named_parameters() if "scale_shift" in name}
+    base, tuned = save_pair(model, tmp_path, "transformer", norms=True)
+    extract(base, tuned, 256, dtype=torch.float32, form="peft", conv=True).save(tmp_path / "a")
+    file = tmp_path / "lora.safetensors"
+    export(tmp_path / "a", file, "comfyui", base=base)
+    tensors = load_file(file)
+    assert {"diffusion_model.blocks.0.norm3.diff", "diffusion_model.blocks.0.self_attn.norm_q.diff"} <= tensors.keys()
+    names = {name: name.replace("scale_shift_table", "modulation") for name in tables}
+    names["scale_shift_table"] = "head.modulation"
+    wanted = {f"diffusion_model.{names[name]}.diff": value for name, value in tables.items()}
+    save_file(tensors | wanted, tmp_path / "more.safetensors")
+    export(tmp_path / "more.safetensors", tmp_path / "again.safetensors", "comfyui", base=base)
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in wanted.items())
+    both, after = open_checkpoint(f"{base}+{tmp_path / 'more.safetensors'}"), open_checkpoint(tuned)
+    for name in both.headers:
+        more = tables.get(name)
+        expected = after.read(name) if more is None else open_checkpoint(base).read(name) + more
+        torch.testing.assert_close(both.read(name), expected, rtol=1e-4, atol=1e-4)

@@ -124,7 +124,7 @@ def test_a_model_in_gguf_is_not_replaced_by_an_adapter(work):
     before = everything(work)
     result = run("adapter", "model.gguf", "--to", "gguf", "--force")
     assert result.exit_code == 1
-    assert "`model.gguf` is no adapter in GGUF; `--force` replaces nothing else." in result.stderr
+    assert "`model.gguf` is no earlier export; `--force` replaces nothing else." in result.stderr
     assert everything(work) == before
 
 

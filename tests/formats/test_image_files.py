@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from peft_posthoc import export, extract, open_checkpoint
+from peft_posthoc import AdapterError, export, extract, open_checkpoint
+from peft_posthoc.cli.main import main
 from tests.make import diffusion
 
 FORMATS = ("diffusers", "comfyui", "kohya")
@@ -40,3 +44,34 @@ def test_what_is_written_adds_the_same_when_it_is_read_again(kind, to, tmp_path)
     file = tmp_path / "lora.safetensors"
     export(tmp_path / "a", file, to, base=base)
     assert distance(f"{base}+{file}", f"{base}+{tmp_path / 'a'}") < 1e-5
+
+
+def test_extracted_straight_away_it_is_the_fine_tune_and_the_same_bytes_again(tmp_path):
+    base, tuned = save_pair(diffusion.unet(), tmp_path, "unet", norms=True)
+    file = tmp_path / "lora.safetensors"
+    line = ["extract", base, tuned, file, "--to", "comfyui", "--rank", "256", "--conv", "--dtype", "float32", "--quiet"]
+    assert CliRunner().invoke(main, [*map(str, line)]).exit_code == 0
+    assert distance(f"{base}+{file}", tuned) < 1e-5
+    before = file.read_bytes()
+    refused = CliRunner().invoke(main, [*map(str, line)])
+    assert refused.exit_code == 1
+    assert "exists" in refused.stderr
+    assert CliRunner().invoke(main, [*map(str, line), "--force"]).exit_code == 0
+    assert file.read_bytes() == before
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    assert (said["ss_network_module"], said["ss_network_dim"]) == ("networks.lora", "32")
+    save_file({"x": torch.ones(1)}, file)
+    refused = CliRunner().invoke(main, [*map(str, line), "--force"])
+    assert "is no earlier export" in refused.stderr
+
+
+def test_each_kind_of_place_and_component_is_told(tmp_path):
+    base, tuned = save_pair(diffusion.unet(), tmp_path, "unet")
+    extract(base, tuned, 2, include="attn1").save(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"writes one file, NAME\.safetensors"):
+        export(tmp_path / "a", tmp_path / "folder", "kohya", base=base)
+    with pytest.raises(ValueError, match="has not"):
+        export(tmp_path / "a", tmp_path / "x", "merged", base=base, beside=[tmp_path / "a"])
+    with pytest.raises(AdapterError, match="are for the same component, `unet`"):
+        export(tmp_path / "a", tmp_path / "x.safetensors", "kohya", base=base, beside=[f"{base}+{tmp_path / 'a'}"])

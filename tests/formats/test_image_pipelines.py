@@ -11,12 +11,11 @@ from tests.formats.test_image_files import save_pair
 from tests.make import diffusion, pipelines, small
 
 
-def adapter(model, folder, name, seed=1):
+def adapter(model, folder, name, seed=1, include=()):
     """A component's folder with an adapter, and the class that it is loaded with."""
     base, tuned = save_pair(model, folder, name, seed=seed)
-    extract(base, tuned, 64, dtype=torch.float32, form="peft", exclude="norm|bias|embeddings|learnable").save(
-        folder / name
-    )
+    options = {"exclude": "norm|bias|embeddings|learnable", "include": include}
+    extract(base, tuned, 64, dtype=torch.float32, form="peft", **options).save(folder / name)
     return base, folder / name, type(model)
 
 
@@ -63,14 +62,23 @@ PIPELINES = {
 }
 
 
+# Of these the converters from the names of musubi-tuner know blocks alone.
+BLOCKS = {"WanLoraLoaderMixin": r"^blocks\..*(attn\d|ffn)\.", "QwenImageLoraLoaderMixin": "transformer_blocks"}
+
+
 # Of Flux diffusers' converter from kohya's names has the sizes of the large model.
 @pytest.mark.parametrize(
     ("kind", "to"),
-    [*((kind, "diffusers") for kind in PIPELINES), ("stable diffusion", "kohya"), ("stable diffusion xl", "kohya")],
+    [
+        *((kind, "diffusers") for kind in PIPELINES),
+        *((kind, "kohya") for kind in ("stable diffusion", "stable diffusion xl", *BLOCKS)),
+        ("WanLoraLoaderMixin", "comfyui"),
+    ],
 )
 def test_a_pipeline_adds_what_the_adapters_add(kind, to, tmp_path):
     mixin, name, make, texts = PIPELINES[kind]
-    made = {name: adapter(make(), tmp_path, name)}
+    include = () if to == "diffusers" else BLOCKS.get(kind, ())
+    made = {name: adapter(make(), tmp_path, name, include=include)}
     for number in range(texts):
         called = f"text_encoder{'_2' if number else ''}"
         made[called] = adapter(pipelines.clip(projection=bool(number)), tmp_path, called, seed=2 + number)

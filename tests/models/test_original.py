@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import extract, open_checkpoint
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.memory import InMemory
+from peft_posthoc.cli.main import main
 from peft_posthoc.models.original import as_component, learned
 from peft_posthoc.models.original_names import originals
 from tests.make.originals import FAMILIES, PREFIX, under_original_names
@@ -99,6 +101,21 @@ def test_two_files_alone_keep_their_names_and_a_fused_matrix_is_factored_as_one(
     spectrum = torch.linalg.svdvals(torch.cat(deltas)) ** 2
     row = next(row for row in adapter.report.rows if row.weight == fused)
     assert row.energy == pytest.approx(float(spectrum[:8].sum() / spectrum.sum()), rel=1e-4)
+
+
+def test_two_files_alone_make_a_file_for_comfyui_of_the_fused_matrices(tmp_path):
+    base, tuned = pair_of("hunyuan-video")
+    (_, before), (_, after) = written(tmp_path, base, "base"), written(tmp_path, tuned, "tuned")
+    out = tmp_path / "lora.safetensors"
+    words = ["extract", str(before), str(after), str(out), "--to", "comfyui", "--rank", "64", "--dtype", "float32"]
+    done = CliRunner().invoke(main, words)
+    assert not done.exit_code, done.output
+    lora, (one, other) = load_file(out), (under_original_names(model) for model in (base, tuned))
+    fused = "single_blocks.0.linear1"
+    made = lora[f"diffusion_model.{fused}.lora_up.weight"] @ lora[f"diffusion_model.{fused}.lora_down.weight"]
+    made = made * lora[f"diffusion_model.{fused}.alpha"] / len(lora[f"diffusion_model.{fused}.lora_down.weight"])
+    wanted = other[f"{PREFIX}{fused}.weight"] - one[f"{PREFIX}{fused}.weight"]
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_scaled_8_bit_floats_in_a_file_are_decoded_first(tmp_path):

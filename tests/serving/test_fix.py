@@ -123,7 +123,7 @@ def test_a_rule_that_tells_to_fix_no_longer_sees_what_was_fixed(rule, good, llam
     folder = wrong_adapters.make(wrong_adapters.CASES[rule.name], good, tmp_path / "adapter")
     fixed = fix(folder, tmp_path / "out", base=llama_pair[0])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "phlora_report.json"),
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "phlora_report.json"),
     }
     assert rule.name not in {finding.rule for outcome in fixed.check.outcomes for finding in outcome.findings}
     models.load_adapter(llama_pair[0], tmp_path / "out")

@@ -28,6 +28,7 @@ WRONG = {
     "dotted-names": factors(Q),
     "mixed-ranks-without-alpha": factors(Q) | factors(Q.replace("to_q", "to_k"), 2),
     "no-alpha-wan": kohya(WAN) | kohya(WAN.replace("_q", "_k"), alpha=False),
+    "alphas-of-qwen": kohya("transformer.transformer_blocks.0.txt_mod.1"),
     "differences": kohya(KOHYA) | {"lora_unet_conv_norm_out.diff": (8,)},
     "set-weight": kohya(KOHYA) | {"lora_unet_conv_norm_out.set_weight": (8,)},
     "set-weight-strength": kohya(KOHYA) | {"lora_unet_conv_norm_out.set_weight": (8,)},

@@ -37,6 +37,12 @@ def partly_without_alpha(subject: ImageSubject) -> tuple[str, ...]:
     return tuple(name for name in subject.without_alpha() if name.startswith("lora_unet_blocks_"))
 
 
+def doubled(subject: ImageSubject) -> tuple[str, ...]:
+    """Alphas of Qwen-Image and Z-Image beside `transformer.`."""
+    theirs = any(part in name for name in subject.headers for part in (".txt_mlp.", ".txt_mod.", ".context_refiner."))
+    return tuple(name for name in subject.parts("alpha") if theirs and name.startswith("transformer."))
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         name="peft-names-diffusers",
@@ -76,7 +82,7 @@ RULES: tuple[Rule, ...] = (
         engines=("a1111",),
         severity=WRONG,
         finds=dotted,
-        message="takes what is before the first dot for the module's name, and finds none",
+        message="takes what is before the first dot for the module's name (on SD3 newer versions do not), and finds none",
         way_out="`phlora export FILE OUT.safetensors --to kohya --base BASE`",
         source=_A1111,
     ),
@@ -98,6 +104,18 @@ RULES: tuple[Rule, ...] = (
         message="needs every alpha of a Wan in musubi-tuner's names (KeyError)",
         way_out="`phlora export FILE OUT --to diffusers --base BASE`",
         source="read: loaders/lora_conversion_utils.py (_convert_musubi_wan_lora_to_diffusers)",
+    ),
+    Rule(
+        name="alphas-of-qwen",
+        engines=("diffusers",),
+        severity=REFUSED,
+        finds=doubled,
+        message=(
+            "takes a file with alphas of Qwen-Image or Z-Image for one in other names, and puts `transformer.` before "
+            "each name once more"
+        ),
+        way_out="`phlora export FILE OUT --to diffusers --base BASE`",
+        source="run: loaders/lora_pipeline.py (QwenImageLoraLoaderMixin, ZImageLoraLoaderMixin)",
     ),
     Rule(
         name="differences",

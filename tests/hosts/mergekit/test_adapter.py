@@ -41,6 +41,7 @@ def test_without_a_model_the_adapter_is_that_of_the_stored_merge(method, three, 
     assert mergekit_runs.phlora(config, tmp_path / "streamed", "--no-model", *flags, *ours).exit_code == 0
     assert mergekit_runs.phlora(config, tmp_path / "both", *flags, *ours).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "streamed").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "phlora_report.json",

@@ -29,7 +29,7 @@ from tests.make.spoiled import (
         (["--device", ""], ["no device ``", "`cpu`"]),
         (["--base-revision", "v1"], ["'v1'", "base", "hub id"]),
         (["--json", "nowhere/report.json"], ["--json nowhere/report.json", "no folder `nowhere`"]),
-        (["--json", "base"], ["--json base", "is a folder"]),
+        (["--json=base"], ["--json base", "is a folder"]),
     ],
 )
 def test_an_argument_that_makes_no_sense_is_refused_before_any_svd(options, fragments, no_svd, work):
@@ -59,7 +59,7 @@ def test_what_is_no_argument_at_all_gets_the_usage(arguments, fragment, work):
 @pytest.mark.parametrize("option", ["--json", "--plot", "--html"])
 def test_inspect_sees_before_the_work_that_its_file_cannot_be_written(option, no_svd, work):
     before = contents(work)
-    refused(run("inspect", "base", "tuned", option, "nowhere/file"), f"{option} nowhere/file", "no folder `nowhere`")
+    refused(run("inspect", "base", "tuned", f"{option}=nowhere/file"), f"{option} nowhere/file", "no folder `nowhere`")
     assert contents(work) == before
 
 

@@ -28,9 +28,9 @@ from tests.make.unreadable import UNREADABLE, as_bin, truncated
 def test_the_good_pair_is_good(work):
     status, stdout, stderr = run("extract", "base", "tuned", "out")
     assert status == 0
-    assert stdout.endswith("Adapter written to out\n")
+    assert "\nAdapter written to out\n" in stdout
     assert without_progress(stderr) == []
-    names = {"adapter_config.json", "adapter_model.safetensors", "phlora_report.json"}
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "phlora_report.json"}
     assert {path.name for path in (work / "out").iterdir()} == names
     assert {path.name for path in work.iterdir()} == {"base", "tuned", "out"}
 

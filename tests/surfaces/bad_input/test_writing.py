@@ -103,7 +103,8 @@ def test_ctrl_c_in_the_middle_leaves_nothing(work):
     save_file(many, work / "base" / "model.safetensors")
     save_file({name: weight + 1 for name, weight in many.items()}, work / "tuned" / "model.safetensors")
     before = {path.name for path in work.iterdir()}
-    process = spawn("extract", "base", "tuned", "out", "--exact", "--rank", "300", bufsize=0)
+    terminal = "import sys; sys.stderr.isatty = lambda: True"
+    process = spawn("extract", "base", "tuned", "out", "--exact", "--rank", "300", before=terminal, bufsize=0)
     seen = b""
     while not re.search(rb"Extracting: +[1-9]\d?%", seen):
         piece = process.stderr.read(256)

@@ -1,0 +1,116 @@
+"""The command lines of pages whose topic has no such test of its own, run where there is what they name."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from peft_posthoc.cli.main import main
+from tests.make import architectures, diffusion, models, texts
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def lines_of(page):
+    """Its `phlora` lines."""
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("phlora ")]
+
+
+def run(line):
+    _, *arguments = shlex.split(line, comments=True)
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, f"{line}: {done.output}"
+    return done.output
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def energy_of(adapter):
+    return json.loads((adapter / "phlora_report.json").read_text())["totals"]["energy"]
+
+
+def clip_text():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=64, max_position_embeddings=16, projection_dim=16, **sizes))
+
+
+def save_with_tokenizer(pair):
+    tokenizer = texts.tokenizer()
+    for folder in pair:
+        tokenizer.save_pretrained(folder)
+
+
+def test_serving(here):
+    models.save_pair(models.llama(), here)
+    run("phlora extract base tuned adapter --rank 4")
+    lines = lines_of("serving")
+    assert len(lines) == 3
+    for line in lines:
+        run(line)
+    assert (here / "adapter-for-all/adapter_model.safetensors").is_file()
+
+
+def test_models(here):
+    models.save_pair(models.llama(), here)
+    tuned = here / "tuned"
+    weights = load_file(tuned / "model.safetensors")
+    save_file({re.sub("^model", "backbone", name): one for name, one in weights.items()}, tuned / "model.safetensors")
+    made = architectures.pair_of("gemma3-images", here / "made")
+    for folder, name in zip(made, ("gemma-3", "gemma-3-tuned"), strict=True):
+        Path(folder).rename(here / name)
+    dry, mapped, served = lines_of("models")
+    run(dry)
+    assert not (here / "adapter").exists()
+    run(mapped)
+    assert energy_of(here / "adapter") > 0.5
+    run(f"{served} --force")
+    config = json.loads((here / "adapter/adapter_config.json").read_text())
+    assert not any("vision" in name for name in config["target_modules"])
+
+
+def test_refine(here):
+    """With few and short texts, so that it takes seconds."""
+    save_with_tokenizer(models.save_pair(models.llama(vocab_size=96), here))
+    run("phlora extract base tuned adapter --rank 2")
+    (here / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": one}) for one in texts.PROMPTS))
+    (here / "task.txt").write_text("\n".join(texts.PROMPTS))
+    refined = [line for line in lines_of("refine") if line.startswith("phlora refine")]
+    both, verified = (line for line in lines_of("refine") if not line.startswith("phlora refine"))
+    assert len(refined) == 4
+    for line in refined:
+        run(f"{line.partition('#')[0]} --sequences 16 --length 16 --passes 1 --force")
+    run(f"{both.partition('#')[0]} --sequences 16 --length 16 --passes 1")
+    assert json.loads((here / "out/phlora_report.json").read_text())["refined"]
+    assert "KL" in run(verified)
+
+
+def test_images(here):
+    """The first three commands with a UNet: its page says that `unet` is the folder of Stable Diffusion."""
+    pytest.importorskip("diffusers")
+    for side in ("base", "tuned"):
+        torch.manual_seed(0)
+        unet = diffusion.unet()
+        (unet if side == "base" else models.tuned_from(unet)).save_pretrained(here / side / "unet")
+        (here / side / "transformer").symlink_to("unet")
+        torch.manual_seed(0)
+        text = clip_text()
+        (text if side == "base" else models.tuned_from(text)).save_pretrained(here / side / "text_encoder")
+    run("phlora extract base/unet tuned/unet old.safetensors --to kohya --rank 4")
+    lines = lines_of("images")
+    assert len(lines) == 9
+    for line in lines:
+        run(line) if "check" not in line else CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
+    both = load_file(here / "both.safetensors")
+    assert {name.split("_")[1] for name in both} == {"unet", "te"}
+    assert all(one.isfinite().all() for one in load_file(here / "my-lora.safetensors").values())
