@@ -130,7 +130,9 @@ def _compared(
     if all(rounded_alike(mine[name], sample[name]) for name in fit):
         row.kind = "copy"
         row.evidence = "the same values, up to the rounding of their type"
-    elif all(_on_grid(after, name, mine[name], sample[name]) for name in fit):
+    elif all(
+        rounded_alike(mine[name], sample[name]) or _on_grid(after, name, mine[name], sample[name]) for name in fit
+    ):
         row.kind, row.evidence = "quantised copy", "each value is the candidate's, rounded to a grid"
     elif distance > _STRANGE:
         row.kind = "unrelated"
@@ -148,14 +150,18 @@ def _on_grid(after: Checkpoint, name: str, mine: Tensor, theirs: Tensor) -> bool
     """Whether one corner is another one rounded to a grid, its rows or all of it with one step."""
     error = (mine.double() - theirs.double()).abs()
     eps = torch.finfo(mine.dtype).eps
+    if (steps := after.steps(name)) is not None:
+        # Grids are uneven, and cut off what is beyond their ends: nearly all is enough.
+        near = 0.51 * steps.expand(after.headers[name].shape)[: len(mine), : mine.shape[1]].double()
+        return float((error <= near + eps * mine.double().abs()).double().mean()) > 0.9
     for row, off in zip(mine.double(), error, strict=True):
         gaps = row.unique().diff()
         gaps = gaps[gaps > 4 * eps * row.abs().max()]
         if not len(gaps) or len(gaps) + 1 == len(row) > 64:
             return False
-        steps = [float(gaps.min()) / part for part in (1, 2, 3)]
+        tried = [float(gaps.min()) / part for part in (1, 2, 3)]
         # A step near the type's own rounding would fit anything.
-        fits = [step for step in steps if step > 64 * eps * float(row.abs().max())]
+        fits = [step for step in tried if step > 64 * eps * float(row.abs().max())]
         if not any(
             ((row / step) - (row / step).round()).abs().max() < 0.02 and off.max() <= 0.51 * step for step in fits
         ):

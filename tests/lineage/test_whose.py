@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from peft_posthoc import whose
 from peft_posthoc.cli.main import main
+from tests.make import coded_folders, models
 
 
 def _model(seed, columns=64):
@@ -71,6 +72,16 @@ def test_a_model_rounded_to_int8_is_a_quantised_copy_and_a_tune_is_none():
     root = _model(0)
     assert _kinds(whose(_int8(root), [root])) == ["quantised copy"]
     assert _kinds(whose(_tune(root, 1, 0.001), [root])) == ["related"]
+
+
+@pytest.mark.parametrize("how", [coded_folders.fp8, coded_folders.int4, coded_folders.nf4])
+def test_a_folder_of_codes_is_a_quantised_copy_of_what_was_coded_and_of_no_stranger(how, tmp_path):
+    root, other = (
+        models.save(models.llama(hidden_size=64, intermediate_size=128, num_hidden_layers=2), tmp_path / name)
+        for name in ("root", "other")
+    )
+    found = whose(coded_folders.quantise(root, tmp_path / "coded", how), [root, other])
+    assert _kinds(found) == ["quantised copy", "unrelated"]
 
 
 def test_the_rank_of_a_merged_lora_is_told_and_a_full_tune_has_none():
