@@ -82,7 +82,7 @@ RULES: tuple[Rule, ...] = (
         engines=("a1111",),
         severity=WRONG,
         finds=dotted,
-        message="takes what is before the first dot for the module's name (on SD3 newer versions do not), and finds none",
+        message="takes what is before the first dot for the module's name (but newer ones on SD3), and finds none",
         way_out="`phlora export FILE OUT.safetensors --to kohya --base BASE`",
         source=_A1111,
     ),
