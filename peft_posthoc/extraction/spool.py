@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peft_posthoc.adapters.card import REPORT
-from peft_posthoc.errors import AdapterError
+from peft_posthoc.errors import AdapterError, OutputError
 from peft_posthoc.extraction.delta import Served
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
+from peft_posthoc.files import write_whole
 from peft_posthoc.json_file import read_json
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.linalg.noise import Noise
@@ -106,9 +107,9 @@ class Spool:
 
     def fail(self, why: str) -> None:
         """Tell the other processes that there will be no adapter."""
-        with contextlib.suppress(OSError):  # Then this process' end tells them.
+        with contextlib.suppress(OSError, OutputError):  # Then this process' end tells them.
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / _FAILED).write_text(why, encoding="utf-8")
+            write_whole(self.folder / _FAILED, why)
 
     def failed(self, since: float) -> str | None:
         """Why another process made no adapter; None where none has said so since that time."""

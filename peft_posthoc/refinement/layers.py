@@ -46,7 +46,7 @@ class Layer:
 
     @property
     def _pairs(self) -> Tensor:
-        return self.a.any(dim=1) & self.b.any(dim=0)
+        return self.a.any(dim=1) | self.b.any(dim=0)
 
     def delta(self) -> Tensor:
         """The tuned weight minus the base's, `m` by `n`."""
@@ -108,7 +108,7 @@ def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
             if one.rank:
                 found.linear[own] = one
             else:
-                found.others[own] = "one of its factors is zero, which leaves no pair to fit"
+                found.others[own] = "both of its factors are zero: it is padding"
     return found
 
 

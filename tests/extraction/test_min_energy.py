@@ -56,7 +56,7 @@ def test_the_command_writes_nothing_below_the_bound_and_says_so(llama_pair, tmp_
         assert "carried with --embeddings" in run.output
         assert list(tmp_path.iterdir()) == []
     run = CliRunner().invoke(main, [*command, "--rank", "4", "--min-energy", "0.1"])
-    assert (run.exit_code, run.output) == (0, "")
+    assert (run.exit_code, run.stdout) == (0, "")
     assert json.loads((tmp_path / "out" / "phlora_report.json").read_text())["totals"]["energy_of_all"] > 0.1
 
 

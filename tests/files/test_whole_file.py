@@ -186,6 +186,8 @@ def test_json_to_no_standard_output_fails_in_one_line(files):
 
 # What these write lies in a folder that `staged` moves into its place when all is there.
 STAGED = {"merged.py", "mlx.py", "result.py", "writer.py"}
+# Into a temporary folder of their own, for libraries that read files.
+TEMPORARY = {"gguf_header.py", "object_store.py"}
 WRITES = re.compile(r"\.(write_text|write_bytes|dump)$")
 
 
@@ -203,7 +205,8 @@ def test_no_other_file_of_the_source_writes_files():
         path.name: calls
         for folder in ("peft_posthoc", "mergekit_plugin")
         for path in (ROOT / folder).rglob("*.py")
-        if path.name not in {*STAGED, "files.py"} and (calls := written_in(path.read_text(encoding="utf-8")))
+        if path.name not in {*STAGED, *TEMPORARY, "files.py"}
+        and (calls := written_in(path.read_text(encoding="utf-8")))
     }
     assert found == {}
 

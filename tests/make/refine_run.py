@@ -18,7 +18,7 @@ real, divergence, calls = refine.refine, distil.divergence, []
 def told(*args, **options):
     found = real(*args, **options)
     digest = hashlib.sha256(b"".join(x.numpy().tobytes() for x in found.tensors.values())).hexdigest()
-    print(f"found {digest} {found.steps}", flush=True)
+    os.write(1, f"found {digest} {found.steps}\n".encode())  # at once: there is another that writes
     return found
 
 
