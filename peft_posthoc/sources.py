@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
-from peft_posthoc.adapters.foreign import format_of, refuse_foreign
+from peft_posthoc.adapters.foreign import format_of, image_file, refuse_foreign
 from peft_posthoc.adapters.named_base import another_base
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
@@ -47,7 +47,8 @@ def sides(source: str) -> tuple[str, str] | None:
     parts = source.split("+")
     for at in range(len(parts) - 1, 0, -1):
         base, adapter = "+".join(parts[:at]), "+".join(parts[at:])
-        if base and adapter and (Path(adapter).exists() or is_repo_id(adapter)):
+        there = Path(adapter).exists() or image_file(Path(adapter)) is not None
+        if base and adapter and (there or is_repo_id(adapter)):
             return base, adapter
     return None
 
@@ -64,6 +65,8 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
         AdapterError: The adapter is none, does not fit, or is more than base + b @ a.
         CheckpointError: One of them cannot be read.
     """
+    if image_file(Path(adapter)) is not None:
+        return Applied(open_checkpoint(base, role=role), Path(adapter), label=f"{base}+{adapter}")
     folder = Path(adapter) if Path(adapter).exists() else find(adapter, role=role, adapter=True).get()
     refuse_foreign(folder)
     if not (folder / CONFIG).is_file():
@@ -212,7 +215,7 @@ def open_checkpoint(
             elif headers is None:
                 checkpoint = _of_folder(found.get(), label=label, commit=found.commit)
             else:
-                checkpoint = OnHub(found, headers)
+                checkpoint = OnHub(found, *headers)
             beside = found.folder
             if modules and (listed := listed_modules(beside)):
                 fetch_beside(label, [f"{escape(path)}/*" for path in listed], revision=found.commit)

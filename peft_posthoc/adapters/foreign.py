@@ -18,7 +18,10 @@ _FUSE = (
 _FACTOR = r"(_lora|\.lora|\.lora_(A|B|down|up)|_lora\.(down|up)|\.lora\.(down|up))(\.default)?(\.weight)?"
 
 # In the name of every tensor of such a file, and of none of a model's.
-_OF_ADAPTER = re.compile(r"(^|[._])lora([._]|$)|\.(alpha|dora_scale|diff|diff_b|hada_\w+|lokr_\w+|oft_\w+)$")
+_OF_ADAPTER = re.compile(
+    r"(^|[._])lora([._]|$)"
+    r"|\.(alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|hada_\w+|lokr_\w+|oft_\w+)$"
+)
 
 
 class Format(NamedTuple):
@@ -30,6 +33,9 @@ class Format(NamedTuple):
     """A regular expression for the names of its tensors."""
     advice: str
 
+
+# Opened by `image_file`; LyCORIS' to say which of its methods it is.
+_READ = ("LyCORIS", "kohya's scripts (sd-scripts, musubi-tuner)", "ComfyUI", "diffusers")
 
 _FORMATS = (
     Format("LyCORIS", r".+\.(hada_w[12](_[ab])?|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|oft_blocks|oft_diag)", _FUSE),
@@ -50,6 +56,25 @@ def format_of(names: Iterable[str]) -> Format | None:
     if not all(_OF_ADAPTER.search(name) for name in names):
         return None
     return next((form for form in _FORMATS if any(re.fullmatch(form.names, name) for name in names)), None)
+
+
+def image_file(place: Path) -> tuple[Path, str | None] | None:
+    """The LoRA file of an image model that a place is, or holds, and the component named with it; None for others."""
+    path, component = place, None
+    if not place.exists() and ":" in place.name:
+        name, _, component = place.name.rpartition(":")
+        path = place.with_name(name)
+    if any((path / name).exists() for name in (WEIGHTS, PICKLE)):
+        return None
+    files = [path] if path.is_file() and path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
+    for file in files if len(files) == 1 else ():
+        try:
+            names = File(file, label=str(file)).headers
+        except PosthocError:
+            continue
+        if (form := format_of(names)) is not None and form.owner in _READ:
+            return file, component
+    return None
 
 
 def refuse_foreign(place: Path) -> None:

@@ -70,9 +70,11 @@ class AdapterOnModel:
         """Both."""
         self.slots: Mapping[str, Slot] = self._slots()
         """Every matrix of the base."""
-        self._filed = {self._own(name): name for name in folder.modules}
+        self._filed = {self.own(name): name for name in folder.modules}
         self._places = dict(self._find())
         self._last: tuple[str, list[Factors]] = ("", [])
+        self.added = {self._own_tensor(name): key for name, key in folder.added.items()}
+        """The file's names of what is added beside any factors, by the model's names of tensors."""
         self._fit()
         biased = {own: name for own, name in self._filed.items() if folder.modules[name].bias}
         self.biases = tuple(own for own in biased if self.bias(own).any())
@@ -86,7 +88,7 @@ class AdapterOnModel:
     @property
     def rank(self) -> int:
         """The largest rank of a matrix."""
-        return max(module.rank for module in self.folder.modules.values())
+        return max((module.rank for module in self.folder.modules.values()), default=0)
 
     def rank_of(self, name: str) -> int:
         """Pairs in the factors of a matrix; 0 if it has none."""
@@ -103,6 +105,10 @@ class AdapterOnModel:
             last = self._last = (module, self.folder.factors(module))
         a, b = last[1][expert]
         return Factors(a, b if rows is None else b[rows])
+
+    def kernel_of(self, name: str) -> tuple[int, ...]:
+        """The kernel of a convolution with factors; empty for other matrices."""
+        return self.folder.modules[self._places[name].module].filed.a_shape[2:]
 
     def padded(self, name: str, rank: int, dtype: torch.dtype) -> Factors:
         """The factors of a matrix padded with zeros to a rank, in a dtype.
@@ -129,6 +135,8 @@ class AdapterOnModel:
         whole = [self.whole.get(name) for name in (owner, user)]
         if any(whole):
             return all(whole) and torch.equal(*(self.folder.tensor(str(key)) for key in whole))
+        if not self.added.keys().isdisjoint({owner, user}):
+            return False
         if owner in self._stacks and user in self._stacks:
             both = zip(*(self._matrices(self._stacks[name]) for name in (owner, user)), strict=True)
             return all(self._add_alike(*pair) for pair in both)
@@ -150,6 +158,8 @@ class AdapterOnModel:
     def adds(self, name: str) -> bool:
         """Tell whether something is added to the model's tensor of this name."""
         module, _, leaf = name.rpartition(".")
+        if name in self.added:
+            return True
         if name in self._stacks:
             return any(map(self.rank_of, self._matrices(self._stacks[name])))
         return bool(self.rank_of(module)) if leaf == "weight" else leaf == "bias" and module in self.biases
@@ -181,16 +191,21 @@ class AdapterOnModel:
             raise KeyError(name)
         if name in self._stacks:
             return before, self._stacked(before, self._stacks[name], dtype)
+        if key := self.added.get(name):
+            more = self.folder.tensor(key).double()
+            added = more if added is None else added + more
         if leaf == "weight" and self.rank_of(module):
-            return before, self._wide(module, before).added(before, self.slots[module].kind)
+            summed = self._wide(module, before).added(before, self.slots[module].kind)
+            return before, summed if added is None else summed.double() + added
         return before, before if added is None else before.double() + added
 
-    def only_factors(self, who: str, *, convolutions: bool = False) -> None:
+    def only_factors(self, who: str, *, convolutions: bool = False, biases: bool = False) -> None:
         """See that nothing but factors is in the file.
 
         Args:
             who: The program that is to read it.
             convolutions: Whether it reads those of convolutions.
+            biases: Whether it reads sums for the biases of modules with factors.
 
         Raises:
             AdapterError: There is something else, which that program does not read.
@@ -201,7 +216,12 @@ class AdapterOnModel:
             raise AdapterError(
                 f"`{label}` holds `{name}` whole, which {who} does not read. Use `{asked('to', 'merged')}`."
             )
-        if self.biases:
+        if self.added:
+            raise AdapterError(
+                f"`{label}` adds to `{next(iter(self.added))}` by no factors, which {who} does not read. Use "
+                f"`{asked('to', 'merged')}`."
+            )
+        if self.biases and not biases:
             raise AdapterError(
                 f"`{label}` adds to the bias of `{self.biases[0]}` (`lora_bias`), which {who} does not read. Use "
                 f"`{asked('to', 'merged')}`."
@@ -268,9 +288,13 @@ class AdapterOnModel:
             slots |= dict.fromkeys(names, Slot(kind if names == stack.units else LINEAR, m // each, n))
         return slots
 
-    def _own(self, module: str) -> str:
+    def own(self, module: str) -> str:
         """The model's name of a module that the file may call as a checkpoint on disk does: PEFT renames it too."""
         return module if module in self.slots else self.layout.module_of(f"{module}.weight")
+
+    def _own_tensor(self, name: str) -> str:
+        module, _, leaf = name.rpartition(".")
+        return f"{self.own(module)}.{leaf}"
 
     def _find(self) -> Iterable[tuple[str, Place]]:
         ends = tuple(f".{end}" for end in self.folder.config.get("target_parameters") or ())
@@ -279,7 +303,7 @@ class AdapterOnModel:
         by_place = {place: stacks[name] for name, place in places_in_file(meant).items()}
         for module in self.folder.modules.values():
             if module.kind != "experts":
-                yield self._own(module.name), Place(module.name, 0, None)
+                yield self.own(module.name), Place(module.name, 0, None)
                 continue
             if module.name not in by_place:
                 raise AdapterError(
@@ -303,6 +327,13 @@ class AdapterOnModel:
                     yield _module(part), Place(module.name, expert, slice(index * rows, (index + 1) * rows))
 
     def _fit(self) -> None:
+        shapes = {own: header.shape for n, header in self.base.headers.items() for own in self.layout.names_of(n)}
+        for name, key in self.added.items():
+            if shapes.get(name) != (shape := self.folder.headers[key].shape):
+                raise AdapterError(
+                    f"`{self.folder.label}` adds {list(shape)} to `{name}`, which the base `{self.base.label}` "
+                    f"{f'has as {list(shapes[name])}' if name in shapes else 'does not have'}."
+                )
         for name, (module, _, rows) in self._places.items():
             slot, found = self.slots.get(name), self.folder.modules[module]
             if slot is None or (slot.kind is EMBEDDING) != (found.kind == "embedding"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,8 @@ class AdapterFile(Protocol):
     """The modules with factors, by the model's names."""
     whole: tuple[str, ...]
     """Names of the tensors that take the place of the base's: the model's, behind PEFT's prefix."""
+    added: Mapping[str, str]
+    """By the model's names of tensors, the file's name of what is added to each beside any factors."""
     headers: Mapping[str, Header]
     files: tuple[Path, ...]
     """Those that it is read from."""
@@ -62,6 +65,8 @@ class LoraFolder:
         AdapterError: It cannot be read, PEFT would not load it, or what it adds to the weights is not the product of
             its factors alone.
     """
+
+    added: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.label = str(folder)

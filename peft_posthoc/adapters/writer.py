@@ -113,7 +113,7 @@ def write_folder(
     with staged(place, what="The adapter", called=called or folder, force=force, ours=ours) as made:
         made.mkdir()
         save_file(dict(contents.tensors), made / WEIGHTS, metadata=metadata(contents.provenance))
-        _sort_metadata(made / WEIGHTS)
+        sort_metadata(made / WEIGHTS)
         _write_json(made / CONFIG, contents.config)
         copied = {_BESIDE: sorted(contents.beside)} if contents.beside else {}
         _write_json(made / REPORT, {**contents.report, **copied})
@@ -133,7 +133,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _sort_metadata(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """Make the file's header deterministic: safetensors writes the metadata's keys in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

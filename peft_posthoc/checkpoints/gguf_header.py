@@ -20,8 +20,12 @@ _ALIGNMENT = b"general.alignment"
 
 
 @contextmanager
-def header_alone(path: Path) -> Iterator[tuple[Path, int]]:
+def header_alone(path: Path, *, but: tuple[str, ...] = ()) -> Iterator[tuple[Path, int]]:
     """A file with the same header but for the tokenizer's lists, which are empty, and zeros that take no room after it.
+
+    Args:
+        path: The file.
+        but: What names of metadata begin with that is left out.
 
     Returns:
         The file, which is gone afterwards, and how many bytes earlier its tensors begin.
@@ -31,7 +35,7 @@ def header_alone(path: Path) -> Iterator[tuple[Path, int]]:
         struct.error: It ends too early.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        head, end, alignment = _without_lists(data)
+        head, end, alignment = _without_lists(data, tuple(begin.encode() for begin in but))
         size = len(data)
     begins, begin = (-(-at // alignment) * alignment for at in (end, len(head)))
     with tempfile.TemporaryDirectory(prefix="phlora-", ignore_cleanup_errors=True) as folder:
@@ -41,7 +45,7 @@ def header_alone(path: Path) -> Iterator[tuple[Path, int]]:
         yield short, begins - begin
 
 
-def _without_lists(data: mmap.mmap) -> tuple[bytes, int, int]:
+def _without_lists(data: mmap.mmap, but: tuple[bytes, ...]) -> tuple[bytes, int, int]:
     """The header without them, where the header ends in the file, and what tensors are aligned to."""
     magic, version, tensors, count = _START.unpack_from(data)
     if magic != _MAGIC:
@@ -50,14 +54,17 @@ def _without_lists(data: mmap.mmap) -> tuple[bytes, int, int]:
         raise ValueError("its bytes are in the order of another machine")
     if version not in _VERSIONS:
         raise ValueError(f"it is of version {version}")
-    at, parts, alignment = _START.size, [data[: _START.size]], 32
+    at, alignment, left_out = _START.size, 32, 0
+    parts: list[bytes] = []
     for _ in range(count):
         begin, name_end = at, _after_string(data, at)
         name = data[begin + _LENGTH.size : name_end]
         value = name_end + _KIND.size
         (kind,) = _KIND.unpack_from(data, name_end)
         at = _after(data, value, kind)
-        if kind == _ARRAY and name.startswith(b"tokenizer."):
+        if name.startswith(but):
+            left_out += 1
+        elif kind == _ARRAY and name.startswith(b"tokenizer."):
             item, _ = _ARRAY_START.unpack_from(data, value)
             parts += [data[begin:value], _ARRAY_START.pack(item, 0)]
         else:
@@ -71,7 +78,8 @@ def _without_lists(data: mmap.mmap) -> tuple[bytes, int, int]:
         at += _KIND.size + 8 * sides + _KIND.size + 8
         if at > len(data):
             raise ValueError("it ends before its tensors")
-    return b"".join([*parts, data[begin:at]]), at, max(alignment, 1)
+    start = _START.pack(magic, version, tensors, count - left_out)
+    return b"".join([start, *parts, data[begin:at]]), at, max(alignment, 1)
 
 
 def _after(data: mmap.mmap, at: int, kind: int) -> int:

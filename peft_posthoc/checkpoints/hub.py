@@ -91,8 +91,10 @@ class Repository:
             patterns = [escape(file) for file in self.files]
             return Path(snapshot_download(self.repo_id, revision=self.commit, allow_patterns=patterns))
 
-    def headers(self) -> dict[str, Header] | None:
-        """Of every tensor, from the beginnings of the files; None where that needs the files, or they are there.
+    def headers(self) -> tuple[dict[str, Header], dict[str, str]] | None:
+        """Those of all tensors, and what the files say of themselves, from the beginnings of the files.
+
+        None where that needs the files, or they are there.
 
         Raises:
             CheckpointError: The files cannot be fetched, or are no safetensors.
@@ -102,6 +104,7 @@ class Repository:
         if not self.missing or not all(file.endswith(".safetensors") for file in self.files):
             return None
         found: dict[str, Header] = {}
+        said: dict[str, str] = {}
         with told(self.repo_id, self.commit, self.role):
             for file in self.files:
                 read = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
@@ -109,18 +112,19 @@ class Repository:
                     name: Header(tuple(info.shape), dtype_of(info.dtype, f"`{file}` of `{self.repo_id}`", name))
                     for name, info in read.tensors.items()
                 }
-        return found
+                said |= read.metadata
+        return found, said
 
 
 class OnHub(Checkpoint):
     """A repository's weights: the headers at once, the files when the first tensor is read."""
 
-    def __init__(self, repository: Repository, headers: Mapping[str, Header]) -> None:
+    def __init__(self, repository: Repository, headers: Mapping[str, Header], metadata: Mapping[str, str]) -> None:
         self.label = repository.repo_id
         self.revision: str | None = repository.commit
         self.identity: Any = [repository.repo_id, repository.commit]
         self.config = config_of(repository.folder)
-        self.headers = headers
+        self.headers, self.metadata = headers, metadata
         self.folder: Path | None = repository.folder
         """In the hub's own cache; with the weights once one is read."""
         self.to_fetch = repository.to_fetch

@@ -11,7 +11,7 @@ from peft_posthoc.cli.options import DTYPES, OUTPUT, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import noting
 
-TO = ("gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged")
+TO = ("gguf", "mlx", "diffusers", "comfyui", "kohya", "vllm-moe", "peft-moe", "merged")
 
 
 @click.command()
@@ -19,6 +19,13 @@ TO = ("gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(TO), required=True, help="What to write.")
 @click.option("--base", metavar="BASE", help="The model it is for.  [default: what the adapter names]")
+@click.option(
+    "--with",
+    "beside",
+    multiple=True,
+    metavar="[BASE+]ADAPTER",
+    help="An adapter of another component of the same pipeline, into the same file.",
+)
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit, where BASE is a hub id.")
 @click.option(
     "--dtype",
@@ -35,12 +42,14 @@ def export(
     json_to: str | None,
     **options: Any,
 ) -> None:
-    """Write ADAPTER, a PEFT LoRA folder, as what other programs read into OUT.
+    """Write ADAPTER, a PEFT LoRA folder or a LoRA file of an image model, as what other programs read into OUT.
 
     \b
     gguf      a file for llama.cpp and Ollama
     mlx       a folder for MLX-LM
-    diffusers a folder for `pipe.load_lora_weights`
+    diffusers a folder, or NAME.safetensors, for `pipe.load_lora_weights`
+    comfyui   NAME.safetensors for ComfyUI, norms and biases in it too
+    kohya     NAME.safetensors for A1111, Forge, kohya's scripts
     vllm-moe  experts one by one, as vLLM and SGLang read them
     peft-moe  experts stacked, as PEFT computes with them
     merged    a full checkpoint of BASE + ADAPTER

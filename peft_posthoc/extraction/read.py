@@ -40,5 +40,7 @@ def read_pairs(
     They are read in a thread of their own: safetensors makes an unrelated error of a Ctrl-C that comes while it reads,
     and Ctrl-C only ever comes to the main thread.
     """
-    with Workers(waiting=1) as reader:
+    # Codes are decoded there, in many short steps: on more cores each waits for threads that factor meanwhile, and all
+    # takes up to ten times as long.
+    with Workers(waiting=1, torch_threads=1) as reader:
         yield reader.map(lambda name: read_pair(base, tuned, name, served=served, only=only), names)

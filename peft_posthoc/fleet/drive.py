@@ -69,7 +69,7 @@ def drive(members: Sequence[Member], shared: Sequence[Shared], processes: Proces
     total = sum(member.work.bytes(name) for member, name in items)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Extracting", disable=not progress or processes.rank > 0)
     factoring = at_work(largest, exact=options["exact"], device=device)
-    with bar, Workers(waiting=1) as reader, factoring as (workers, devices):
+    with bar, Workers(waiting=1, torch_threads=1) as reader, factoring as (workers, devices):
 
         def work(read: _Read) -> tuple[Member, Outcome | None]:
             outcome, (member, pair) = None, read

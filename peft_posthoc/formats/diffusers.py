@@ -1,73 +1,109 @@
-"""diffusers' LoRA file: what `pipe.load_lora_weights(folder)` loads into one component of a pipeline."""
+"""diffusers' LoRA file: what `pipe.load_lora_weights` loads into the components of a pipeline."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_posthoc.adapters.cast import cast
-from peft_posthoc.adapters.names import PREFIX
+from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.checkpoints.checkpoint import place_of
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
+from peft_posthoc.formats.components import Component, components, filed, old_name
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
+from peft_posthoc.formats.single_file import account, metadata_of, save, write_file
 
 FILE = "pytorch_lora_weights.safetensors"
-# Components that diffusers' pipelines load adapters into: the folder's name, or a part of the class's.
-_COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2")
-_BY_CLASS = {"UNet": "unet", "Transformer": "transformer", "CLIPText": "text_encoder"}
 
 
-def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force: bool, progress: bool) -> Exported:
-    """Write the folder.
+def write(
+    deltas: AdapterOnModel,
+    out: Out,
+    *,
+    dtype: torch.dtype | None,
+    force: bool,
+    progress: bool,
+    more: Sequence[AdapterOnModel] = (),
+) -> Exported:
+    """Write the folder, or the file where the output's name ends in `.safetensors`.
 
     Keys are the component and the module, `unet.down_blocks.0...to_q.lora_A.weight`. All have one rank, so that the
-    scale that diffusers 0.42 makes up from the shapes, `loaders/peft.py`, is one.
+    scale that diffusers before 0.40 makes up from the shapes, `loaders/peft.py`, is one.
+
+    Args:
+        deltas: The adapter of one component.
+        out: Where.
+        dtype: Of the factors.
+        force: Replace an earlier export.
+        progress: Show a progress bar.
+        more: Adapters of other components.
 
     Raises:
-        AdapterError: The model is no component of a pipeline, the adapter is more than factors of linear layers and
-            convolutions, or the file cannot be written.
+        AdapterError: A model is no component of a pipeline, an adapter is more than factors of linear layers and
+            convolutions and sums for their biases, or the file cannot be written.
     """
-    deltas.only_factors("diffusers", convolutions=True)
-    component = _component(deltas)
-    dtype, rank = dtype or deltas.folder.dtype(), deltas.rank
+    parts = components([deltas, *more])
+    dtype, rank = dtype or deltas.folder.dtype(), max(one.deltas.rank for one in parts)
     tensors: dict[str, Tensor] = {}
-    for name, module in tqdm(deltas.folder.modules.items(), desc="Modules", disable=not progress):
-        if module.kind not in ("linear", "convolution"):
-            raise AdapterError(f"`{name}` is of the kind {module.kind}, which diffusers has no LoRA for.")
-        parts = [cast(one.a, one.b, dtype, name, rank=rank) for one in deltas.folder.factors(name)]
-        own = module.join(parts)
-        tensors |= {f"{component}.{key.removeprefix(PREFIX)}": tensor for key, tensor in own.items()}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    notes = [*deltas.notes(), f"For the component `{component}`: `pipe.load_lora_weights({out.called!r})`."]
-    exported = Exported.of("diffusers", deltas, out, dtype=dtype, rank=rank, files=(FILE,), size=size, notes=notes)
+    configs: dict[str, Any] = {}
+    for part in parts:
+        own = _tensors(part, rank, dtype, progress)
+        tensors |= {f"{part.name}.{name}": tensor for name, tensor in own.items()}
+        configs |= {f"{part.name}.{key}": value for key, value in _config(part, own, rank).items()}
+    named = ", ".join(f"`{part.name}`" for part in parts)
+    is_file = out.place.suffix == ".safetensors"
+    load = f"{str(Path(out.called).parent)!r}, weight_name={out.place.name!r}" if is_file else repr(out.called)
+    notes = [f"For the component{'s' if len(parts) > 1 else ''} {named}: `pipe.load_lora_weights({load})`."]
+    file = out.place.name if is_file else FILE
+    exported = account("diffusers", parts, out, tensors, dtype=dtype, rank=rank, notes=notes, file=file)
+    header = metadata_of(parts, exported, configs)
+    if is_file:
+        write_file(out, tensors, header, what="The LoRA of diffusers", force=force)
+        return exported
     ours = files_of(out.place)
     with staged(out.place, what="The LoRA of diffusers", called=out.called, force=force, ours=ours) as made:
         made.mkdir()
-        save_file(tensors, made / FILE, metadata={"format": "pt"})
+        save(tensors, made / FILE, header)
         write_report(Path(made), exported)
     return exported
 
 
-def _component(deltas: AdapterOnModel) -> str:
-    """The name of the model within its pipeline, by its folder or by its class.
-
-    Raises:
-        AdapterError: Neither tells.
-    """
-    place, config = place_of(deltas.base), deltas.base.config or {}
-    if place is not None and place.name in _COMPONENTS:
-        return place.name
-    named = str(config.get("_class_name") or next(iter(config.get("architectures") or ()), ""))
-    found = next((component for part, component in _BY_CLASS.items() if part in named), None)
-    if found is None or not ("_class_name" in config or found == "text_encoder"):
-        raise AdapterError(
-            f"The base `{deltas.base.label}` ({named or 'of no known class'}) is no component of a diffusers pipeline: "
-            f"its folder is called none of {', '.join(_COMPONENTS)}."
-        )
+def _tensors(part: Component, rank: int, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
+    """A component's tensors, by module and key."""
+    deltas = part.deltas
+    deltas.only_factors("diffusers", convolutions=True, biases=True)
+    found: dict[str, Tensor] = {}
+    for name in tqdm(deltas.names, desc=part.name, disable=not progress):
+        kind = deltas.slots[name].kind
+        if kind.transposed or kind.stacked:
+            raise AdapterError(f"`{name}` is of the kind {kind.name}, which diffusers has no LoRA for.")
+        a, b = filed(name, deltas.factors(name), deltas.kernel_of(name), rank, dtype)
+        own = old_name(part, name)
+        found |= {f"{own}.lora_A.weight": a, f"{own}.lora_B.weight": b}
+        if deltas.biases:  # diffusers makes one for every module, where there is one.
+            zeros = torch.zeros(deltas.slots[name].m, dtype=dtype)
+            found[f"{own}.lora_B.bias"] = deltas.bias(name).to(dtype) if name in deltas.biases else zeros
     return found
+
+
+def _config(part: Component, tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:
+    """The LoraConfig that diffusers reads rank and scale from, where its version does."""
+    suffix = ".lora_A.weight"
+    # Modules are found by the ends of names: CLIP's in transformers 5 begin later.
+    modules = sorted(name.removesuffix(suffix).removeprefix("text_model.") for name in tensors if name.endswith(suffix))
+    made = adapter_config(
+        rank,
+        modules,
+        base=None,
+        revision=None,
+        task_type=None,
+        auto_mapping=None,
+        fan_in_fan_out=False,
+        lora_bias=True if part.deltas.biases else None,
+    )
+    return {key: value for key, value in made.items() if value is not None}

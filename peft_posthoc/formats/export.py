@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,9 +17,9 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.formats.open import open_deltas
 from peft_posthoc.formats.result import Exported, Out, check_place
-from peft_posthoc.sources import Source
+from peft_posthoc.sources import Source, sides
 
-To = Literal["gguf", "mlx", "diffusers", "vllm-moe", "peft-moe", "merged"]
+To = Literal["gguf", "mlx", "diffusers", "comfyui", "kohya", "vllm-moe", "peft-moe", "merged"]
 
 
 class Target(NamedTuple):
@@ -28,21 +28,26 @@ class Target(NamedTuple):
     module: str
     """The file that writes it, loaded when it is asked for."""
     function: str
-    shape: Literal["file", "folder", "adapter"]
-    """What is written: a single file, a folder, or an adapter folder in PEFT's own form."""
+    shape: Literal["file", "folder", "either", "adapter"]
+    """What is written: a single file, a folder, one of them by its name, or an adapter folder in PEFT's own form."""
     values: bool = False
     """Whether it takes the base's weights, not only its configuration."""
+    several: bool = False
+    """Whether components of one pipeline can be in it together."""
 
 
 TARGETS: dict[str, Target] = {
     "gguf": Target("peft_posthoc.formats.gguf", "write", "file"),
     "mlx": Target("peft_posthoc.formats.mlx", "write", "folder"),
-    "diffusers": Target("peft_posthoc.formats.diffusers", "write", "folder"),
+    "diffusers": Target("peft_posthoc.formats.diffusers", "write", "either", several=True),
+    "comfyui": Target("peft_posthoc.formats.comfyui", "write", "file", values=True, several=True),
+    "kohya": Target("peft_posthoc.formats.kohya", "write", "file", several=True),
     "vllm-moe": Target("peft_posthoc.formats.experts", "write_per_expert", "adapter"),
     "peft-moe": Target("peft_posthoc.formats.experts", "write_stacked", "adapter"),
     "merged": Target("peft_posthoc.formats.merged", "write", "folder", values=True),
 }
 
+SAFETENSORS = ".safetensors"
 Write = Callable[..., Exported]
 
 
@@ -53,6 +58,7 @@ def export(
     *,
     base: Source | None = None,
     base_revision: str | None = None,
+    beside: Sequence[str | os.PathLike[str]] = (),
     dtype: torch.dtype | None = None,
     force: bool = False,
     progress: bool = False,
@@ -60,14 +66,18 @@ def export(
     """Write an adapter in another form, exactly: what it adds to every matrix stays the same, but for rounding.
 
     Args:
-        adapter: Any PEFT LoRA folder.
-        out: What to write: a file for `gguf`, a folder for the others.
-        to: `gguf` for llama.cpp and Ollama; `mlx` for MLX-LM; `diffusers` for its pipelines; `vllm-moe` and `peft-moe`
+        adapter: Any PEFT LoRA folder, or a LoRA file of diffusers, ComfyUI or kohya's scripts.
+        out: What to write: a file for `gguf`, `comfyui` and `kohya`, a folder for the others; for `diffusers` a file
+            where it ends in `.safetensors`.
+        to: `gguf` for llama.cpp and Ollama; `mlx` for MLX-LM; `diffusers` for its pipelines; `comfyui` for ComfyUI;
+            `kohya` for A1111, Forge and kohya's scripts; `vllm-moe` and `peft-moe`
             for the experts of a mixture one by one, as serving engines read them, and stacked, as PEFT computes with
             them; `merged` for a full checkpoint of base + adapter.
         base: The model that the adapter is for: a folder, a hub id, or for `merged` anything that `extract` takes. By
             default what the adapter's configuration names. Only `merged` reads its weights.
         base_revision: Branch, tag or commit, where `base` is a hub id.
+        beside: For `diffusers`, `comfyui` and `kohya`: adapters of other components of the same pipeline, which name
+            their bases themselves, or `BASE+ADAPTER`.
         dtype: Of what is written; by default the adapter's, and for `merged` the base's, tensor by tensor.
         force: Replace an earlier export that is at `out`.
         progress: Show a progress bar on stderr.
@@ -84,11 +94,22 @@ def export(
         raise ValueError(f"`export(to=...)` must be one of {', '.join(TARGETS)}. Got {to!r}.")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"`export(dtype=...)` must be float32, bfloat16 or float16. Got {dtype}.")
+    if beside and not target.several:
+        raise ValueError(f"`export(beside=...)` goes with several components in one file, which {to!r} has not.")
     place = Out(str(out), Path(out).absolute())
+    is_file = target.shape == "file" or (target.shape == "either" and place.place.suffix == SAFETENSORS)
+    if target.several and is_file and place.place.suffix != SAFETENSORS:
+        raise ValueError(f"`export(to={to!r})` writes one file, NAME{SAFETENSORS}. Got {str(out)!r}.")
     if target.shape == "adapter":
         check_target(out, force=force)
     else:
-        check_place(out, force=force, is_file=target.shape == "file")
+        check_place(out, force=force, is_file=is_file)
     write: Write = getattr(importlib.import_module(target.module), target.function)
     deltas: AdapterOnModel = open_deltas(adapter, base, values=target.values, revision=base_revision)
-    return write(deltas, place, dtype=dtype, force=force, progress=progress)
+    several = {"more": [_of_component(one, values=target.values) for one in beside]} if target.several else {}
+    return write(deltas, place, dtype=dtype, force=force, progress=progress, **several)
+
+
+def _of_component(adapter: str | os.PathLike[str], *, values: bool) -> AdapterOnModel:
+    base, own = sides(str(adapter)) or (None, adapter)
+    return open_deltas(own, base, values=values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # What the header of an adapter in GGUF says: the key, the type of its value (a string), and the value.
 _ADAPTER = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
+# What the header of a safetensors file of ours says, which is sorted: an export, not an adapter's weights.
+_EXPORTED = re.compile(rb'"phlora":"[^}]*\\"to\\":')
 
 
 class Out(NamedTuple):
@@ -125,8 +128,9 @@ def check_place(out: str | os.PathLike[str], *, force: bool, is_file: bool = Fal
         raise AdapterError(f"`{place}` exists{what}. Choose another name, or replace it with `{asked('force')}`.")
     if is_file:
         with place.open("rb") as file:
-            if not (file.read(4) == b"GGUF" and _ADAPTER in file.read(1 << 16)):
-                raise AdapterError(f"`{place}` is no adapter in GGUF; `{asked('force')}` replaces nothing else.")
+            start = file.read(1 << 16)
+        if not ((start[:4] == b"GGUF" and _ADAPTER in start) or _EXPORTED.search(start)):
+            raise AdapterError(f"`{place}` is no earlier export; `{asked('force')}` replaces nothing else.")
         return
     ours = files_of(place)
     if not ours:

@@ -32,12 +32,19 @@ class Values(NamedTuple):
     """These are out x in features, and in x out in the model."""
     norms_plus_one: bool = False
     """Norms have the one that the model adds when it runs."""
+    experts_turned: bool = False
+    """Experts are out x in features, gate and up apart; in the model in x out, and rows of gate and up by turns."""
+    grouped: bool = False
+    """Queries, keys and values are one matrix, in this order; in the model those of each group of heads follow."""
 
 
 # By `general.architecture`. Each was held against llama.cpp's converter; of any other it is not known.
 ARCHITECTURES: Mapping[str, Values] = {
+    "bloom": Values(grouped=True),
+    "falcon": Values(grouped=True),
     "gemma2": Values(norms_plus_one=True),
     "gemma3": Values(norms_plus_one=True),
+    "gpt-oss": Values(experts_turned=True),
     "gpt2": Values(transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down")),
     "llama": Values(interleaved=True),  # Mistral and Mixtral too
     "nemotron": Values(norms_plus_one=True),
@@ -97,15 +104,17 @@ def _pieces(file: Gguf, own: Mapping[str, tuple[int, ...]], config: Mapping[str,
     names = gguf.get_tensor_name_map(kinds[file.architecture], int(file.metadata[f"{file.architecture}.block_count"]))
 
     def stored(name: str) -> str:
+        # A stack of experts is a parameter itself, and its bias; their names in the file end as others do.
+        name = f"{name.removesuffix('_bias')}.bias" if name.endswith("_bias") else name
         module, _, leaf = name.rpartition(".")
         leaf = f".{leaf}" if leaf in ("weight", "bias") else ""
-        # A stack of experts is a parameter itself; its name in the file ends in `.weight` as others do.
-        return f"{names.get_name(module if leaf else name)}{leaf or '.weight'}"
+        own = module if leaf else name
+        return f"{names.get_name(own) or names.get_name(own.removeprefix('transformer.'))}{leaf or '.weight'}"
 
     found = {}
     for name, shape in own.items():
         sources = [stored(name)]
-        if sources[0] not in file.headers and name.endswith(".gate_up_proj"):
+        if sources[0] not in file.headers and name.endswith((".gate_up_proj", ".gate_up_proj_bias")):
             sources = [stored(name.replace("gate_up_proj", half)) for half in ("gate_proj", "up_proj")]
         if missing := [source for source in sources if source not in file.headers]:
             raise CheckpointError(
@@ -125,7 +134,12 @@ def _piece(file: Gguf, sources: list[str], name: str, shape: tuple[int, ...], co
         changes.append(_transposed)
     if values.norms_plus_one and sources[0].endswith("norm.weight"):
         changes.append(_minus_one)
-    make = partial(_made, shape=shape, changes=changes)
+    if values.experts_turned and len(shape) == 3:
+        changes.append(_transposed)
+    if values.grouped and leaf == "attn_qkv":
+        heads = int(config.get("num_attention_heads") or config["n_head"])
+        changes.append(partial(in_groups, heads=heads, groups=int(config.get("num_kv_heads") or heads)))
+    make = partial(_made, shape=shape, changes=changes, by_turns=values.experts_turned and ".gate_up_proj" in name)
     stored = [file.headers[source] for source in sources]
     try:
         made = make(*(torch.empty(one.shape, dtype=one.dtype, device="meta") for one in stored))
@@ -138,10 +152,14 @@ def _piece(file: Gguf, sources: list[str], name: str, shape: tuple[int, ...], co
     return Piece(tuple(sources), Header(tuple(made.shape), made.dtype), make)
 
 
-def _made(*tensors: Tensor, shape: tuple[int, ...], changes: list[Callable[[Tensor], Tensor]]) -> Tensor:
+def _made(
+    *tensors: Tensor, shape: tuple[int, ...], changes: list[Callable[[Tensor], Tensor]], by_turns: bool
+) -> Tensor:
     """A parameter of a model, of what the file has of it."""
-    # Gate above up, as the model has them.
-    made = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2)
+    # Gate above up, or a row of each by turns.
+    made = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1 if by_turns else -2)
+    if by_turns:
+        made = torch.stack(made.chunk(2, 1), 2).flatten(1, 2)
     for change in changes:
         made = change(made)
     if [side for side in made.shape if side != 1] != [side for side in shape if side != 1]:
@@ -153,6 +171,13 @@ def in_halves(rows: Tensor, *, heads: int) -> Tensor:
     """The rows of each head in transformers' order, of llama.cpp's: the first half's before the second half's."""
     pairs: Tensor = rows.unflatten(0, (heads, -1, 2))
     return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def in_groups(rows: Tensor, *, heads: int, groups: int) -> Tensor:
+    """For each group its heads' queries, then its keys, then its values; of all queries, all keys, all values."""
+    width = len(rows) // (heads + 2 * groups)
+    parts = rows.split([heads * width, groups * width, groups * width])
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def _transposed(matrix: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ _METADATA = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+# What transformers fails on (5.23: it takes the length of a name for its value); the rotary embedding is put in below.
+_MISREAD = ("gpt-oss.rope.scaling.",)
 # Gemma 2 and 3 of 27B, by llama.cpp told from their layers, scale attention by another width than their heads'.
 _LAYERS_OF_27B = (46, 62)
 
@@ -36,7 +38,7 @@ def configuration_of(file: Gguf) -> dict[str, Any]:
     # Without the list of tokens it warns of an empty vocabulary, which is put right below.
     logging.set_verbosity_error()
     try:
-        with header_alone(file.files[0]) as (short, _):
+        with header_alone(file.files[0], but=_MISREAD) as (short, _):
             read = AutoConfig.from_pretrained(
                 short.parent, gguf_file=short.name, local_files_only=True, trust_remote_code=False
             )
@@ -54,6 +56,15 @@ def configuration_of(file: Gguf) -> dict[str, Any]:
         return _short(file.metadata.get(f"{file.architecture}.{key}"))
 
     config |= {key: said(own) for key, own in _METADATA.items() if key in config and said(own) is not None}
+    if file.architecture == "gpt-oss":
+        own = {"sliding_window": "attention.sliding_window", "intermediate_size": "expert_feed_forward_length"}
+        config |= {key: said(name) for key, name in own.items() if said(name)}
+    if file.architecture == "falcon":
+        groups = said("attention.head_count_kv") or 1
+        config |= {"num_kv_heads": groups, "multi_query": groups == 1, "new_decoder_architecture": groups > 1}
+        config["num_ln_in_parallel_attn"] = 2 if "blk.0.attn_norm_2.weight" in file.headers else 1
+    if said("attention.layer_norm_epsilon") is not None and "layer_norm_epsilon" in config:
+        config["layer_norm_epsilon"] = said("attention.layer_norm_epsilon")
     # Tensors are the surest word: of a file in parts, transformers sees one part.
     config["tie_word_embeddings"] = "output.weight" not in file.headers
     config["vocab_size"] = _rows(file, "token_embd.weight")

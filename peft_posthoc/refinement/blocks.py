@@ -55,7 +55,7 @@ class blocks:
         state: State | None = None,
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
-        began, interrupted, done = time.monotonic(), False, 0
+        began, interrupted, done, earlier = time.monotonic(), False, 0, 0.0
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
         # The last judging takes as long as the first.
         end = math.inf if seconds is None else 2 * began + seconds - time.monotonic()
@@ -63,22 +63,35 @@ class blocks:
         fitted, held_out = (list(batches(own, self.size, device=live.device)) for own in sides)
         places = range(len(fitted)), range(len(fitted), len(fitted) + len(held_out))
         steps = max(1, math.ceil(self.passes * len(fitted)))
-        moved, reached = set[str](), list[Stretch]()
+        moved, reached = set[str](), 0
         walk = Walk(chains_of(live), [*fitted, *held_out])
+        found = live.together.first(None if state is None else state.fit())
+        if found is not None:
+            tensors, numbers = found
+            put(factors, tensors)
+            moved, reached, done = set(numbers["moved"]), numbers["reached"], numbers["done"]
+            earlier = numbers["seconds"]
         try:
             with walk:
-                bar = tqdm(total=steps * walk.count, desc="Fitting", unit=" steps", disable=not progress)
+                total = steps * walk.count
+                bar = tqdm(total=total, initial=done, desc="Fitting", unit=" steps", disable=not progress)
                 with bar:
                     for number, stretch in enumerate(walk.stretches()):
+                        if number < reached:
+                            continue
                         left = live.together.first(end - time.monotonic())
                         own = _used(stretch, factors) if stretch.role != "entry" else {}
                         if left <= 0:
                             break
-                        reached.append(stretch)
                         if own:
                             share = left / (walk.count - number)
                             done += self._fit(live, stretch, own, places, steps, share, seed, bar)
                             moved |= own.keys()
+                        reached = number + 1
+                        if state is not None and state.is_due:
+                            taken = earlier + time.monotonic() - began
+                            numbers = {"moved": sorted(moved), "reached": reached, "done": done, "seconds": taken}
+                            state.keep(copies(factors), numbers)
         except KeyboardInterrupt:
             if live.together.size > 1:
                 raise  # The others may be elsewhere.
@@ -88,9 +101,9 @@ class blocks:
             raise
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         others = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in factors.keys() - moved}
-        why = "its turn did not come" if len(reached) < walk.count else "it comes before the blocks"
+        why = "its turn did not come" if reached < walk.count else "it comes before the blocks"
         unmoved = still(factors) | dict.fromkeys(sorted(others), why)
-        return Fit(before, after, kept, done, time.monotonic() - began, interrupted, unmoved)
+        return Fit(before, after, kept, done, earlier + time.monotonic() - began, interrupted, unmoved)
 
     def _fit(
         self,
@@ -115,7 +128,7 @@ class blocks:
                     if share >= 1:
                         break
                     loss = _loss(stretch, order.pop())
-                    if not math.isfinite(loss.item()):
+                    if not live.together.first(math.isfinite(loss.item())):
                         break
                     optimizer.step(loss, share)
                     done += 1

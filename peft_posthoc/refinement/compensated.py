@@ -52,19 +52,24 @@ class compensated:
         state: State | None = None,
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
-        began, interrupted = time.monotonic(), False
+        began, interrupted, earlier = time.monotonic(), False, 0.0
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
         judging = time.monotonic() - began
         layers = layers_of(live, factors)
         unmoved, fitted = dict(layers.others), set[str]()
         by_length = sorted(texts.fitted, key=lambda text: len(text.ids))
         parts = list(batches(by_length, self.size, device=live.device))
-        bar = tqdm(total=len(layers.linear), desc="Fitting", unit=" layers", disable=not progress)
+        found = live.together.first(None if state is None else state.fit())
+        if found is not None:
+            tensors, numbers = found
+            put(factors, tensors)
+            fitted, unmoved, earlier = set(numbers["fitted"]), numbers["unmoved"], numbers["seconds"]
+        bar = tqdm(total=len(layers.linear), initial=len(fitted), desc="Fitting", unit=" layers", disable=not progress)
         try:
             with Walk(chains_of(live), parts) as walk, torch.no_grad():
                 for stretch in walk.stretches():
                     waiting = {k: one for k, one in layers.linear.items() if k not in fitted | unmoved.keys()}
-                    groups, odd = _groups(stretch, waiting)
+                    groups, odd = _groups(stretch, waiting) if waiting else ([], {})
                     unmoved |= odd
                     for group in groups:
                         if seconds is not None:
@@ -76,6 +81,10 @@ class compensated:
                         else:
                             unmoved |= dict.fromkeys((one.name for one in group), _NOTHING)
                         bar.update(len(group))
+                        if state is not None and state.is_due:
+                            taken = earlier + time.monotonic() - began
+                            numbers = {"fitted": sorted(fitted), "unmoved": unmoved, "seconds": taken}
+                            state.keep(copies(factors), numbers)
         except _OutOfTime:
             pass
         except KeyboardInterrupt:
@@ -89,7 +98,8 @@ class compensated:
             bar.close()
         unmoved |= dict.fromkeys(layers.linear.keys() - fitted - unmoved.keys(), "its turn did not come")
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
-        return Fit(before, after, kept, len(fitted), time.monotonic() - began, interrupted, unmoved)
+        taken = earlier + time.monotonic() - began
+        return Fit(before, after, kept, len(fitted), taken, interrupted, unmoved)
 
     def _fit(self, stretch: Stretch, places: int, group: Sequence[Layer]) -> bool:
         """Fit the layers that read the same; False if they read nothing to go by."""
@@ -150,7 +160,7 @@ def _gathered(stretch: Stretch, places: int, group: Sequence[Layer]) -> tuple[Te
                 seen.append(through)
             read = seen[0][group[0].name].inputs[piece.counted].float()
             gram.addmm_(read.mT, read)
-            for name, cross in crosses.items():
-                made, wanted = (side[name].outputs.to(device)[piece.counted].float() for side in seen)
-                cross.addmm_(read.mT, wanted - made)
+            for one in group:
+                made, wanted = (side[one.name].outputs.to(device)[piece.counted].float() for side in seen)
+                crosses[one.name].addmm_(read.mT, one.lacks(made, wanted))
     return gram, crosses

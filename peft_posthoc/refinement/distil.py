@@ -57,14 +57,14 @@ class distil:
             return live.distances(texts.held_out, size=self.size)
 
         before = finite(judge())
-        judging = time.monotonic() - start
+        judging = together.first(time.monotonic() - start)
         best, best_factors, kept, interrupted, at = before, copies(factors), True, False, At()
         steps = max(1, math.ceil(self.passes * len(texts.fitted) / self.size))
         optimizer = Steps(factors, self.lr, together)
         found = together.first(None if state is None else state.fit())
         if found is not None:
             at, best, kept = _restored(*found, factors, best_factors, optimizer)
-        pace = Pace(at, seconds and seconds - judging, together.first(judging))
+        pace = Pace(at, seconds and seconds - judging, judging)
         bar = tqdm(total=steps, initial=at.done, desc="Fitting", unit=" steps", disable=not progress)
         try:
             for part in islice(shuffled(texts.fitted, self.size, seed), at.done, None):

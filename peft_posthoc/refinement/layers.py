@@ -31,6 +31,8 @@ class Layer:
     b: Parameter
     scale: float
     """What PEFT multiplies their product with."""
+    bias: Tensor | None = None
+    """Of the factors, which PEFT multiplies likewise."""
 
     @property
     def rank(self) -> int:
@@ -50,6 +52,10 @@ class Layer:
         """The tuned weight minus the base's, `m` by `n`."""
         after, before = (self.kind.matrix(one.weight.detach()).float() for one in (self.tuned, self.base))  # type: ignore[operator]
         return after.to(before.device) - before
+
+    def lacks(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """What the factors are to add to the base's output, for that of the tuned layer."""
+        return wanted - made if self.bias is None else wanted - made - self.scale * self.bias.float()
 
     @torch.no_grad()
     def put(self, a: Tensor, b: Tensor) -> None:
@@ -95,13 +101,14 @@ def layers_of(live: Live, factors: Mapping[str, Parameter]) -> Layers:
             found.others[own] = "an embedding has no earlier layer's error to make up for"
         elif kind.kernel:
             found.others[own] = "a convolution is not fitted in closed form"
-        elif layer.lora_B[live.name].bias is not None:
-            found.others[own] = "its factors come with a bias"
         else:
-            a, b = (factor[live.name].weight for factor in (layer.lora_A, layer.lora_B))
-            one = Layer(own, base, live.tuned.get_submodule(own), kind, a, b, layer.scaling[live.name])
+            a, b = (factor[live.name] for factor in (layer.lora_A, layer.lora_B))
+            tuned, scale = live.tuned.get_submodule(own), layer.scaling[live.name]
+            one = Layer(own, base, tuned, kind, a.weight, b.weight, scale, b.bias)
             if one.rank:
                 found.linear[own] = one
+            else:
+                found.others[own] = "one of its factors is zero, which leaves no pair to fit"
     return found
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import CheckpointError
@@ -19,10 +22,10 @@ from peft_posthoc.files import free_at
 from peft_posthoc.models.by_class import build
 from peft_posthoc.refinement.chain import blocks_of
 from peft_posthoc.refinement.compensated import compensated
-from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.method import Method
 from peft_posthoc.refinement.usual import Usual
-from peft_posthoc.running.live import check_classes
+from peft_posthoc.refinement.walk import AT_ONCE
+from peft_posthoc.running.live import check_sides
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
 from peft_posthoc.texts.texts import USUAL_LENGTH
@@ -44,21 +47,25 @@ class RefinePreflight:
     """Texts, at most."""
     length: int
     """Tokens of one, at most; no more than the models can read."""
-    steps: int | None
-    """Of `distil`; None of other methods."""
+    steps: int
+    """As many as the account of the fit tells, if there is time for all; of `compensated`, the modules that it fits."""
     factors: int
     """Numbers that are fitted."""
     models_bytes: int
     """Of what is in memory of both models at once: all, in float32; or of each the largest block, and no less than one
     whole model in the type of its files, which writes."""
-    work_bytes: int | None
-    """Of what is computed for a batch, with copies of the factors; None where the method does not say."""
+    work_bytes: int
+    """Of what is computed for a batch, with copies of the factors."""
     memory_bytes: int
     """About the most that is taken at once: on the device, less half a gigabyte, where that is not the CPU."""
     disk_bytes: int
     """At the adapter's folder: the adapter, and what an interrupted run goes on from."""
     disk_free: int | None
     """None where no folder was named."""
+    temporary_bytes: int
+    """In the folder of temporary files, while it runs: what goes from a block to the next."""
+    temporary_free: int
+    """There."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -66,15 +73,19 @@ class RefinePreflight:
 
     def table(self) -> str:
         """For a terminal."""
-        steps = "" if self.steps is None else f", {self.steps} steps"
         free = "" if self.disk_free is None else f" of {size(self.disk_free)} that are free"
-        work = "" if self.work_bytes is None else f", a batch and copies of the factors {size(self.work_bytes)}"
-        least = "at least" if self.work_bytes is None else "about"
-        return (
-            f"At most {self.sequences} texts of {self.length} tokens; {self.method}{steps} on {self.factors} numbers.\n"
-            f"Memory: {least} {size(self.memory_bytes)} (both models {size(self.models_bytes)}{work}). "
-            f"Disk needed: {size(self.disk_bytes)}{free}."
-        )
+        both = f"both models {size(self.models_bytes)}, a batch and copies of the factors {size(self.work_bytes)}"
+        lines = [
+            f"At most {self.sequences} texts of {self.length} tokens; {self.method}, {self.steps} steps on "
+            f"{self.factors} numbers.",
+            f"Memory: about {size(self.memory_bytes)} ({both}). Disk needed: {size(self.disk_bytes)}{free}.",
+        ]
+        if self.temporary_bytes:
+            lines.append(
+                f"While it runs, in `{gettempdir()}`: {size(self.temporary_bytes)} of {size(self.temporary_free)} that "
+                "are free."
+            )
+        return "\n".join(lines)
 
 
 def refine_preflight(
@@ -114,24 +125,26 @@ def refine_preflight(
     chosen = method or Usual()
     if isinstance(chosen, Usual):
         chosen = chosen.method(*pair, device=where)
+    check_sides(*pair)
     models = [_built(one) for one in pair]
-    check_classes(*models)
     places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
     length = min(length or USUAL_LENGTH, places or length or USUAL_LENGTH)
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
-    models_bytes = sum(map(_bytes, models))
-    work = steps = None
+    models_bytes, temporary = sum(map(_bytes, models)), 0
     if chosen.streams:
         written = max(sum(header.bytes for header in one.headers.values()) for one in pair)
         models_bytes = max(written, sum(map(_largest, models)))
+        # Hidden states in float32, of both models. `compensated` has none of held-out text while it fits.
+        config = models[0].config.get_text_config()
+        hidden = getattr(config, "hidden_size", None) or models[0].get_input_embeddings().weight.shape[1]
+        temporary = 8 * hidden * sequences * length
+    fitted = sequences - max(2, round(0.1 * sequences))
     if isinstance(chosen, compensated):
-        # For each input a row and a column of float64, twice, while no block is in memory; of outputs what is lacking.
-        sizes = [module.size for module in file.modules.values()]
-        work = max(12 * m * n + max(4 * n * n, 16 * n * n - models_bytes) for m, n in sizes)
-    if isinstance(chosen, distil):
-        steps = max(1, math.ceil(chosen.passes * (sequences - max(2, round(0.1 * sequences))) / chosen.size))
-        work = _COPIES * 4 * factors + _activations(models[0], chosen.size, length)
+        steps, work = _closed_form(models[0], file, chosen.size * length, models_bytes)
+    else:
+        steps, work = _by_gradients(models[0], file, chosen, fitted, length)
+        work += _COPIES * 4 * factors
     return RefinePreflight(
         method=type(chosen).__name__,
         sequences=sequences,
@@ -140,10 +153,12 @@ def refine_preflight(
         factors=factors,
         models_bytes=models_bytes,
         work_bytes=work,
-        memory_bytes=int(_PROCESS + models_bytes + (work or 0)),
+        memory_bytes=int(_PROCESS + models_bytes + work),
         # Factors, the best, Adam's two moments; and the text.
         disk_bytes=sum(header.bytes for header in file.headers.values()) + 16 * factors + 8 * sequences * length,
         disk_free=None if out is None else free_at(Path(out)),
+        temporary_bytes=temporary,
+        temporary_free=free_at(Path(gettempdir())),
     )
 
 
@@ -157,6 +172,39 @@ def _largest(model: Any) -> int:
     return max(map(_bytes, parts))
 
 
+def _closed_form(model: Any, file: AdapterFile, tokens: int, models_bytes: int) -> tuple[int, int]:
+    """Modules that are fitted in closed form, and the bytes that it takes."""
+    sizes = [module.size for module in file.modules.values() if module.kind == "linear"]
+    # For each input a row and a column of float64, twice, while no block is in memory; of outputs what is lacking.
+    fit = max((12 * m * n + max(4 * n * n, 16 * n * n - models_bytes) for m, n in sizes), default=0)
+    return len(sizes), max(fit, _logits(model, min(tokens, AT_ONCE)))
+
+
+def _by_gradients(model: Any, file: AdapterFile, chosen: Method, texts: int, length: int) -> tuple[int, int]:
+    """Steps of an optimiser on so many texts, and the bytes that one takes."""
+    passes, tokens = getattr(chosen, "passes", 1.0), chosen.size * length
+    if not chosen.streams:
+        work = _activations(model, chosen.size, length, model) + _logits(model, tokens)
+        return max(1, math.ceil(passes * texts / chosen.size)), work
+    parts, fits_head = _stretches(model, file.modules)
+    kept = _activations(model, chosen.size, length, max(blocks_of(model), key=_bytes))
+    steps = max(1, math.ceil(passes * math.ceil(texts / chosen.size))) * (parts + fits_head)
+    return steps, max(kept, _logits(model, tokens if fits_head else min(tokens, AT_ONCE)))
+
+
+def _logits(model: Any, tokens: int) -> int:
+    """Bytes of the logits of some tokens, and of what is made of them."""
+    return _LOGITS * 4 * tokens * int(model.get_output_embeddings().weight.shape[0])
+
+
+def _stretches(model: Any, modules: Collection[str]) -> tuple[int, bool]:
+    """How many blocks have one of the modules; and whether the head is one."""
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+    head, within = names[model.get_output_embeddings()], f"{names[blocks_of(model)]}."
+    parts = {name.removeprefix(within).partition(".")[0] for name in modules if name.startswith(within)}
+    return len(parts), head in modules
+
+
 def _built(checkpoint: Checkpoint) -> Any:
     model = build(checkpoint.config or {})
     if model is None:
@@ -164,20 +212,23 @@ def _built(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _activations(model: Any, texts: int, length: int) -> int:
-    """Bytes that one step keeps for its gradients, in float32, and of logits: asked of the model without values."""
+def _activations(model: Any, texts: int, length: int, part: nn.Module) -> int:
+    """Bytes that a part keeps of a step for its gradients, in float32: asked of the model without values."""
     model.set_attn_implementation("eager")  # The others look at the values of a mask.
     model.to(torch.bfloat16)  # So experts in one product want it.
     weights = {own.untyped_storage()._cdata for own in model.parameters()}
     kept: dict[int, Tensor] = {}
 
+    inside = [False]
+    part.register_forward_pre_hook(lambda *_: inside.append(True))
+    part.register_forward_hook(lambda *_: inside.append(False))
+
     def keep(x: Tensor) -> Tensor:
-        if (storage := x.untyped_storage()._cdata) not in weights:
+        if inside[-1] and (storage := x.untyped_storage()._cdata) not in weights:
             kept[storage] = x
         return x
 
     ids = torch.zeros(texts, length, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    saved = sum(x.untyped_storage().nbytes() * (2 if x.dtype == torch.bfloat16 else 1) for x in kept.values())
-    return int(saved + _LOGITS * 4 * logits.numel())
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sum(x.untyped_storage().nbytes() * (2 if x.dtype == torch.bfloat16 else 1) for x in kept.values())

@@ -155,7 +155,8 @@ def refine(
             parts = work.texts(sequences, length, state)
             alone, judging = work.alone(parts)
             with movable(work.live.adapted, factors):
-                seconds = clock.seconds if clock.seconds is None else clock.seconds - judging
+                # No two clocks say the same: that of the first process decides.
+                seconds = together.first(clock.seconds and clock.seconds - judging)
                 fit = chosen(work.live, factors, parts, seed=seed, seconds=seconds, progress=progress, state=state)
                 tensors, after, kept = stored, fit.before, fit.kept
                 if not kept:

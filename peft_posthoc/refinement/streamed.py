@@ -19,8 +19,8 @@ from peft_posthoc.refinement.walk import Walk
 from peft_posthoc.running.empty import Weights, empty_model, empty_with_adapter
 from peft_posthoc.running.live import Live, check_classes, check_finite, load_side, tokenizer_beside
 from peft_posthoc.running.load import load_model
-from peft_posthoc.texts.distance import Score, Sum
-from peft_posthoc.texts.sequences import KINDS, Tokens, batches
+from peft_posthoc.texts.distance import Score, Sum, by_kind
+from peft_posthoc.texts.sequences import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,8 @@ class Streamed(Live):
     @torch.no_grad()
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
         """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
-        sums = {kind: Sum() for kind in KINDS if any(text.kind == kind for text in texts)}
-        by_length = sorted(texts, key=lambda text: len(text.ids))
-        parts = [
-            (kind, batch)
-            for kind in sums
-            for batch in batches((text for text in by_length if text.kind == kind), size, device=self.where)
-        ]
+        parts = by_kind(texts, size, self.where)
+        sums = {kind: Sum() for kind, _ in parts}
         with Walk(chains_of(self), [batch for _, batch in parts]) as walk:
             for stretch in walk.stretches():
                 if stretch.role == "exit":

@@ -12,14 +12,15 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.refinement.chain import Chain
 from peft_posthoc.texts.sequences import Batch
 
 Side = Literal[0, 1]
 """Base + adapter, or the tuned model."""
 SIDES: tuple[Side, Side] = (0, 1)
-_TOKENS = 256
-"""Whose logits are there at a time."""
+AT_ONCE = 256
+"""Tokens whose logits are there at a time."""
 
 
 class Piece(NamedTuple):
@@ -86,7 +87,7 @@ class Walk:
                 for place in range(len(self.batches)):
                     (piece,) = stretch.pieces(place)
                     for side in SIDES:
-                        torch.save(piece.run[side](), self._file(side, place))
+                        self._write(piece.run[side](), self._file(side, place))
         yield Stretch("exit", self._ends, partial(self._held, end))
 
     def _stretch(self, index: int) -> Stretch:
@@ -101,7 +102,7 @@ class Walk:
 
     def _ends(self, place: int) -> list[Piece]:
         mask = self.batches[place].mask.bool()
-        parts = [self._read(side, place)[mask].split(min(_TOKENS, mask.shape[1])) for side in SIDES]
+        parts = [self._read(side, place)[mask].split(min(AT_ONCE, mask.shape[1])) for side in SIDES]
         leave = [chain.leave for chain in self._chains]
         return [
             Piece((partial(leave[0], mine), partial(leave[1], theirs)), mask.new_ones(len(mine)))
@@ -115,6 +116,15 @@ class Walk:
 
     def _file(self, side: Side, place: int) -> Path:
         return self._folder / f"{side}-{place}.pt"
+
+    def _write(self, hidden: Tensor, file: Path) -> None:
+        try:
+            torch.save(hidden, file)
+        except (OSError, RuntimeError) as error:  # PyTorch's own, of a full disk too.
+            raise PosthocError(
+                f"What goes from a block to the next cannot be kept in `{self._folder}`: {one_line(error)} Is the disk "
+                "full? Set TMPDIR to a folder on another."
+            ) from error
 
     def _read(self, side: Side, place: int) -> Tensor:
         found: Tensor = torch.load(self._file(side, place), weights_only=True)

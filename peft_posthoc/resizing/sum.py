@@ -31,6 +31,11 @@ class LoraSum:
         self._parts = list(zip(folders, weights, strict=True))
         self.modules: dict[str, Module] = {}
         for folder in folders:
+            if folder.added:
+                raise MismatchError(
+                    f"`{folder.label}` adds to `{next(iter(folder.added))}` by no factors, which no adapter of PEFT "
+                    "does. Extract from BASE and BASE+ADAPTER."
+                )
             for name, module in folder.modules.items():
                 known = self.modules.setdefault(name, module)
                 same = _form(known)

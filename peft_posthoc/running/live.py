@@ -52,9 +52,8 @@ class Live:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that both models and the tokenizer know."""
-        known = [rows_of(self.adapted) or 0, rows_of(self.tuned) or 0]
-        return min([*known, len(self.tokenizer)] if self.tokenizer is not None else known)
+        """Tokens that both models know."""
+        return min(rows_of(self.adapted) or 0, rows_of(self.tuned) or 0)
 
     @property
     def longest(self) -> int | None:

@@ -30,7 +30,7 @@ Score = Mapping[Kind, Distance]
 
 
 def divergence(said: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
-    """KL(wanted || said) summed over the tokens of a batch, in float32 and differentiable in `said`.
+    """KL(wanted || said) summed over the tokens of a batch, in float32 or better and differentiable in `said`.
 
     Args:
         said: Logits of the model, `texts x tokens x vocabulary`.
@@ -38,7 +38,8 @@ def divergence(said: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
         mask: `texts x tokens`, 1 for those that count.
     """
     chosen = mask.bool()
-    mine, theirs = (torch.log_softmax(x[chosen].float(), dim=-1) for x in (said, wanted))
+    wide = torch.promote_types(said.dtype, torch.float32)
+    mine, theirs = (torch.log_softmax(x[chosen].to(wide), dim=-1) for x in (said, wanted))
     return torch.nn.functional.kl_div(mine, theirs, reduction="sum", log_target=True)
 
 
@@ -52,7 +53,8 @@ class Sum:
     def add(self, said: Tensor, wanted: Tensor, mask: Tensor) -> None:
         """Add what two models say (see `divergence`)."""
         same = ((said.argmax(-1) == wanted.argmax(-1)) & mask.bool()).sum()
-        self.values += torch.tensor([divergence(said, wanted, mask).item(), int(same), int(mask.sum())])
+        lacking = divergence(said, wanted, mask).item()
+        self.values += torch.tensor([lacking, int(same), int(mask.sum())], dtype=torch.float64)
 
     def distance(self) -> Distance:
         """The mean."""
@@ -71,16 +73,19 @@ def distances(
     together: Together = ALONE,
 ) -> dict[Kind, Distance]:
     """The distance on the texts of each kind that is among them; several processes share them out."""
-    found: dict[Kind, Distance] = {}
-    for kind in KINDS:
-        own = sorted((text for text in texts if text.kind == kind), key=lambda text: len(text.ids))
-        if not own:
-            continue
-        total = Sum()
-        with together.agreed():
-            for batch in batches(together.share(own), size, device=device):
-                total.add(model(batch), wanted(batch), batch.mask)
+    parts = by_kind(texts, size, device)
+    sums = {kind: Sum() for kind, _ in parts}
+    with together.agreed():
+        for kind, batch in together.share(parts):
+            sums[kind].add(model(batch), wanted(batch), batch.mask)
+    for total in sums.values():
         together.sum([summed := total.values.to(device)])
         total.values = summed
-        found[kind] = total.distance()
-    return found
+    return {kind: total.distance() for kind, total in sums.items()}
+
+
+def by_kind(texts: Sequence[Tokens], size: int, device: torch.device) -> list[tuple[Kind, Batch]]:
+    """The texts in batches, each of texts of one kind, the short ones first."""
+    by_length = sorted(texts, key=lambda text: len(text.ids))
+    sides = [(kind, [text for text in by_length if text.kind == kind]) for kind in KINDS]
+    return [(kind, batch) for kind, own in sides for batch in batches(own, size, device=device)]

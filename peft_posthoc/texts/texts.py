@@ -52,7 +52,12 @@ class Writers:
         share: float = 1.0,
         temperature: float = 1.0,
     ) -> list[list[int] | None]:
-        """What a model adds to each start, within a share of the time that is left; None where that was over."""
+        """What a model adds to each start, within a share of the time that is left; None where that was over.
+
+        Raises:
+            PosthocError: A start has tokens that the models do not know.
+        """
+        self.check(starts)
         now = time.monotonic()
         until = self.until if math.isinf(self.until) else now + share * max(self.until - now, 0.0)
         return write_on(
@@ -89,18 +94,32 @@ class Writers:
         told.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({i for one in told if one is not None for i in (one if isinstance(one, list) else [one])})
 
-    def opening(self, draw: random.Random) -> list[int]:
-        """What a text of no subject starts with: what the tokenizer puts before every text, then any token."""
-        special = set(getattr(self.tokenizer, "all_special_ids", None) or self.ends)
-        before = [i for i in (self.encode("") if self.tokenizer else []) if i not in self.ends or i in _first(self)]
-        while (token := draw.randrange(self.vocabulary)) in special:
-            pass
-        return [*before, token]
+    def check(self, texts: Sequence[Sequence[int]]) -> None:
+        """See that both models know every token.
 
+        Raises:
+            PosthocError: They do not.
+        """
+        known = range(self.vocabulary)
+        if (unknown := next((i for ids in texts for i in ids if i not in known), None)) is not None:
+            raise PosthocError(f"Token id {unknown} is none that both models know, 0 to {self.vocabulary - 1}.")
 
-def _first(writers: Writers) -> list[int]:
-    bos = getattr(writers.tokenizer, "bos_token_id", None)
-    return [] if bos is None else [bos]
+    def openings(self, count: int, draw: random.Random) -> list[list[int]]:
+        """What texts of no subject start with: what the tokenizer puts before every text, then any token."""
+        ends, vocabulary, before = self.ends, self.vocabulary, list[int]()
+        special = set(getattr(self.tokenizer, "all_special_ids", None) or ends)
+        if self.tokenizer is not None:
+            before = [i for i in self.encode("") if i not in ends or i == getattr(self.tokenizer, "bos_token_id", None)]
+            vocabulary = min(vocabulary, len(self.tokenizer))
+        if special.issuperset(range(vocabulary)):
+            special = set()
+
+        def token() -> int:
+            while (found := draw.randrange(vocabulary)) in special:
+                pass
+            return found
+
+        return [[*before, token()] for _ in range(count)]
 
 
 class Texts(Protocol):
@@ -128,7 +147,7 @@ class Sampled:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         draw = random.Random(seed)
         general, turn = max(2, count // 4), None if self.prefix is not None else turn_of(writers.tokenizer)
-        openings = [writers.opening(draw) for _ in range(count)]
+        openings = writers.openings(count, draw)
         if turn is not None:
             openings[general:] = [list(turn.before)] * (count - general)
         elif self.prefix is not None:
@@ -196,7 +215,7 @@ class Prompts:
         own = [ids for ids in own if len(ids) < length]
         # Each prompt is answered as often as it takes; another answer is another text.
         starts = [own[i % len(own)] for i in range(count - general)]
-        openings = [writers.opening(draw) for _ in range(general)]
+        openings = writers.openings(general, draw)
         with _seeded(seed), tqdm(total=count, desc="Writing text", disable=not progress) as bar:
             answered = _answered(writers, starts, length, bar, share=7 / 8)
             return answered + writers.general(openings, length, bar)
@@ -221,10 +240,9 @@ class Given:
         own = [ids[:length] for ids in read if ids]
         if not own:
             raise PosthocError("There are no texts.")
-        if outside := [i for ids in own for i in ids if not 0 <= i < writers.vocabulary]:
-            raise PosthocError(f"Token id {outside[0]} is none that both models know, 0 to {writers.vocabulary - 1}.")
+        writers.check(own)
         draw, general = random.Random(seed), max(2, count // 8)
-        openings = [writers.opening(draw) for _ in range(general)]
+        openings = writers.openings(general, draw)
         with _seeded(seed), tqdm(total=general, desc="Writing text", disable=not progress) as bar:
             written = writers.general(openings, length, bar)
         return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]

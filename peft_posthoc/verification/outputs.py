@@ -20,7 +20,7 @@ from peft_posthoc.models.remote_code import not_run
 from peft_posthoc.running.inputs import inputs_for
 from peft_posthoc.running.live import load_live
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
-from peft_posthoc.texts.distance import Score
+from peft_posthoc.texts.distance import Score, Sum
 from peft_posthoc.texts.texts import Texts, Writers, usual_length
 
 _SIZE = 8
@@ -156,7 +156,7 @@ def _distance(said: Tensor, wanted: Tensor, *, has_logits: bool) -> Outputs:
     relative_error = frobenius(said - wanted) / frobenius(wanted)
     if not has_logits:
         return Outputs(None, None, relative_error)
-    log_wanted, log_said = (torch.log_softmax(values.double(), dim=-1) for values in (wanted, said))
-    kl = float((log_wanted.exp() * (log_wanted - log_said)).sum(-1).mean())
-    top1 = float((said.argmax(-1) == wanted.argmax(-1)).double().mean())
-    return Outputs(max(kl, 0.0), top1, relative_error)
+    total = Sum()
+    total.add(said.double(), wanted.double(), torch.ones(len(said)))
+    found = total.distance()
+    return Outputs(found.kl, found.top1, relative_error)

@@ -34,14 +34,32 @@ FILES = {
 }
 
 
+READ = ("kohya's scripts (sd-scripts, musubi-tuner)", "diffusers", "ComfyUI")
+
+
+def saved(program, folder):
+    save_file({name: torch.ones(4, 4) for name in FILES[program]}, folder / "one.safetensors")
+    return program, folder / "one.safetensors"
+
+
 @pytest.fixture(params=FILES)
 def file(request, tmp_path):
-    save_file({name: torch.ones(4, 4) for name in FILES[request.param]}, tmp_path / "one.safetensors")
-    return request.param, tmp_path / "one.safetensors"
+    return saved(request.param, tmp_path)
 
 
-def test_a_single_file_is_called_by_its_program(file, llama_pair, tmp_path):
-    program, path = file
+@pytest.fixture(params=sorted(FILES.keys() - {*READ, "LyCORIS"}))
+def refused(request, tmp_path):
+    return saved(request.param, tmp_path)
+
+
+def test_loha_is_refused_with_the_reason(tmp_path):
+    _, path = saved("LyCORIS", tmp_path)
+    with pytest.raises(AdapterError, match="is LoHa, whose deltas are products of two matrices element by element"):
+        resize(path, 2)
+
+
+def test_a_single_file_is_called_by_its_program(refused, llama_pair, tmp_path):
+    program, path = refused
     told = f"`{path}` is an adapter in the format of {program}, not a PEFT LoRA folder. "
     base, tuned = map(str, llama_pair)
     for line in (

@@ -117,6 +117,8 @@ def test_scales_that_a_configuration_or_a_mark_tells_of_are_missing(tmp_path):
     save_file(codes, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     save_file(codes | {"scaled_fp8": torch.empty(0).to(E4M3)}, tmp_path / "marked.safetensors")
-    for base in (codes, folder, tmp_path / "marked.safetensors"):
+    save_file(codes | {"x.scaling": torch.ones(48)}, tmp_path / "odd.safetensors")
+    save_file(codes | {"x.scales": torch.ones(48)}, tmp_path / "other.safetensors")
+    for base in (codes, folder, *(tmp_path / f"{name}.safetensors" for name in ("marked", "odd", "other"))):
         with pytest.raises(CheckpointError, match=r"quantised .*need their scales"):
             extract(base, tuned, rank=2)

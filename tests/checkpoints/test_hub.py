@@ -154,6 +154,19 @@ def test_a_dry_run_fetches_no_codes_either(hub, phlora, tmp_path):
     assert "model.safetensors" not in {file for _, file in hub.fetched}
 
 
+def test_what_a_file_on_the_hub_says_of_itself_is_read_with_its_headers(hub, phlora, tmp_path):
+    models.save(models.llama(), tmp_path / "tuned")
+    codes = {"x.weight": torch.ones(4, 256, dtype=torch.int8), "x.weight_scale": torch.ones(4, 1)}
+    said = {"_quantization_metadata": json.dumps({"layers": {"x": {"format": "int8_tensorwise", "convrot": True}}})}
+    (tmp_path / "base").mkdir()
+    save_file(codes, tmp_path / "base" / "model.safetensors", said)
+    hub.repository("comfy/base").commit(tmp_path / "base", "main")
+    status, _, stderr = phlora("extract", "comfy/base", tmp_path / "tuned", tmp_path / "out", "--dry-run")
+    assert status == 1
+    assert "in ComfyUI's form `int8_tensorwise, rotated`" in stderr
+    assert "model.safetensors" not in {file for _, file in hub.fetched}
+
+
 def test_no_weights_are_fetched_of_two_that_do_not_fit(hub, phlora, pair, work):
     save_file({"layers.0.proj.weight": torch.zeros(9, 9)}, pair[1] / "model.safetensors")
     for path in pair:

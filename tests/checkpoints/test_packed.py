@@ -130,3 +130,11 @@ def test_codes_whose_scales_are_missing_are_refused():
         CheckpointError, match=r"`y.weight_packed` of `state dict` holds codes \(int32\) and lacks the scales"
     ):
         open_checkpoint({**source, "x.weight_shape": torch.tensor([4, 32]), "y.weight_packed": torch.ones(4, 4).int()})
+
+
+def test_packed_words_of_a_stack_are_refused_as_such():
+    layer = {"weight_packed": torch.zeros(4, 4, dtype=torch.int32), "weight_scale": torch.ones(4, 1)}
+    stack = {f"stack.{name}": tensor.expand(3, *tensor.shape).contiguous() for name, tensor in layer.items()}
+    source = {f"x.{name}": tensor for name, tensor in layer.items()} | {"x.weight_shape": torch.tensor([4, 32])}
+    with pytest.raises(CheckpointError, match=r"`stack.weight_packed` .* \(int32\) as \[3, 4, 4\], a form that is not"):
+        open_checkpoint({**source, **stack})

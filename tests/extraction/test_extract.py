@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from peft_posthoc import CheckpointError, NothingToCarryError, extract
+from peft_posthoc import CheckpointError, NothingToCarryError, extract, open_checkpoint
 from peft_posthoc.checkpoints.memory import InMemory
 from peft_posthoc.extraction.read import read_pairs
 from peft_posthoc.sources import open_pair
@@ -129,3 +129,19 @@ def test_what_is_infinite_in_both_alike_is_unchanged_and_no_obstacle():
     json.dumps(report.to_dict(), allow_nan=False)
     with pytest.raises(CheckpointError, match="NaN or infinity in `bounds`"):
         extract(base, tuned | {"bounds": bounds.flip(0)}, 5)
+
+
+def test_what_is_read_ahead_takes_one_core_and_the_rest_is_as_before(llama_pair):
+    base, tuned = llama_pair
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    used = set()
+    try:
+        source = open_checkpoint(base)
+        read = source.read
+        source.read = lambda name: used.add(torch.get_num_threads()) or read(name)
+        extract(source, tuned, 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert used == {1}

@@ -2,6 +2,7 @@
 
 import gguf
 import numpy as np
+import torch
 
 QUANT = gguf.GGMLQuantizationType
 # What the converter adds one to, turns about, or cuts in two.
@@ -42,7 +43,7 @@ def as_llama_cpp_has_it(model, arch):
     found = {}
     for name, tensor in model.named_parameters():
         tensor = tensor.detach().float()
-        if name.endswith("experts.gate_up_proj"):
+        if name.endswith("experts.gate_up_proj") and arch != "gpt-oss":
             for half, part in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
                 found[f"{names.get_name(name.replace('gate_up', half))}.weight"] = part.contiguous()
             continue
@@ -56,9 +57,45 @@ def as_llama_cpp_has_it(model, arch):
             tensor = tensor.T.contiguous()
         if name.endswith("shared_expert_gate.weight"):
             tensor = tensor[0]
-        own = names.get_name(name, (".weight", ".bias"))
+        if arch == "gpt-oss" and "experts." in name:
+            found |= _of_gpt_oss(name, tensor)
+            continue
+        if ".query_key_value." in name:
+            tensor = by_kind(tensor, model.config)
+        own = names.get_name(name, (".weight", ".bias")) or names.get_name(
+            name.removeprefix("transformer."), (".weight", ".bias")
+        )
         found[own if own.endswith((".weight", ".bias")) else f"{own}.weight"] = tensor
     return found
+
+
+def _of_gpt_oss(name, tensor):
+    """A stack of experts, or its bias: out x in features, of gate and up every second row."""
+    block, what = name.split(".")[2], "bias" if name.endswith("_bias") else "weight"
+    turned = tensor if what == "bias" else tensor.mT
+    if "down_proj" in name:
+        return {f"blk.{block}.ffn_down_exps.{what}": turned.contiguous()}
+    return {
+        f"blk.{block}.ffn_{half}_exps.{what}": turned[:, at::2].contiguous() for at, half in enumerate(("gate", "up"))
+    }
+
+
+def by_kind(rows, config):
+    """All heads' queries, then all keys, then all values, of what has them group by group."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_kv_heads", heads)
+    if getattr(config, "multi_query", False) and not config.new_decoder_architecture:
+        groups = 1
+    width = len(rows) // (heads + 2 * groups)
+    kinds = [[], [], []]
+    for group in range(groups):
+        own = rows[group * len(rows) // groups :][: len(rows) // groups]
+        of_queries = heads // groups * width
+        for kind, part in zip(
+            kinds, (own[:of_queries], own[of_queries:][:width], own[of_queries + width :]), strict=True
+        ):
+            kind.append(part)
+    return torch.cat([part for kind in kinds for part in kind])
 
 
 def by_turns(rows, width):
@@ -96,18 +133,21 @@ def split(path):
 def _describe(writer, config, metadata):
     """The metadata that the converter makes of a configuration."""
     heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None)
+    width, rotary = getattr(config, "head_dim", None), getattr(config, "rope_parameters", {})
     said = {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", 64),
         "embedding_length": config.hidden_size,
         "feed_forward_length": getattr(config, "intermediate_size", None),
         "attention.head_count": heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None),
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", getattr(config, "num_kv_heads", None)),
         "attention.key_length": width,
         "attention.value_length": width,
         "rope.dimension_count": width if width and config.model_type in ("llama", "mistral", "mixtral") else None,
-        "rope.freq_base": getattr(config, "rope_parameters", {}).get("rope_theta"),
+        "rope.freq_base": rotary.get("rope_theta"),
+        "rope.scaling.type": "yarn" if rotary.get("rope_type") == "yarn" else None,
+        "rope.scaling.factor": rotary.get("factor"),
+        "rope.scaling.original_context_length": rotary.get("original_max_position_embeddings"),
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         "attention.layer_norm_epsilon": getattr(config, "norm_epsilon", getattr(config, "layer_norm_epsilon", None)),
         "attention.sliding_window": getattr(config, "sliding_window", None),

@@ -29,10 +29,25 @@ MODELS = {
     "phi3": ("phi3", lambda: models.decoder("Phi3", pad_token_id=0)),
     "gemma2": ("gemma2", lambda: models.gemma2(query_pre_attn_scalar=8, sliding_window=4, final_logit_softcapping=9.0)),
     "gemma3": ("gemma3", lambda: tf.Gemma3ForCausalLM(gemma3_config())),
+    "gpt-oss": ("gpt-oss", lambda: tf.GptOssForCausalLM(gpt_oss_config())),
+    "falcon": ("falcon", lambda: falcon(multi_query=True, num_kv_heads=1)),
+    "falcon, groups": (
+        "falcon",
+        lambda: falcon(new_decoder_architecture=True, num_kv_heads=2, layer_norm_epsilon=1e-3),
+    ),
+    "falcon, one norm": (
+        "falcon",
+        lambda: falcon(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    ),
+    "bloom": (
+        "bloom",
+        lambda: tf.BloomForCausalLM(tf.BloomConfig(n_layer=2, n_head=4, **SMALL, layer_norm_epsilon=1e-3)),
+    ),
     "gpt2": ("gpt2", models.gpt2),
     "starcoder2": ("starcoder2", lambda: models.decoder("Starcoder2", norm_epsilon=1e-3)),
     "nemotron": ("nemotron", lambda: models.decoder("Nemotron")),
 }
+SMALL = {"vocab_size": 96, "hidden_size": 32}
 TOKENS = torch.arange(24)[None] * 7 % 96
 
 
@@ -40,6 +55,17 @@ def gemma3_config():
     sizes = models.gemma2().config.to_dict() | {"query_pre_attn_scalar": 8, "sliding_window": 4}
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     return tf.Gemma3TextConfig(**{key: sizes[key] for key in kept}, num_hidden_layers=7, query_pre_attn_scalar=8)
+
+
+def gpt_oss_config():
+    sizes = {"intermediate_size": 24, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return tf.GptOssConfig(**SMALL, num_hidden_layers=2, **sizes, **heads, rms_norm_eps=1e-3)
+
+
+def falcon(**changes):
+    plain = {"bias": False, "alibi": False, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 128}
+    return tf.FalconForCausalLM(tf.FalconConfig(**SMALL, **plain, **changes))
 
 
 def made(name):
@@ -197,7 +223,7 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(path)
 
-    refused("is a GGUF of the architecture `baichuan`; how its tensors differ .* Known are gemma2, ", arch="baichuan")
+    refused("is a GGUF of the architecture `baichuan`; how its tensors differ .* Known are bloom, ", arch="baichuan")
     refused("is no model: by its own word it is of type `adapter`", metadata={"general.type": "adapter"})
     refused(
         "holds no `blk.1.ffn_up.weight`, of which `model.layers.1.mlp.up_proj.weight` of a LlamaForCausalLM is made",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,13 @@ class Linear:
 def test_the_factors_are_the_best_of_their_rank() -> None:
     model = Linear()
     torch.testing.assert_close(model.fit(1e-7), model.best(model.lacking), rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_bias_of_the_factors_adds_they_need_not() -> None:
+    model = Linear()
+    model.layer = replace(model.layer, bias=torch.nn.Parameter(torch.arange(9.0)))
+    wanted = model.lacking - 2.0 * torch.arange(9.0).double()
+    torch.testing.assert_close(model.fit(1e-7), model.best(wanted), rtol=1e-3, atol=1e-3)
 
 
 def test_the_metric_alone_does_not_make_up_for_what_was_lost_before() -> None:

@@ -15,8 +15,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from peft_posthoc import PosthocError, Sampled, distil, extract, refine
+from peft_posthoc import PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.cli.main import main
+from peft_posthoc.refinement import blocks as blocks_module
+from peft_posthoc.refinement import compensated as compensated_module
 from peft_posthoc.refinement import distil as distil_module
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
@@ -111,6 +113,41 @@ def test_a_fit_that_broke_off_goes_on_to_the_same_bits(
     assert len(_kept(tmp_path)) == 1
     again.save(out)
     assert not _kept(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "work", "ends"),
+    [(compensated(), compensated_module, "regress", [5, 5]), (blocks(passes=1), blocks_module, "_judged", [3])],
+    ids=["compensated", "blocks"],
+)
+def test_layers_and_blocks_that_are_fitted_are_not_fitted_again(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, method: Any, module: Any, work: str, ends: list[int]
+) -> None:
+    real, calls, last = getattr(module, work), list[None](), [10**6]
+
+    def counted(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == last[0]:
+            raise MemoryError
+        return real(*args)
+
+    def fitted(**options: Any) -> Any:
+        calls.clear()
+        return refine(adapter, *llama_pair, method=method, **options, **QUICK)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, work, counted)
+        whole = fitted()
+        assert not whole.kept
+        number = len(calls)
+        for last[0] in ends:  # Each time one or more are done by then.
+            with pytest.raises(MemoryError):
+                fitted(out=tmp_path / "out")
+        last[0] = 10**6
+        again = fitted(out=tmp_path / "out")
+    assert len(calls) <= number - 2
+    assert (again.steps, again.unmoved) == (whole.steps, whole.unmoved)
+    assert _same(again, whole)
 
 
 def test_a_command_that_was_killed_goes_on(llama_pair: tuple[str, str], adapter: Path, tmp_path: Path) -> None:

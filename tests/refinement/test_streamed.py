@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_posthoc import CheckpointError, Refined, compensated, refine
+from peft_posthoc import CheckpointError, PosthocError, Refined, compensated, refine
 from peft_posthoc.linalg.regression import regress
 from peft_posthoc.refinement import compensated as module
+from peft_posthoc.refinement.walk import Walk
 from tests.refinement.test_compensated import SMALL, _adapter, _pair
 
 
@@ -80,6 +81,13 @@ def test_an_error_leaves_no_files_behind(tmp_path: Path, place: Path, monkeypatc
     with pytest.raises(OSError, match="space"):
         refine(_adapter(pair, tmp_path / "svd"), *pair, method=compensated(), **SMALL)
     assert not list(place.iterdir())
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Walk, "_file", lambda *_: Path("/dev/full"))
+    pair = _pair(tmp_path)
+    with pytest.raises(PosthocError, match="Set TMPDIR"):
+        refine(_adapter(pair, tmp_path / "svd"), *pair, method=compensated(), **SMALL)
 
 
 def test_weights_that_are_not_there_are_told(tmp_path: Path) -> None:

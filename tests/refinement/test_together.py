@@ -50,6 +50,20 @@ def test_two_processes_find_what_one_does(llama_pair: tuple[str, str], adapter: 
         assert (x - alone.tensors[name]).abs().max() <= 1e-3 * moved
 
 
+@pytest.mark.parametrize("method", ["distil", "blocks", "compensated"])
+def test_the_first_one_s_clock_is_that_of_both(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, method: str
+) -> None:
+    """The second one would judge less often, or not fit at all: each would wait for what the other never says."""
+    models = ["--base", llama_pair[0], "--tuned", llama_pair[1], "--method", method, "--minutes", "2"]
+    ran = _torchrun(adapter, tmp_path / "out", *models, "--sequences", 45, "--length", 12, "--quiet", LATE="1")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = sorted(line for line in ran.stdout.splitlines() if line.startswith("found"))
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert int(found[0].split()[2]) > 1
+
+
 @pytest.mark.parametrize(
     ("fail", "more", "told"),
     [

@@ -142,6 +142,28 @@ def test_a_model_that_comes_to_say_no_number_is_one_clear_line() -> None:
         _written(Prompts(["c d"]), writers)
 
 
+def test_the_tokenizer_is_asked_once_what_stands_before_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each of a million texts."""
+    asked, writers = [], _writers()
+    real = writers.encode
+    monkeypatch.setattr(Writers, "encode", lambda self, text, **_: asked.append(text) or real(text))
+    assert len(writers.openings(1000, random.Random(0))) == 1000
+    assert asked == [""]
+
+
+def test_a_vocabulary_of_special_tokens_alone_has_openings_too() -> None:
+    writers = replace(_writers(), tokenizer=None, vocabulary=3)
+    assert {token for (token,) in writers.openings(50, random.Random(0))} == {0, 1}
+    writers.tuned.generation_config.eos_token_id = [0, 1, 2]
+    assert {token for (token,) in writers.openings(50, random.Random(0))} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("texts", [Prompts(["a h"]), Sampled("h"), Given(["h"])])
+def test_a_tokenizer_of_another_model_is_one_clear_line(texts: Any) -> None:
+    with pytest.raises(PosthocError, match="Token id 12 is none that both models know, 0 to 11"):
+        _written(texts, replace(_writers(), vocabulary=12))
+
+
 @pytest.mark.parametrize("kind", [Prompts, Given])
 def test_one_text_is_no_list_of_its_letters(kind: Any) -> None:
     with pytest.raises(ValueError, match="a list of them belongs"):

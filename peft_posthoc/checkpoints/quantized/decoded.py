@@ -179,9 +179,16 @@ def _refuse_incomplete(view: Decoded) -> None:
     for name, header in view.headers.items():
         leaf = name.rpartition(".")[2]
         if (leaf, header.dtype) in codes or (floats and header.dtype in FLOATS and "scale" not in leaf):
+            module = name.rpartition(".")[0]
+            scaled_so = any(f"{module}.{own}" in view.headers for own in ("weight_scale", "weight_scale_inv", "scales"))
             raise CheckpointError(
-                f"`{name}` of `{view.label}` holds codes ({str(header.dtype).removeprefix('torch.')}) and lacks the "
-                "scales that others have beside them. Fetch the checkpoint again, or convert it again."
+                f"`{name}` of `{view.label}` holds codes ({str(header.dtype).removeprefix('torch.')}) "
+                + (
+                    f"as {list(header.shape)}, a form that is not read. Give the model that it was made from."
+                    if scaled_so
+                    else "and lacks the scales that others have beside them. Fetch the checkpoint again, or convert it "
+                    "again."
+                )
             )
 
 

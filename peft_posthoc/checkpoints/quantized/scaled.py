@@ -12,6 +12,7 @@ from torch import Tensor
 from peft_posthoc.checkpoints.checkpoint import Header, place_of
 from peft_posthoc.checkpoints.quantized.coded import Coded, Stored
 from peft_posthoc.checkpoints.quantized.grid import fill, numbers
+from peft_posthoc.checkpoints.quantized.undecoded import quantized
 from peft_posthoc.errors import CheckpointError
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -19,7 +20,8 @@ FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.f
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # In every file that is known, where no configuration says another.
 _BLOCK = 128
-_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "scaled_fp8")
+# What marks ComfyUI's older files.
+_MARK = "scaled_fp8"
 # What lies beside a weight and is not needed to decode it.
 _BESIDE = (
     *(
@@ -41,7 +43,7 @@ def weights(stored: Stored) -> Iterator[tuple[str, Coded]]:
     ModelOpt, ComfyUI), `X.scale` (DeepSeek's own files) or `X.scale_weight` (ComfyUI's older files, which one tensor
     `scaled_fp8` marks); of a stack of experts `X_weight_scale` (ModelOpt).
     """
-    marks = [name for name in stored.headers if name.rpartition(".")[2] == "scaled_fp8"]
+    marks = [name for name in stored.headers if name.rpartition(".")[2] == _MARK]
     for name, header in stored.headers.items():
         if header.dtype not in (*FLOATS, torch.int8):
             continue
@@ -70,8 +72,11 @@ def as_they_are(stored: Stored) -> Iterator[tuple[str, Coded]]:
 
     None where anything tells of scales, or there is a folder that may have lost them.
     """
-    checkpoint, leaves = stored.checkpoint, {name.rpartition(".")[2] for name in stored.headers}
-    if stored.told or leaves & {*_SCALES, *_BESIDE} or checkpoint.identity is None or place_of(checkpoint) is not None:
+    checkpoint = stored.checkpoint
+    tells = any(one.is_part for one in quantized(checkpoint).values()) or any(
+        name.rpartition(".")[2] == _MARK for name in stored.headers
+    )
+    if stored.told or tells or checkpoint.identity is None or place_of(checkpoint) is not None:
         return
     for name, header in stored.headers.items():
         if header.dtype in FLOATS:

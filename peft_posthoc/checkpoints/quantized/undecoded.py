@@ -23,7 +23,7 @@ _CODES = (
 )
 _STATE = ".quant_state."
 # What lies beside codes in their module.
-_BESIDE = re.compile(r"scale|zero|g_idx|shape|absmax|quant|codebook|amax|^SCB$|_format$|^meta$", re.IGNORECASE)
+_BESIDE = re.compile(r"scal(?:e|ing)|zero|g_idx|shape|absmax|quant|codebook|amax|^SCB$|_format$|^meta$", re.IGNORECASE)
 
 
 class Quantized(NamedTuple):

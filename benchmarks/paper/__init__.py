@@ -1,0 +1,1 @@
+"""The paper's tables, and what the paper did not measure: `python -m benchmarks.paper`."""

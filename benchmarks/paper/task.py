@@ -1,0 +1,66 @@
+"""What a model is asked and how its answers are judged: one file for each set of the paper."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+SEED = 42  # the paper's (appendix C)
+T = TypeVar("T")
+
+
+class Question(NamedTuple):
+    """A prompt without a word on the format of the answer, and the answer that is trained on."""
+
+    id: str
+    prompt: str
+    answer: str
+    gold: Any
+    """What `score` needs of the right answer."""
+    image: Any = None
+    """A PIL image, or a path of a video's."""
+
+
+class Sets(NamedTuple):
+    """Questions to train on and to be judged by; no context is in both."""
+
+    train: Sequence[Question]
+    test: Sequence[Question]
+
+
+class Task(Protocol):
+    """A data set with its metrics. `about` names source and licence; `metrics` has the names that `score` gives."""
+
+    about: str
+    metrics: tuple[str, ...]
+
+    def load(self, source: Path) -> Sets:
+        """All questions of a local folder, as the data set's own files have them.
+
+        Raises:
+            FileNotFoundError: A file is not there; the line says which, and where it can be had.
+        """
+
+    def score(self, question: Question, said: str) -> Mapping[str, float]:
+        """Each metric of one answer, from 0 to 1 (CIDEr: to 10)."""
+
+
+def needed(source: Path, name: str, origin: str) -> Path:
+    """A file of a data set.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    if not (source / name).is_file():
+        raise FileNotFoundError(f"There is no `{name}` in `{source}`: it comes from {origin}.")
+    return source / name
+
+
+def sample(questions: Sequence[T], count: int | None) -> list[T]:
+    """So many of them, drawn without replacement, in their order: the same ones each time."""
+    if count is None or count >= len(questions):
+        return list(questions)
+    chosen = sorted(random.Random(SEED).sample(range(len(questions)), count))
+    return [questions[i] for i in chosen]

@@ -1,0 +1,113 @@
+"""kohya's LoRA file, which sd-scripts, A1111, Forge, SD.Next, InvokeAI and ComfyUI read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_posthoc.adapters.on_model import AdapterOnModel
+from peft_posthoc.checkpoints.checkpoint import place_of
+from peft_posthoc.errors import AdapterError
+from peft_posthoc.formats.components import Component, components, filed, old_name, one_below_another
+from peft_posthoc.formats.result import Exported, Out
+from peft_posthoc.formats.single_file import account, metadata_of, write_file
+from peft_posthoc.models.original_modules import FAMILIES, fused
+from peft_posthoc.text import asked
+
+# Whose modules have the same names there as in diffusers, or others that all readers map from diffusers'.
+_AS_IN_DIFFUSERS = ("UNet2DConditionModel", "QwenImageTransformer2DModel")
+
+
+def write(
+    deltas: AdapterOnModel,
+    out: Out,
+    *,
+    dtype: torch.dtype | None,
+    force: bool,
+    progress: bool,
+    more: Sequence[AdapterOnModel] = (),
+) -> Exported:
+    """Write the file: `lora_unet_...lora_down.weight`, `.lora_up.weight` and `.alpha`, each module at its own rank.
+
+    Modules that the original code fuses are one: blocks of a matrix of the sum of their ranks.
+
+    Args:
+        deltas: The adapter of one component.
+        out: Where.
+        dtype: Of the factors.
+        force: Replace an earlier export.
+        progress: Show a progress bar.
+        more: Adapters of other components.
+
+    Raises:
+        AdapterError: A model is no component whose names are known, an adapter is more than factors of linear layers
+            and convolutions, or the file cannot be written.
+    """
+    parts = components([deltas, *more])
+    dtype = dtype or deltas.folder.dtype()
+    tensors: dict[str, Tensor] = {}
+    ranks: list[int] = []
+    notes: list[str] = []
+    for part in parts:
+        prefix = _prefix(part, parts)
+        for module, sources in tqdm(_modules(part).items(), desc=part.name, disable=not progress):
+            name = f"{prefix}{module.replace('.', '_')}"
+            own = lora(part, name, sources, dtype)
+            tensors |= own
+            ranks.append(int(own[f"{name}.alpha"]))
+    if max(ranks) > max(part.deltas.rank for part in parts):
+        notes.append(f"The rank is up to {max(ranks)}: what the original code fuses is blocks of one matrix.")
+    exported = account("kohya", parts, out, tensors, dtype=dtype, rank=max(ranks), notes=notes)
+    write_file(out, tensors, metadata_of(parts, exported), what="The LoRA of kohya's format", force=force)
+    return exported
+
+
+def lora(part: Component, name: str, sources: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a module, whose rows these of the model have one below the other."""
+    factors = one_below_another(part.deltas, sources)
+    kernel = part.deltas.kernel_of(sources[0]) if len(sources) == 1 else ()
+    a, b = filed(name, factors, kernel, None, dtype)
+    alpha = torch.tensor(float(len(a)), dtype=torch.float32)
+    return {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": alpha}
+
+
+def _modules(part: Component) -> Mapping[str, tuple[str, ...]]:
+    """By the format's names before dots became underscores, the model's modules in each.
+
+    Raises:
+        AdapterError: A module has no name there.
+    """
+    part.deltas.only_factors("kohya's format", convolutions=True)
+    names = part.deltas.names
+    if odd := [name for name in names if (kind := part.deltas.slots[name].kind).transposed or kind.stacked]:
+        raise AdapterError(f"`{odd[0]}` is an embedding or of an expert, which kohya's format has no LoRA for.")
+    if part.cls in FAMILIES:
+        found = fused(part.cls, names)
+        if lost := sorted({*names} - {one for own in found.values() for one in own}):
+            raise AdapterError(
+                f"`{lost[0]}` has no name in kohya's format that is known here. Use `{asked('to', 'comfyui')}`."
+            )
+        return found
+    if part.text or part.cls in _AS_IN_DIFFUSERS:
+        return {old_name(part, name): (name,) for name in names}
+    raise AdapterError(
+        f"The names of `{part.cls}` in kohya's format are not known here. Known are "
+        f"{', '.join((*_AS_IN_DIFFUSERS, *FAMILIES))} and text encoders. Use `{asked('to', 'comfyui')}`."
+    )
+
+
+def _prefix(part: Component, parts: Sequence[Component]) -> str:
+    if not part.text:
+        return "lora_unet_"
+    number = part.name.rpartition("_")[2]
+    # Flux has T5 second, and kohya's scripts call it the third all the same.
+    number = "3" if part.cls.startswith("T5") else number if number.isdigit() else "1"
+    place = place_of(part.deltas.base)
+    among = place is not None and (place.parent / "text_encoder_2").is_dir()
+    only = number == "1" and not among and not any(one.name.startswith("text_encoder_") for one in parts)
+    wide = any((one.deltas.base.config or {}).get("cross_attention_dim") == 2048 for one in parts)
+    dits = any(one.name.startswith("transformer") for one in parts)
+    return "lora_te_" if only and not wide and not dits else f"lora_te{number}_"

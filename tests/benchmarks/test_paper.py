@@ -1,0 +1,113 @@
+"""The paper's experiment from data to page, on a toy: every row is made, once, and the page has its numbers."""
+
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.paper.__main__ import main
+from benchmarks.paper.intervals import interval, rank_correlation
+from tests.make import models, texts
+
+
+def contexts(count):
+    for i in range(count):
+        yield {
+            "table": {"uid": f"t{i}", "table": [["a", "b"]]},
+            "paragraphs": [{"uid": f"p{i}", "order": 1, "text": "a b"}],
+            "questions": [
+                {"uid": f"q{i}", "question": "b a", "answer": ["a"], "answer_type": "span", "scale": ""},
+            ],
+        }
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper")
+    data, base = folder / "data", folder / "base"
+    data.mkdir()
+    (data / "tatqa_dataset_dev.json").write_text(json.dumps([*contexts(8)]))
+    (data / "tatqa_dataset_test_gold.json").write_text(json.dumps([*contexts(4)]))
+    tokenizer = texts.tokenizer()
+    models.llama(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = folder / "toy.json"
+    config.write_text(
+        json.dumps(
+            {
+                "model": str(base),
+                "task": "tatqa",
+                "lr": 1e-2,
+                "lora_lr": 1e-2,
+                "lora_rank": 4,
+                "batch": 4,
+                "ranks": [2, 8],
+                "refined_rank": 4,
+                "prompts": 2,
+                "refine_sequences": 16,
+                "answer_tokens": 4,
+            }
+        )
+    )
+    return folder
+
+
+def run(folder, *more):
+    places = ["--data", folder / "data", "--work", folder / "work", "--results", folder / "results"]
+    return CliRunner().invoke(main, [*map(str, ["run", folder / "toy.json", *places]), *more])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_row_is_made_once_and_stands_on_the_page(toy):
+    done = run(toy)
+    assert done.exit_code == 0, done.output
+    files = sorted((toy / "results/toy").iterdir())
+    names = [json.loads(file.read_text())["row"] for file in files]
+    assert names == [
+        *("base", "full fine-tune", "PHLoRA r=2", "PHLoRA r=4", "PHLoRA r=8"),
+        *("PHLoRA r=4, refined without data", "PHLoRA r=4, refined on 2 prompts"),
+        *("mergekit-extract-lora r=4", "LoRA from zero r=4", "LoRA+ r=4"),
+    ]
+    before = {file: file.read_bytes() for file in files}
+    assert run(toy).output == ""
+    assert {file: file.read_bytes() for file in files} == before
+    page = toy / "PAPER.md"
+    told = CliRunner().invoke(main, ["page", "--results", str(toy / "results"), "--out", str(page)])
+    assert told.exit_code == 0, told.output
+    text = page.read_text()
+    for file in files:
+        row = json.loads(file.read_text())
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {row['row']} |"))
+        values = list(row["metrics"]["exact match"].values())
+        assert len(values) == 4
+        assert f"| {100 * sum(values) / 4:.1f} (" in line
+        assert ("energy" in row) is (re.search(r"r=\d+$", row["row"]) is not None and "PHLoRA" in row["row"])
+    assert "said" not in row
+    assert len(list((toy / "work/toy/said").iterdir())) == len(files)
+
+
+def test_a_row_that_is_none_and_data_that_are_not_there_are_a_line(toy, tmp_path):
+    assert "there are ['base'" in run(toy, "--row", "nothing").output
+    told = run(toy, "--data", str(tmp_path), "--results", str(tmp_path))
+    assert "Error: There is no `tatqa_dataset_dev.json`" in told.output
+
+
+def test_an_interval_is_of_the_mean():
+    assert interval([1.0] * 20) == (1.0, 1.0)
+    low, high = interval([0.0, 1.0] * 50)
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.01)  # the binomial's
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "rho"),
+    [
+        ([1, 2, 3], [10, 20, 30], 1),
+        ([1, 2, 3], [3, 2, 1], -1),
+        ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),  # 1 - 6 * 2 / (4 * 15)
+        ([1, 2, 2, 3], [1, 2, 2, 3], 1),
+    ],
+)
+def test_rank_correlation(x, y, rho):
+    assert rank_correlation(x, y) == pytest.approx(rho)
