@@ -13,9 +13,10 @@ from .settings import TASKS, Settings
 _HEAD = """# The paper's tables, on models and data within reach
 
 Made by `python -m benchmarks.paper page` of the files in `benchmarks/paper/results`, one for each row, which
-`python -m benchmarks.paper run CONFIG --data FOLDER --work FOLDER` writes (`make paper`). A metric is a mean over the test questions, in
-percent; in brackets 95 % of bootstrap samples of the questions. *To the fine-tune*: the difference of the two, question by question, with
-the same interval. E_r is of the carried layers, weighted by energy, in brackets of everything that changed.
+`python -m benchmarks.paper run CONFIG --data FOLDER --work FOLDER` writes (`make paper`). A metric is a mean over the
+test questions, in percent; in brackets 95 % of bootstrap samples of the questions. *To the fine-tune*: the difference
+of the two, question by question, with the same interval. E_r is of the carried layers, weighted by energy, in brackets
+of everything that changed.
 """
 
 
