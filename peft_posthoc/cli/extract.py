@@ -169,6 +169,8 @@ def _one(
     # Bad arguments are told before the work, not after it.
     if asked is not None and (isinstance(rule, several) or html is not None):
         raise click.UsageError("--refine goes with one rank and without --html.")
+    if asked is not None and options["stream"]:
+        raise click.UsageError("--refine loads both models from the disk: it goes without --stream.")
     check_file(json_to, "--json")
     check_drawing(html, "--html")
     if isinstance(rule, several):

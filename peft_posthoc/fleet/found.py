@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from peft_posthoc.errors import AdapterError, one_line
 from peft_posthoc.fleet.compare import Comparison
 from peft_posthoc.fleet.member import Member
 from peft_posthoc.models.grid import cells
@@ -68,15 +69,13 @@ class Found:
     base: str
     members: tuple[One, ...]
     comparison: Comparison | None
-    """Of the adapters that are there; None where there is none."""
+    """Of the adapters that are there; None where there is none, or they cannot be compared."""
+    not_compared: str | None = None
+    """Why they cannot."""
 
     @classmethod
     def of(cls, base: str, members: Sequence[Member]) -> Self:
-        """Look at what was made.
-
-        Raises:
-            AdapterError: An adapter cannot be read.
-        """
+        """Look at what was made."""
         ones = tuple(
             One(
                 member.name,
@@ -89,7 +88,10 @@ class Found:
             for member in members
         )
         there = {one.name: one.folder for one in ones if one.error is None}
-        return cls(base, ones, Comparison.of(there) if there else None)
+        try:
+            return cls(base, ones, Comparison.of(there) if there else None)
+        except AdapterError as error:  # They are made all the same.
+            return cls(base, ones, None, one_line(error))
 
     @property
     def failed(self) -> list[One]:
@@ -125,6 +127,7 @@ class Found:
                 }
                 for one in self.members
             ],
+            "not_compared": self.not_compared,
             "compared": None
             if compared is None
             else {
@@ -168,6 +171,8 @@ class Found:
             f"{len(good)} of {len(self.members)} fine-tunes have an adapter{before}; {size(self.bytes)} on "
             f"disk.{failed}"
         )
+        if self.not_compared:
+            yield f"The adapters were not compared: {self.not_compared}"
         if self.comparison and len(good) > 1:
             told = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self.comparison.shares())
             if told:

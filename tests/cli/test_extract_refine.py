@@ -108,6 +108,7 @@ def test_the_tokenizer_that_is_copied_beside_the_adapter_is_beside_the_refined_o
         (["--minutes", "1"], "--minutes belongs to --refine"),
         (["--prompts", "x.txt"], "--prompts belongs to --refine"),
         (["--refine", "--rank", "2,4"], "one rank"),
+        (["--refine", "--stream"], "without --stream"),
         (["--refine", "--html", "x.html"], "--html"),
         (["--refine", "--field", "x"], "--field belongs"),
     ],

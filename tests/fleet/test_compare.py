@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_posthoc import extract, extract_many
+from peft_posthoc import AdapterError, extract, extract_many
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.fleet.compare import Comparison
 from tests.make import models
@@ -101,3 +101,16 @@ def test_the_page_shows_every_fine_tune_and_every_failure(tmp_path: Path) -> Non
     assert "<code>&lt;lost&gt;</code>" in page
     assert "does not exist" in page
     assert "https:" not in page  # Nothing is fetched.
+
+
+def test_adapters_that_cannot_be_compared_are_made_all_the_same(base, tmp_path: Path, monkeypatch) -> None:
+    def refuse(place: Path) -> None:
+        raise AdapterError(f"`{place.name}` is more than its factors.")
+
+    monkeypatch.setattr("peft_posthoc.fleet.compare.open_adapter", refuse)
+    fleet = {name: moved(base, outer(12, 10, 0, 3), outer(10, 12, 0, 4)) for name in ("a", "b")}
+    made = extract_many(base, fleet, 1, out=tmp_path / "all")
+    assert not made.failed
+    assert "not compared: `a` is more than its factors." in made.table()
+    made.html(tmp_path / "page.html")
+    assert "is more than its factors" in (tmp_path / "page.html").read_text()
