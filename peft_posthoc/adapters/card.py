@@ -266,7 +266,7 @@ def _how(provenance: Mapping[str, Any], handed_on: bool) -> Iterator[str]:
         if value and name != "device"
     ]
     yield "## How it was made"
-    yield f"With [peft-posthoc](https://pypi.org/project/peft-posthoc/) {version}" + (":" if told else ".")
+    yield f"With peft-posthoc {version}" + (":" if told else ".")
     yield "\n".join(told)
 
 
