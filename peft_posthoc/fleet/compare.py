@@ -11,15 +11,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.compute.precision import full_precision
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Directions of all adapters in one module, beyond which the joint factorization would take minutes a module.
 _MOST = 4096

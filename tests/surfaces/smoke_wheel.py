@@ -28,7 +28,8 @@ assert [name for name in peft_posthoc.__all__ if not hasattr(peft_posthoc, name)
 report = json.load(open(sys.argv[1] + "/adapter/phlora_report.json"))
 assert report["totals"]["extracted"] == 2 and report["totals"]["energy"] > 0.999999, report["totals"]
 assert LoraConfig(r=4).r == 4
-assert all((resources.files("peft_posthoc.inspection") / name).is_file() for name in ("page.html.jinja", "page.js"))
+pages = {"inspection": ("page.css", "page.html.jinja", "page.js"), "fleet": ("page.html.jinja",)}
+assert all((resources.files("peft_posthoc." + of) / name).is_file() for of in pages for name in pages[of])
 """
 
 # With the adapter, every package does its part.
