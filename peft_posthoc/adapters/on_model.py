@@ -21,7 +21,6 @@ from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.kinds import EMBEDDING, LINEAR
 from peft_posthoc.models.layout import Layout, Stack
 from peft_posthoc.models.slots import Slot
-from peft_posthoc.text import asked
 
 # Of two deltas that a tied weight has under its two names: what float32 leaves of two ways to compute one product.
 _ALIKE = 1e-6
@@ -198,40 +197,6 @@ class AdapterOnModel:
             summed = self._wide(module, before).added(before, self.slots[module].kind)
             return before, summed if added is None else summed.double() + added
         return before, before if added is None else before.double() + added
-
-    def only_factors(self, who: str, *, convolutions: bool = False, biases: bool = False) -> None:
-        """See that nothing but factors is in the file.
-
-        Args:
-            who: The program that is to read it.
-            convolutions: Whether it reads those of convolutions.
-            biases: Whether it reads sums for the biases of modules with factors.
-
-        Raises:
-            AdapterError: There is something else, which that program does not read.
-        """
-        label = self.folder.label
-        if self.whole:
-            name = next(iter(self.whole))
-            raise AdapterError(
-                f"`{label}` holds `{name}` whole, which {who} does not read. Use `{asked('to', 'merged')}`."
-            )
-        if self.added:
-            raise AdapterError(
-                f"`{label}` adds to `{next(iter(self.added))}` by no factors, which {who} does not read. Use "
-                f"`{asked('to', 'merged')}`."
-            )
-        if self.biases and not biases:
-            raise AdapterError(
-                f"`{label}` adds to the bias of `{self.biases[0]}` (`lora_bias`), which {who} does not read. Use "
-                f"`{asked('to', 'merged')}`."
-            )
-        kernels = [name for name in self._places if self.slots[name].kind.kernel]
-        if kernels and not convolutions:
-            raise AdapterError(
-                f"`{label}` has factors for the convolution `{kernels[0]}`, which {who} does not read. Use "
-                f"`{asked('to', 'merged')}`."
-            )
 
     def notes(self) -> list[str]:
         """Sentences about tensors in the file that are the base's own and are left out."""

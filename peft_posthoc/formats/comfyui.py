@@ -135,8 +135,7 @@ def _differences(part: Component) -> dict[str, Tensor]:
     for name, delta in all_summands.items():
         module, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias"):  # A parameter of its own: ComfyUI knows it by the original's name alone.
-            # The layout calls a parameter at the top twice by its name.
-            found[f"{_original(part, leaf if module == leaf else name)}.diff"] = delta.float()
+            found[f"{_original(part, name)}.diff"] = delta.float()
             continue
         if leaf == "bias" and (original := _swapped(part, module)):
             found[f"diffusion_model.{original}.diff_b"] = swapped(delta.float())

@@ -14,6 +14,7 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
 from peft_posthoc.formats.components import Component, components, filed, old_name
+from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.formats.single_file import account, metadata_of, save, write_file
 from peft_posthoc.progress import progress_bar
@@ -76,7 +77,7 @@ def write(
 def _tensors(part: Component, rank: int, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
     """A component's tensors, by module and key."""
     deltas = part.deltas
-    deltas.only_factors("diffusers", convolutions=True, biases=True)
+    only_factors(deltas, "diffusers", convolutions=True, biases=True)
     found: dict[str, Tensor] = {}
     for name in progress_bar(deltas.names, desc=part.name, progress=progress):
         kind = deltas.slots[name].kind

@@ -22,6 +22,7 @@ from peft_posthoc.adapters.names import PREFIX, target_modules
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.errors import AdapterError
+from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.kinds import LINEAR
 from peft_posthoc.models.layout import Stack, is_of_an_expert
@@ -37,7 +38,7 @@ def write_per_expert(
     Raises:
         AdapterError: The model's experts have no modules of their own, or there are other things in it than factors.
     """
-    deltas.only_factors("a serving engine")
+    only_factors(deltas, "a serving engine")
     stacks = _stacks(deltas)
     if whole := [stack.name for stack in stacks if not stack.parts]:
         raise AdapterError(

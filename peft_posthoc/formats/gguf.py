@@ -16,6 +16,7 @@ from torch import Tensor
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.errors import AdapterError, MissingExtraError
 from peft_posthoc.files import staged
+from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.kinds import EMBEDDING
@@ -118,7 +119,7 @@ def interleave(b: Tensor, heads: int) -> Tensor:
 
 
 def _check(deltas: AdapterOnModel) -> None:
-    deltas.only_factors("llama.cpp")
+    only_factors(deltas, "llama.cpp")
     tied = {module for owner, users in deltas.layout.ties.items() for module in (owner, *users)}
     if stuck := [name for name in deltas.names if name in tied]:
         raise AdapterError(

@@ -11,6 +11,7 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints.checkpoint import place_of
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.components import Component, components, filed, old_name, one_below_another
+from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
 from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
@@ -82,7 +83,7 @@ def _modules(part: Component) -> Mapping[str, tuple[str, ...]]:
     Raises:
         AdapterError: A module has no name there.
     """
-    part.deltas.only_factors("kohya's format", convolutions=True)
+    only_factors(part.deltas, "kohya's format", convolutions=True)
     names = part.deltas.names
     if odd := [name for name in names if (kind := part.deltas.slots[name].kind).transposed or kind.stacked]:
         raise AdapterError(f"`{odd[0]}` is an embedding or of an expert, which kohya's format has no LoRA for.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from peft_posthoc.adapters.on_model import AdapterOnModel, matrices
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
+from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
@@ -67,7 +68,7 @@ def check(deltas: AdapterOnModel) -> None:
     Raises:
         AdapterError: Something in the adapter has none.
     """
-    deltas.only_factors("MLX-LM")
+    only_factors(deltas, "MLX-LM")
     kind = (deltas.base.config or {}).get("model_type")
     if kind not in _MODEL_TYPES:
         raise AdapterError(

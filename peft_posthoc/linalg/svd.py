@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Up to this side LAPACK's full SVD costs no more than the iteration.
 _SMALL = 256
 # A basis of more than this share of the smaller side costs more than all eigenvectors of the Gram matrix. One thread,
-# Gram matrix against iteration: 0.9 s and 0.2 s at 2048 x 2048 and rank 128 (0.3 of the side), 0.9 s and 0.65 to 1.1 s
-# at rank 256 (0.6), 7.0 s and 4.4 s at 4096 x 4096 and rank 512 (0.6).
+# Gram matrix against iteration: 1.0 s and 0.7 s at 4096 x 2048 and rank 384 (0.5 of the side), 1.15 s and 1.2 s at rank
+# 512 (0.7), 1.6 s and 1.7 s at 8192 x 2048.
 _FULL = 0.65
 
 

@@ -117,7 +117,8 @@ class Layout:
 
     def name_of(self, weight: str) -> str:
         """The model's own name of a checkpoint's tensor."""
-        return f"{self.module_of(weight)}.{self.renamed.get(weight, weight).rpartition('.')[2]}"
+        module, leaf = self.module_of(weight), self.renamed.get(weight, weight).rpartition(".")[2]
+        return module if module == leaf else f"{module}.{leaf}"  # A parameter at the top is in no module.
 
     def names_of(self, weight: str) -> tuple[str, ...]:
         """The model's own name of a checkpoint's tensor, and the names of those that share it."""

@@ -95,7 +95,8 @@ def test_where_the_fit_fails_final_is_as_it_was_extracted_and_the_reason_is_told
 
 def test_a_model_that_says_no_next_tokens_keeps_its_final(tmp_path, log):
     base = models.save(models.t5(), tmp_path / "base")
-    run = trainer(models.load(base), tmp_path / "run", PosthocLoraCallback(2, base=base, refine=True))
+    refine = {"sequences": 8}
+    run = trainer(models.load(base), tmp_path / "run", PosthocLoraCallback(2, base=base, refine=refine))
     run.train()
     assert "final" in adapters(tmp_path / "run/phlora")
     assert len(log.of("`final`", "not refined")) == 1

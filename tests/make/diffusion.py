@@ -5,18 +5,19 @@ import torch
 from tests.make.multimodal import waves
 
 
-def unet():
+def unet(layers_per_block=1, **more):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
-        layers_per_block=1,
+        layers_per_block=layers_per_block,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16,
         attention_head_dim=4,
         norm_num_groups=4,
+        **more,
     )
 
 

@@ -3,24 +3,15 @@
 import re
 
 from peft_posthoc.checkpoints.checkpoint import Header
-from peft_posthoc.models.original_names import originals
 from tests.make import diffusion
+from tests.make.original_names import originals
 
 PREFIX = "model.diffusion_model."
 
 
 def sdxl():
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
+    return diffusion.unet(
         layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,

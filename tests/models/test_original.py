@@ -13,7 +13,7 @@ from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.memory import InMemory
 from peft_posthoc.cli.main import main
 from peft_posthoc.models.original import as_component, learned
-from peft_posthoc.models.original_names import originals
+from tests.make.original_names import originals
 from tests.make.originals import FAMILIES, PREFIX, under_original_names
 from tests.make.same import same
 

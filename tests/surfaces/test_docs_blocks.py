@@ -109,8 +109,12 @@ def test_images(here):
     run("phlora extract base/unet tuned/unet old.safetensors --to kohya --rank 4")
     lines = lines_of("images")
     assert len(lines) == 9
+    (checked,) = (line for line in lines if line.startswith("phlora check"))
     for line in lines:
-        run(line) if "check" not in line else CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
+        if line != checked:
+            run(line)
+    told = CliRunner().invoke(main, shlex.split(checked, comments=True)[1:])
+    assert all(engine in told.output.lower() for engine in ("diffusers", "comfyui", "a1111"))
     both = load_file(here / "both.safetensors")
     assert {name.split("_")[1] for name in both} == {"unet", "te"}
     assert all(one.isfinite().all() for one in load_file(here / "my-lora.safetensors").values())

@@ -1,7 +1,7 @@
 """The names that diffusers' components had before: which tensors of a class each original tensor is made of.
 
-diffusers has converters in one direction only. `originals(class_name, headers)` goes the other way, for what reads
-the original names; the tests hold every line, and those of `original_modules`, against diffusers' own converter.
+diffusers has converters in one direction only. `originals(class_name, headers)` goes the other way, to make single
+files; every line, and those of `models/original_modules.py`, is held against diffusers' own converter.
 """
 
 from __future__ import annotations
