@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from peft_posthoc.cli.components import COMPONENT, check_alone, components_of
+from peft_posthoc.cli.components import COMPONENT, Component, check_alone, components_of
 from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
@@ -109,38 +110,22 @@ def extract(
         )
         return
     parts = components_of(components, base, tuned[0], Path(tuned[1]))
-    for part in parts:
-        with noting(f"This is of the component `{part.out.name}`."):
+    for part in parts or [Component(base, tuned[0], Path(tuned[1]), None)]:
+        with noting(f"This is of the component `{part.out.name}`.") if parts else contextlib.nullcontext():
             _one(
                 part.base,
                 part.tuned,
                 part.out,
                 part.rank or rule,
-                None,
+                asked,
                 force=force,
                 dry_run=dry_run,
                 layers=layers,
-                html=None,
+                html=html,
                 quiet=quiet,
-                json_to=None,
+                json_to=json_to,
                 **options,
             )
-    if parts:
-        return
-    _one(
-        base,
-        tuned[0],
-        Path(tuned[1]),
-        rule,
-        asked,
-        force=force,
-        dry_run=dry_run,
-        layers=layers,
-        html=html,
-        quiet=quiet,
-        json_to=json_to,
-        **options,
-    )
 
 
 def _one(
