@@ -36,7 +36,7 @@ def keeping(plan: Plan, names: Collection[str]) -> Plan:
     free = {name for name in set(names) - carried.keys() - biases.keys() if name in kept or _has_no_slot(name, plan)}
     # A stack of experts is nearly the model.
     experts = {stack.name.rpartition(".")[0] for stack in layout.stacks}
-    blocked = _blocked(plan, free) | experts
+    blocked = _blocked(plan, free) | experts | {""}  # The model itself is no module that can be kept.
     for name in names:
         if name in biases:
             kept[name] = Whole((biases[name],), (layout.name_of(name),), as_bias=True)
