@@ -30,7 +30,7 @@ def one_line_errors(
         debug: Show a traceback before it.
         option: What asks for that.
         nothing: What is told of the output after Ctrl-C.
-        mistyped: The exit status for an argument that makes no sense: click's 2 where all of them were typed as options.
+        mistyped: The exit status for an argument that makes no sense: click's 2, where all are options.
     """
 
     def fail(message: str, status: int) -> NoReturn:
