@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -25,6 +26,8 @@ class Together:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
+        self.split, self._wrong = False, False
+        """Whether models are split among the processes: whenever one runs a model, all do."""
         if size > 1:
             from accelerate import PartialState
 
@@ -33,6 +36,16 @@ class Together:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """What this process takes."""
         return items[self.rank :: self.size]
+
+    def turns(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """What this process runs a model on; False where it does so for the others' sake alone."""
+        own = [(item, True) for item in self.share(items)]
+        return [*own, *[(items[0], False)] * (-(-len(items) // self.size) - len(own))] if self.split else own
+
+    def is_over(self, until: float) -> bool:
+        """Whether a time has come, as `time.monotonic()` tells; where all run a model together, to the first one."""
+        over = time.monotonic() >= until
+        return self.first(over) if self.split else over
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up what each process has, in place; all have the same then."""
@@ -66,14 +79,19 @@ class Together:
     def agreed(self) -> Iterator[None]:
         """What goes wrong in one process ends all: the first tells of it, the others are done.
 
-        There are no calls of this class in the `with` block.
+        There are no calls of this class in the `with` block, but of `is_over`. Where models are split, the others wait
+        for this one within theirs: it tells by itself, and whoever started them all ends them.
 
         Raises:
             PosthocError: Something went wrong in another process, and this is the first.
             ShareDone: Something went wrong, and this is not the first.
         """
-        if self.size == 1:
-            yield
+        if self.size == 1 or self.split:
+            try:
+                yield
+            except Exception:
+                self._wrong = True
+                raise
             return
         wrong: Exception | None = None
         try:
@@ -101,7 +119,7 @@ class Together:
         try:
             yield
         except (PosthocError, ValueError) as error:
-            if self.rank:
+            if self.rank and not self._wrong:
                 raise ShareDone("The first process tells what went wrong.") from error
             raise
 

@@ -31,11 +31,13 @@ class distil:
         lr: Step relative to the root mean square of each factor, so that it does not depend on the size of a delta.
         size: Texts in a batch.
         passes: Over the texts.
+        shard: Split both models among the processes (PyTorch's FSDP), which then hold a part and a block at a time.
     """
 
     lr: float = 0.05
     size: int = 4
     passes: float = 4.0
+    shard: bool = False
     streams: ClassVar[bool] = False
 
     def __call__(
@@ -80,7 +82,11 @@ class distil:
                 if state is not None and state.is_due:
                     state.keep(*_parts(at, best, kept, factors, best_factors, optimizer))
                 with together.agreed():
-                    loss, tokens = _loss(model, wanted, together.share(part), live.device)
+                    # Who has no text runs the models all the same, where others hold but parts of them.
+                    own = together.share(part) or (part[:1] if together.split else [])
+                    loss, tokens = _loss(model, wanted, own, live.device)
+                    if not together.share(part):
+                        loss, tokens = 0 * loss, 0 * tokens
                     summed = torch.stack([loss.detach(), tokens])
                 together.sum([summed])
                 if not math.isfinite(value := float(summed[0] / summed[1])):

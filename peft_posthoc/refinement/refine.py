@@ -131,6 +131,7 @@ def refine(
         "minutes": minutes,
         "seed": seed,
     }
+    split = together.size if getattr(chosen, "shard", False) else 0
     with ExitStack() as stack:
         with together.agreed():
             found = stack.enter_context(
@@ -144,10 +145,12 @@ def refine(
                     tokenizer=tokenizer,
                     adapter_name=adapter_name,
                     streams=chosen.streams,
+                    split=split,
                 )
             )
             factors = factors_of(found.live.adapted, found.live.name, found.file)
             stored = {name: found.file.tensor(name) for name in found.file.headers}
+        together.split = bool(split)
         work = _Work(replace(found.live, together=together), given, chosen, clock, seed, progress)
         state = None
         if out is not None and not together.rank:

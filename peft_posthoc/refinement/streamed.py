@@ -120,6 +120,24 @@ def load_streamed(
         CheckpointError: A model cannot be built, or is none that says next tokens.
         MismatchError: They are of two classes.
     """
+    adapted, after, weights = load_empty(base, tuned, adapter, file, device=device)
+    # In the type of the file: it only writes, and in half the memory.
+    auto = partial(load_model, dtype="auto")
+    loads = tuple(partial(load_side, side, device, auto) for side in (base, tuned))
+    beside = tokenizer_beside(tokenizer, tuned, base)
+    return Streamed(adapted, after, beside, where=device, weights=weights, loads=loads)
+
+
+def load_empty(
+    base: Checkpoint, tuned: Checkpoint, adapter: str | PathLike[str], file: AdapterFile, *, device: torch.device
+) -> tuple[Any, Any, tuple[Weights, Weights]]:
+    """Base + adapter and the tuned model without weights, but for the adapter's; and where these are read.
+
+    Raises:
+        AdapterError: PEFT cannot load the adapter.
+        CheckpointError: A model cannot be built, or is none that says next tokens.
+        MismatchError: They are of two classes.
+    """
     check_classes(base, tuned)
 
     def empty(checkpoint: Checkpoint, cls: Any, where: torch.device) -> Any:
@@ -128,9 +146,4 @@ def load_streamed(
     with torch.random.fork_rng():  # Classes and PEFT draw what is then replaced.
         before, after = (load_side(side, device, empty) for side in (base, tuned))
         adapted = empty_with_adapter(before, adapter, file)
-    weights = Weights(adapted, base, device), Weights(after, tuned, device)
-    # In the type of the file: it only writes, and in half the memory.
-    auto = partial(load_model, dtype="auto")
-    loads = tuple(partial(load_side, side, device, auto) for side in (base, tuned))
-    beside = tokenizer_beside(tokenizer, tuned, base)
-    return Streamed(adapted, after, beside, where=device, weights=weights, loads=loads)
+    return adapted, after, (Weights(adapted, base, device), Weights(after, tuned, device))

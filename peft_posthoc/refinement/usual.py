@@ -22,6 +22,8 @@ _MODELS = 0.75
 class Usual:
     """`distil`, which measures best; `blocks`, where both models at once are more than the memory holds.
 
+    Where they are more for each of several processes, but not for all of these, `distil` splits them.
+
     Args:
         lr: Of whichever it is (see there); its own if None.
         passes: The same.
@@ -54,8 +56,12 @@ class Usual:
         if base is None or isinstance(base, torch.nn.Module) or isinstance(tuned, torch.nn.Module):
             return distil(**own)
         sides = open_checkpoint(base, revision=base_revision), open_checkpoint(tuned, revision=tuned_revision)
-        taken = processes * sum(map(_in_float32, sides))
-        return distil(**own) if taken <= _MODELS * free_memory(device) else blocks(**own)
+        taken, free = sum(map(_in_float32, sides)), _MODELS * free_memory(device)
+        # A CPU's memory is shared; of the others each process has one of its own.
+        whole = processes * taken if device.type == "cpu" else taken
+        if whole <= free:
+            return distil(**own)
+        return distil(shard=True, **own) if processes > 1 and whole / processes <= free else blocks(**own)
 
 
 def _in_float32(checkpoint: Checkpoint) -> int:

@@ -67,12 +67,13 @@ def write_on(
         random.Random(0).shuffle(parts)
         written: list[_Row] = []
         with together.agreed(), torch.random.fork_rng(), _without_settings(model):
-            for at, part in together.share(parts):
-                if time.monotonic() >= until:
+            for (at, part), counts in together.turns(parts):
+                if together.is_over(until):
                     break
                 torch.manual_seed(seed + at)
-                written += _written(model, part, ends, temperature, until)
-                if progress is not None:
+                found = _written(model, part, ends, temperature, until, in_step=together.split)
+                written += found if counts else []
+                if progress is not None and counts:
                     progress.update(sum(row.done for row in written[-len(part) :]))
         rows, seed = [], seed + len(parts)
         for row in together.gather(written):
@@ -82,8 +83,10 @@ def write_on(
 
 
 @torch.no_grad()
-def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float) -> list[_Row]:
-    """A batch of texts, gone on with as far as it goes."""
+def _written(
+    model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float, *, in_step: bool = False
+) -> list[_Row]:
+    """A batch of texts, gone on with as far as it goes; in step with other processes, which have parts of the model."""
     from transformers import GenerationConfig
 
     longest = max(len(row.start) for row in rows)
@@ -116,7 +119,11 @@ def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature:
         return logits
 
     found = model.generate(
-        ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=[numbers]
+        ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        logits_processor=[numbers],
+        synced_gpus=in_step,
     )[:, longest:]
     late = time.monotonic() >= until
     return [_with(row, new[: row.most], ends, late=late) for row, new in zip(rows, found.tolist(), strict=True)]

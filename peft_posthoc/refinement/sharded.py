@@ -1,0 +1,67 @@
+"""Both models split among processes (PyTorch's FSDP): each holds a part of every weight, and a block while it runs."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+
+from peft_posthoc.adapters.reader import AdapterFile
+from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.errors import PosthocError
+from peft_posthoc.refinement.chain import blocks_of
+from peft_posthoc.refinement.streamed import load_empty
+from peft_posthoc.running.empty import Weights
+from peft_posthoc.running.live import Live, tokenizer_beside
+
+
+def load_sharded(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    adapter: str | PathLike[str],
+    file: AdapterFile,
+    *,
+    device: torch.device,
+    tokenizer: Any = None,
+    processes: int,
+) -> Live:
+    """Build both models with a part of their weights in each process; the adapter's are in all of them.
+
+    Raises:
+        AdapterError: PEFT cannot load the adapter.
+        CheckpointError: A model cannot be built, or is none that says next tokens.
+        MismatchError: They are of two classes.
+        PosthocError: There is one process alone, or PyTorch is too old.
+    """
+    if processes == 1:
+        raise PosthocError(
+            "There is one process, and no other to share the models with: start several with torchrun, or take "
+            "`blocks`, which has a block of each in memory at a time."
+        )
+    adapted, after, weights = load_empty(base, tuned, adapter, file, device=device)
+    for model, own in zip((adapted.get_base_model(), after), weights, strict=True):
+        _split(model, own, device, processes)
+    return Live(adapted, after, tokenizer_beside(tokenizer, tuned, base))
+
+
+@torch.no_grad()
+def _split(model: Any, weights: Weights, device: torch.device, processes: int) -> None:
+    """Give a model without weights a part of each."""
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor, distribute_tensor
+    except ImportError as error:
+        raise PosthocError(f"Models are split by PyTorch 2.7 or newer. This is {torch.__version__}.") from error
+    mesh = init_device_mesh(device.type, (processes,))
+    whole = {own for own in model.parameters() if not own.is_meta}  # The adapter's.
+    for part in (*blocks_of(model), model):
+        fully_shard(part, mesh=mesh, ignored_params=whole)
+    model._apply(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
+    for module in model.modules():
+        for leaf, own in module._parameters.items():
+            if isinstance(own, DTensor):
+                value = weights.tensor(module, leaf, own)
+                mine = distribute_tensor(value, mesh, own.placements, src_data_rank=None)
+                own.to_local().copy_(mine.to_local())
