@@ -52,7 +52,7 @@ class distil:
         state: State | None = None,
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
-        start, (model, wanted) = time.monotonic(), (says(live.adapted), says(live.tuned, live.device))
+        start, (model, wanted) = time.monotonic(), (says(live.model), says(live.tuned, live.device))
         together = live.together
 
         def judge() -> Score:
@@ -82,10 +82,10 @@ class distil:
                 if state is not None and state.is_due:
                     state.keep(*_parts(at, best, kept, factors, best_factors, optimizer))
                 with together.agreed():
-                    # Who has no text runs the models all the same, where others hold but parts of them.
-                    own = together.share(part) or (part[:1] if together.split else [])
-                    loss, tokens = _loss(model, wanted, own, live.device)
-                    if not together.share(part):
+                    own = together.share(part)
+                    # Who has none runs the models all the same: others may need its parts of them.
+                    loss, tokens = _loss(model, wanted, own or part[:1], live.device)
+                    if not own:
                         loss, tokens = 0 * loss, 0 * tokens
                     summed = torch.stack([loss.detach(), tokens])
                 together.sum([summed])
@@ -107,8 +107,6 @@ class distil:
 
 def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
     """The divergence on some texts, a sum over their tokens, and how many these are."""
-    if not texts:
-        return torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
     (batch,) = batches(texts, len(texts), device=device)
     with torch.no_grad():
         theirs = wanted(batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeAlias
@@ -54,7 +53,7 @@ def opened(
     tokenizer: Any,
     adapter_name: str,
     streams: bool = False,
-    split: int = 0,
+    shard: bool = False,
 ) -> Iterator[Opened]:
     """Open all that a fit needs; live models are as they were found when the `with` block ends.
 
@@ -68,7 +67,7 @@ def opened(
         tokenizer: What text is encoded with.
         adapter_name: Of the adapter on a live model.
         streams: Whether models are loaded a block at a time.
-        split: Processes that models are split among; 0 where each has all.
+        shard: Whether they are split among processes as they are loaded.
 
     Raises:
         AdapterError: The adapter is no plain LoRA, or PEFT does not load it.
@@ -80,7 +79,7 @@ def opened(
         raise ValueError(
             "`refine(base=...)` is the model that the adapter is for; a model with the adapter on it holds its own."
         )
-    if split and any(isinstance(one, nn.Module) for one in (adapter, base, tuned)):
+    if shard and any(isinstance(one, nn.Module) for one in (adapter, base, tuned)):
         raise ValueError("`distil(shard=True)` splits models as it loads them: give folders or hub ids, no live ones.")
     after, before = _side(tuned, tuned_revision, "tuned"), None
     with TemporaryDirectory() as place:
@@ -105,7 +104,7 @@ def opened(
                 )
             # What is alive is in memory already.
             apart = streams and isinstance(before, Checkpoint) and isinstance(after, Checkpoint)
-            load: Any = load_streamed if apart else partial(load_sharded, processes=split) if split else load_live
+            load: Any = load_streamed if apart else load_sharded if shard else load_live
             live = load(before, after, folder, file, device=pick_device(device), tokenizer=tokenizer)
         with as_found(live.adapted, live.tuned):
             check_pair(live.adapted, live.tuned, [label(live.adapted if before is None else before), label(after)])

@@ -131,7 +131,12 @@ def refine(
         "minutes": minutes,
         "seed": seed,
     }
-    split = together.size if getattr(chosen, "shard", False) else 0
+    shard = getattr(chosen, "shard", False)
+    if shard and processes.size == 1:
+        raise PosthocError(
+            "There is one process, and no other to split the models with: start several with torchrun, or take "
+            "`blocks`, which has a block of each in memory at a time."
+        )
     with ExitStack() as stack:
         with together.agreed():
             found = stack.enter_context(
@@ -145,12 +150,13 @@ def refine(
                     tokenizer=tokenizer,
                     adapter_name=adapter_name,
                     streams=chosen.streams,
-                    split=split,
+                    shard=shard,
                 )
             )
             factors = factors_of(found.live.adapted, found.live.name, found.file)
             stored = {name: found.file.tensor(name) for name in found.file.headers}
-        together.split = bool(split)
+        if shard:
+            together.split_models()
         work = _Work(replace(found.live, together=together), given, chosen, clock, seed, progress)
         state = None
         if out is not None and not together.rank:

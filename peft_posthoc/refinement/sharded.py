@@ -24,7 +24,6 @@ def load_sharded(
     *,
     device: torch.device,
     tokenizer: Any = None,
-    processes: int,
 ) -> Live:
     """Build both models with a part of their weights in each process; the adapter's are in all of them.
 
@@ -32,32 +31,30 @@ def load_sharded(
         AdapterError: PEFT cannot load the adapter.
         CheckpointError: A model cannot be built, or is none that says next tokens.
         MismatchError: They are of two classes.
-        PosthocError: There is one process alone, or PyTorch is too old.
+        PosthocError: PyTorch is too old, or a model has no list of blocks.
     """
-    if processes == 1:
-        raise PosthocError(
-            "There is one process, and no other to share the models with: start several with torchrun, or take "
-            "`blocks`, which has a block of each in memory at a time."
-        )
     adapted, after, weights = load_empty(base, tuned, adapter, file, device=device)
     for model, own in zip((adapted.get_base_model(), after), weights, strict=True):
-        _split(model, own, device, processes)
+        _split(model, own, device)
     return Live(adapted, after, tokenizer_beside(tokenizer, tuned, base))
 
 
 @torch.no_grad()
-def _split(model: Any, weights: Weights, device: torch.device, processes: int) -> None:
+def _split(model: Any, weights: Weights, device: torch.device) -> None:
     """Give a model without weights a part of each."""
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor, distribute_tensor
-    except ImportError as error:
-        raise PosthocError(f"Models are split by PyTorch 2.7 or newer. This is {torch.__version__}.") from error
-    mesh = init_device_mesh(device.type, (processes,))
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh = init_device_mesh(device.type, (get_world_size(),))
     whole = {own for own in model.parameters() if not own.is_meta}  # The adapter's.
-    for part in (*blocks_of(model), model):
-        fully_shard(part, mesh=mesh, ignored_params=whole)
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*blocks_of(model), model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    except (ImportError, TypeError) as error:
+        raise PosthocError(f"Models are split by PyTorch 2.7 or newer. This is {torch.__version__}.") from error
     model._apply(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
     for module in model.modules():
         for leaf, own in module._parameters.items():

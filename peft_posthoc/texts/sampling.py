@@ -71,7 +71,7 @@ def write_on(
                 if together.is_over(until):
                     break
                 torch.manual_seed(seed + at)
-                found = _written(model, part, ends, temperature, until, in_step=together.split)
+                found = _written(model, part, ends, temperature, until, together)
                 written += found if counts else []
                 if progress is not None and counts:
                     progress.update(sum(row.done for row in written[-len(part) :]))
@@ -84,16 +84,18 @@ def write_on(
 
 @torch.no_grad()
 def _written(
-    model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float, *, in_step: bool = False
+    model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float, together: Together
 ) -> list[_Row]:
-    """A batch of texts, gone on with as far as it goes; in step with other processes, which have parts of the model."""
+    """A batch of texts, gone on with as far as it goes."""
     from transformers import GenerationConfig
 
     longest = max(len(row.start) for row in rows)
     most = max(row.most for row in rows)
     # What is padded takes places too; who has room left goes on in another batch.
     if places := getattr(model.config.get_text_config(), "max_position_embeddings", None):
-        most = max(1, min(most, places - longest))
+        room = places - longest
+        # transformers has each process run a split model for as long as any of them writes.
+        most = max(1, min(most, *(together.gather([room]) if together.split else [room])))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
@@ -119,11 +121,7 @@ def _written(
         return logits
 
     found = model.generate(
-        ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=config,
-        logits_processor=[numbers],
-        synced_gpus=in_step,
+        ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=[numbers]
     )[:, longest:]
     late = time.monotonic() >= until
     return [_with(row, new[: row.most], ends, late=late) for row, new in zip(rows, found.tolist(), strict=True)]
