@@ -44,14 +44,12 @@ class Together:
         return items[self.rank :: self.size]
 
     def turns(self, items: Sequence[T]) -> list[tuple[T, bool]]:
-        """What this process runs a model on; False where it does so for the others' sake alone."""
-        own = [(item, True) for item in self.share(items)]
-        return [*own, *[(items[0], False)] * (-(-len(items) // self.size) - len(own))] if self.split else own
+        """What this process takes, and True for each; where others take one more, any one and False.
 
-    def is_over(self, until: float) -> bool:
-        """Whether a time has come, as `time.monotonic()` tells; where all run a model together, to the first one."""
-        over = time.monotonic() >= until
-        return self.first(over) if self.split else over
+        Others may need this one's part of a model, whatever it is run on.
+        """
+        own = [(item, True) for item in self.share(items)]
+        return [*own, *[(items[0], False)] * (-(-len(items) // self.size) - len(own))]
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up what each process has, in place; all have the same then."""

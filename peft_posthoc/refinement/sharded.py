@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -11,9 +12,8 @@ from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.refinement.chain import blocks_of
-from peft_posthoc.refinement.streamed import load_empty
+from peft_posthoc.refinement.in_turns import InTurns, load_empty
 from peft_posthoc.running.empty import Weights
-from peft_posthoc.running.live import Live, tokenizer_beside
 
 
 def load_sharded(
@@ -24,7 +24,7 @@ def load_sharded(
     *,
     device: torch.device,
     tokenizer: Any = None,
-) -> Live:
+) -> InTurns:
     """Build both models with a part of their weights in each process; the adapter's are in all of them.
 
     Raises:
@@ -33,10 +33,11 @@ def load_sharded(
         MismatchError: They are of two classes.
         PosthocError: PyTorch is too old, or a model has no list of blocks.
     """
-    adapted, after, weights = load_empty(base, tuned, adapter, file, device=device)
-    for model, own in zip((adapted.get_base_model(), after), weights, strict=True):
-        _split(model, own, device)
-    return Live(adapted, after, tokenizer_beside(tokenizer, tuned, base))
+    found = load_empty(base, tuned, adapter, file, device=device, tokenizer=tokenizer)
+    for model, own in zip((found.model, found.tuned), found.weights, strict=True):
+        if own is not None:
+            _split(model, own, device)
+    return replace(found, weights=(None, None))
 
 
 @torch.no_grad()

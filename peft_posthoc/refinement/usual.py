@@ -22,7 +22,7 @@ _MODELS = 0.75
 class Usual:
     """`distil`, which measures best; `blocks`, where both models at once are more than the memory holds.
 
-    Where they are more for each of several processes, but not for all of these, `distil` splits them.
+    Where they are more than the GPU of each process holds, but not than those of all hold, `distil` splits them.
 
     Args:
         lr: Of whichever it is (see there); its own if None.
@@ -57,11 +57,12 @@ class Usual:
             return distil(**own)
         sides = open_checkpoint(base, revision=base_revision), open_checkpoint(tuned, revision=tuned_revision)
         taken, free = sum(map(_in_float32, sides)), _MODELS * free_memory(device)
-        # A CPU's memory is shared; of the others each process has one of its own.
-        whole = processes * taken if device.type == "cpu" else taken
-        if whole <= free:
+        # A CPU has one memory for all, and nothing is won by splitting there; GPUs have one each.
+        if (processes * taken if device.type == "cpu" else taken) <= free:
             return distil(**own)
-        return distil(shard=True, **own) if processes > 1 and whole / processes <= free else blocks(**own)
+        splits = device.type != "cpu" and processes > 1
+        part = taken / processes + max(sum(header.bytes for header in side.headers.values()) for side in sides)
+        return distil(shard=True, **own) if splits and part <= free else blocks(**own)
 
 
 def _in_float32(checkpoint: Checkpoint) -> int:

@@ -67,13 +67,12 @@ def write_on(
         random.Random(0).shuffle(parts)
         written: list[_Row] = []
         with together.agreed(), torch.random.fork_rng(), _without_settings(model):
-            for (at, part), counts in together.turns(parts):
-                if together.is_over(until):
+            for at, part in together.share(parts):
+                if time.monotonic() >= until:
                     break
                 torch.manual_seed(seed + at)
-                found = _written(model, part, ends, temperature, until, together)
-                written += found if counts else []
-                if progress is not None and counts:
+                written += _written(model, part, ends, temperature, until)
+                if progress is not None:
                     progress.update(sum(row.done for row in written[-len(part) :]))
         rows, seed = [], seed + len(parts)
         for row in together.gather(written):
@@ -83,9 +82,7 @@ def write_on(
 
 
 @torch.no_grad()
-def _written(
-    model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float, together: Together
-) -> list[_Row]:
+def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float) -> list[_Row]:
     """A batch of texts, gone on with as far as it goes."""
     from transformers import GenerationConfig
 
@@ -93,9 +90,7 @@ def _written(
     most = max(row.most for row in rows)
     # What is padded takes places too; who has room left goes on in another batch.
     if places := getattr(model.config.get_text_config(), "max_position_embeddings", None):
-        room = places - longest
-        # transformers has each process run a split model for as long as any of them writes.
-        most = max(1, min(most, *(together.gather([room]) if together.split else [room])))
+        most = max(1, min(most, places - longest))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
 It is given folders of an adapter, its base and the tuned model, three and three. The first process writes each adapter
 beside its own; each says as JSON what it found, and how many elements of the base it held: its part, and as a whole
-while a block ran. Without folders, each says how much a split model wrote.
+while a block ran.
 """
 
 import hashlib
@@ -11,14 +11,9 @@ import json
 import os
 import sys
 
-import torch
-
 from peft_posthoc import distil, refine
-from peft_posthoc.compute.together import Together
 from peft_posthoc.extraction.processes import Processes
 from peft_posthoc.refinement.chain import blocks_of
-from peft_posthoc.texts.sampling import write_on
-from tests.make import models
 
 LENGTH, SEQUENCES = 12, 45
 
@@ -77,22 +72,5 @@ def refined(folders, processes):
             found.save(f"{adapter}-refined")
 
 
-def written(processes):
-    """Of 64 places a start takes 50 in one process, and one in the other."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    together = Together(*processes, torch.device("cpu"))
-    together.split_models()
-    torch.manual_seed(0)
-    model = models.gpt2(bos_token_id=None, eos_token_id=None).eval()
-    fully_shard(model, mesh=init_device_mesh("cpu", (together.size,)))
-    found = write_on(model, [[1] * 50, [1]], [14, 63], ends=[], size=1, together=together)
-    say([len(one) for one in found])
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        refined(iter(sys.argv[1:]), Processes.from_environment())
-    else:
-        written(Processes.from_environment())
+    refined(iter(sys.argv[1:]), Processes.from_environment())

@@ -75,12 +75,6 @@ def test_each_holds_half_and_no_more_than_a_block_and_what_is_around_blocks_as_a
     assert llama["whole"] == llama["block"] + llama["around"] < llama["all"] / 2
 
 
-def test_a_text_that_is_done_is_read_no_further_than_the_model_can_while_others_are_not() -> None:
-    found = torchrun("tests.make.shard_run")
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert [line for line in found.stdout.splitlines() if line.startswith("[")] == ["[14, 63]"] * 2
-
-
 @pytest.mark.parametrize(
     ("fail", "more", "told"),
     [
