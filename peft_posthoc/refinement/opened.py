@@ -57,18 +57,6 @@ def opened(
 ) -> Iterator[Opened]:
     """Open all that a fit needs; live models are as they were found when the `with` block ends.
 
-    Args:
-        adapter: As in `refine`, as most are.
-        base: The model before.
-        tuned: The model after.
-        base_revision: Of a hub id.
-        tuned_revision: The same for `tuned`.
-        device: Where models are loaded to.
-        tokenizer: What text is encoded with.
-        adapter_name: Of the adapter on a live model.
-        streams: Whether models are loaded a block at a time.
-        shard: Whether they are split among processes as they are loaded.
-
     Raises:
         AdapterError: The adapter is no plain LoRA, or PEFT does not load it.
         CheckpointError: A model cannot be loaded, or says no next tokens.
