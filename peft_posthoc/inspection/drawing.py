@@ -144,9 +144,9 @@ def heat(
     mesh = axes.pcolormesh(values, edgecolors="face", linewidth=0.3, **look)
     axes.invert_yaxis()
     ticks(axes.yaxis, rows, _ROWS)
-    ticks(axes.xaxis, columns, LAYERS, width=20)
-    if max(map(len, columns)) > 5:
-        axes.xaxis.set_tick_params(rotation=90)
+    upright = max(map(len, columns)) > 5
+    ticks(axes.xaxis, columns, _ROWS if upright else LAYERS, width=20)
+    axes.xaxis.set_tick_params(rotation=90 if upright else 0)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
