@@ -81,6 +81,10 @@ class Found:
             found.setdefault(self.cells[name].module, []).append(name)
         return found
 
+    def energy_of(self, kind: str) -> float:
+        """Of the deltas of all modules that are called alike."""
+        return sum((self.rows[name].delta_norm or 0.0) ** 2 for name in self.kinds[kind])
+
     @cached_property
     def shares(self) -> tuple[Share, ...]:
         """Where the whole change is, with what is not carried."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft_posthoc.inspection.drawing import heat
 from peft_posthoc.inspection.found import Found
+from peft_posthoc.inspection.shares import together
 from peft_posthoc.text import percent
 
 if TYPE_CHECKING:
@@ -41,22 +42,19 @@ def changed(figure: Any, inspection: Found) -> None:
     """Draw where the whole change is, what is not carried included, in colours that mean the same in every report."""
     from matplotlib.colors import LogNorm
 
-    shown, others = inspection.shares[:_ROWS], inspection.shares[_ROWS:]
-    rows = [(one.module, one.layers, one.of_all, one.fate) for one in shown]
+    rows, others = [*inspection.shares[:_ROWS]], inspection.shares[_ROWS:]
     if others:
-        layers: dict[int | None, float] = {}
-        for layer, share in (pair for one in others for pair in one.layers.items()):
-            layers[layer] = layers.get(layer, 0.0) + share
-        rows.append((f"{len(others)} others", layers, math.fsum(layers.values()), ""))
-    found = {layer for _, layers, _, _ in rows for layer in layers}
+        rows.append(together(f"{len(others)} others", others))
+    found = {layer for row in rows for layer in row.layers}
     columns = sorted(found, key=lambda layer: math.inf if layer is None else layer)
-    values = [[max(layers[one], LEAST) if layers.get(one) else math.nan for one in columns] for _, layers, *_ in rows]
+    values = [[max(row.layers[one], LEAST) if one in row.layers else math.nan for one in columns] for row in rows]
     names = ["other" if layer is None else str(layer) for layer in columns]
-    modules = [module for module, *_ in rows]
-    axes = heat(figure, values, modules, names, said=_share, cmap=_MAP, norm=LogNorm(LEAST, 1))
-    for at, (_, _, share, fate) in enumerate(rows):
+    look = {"said": _share, "cmap": _MAP, "norm": LogNorm(LEAST, 1)}
+    axes = heat(figure, values, [row.module for row in rows], names, **look)
+    for at, row in enumerate(rows):
         place = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        axes.text(1.01, at + 0.5, f"{percent(share)}{f', {fate}' if fate else ''}", fontsize=8.5, **place)
+        fate = f", {row.fate}" if row.fate else ""
+        axes.text(1.01, at + 0.5, f"{percent(row.of_all)}{fate}", fontsize=8.5, **place)
     axes.set_xlabel("layer")
     axes.set_title("Share of the whole change", loc="left", fontweight="bold")
 

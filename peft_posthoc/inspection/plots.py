@@ -33,6 +33,9 @@ from peft_posthoc.ranks.rules import above_noise, keep_energy
 # and yellow, which is lost on white. Beyond seven modules the lines are dashed.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
 _DASHES = ("-", "--", ":", "-.")
+_OTHERS = {"color": "#9aa0a6", "alpha": 0.6}
+_NAMED = 12  # modules in a legend
+_LETTERS = 88  # beside one another in a legend
 _POINTS = 48  # of a curve: more are not seen
 _WHAT: dict[type, str] = {
     keep_energy: "Each layer gets what holds the same share of its own energy.",
@@ -51,7 +54,7 @@ def picture(inspection: Found, suffix: str = ".png") -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    drawn = [draw for draw, _ in _plots(inspection).values()]
+    drawn = [draw for draw, _ in plots(inspection).values()]
     with matplotlib.rc_context(STYLE | {"text.color": "black", "svg.hashsalt": "picture"}):
         rows = -(-len(drawn) // 2)
         figure: Any = Figure(figsize=(2 * SIZE[0], rows * SIZE[1] + 0.4), layout="constrained")
@@ -75,14 +78,14 @@ def drawings(inspection: Found) -> dict[str, tuple[str, str]]:
         MissingExtraError: matplotlib is not installed.
     """
     require()
-    plots = _plots(inspection).items()
-    return {title: (svg(title, partial(draw, inspection=inspection)), told) for title, (draw, told) in plots}
+    drawn = plots(inspection).items()
+    return {title: (svg(title, partial(draw, inspection=inspection)), told) for title, (draw, told) in drawn}
 
 
-def _plots(inspection: Found) -> dict[str, tuple[Callable[..., None], str]]:
+def plots(inspection: Found) -> dict[str, tuple[Callable[..., None], str]]:
     """The plots and their captions, by title."""
     top = len(inspection.curves.total)
-    plots: dict[str, tuple[Callable[..., None], str]] = {
+    found: dict[str, tuple[Callable[..., None], str]] = {
         "Energy against rank": (
             _energy,
             "E_r, the share of the squared norm of the change that the best rank r keeps: all together, and each kind "
@@ -106,31 +109,34 @@ def _plots(inspection: Found) -> dict[str, tuple[Callable[..., None], str]]:
     for rule in _rules(inspection):
         triangles = f" Triangles: higher than {top}, where the factorization ended." if rule.beyond else ""
         told = f"{_WHAT.get(type(rule.rule), '')}{triangles}"
-        plots[f"Ranks of {rule.flags}"] = (partial(_allocation, rule=rule), told)
-    return plots
+        found[f"Ranks of {rule.flags}"] = (partial(_allocation, rule=rule), told)
+    return found
 
 
 def _styles(inspection: Found) -> dict[str, dict[str, Any]]:
-    """By module: how its lines look, the same in every plot."""
-    return {
-        module: {
-            "color": _COLOURS[at % len(_COLOURS)],
-            "linestyle": _DASHES[at // len(_COLOURS) % len(_DASHES)],
-        }
-        for at, module in enumerate(modules_of(inspection))
-    }
+    """By module: how its lines look, the same in every plot. Of many, those that hold least of the change are alike."""
+    modules = modules_of(inspection)
+    named = sorted(modules, key=inspection.energy_of, reverse=True)[:_NAMED]
+    looks = (
+        {"color": _COLOURS[at % len(_COLOURS)], "linestyle": _DASHES[at // len(_COLOURS) % len(_DASHES)]}
+        for at in range(len(named))
+    )
+    return {module: next(looks) if module in named else _OTHERS for module in modules}
 
 
 def _legend(figure: Any, styles: Mapping[str, Mapping[str, Any]], *, total: bool = False) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], linewidth=2, **style) for style in styles.values()]
-    names = [short(name) for name in styles]
-    if total:
-        lines, names = [Line2D([], [], color=INK, linewidth=2.5), *lines], ["total", *names]
     # A name that begins with `_` would be left out.
-    names = [f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name for name in names]
-    figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), handlelength=1.6)
+    shown = [(f"\N{ZERO WIDTH SPACE}{short(name)}", style) for name, style in styles.items() if style is not _OTHERS]
+    if others := len(styles) - len(shown):
+        shown.append((f"{others} others", _OTHERS))
+    if total:
+        shown.insert(0, ("total", {"color": INK}))
+    names = [name for name, _ in shown]
+    lines = [Line2D([], [], **{"linewidth": 2, **style}) for _, style in shown]
+    columns = min(4, len(names), max(1, _LETTERS // (6 + max(map(len, names)))))
+    figure.legend(lines, names, loc="outside lower center", ncols=columns, handlelength=1.6)
 
 
 def _energy(figure: Any, inspection: Found) -> None:

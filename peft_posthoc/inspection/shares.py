@@ -53,3 +53,12 @@ def shares(rows: Iterable[Row]) -> tuple[Share, ...]:
             lost[module] += share if row.status == "left out" else 0.0
     found = [Share(module, dict(layers), lost[module]) for module, layers in held.items()]
     return tuple(sorted(found, key=lambda share: -share.of_all))
+
+
+def together(name: str, some: Iterable[Share]) -> Share:
+    """Several under one name."""
+    some = list(some)
+    layers: dict[int | None, float] = defaultdict(float)
+    for layer, share in (pair for one in some for pair in one.layers.items()):
+        layers[layer] += share
+    return Share(name, dict(layers), math.fsum(one.left_out for one in some))

@@ -33,7 +33,7 @@ def _kinds(inspection: Found) -> Iterable[str]:
         end = f" {telling.lowest_to_highest(weights):>12}" + (f" {auto.lowest_to_highest(weights):>12}" if auto else "")
         count = f" ({len(weights)})"
         shown = f"{shorten(kind, _WIDTH - len(count))}{count}"
-        yield f"{shown:<{_WIDTH}} {_shares([one / sum(energy.values()) for one in kept])}{end}"
+        yield f"{shown:<{_WIDTH}} {_shares([one / inspection.energy_of(kind) for one in kept])}{end}"
 
 
 def _layers(inspection: Found) -> Iterable[str]:

@@ -9,9 +9,10 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
+from peft_posthoc.inspection.drawing import SIZE
 from peft_posthoc.inspection.heats import changed, kept
 from peft_posthoc.inspection.inspection import inspect
-from peft_posthoc.inspection.plots import heading
+from peft_posthoc.inspection.plots import heading, plots
 from peft_posthoc.inspection.sizes import against_size
 from tests.make.diagonal import diagonal, pair_with
 
@@ -50,6 +51,20 @@ def test_many_modules_are_a_row_together():
     axes = drawn(changed, of(**{f"a{n}": diagonal(1.0) for n in range(25)}))
     assert axes.get_yticklabels()[-1].get_text() == "5 others"
     assert axes.texts[-1].get_text() == "20.0%"
+
+
+def test_a_legend_names_the_modules_that_hold_most_within_its_drawing():
+    figure = Figure(figsize=SIZE, layout="constrained")
+    long = "transformer_blocks_and_more_x"
+    inspection = of(**{f"{long}{n}": diagonal(float(n + 1)) for n in range(25)})
+    next(iter(plots(inspection).values()))[0](figure, inspection)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    names = [text.get_text().strip("\N{ZERO WIDTH SPACE}") for text in legend.get_texts()]
+    assert (names[0], names[-1]) == ("total", "13 others")
+    assert [name.rpartition("x")[2] for name in names[1:-1]] == [str(n) for n in range(13, 25)]
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
 def test_energy_stands_against_bytes_and_what_is_larger_than_the_model_is_shaded():
