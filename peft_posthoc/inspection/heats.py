@@ -49,8 +49,8 @@ def changed(figure: Any, inspection: Found) -> None:
     columns = sorted(found, key=lambda layer: math.inf if layer is None else layer)
     values = [[max(row.layers[one], LEAST) if one in row.layers else math.nan for one in columns] for row in rows]
     names = ["other" if layer is None else str(layer) for layer in columns]
-    look = {"said": _share, "cmap": _MAP, "norm": LogNorm(LEAST, 1)}
-    axes = heat(figure, values, [row.module for row in rows], names, **look)
+    modules = [row.module for row in rows]
+    axes = heat(figure, values, modules, names, said=_share, cmap=_MAP, norm=LogNorm(LEAST, 1))
     for at, row in enumerate(rows):
         place = {"transform": axes.get_yaxis_transform(), "va": "center"}
         fate = f", {row.fate}" if row.fate else ""
