@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.row import left_out
 from peft_posthoc.extraction.series import Series
 from peft_posthoc.extraction.spool import Spool
+from peft_posthoc.lineage.kin import Kin
 from peft_posthoc.ranks.rules import is_value, several
 from peft_posthoc.sources import Source, sides
 from peft_posthoc.text import asked, percent
@@ -36,6 +37,8 @@ class Begun:
     """Finished layers; None where nothing can be kept."""
     nothing_kept: str | None
     """Why nothing can."""
+    kin: Kin
+    """Whether the two are, by what is read."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -85,6 +88,9 @@ class Begun:
         """
         adapter = self.prepared.adapter(outcomes, tuned_name=self.request.options["tuned_name"])
         adapter = self.prepared.settle(adapter)
+        # Where other processes, or an earlier run, read some of it, nobody has seen all.
+        if (doubt := self.kin.doubt) is not None and self.kin.seen == len(self.names):
+            adapter = replace(adapter, notes=(*adapter.notes, doubt))
         if (least := self.request.options["min_energy"]) is not None:
             _check_energy(adapter, self.request.rank, least)
         return adapter
@@ -150,7 +156,8 @@ def begin(
         spool = Spool(place, [*(model.identity for model in prepared.models), prepared.options, carried])
         if at_once or shared:
             spool.patience = 0.0
-    return Begun(prepared, request, needs, place, spool, nothing_kept)
+    kin = Kin(prepared.base.label, prepared.tuned.label, unrelated=bool(request.options["unrelated"]))
+    return Begun(prepared, request, needs, place, spool, nothing_kept, kin)
 
 
 def losses(adapter: Adapter) -> list[tuple[str, float]]:
