@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from glob import escape
 from os import PathLike
+from os.path import isdir
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
 from peft_posthoc.adapters.foreign import format_of, image_file, refuse_foreign
-from peft_posthoc.adapters.named_base import another_base
+from peft_posthoc.adapters.named_base import another_base, base_of
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
@@ -72,7 +73,7 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
     made = Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
-    made.doubt = another_base(read_config(folder).get("base_model_name_or_path"), base)
+    made.doubt = another_base(read_config(folder), base)
     return made
 
 
@@ -88,17 +89,16 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> App
         AdapterError: The adapter names no base, is no LoRA adapter, or is more than base + b @ a.
         CheckpointError: The base is not there or cannot be read.
     """
-    config = read_config(folder)
-    name, commit = (config.get(key) or None for key in ("base_model_name_or_path", "revision"))
-    name = (name.rstrip("/") or name) if isinstance(name, str) else name
+    named = base_of(read_config(folder))
     advice = f"Say on which model it belongs: BASE+{label}."
-    if not isinstance(name, str):
+    if named is None:
         raise AdapterError(f"`{label}` is a LoRA adapter that does not name its base. {advice}")
-    is_there = Path(name).is_dir()
+    name = named.name
+    is_there = isdir(name)
     if not (is_there or is_repo_id(name)):
         raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is not there. {advice}")
     try:
-        found = None if is_there else find(name, revision=commit if isinstance(commit, str) else None, role="base")
+        found = None if is_there else find(name, revision=named.revision, role="base")
         if is_adapter(Path(name)) if found is None else found.is_adapter:
             raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is an adapter too. {advice}")
         base = open_checkpoint(name, revision=found.commit if found else None, role="base")

@@ -1,8 +1,9 @@
-"""Names of bases: what a model says that it was made from, and when two names are of one model."""
+"""Names of bases: what a model or an adapter says that it was made from, and when two names are of one model."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 # Unlike Path's own they take any text, a configuration's too: not a name of 1,000 characters, nor a zero in it.
 from os.path import exists, isdir
@@ -30,7 +31,9 @@ class NamedBase(NamedTuple):
 
     name: str
     by: str
-    """What says so: `card`, or `configuration`, which names whatever it was loaded from."""
+    """What says so: `card`, `configuration`, which names whatever it was loaded from, or `adapter`."""
+    revision: str | None = None
+    """Of a hub id, if one is named."""
 
 
 def bases_of(checkpoint: Checkpoint) -> list[NamedBase]:
@@ -45,6 +48,19 @@ def bases_of(checkpoint: Checkpoint) -> list[NamedBase]:
     found += [NamedBase(loaded, "configuration")] if isinstance(loaded, str) else []
     own = {"", str(folder), checkpoint.label}
     return [one for one in found if one.name not in own]
+
+
+def base_of(config: Mapping[str, Any]) -> NamedBase | None:
+    """The base that an adapter names; None if it names none.
+
+    Args:
+        config: The adapter's.
+    """
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        return None
+    here = exists(name) or not isinstance(revision, str)
+    return NamedBase(name.rstrip("/") or name, "adapter", None if here else revision or None)
 
 
 def _in_card(card: Path) -> list[str]:
@@ -77,16 +93,17 @@ def same_base(one: str, other: str) -> bool:
     return _last(one) == _last(other) or _in_cache(one, other) or _in_cache(other, one)
 
 
-def another_base(named: object, given: str) -> str | None:
+def another_base(config: Mapping[str, Any], given: str) -> str | None:
     """A sentence about a base that is not the one which the adapter names; None where it is, or nobody can tell.
 
     Args:
-        named: By the adapter's configuration.
+        config: The adapter's.
         given: The path or hub id of the one to be used; other words for a model tell nothing.
     """
-    if not isinstance(named, str) or not named or not (exists(given) or is_repo_id(given)):
+    named = base_of(config)
+    if named is None or not (exists(given) or is_repo_id(given)) or same_base(named.name, given):
         return None
-    return None if same_base(named, given) else f"The adapter names `{named}` as its base, and `{given}` was given."
+    return f"The adapter names `{named.name}` as its base, and `{given}` was given."
 
 
 def _last(name: str) -> str:
