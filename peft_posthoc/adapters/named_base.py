@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.folder import Folder
-from peft_posthoc.checkpoints.hub import is_repo_id
+from peft_posthoc.checkpoints.hub import bases_in_card, is_repo_id
 from peft_posthoc.checkpoints.quantized.decoded import decoded
 from peft_posthoc.checkpoints.sample import chosen, corners
 from peft_posthoc.errors import PosthocError
@@ -44,7 +44,10 @@ def bases_of(checkpoint: Checkpoint) -> list[NamedBase]:
     """
     folder = place_of(checkpoint)
     loaded = (checkpoint.config or {}).get("_name_or_path")
-    found = [NamedBase(name, "card") for name in ([] if folder is None else _in_card(folder / "README.md"))]
+    named = [] if folder is None else _in_card(folder / "README.md")
+    if not named and checkpoint.revision is not None and is_repo_id(checkpoint.label):
+        named = bases_in_card(checkpoint.label, checkpoint.revision)
+    found = [NamedBase(name, "card") for name in named]
     found += [NamedBase(loaded, "configuration")] if isinstance(loaded, str) else []
     own = {"", str(folder), checkpoint.label}
     return [one for one in found if one.name not in own]

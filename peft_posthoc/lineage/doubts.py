@@ -7,6 +7,8 @@ from pathlib import Path
 
 from peft_posthoc.adapters.named_base import NamedBase, bases_of, same_base
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
+from peft_posthoc.checkpoints.hub import is_repo_id
+from peft_posthoc.checkpoints.hub_cache import cached
 from peft_posthoc.errors import NothingToCarryError
 from peft_posthoc.lineage.whose import whose
 
@@ -57,9 +59,10 @@ def _another(base: Checkpoint, tuned: Checkpoint) -> str | None:
 
 
 def _nearer(named: NamedBase, base: Checkpoint, tuned: Checkpoint) -> str | None:
-    if not isdir(named.name):
+    place = Path(named.name) if isdir(named.name) else cached(named.name) if is_repo_id(named.name) else None
+    if place is None:
         return None
-    given, other = whose(tuned, [base, Path(named.name)]).candidates
+    given, other = whose(tuned, [base, place]).candidates
     if other.kind != "parent":
         return None
     return (

@@ -55,6 +55,14 @@ def test_a_model_rounded_to_int8_is_a_quantised_copy_and_atune_is_none():
     assert _kinds(whose(tune(root, 1, 0.001), [root])) == ["related"]
 
 
+def test_a_fine_tune_of_one_step_of_bfloat16_is_no_copy_and_a_second_copy_hides_no_parent():
+    root = {name: weight.bfloat16() for name, weight in model(0).items()}
+    moved = {n: torch.where(torch.rand(w.shape) < 0.2, w.nextafter(torch.full_like(w, 9)), w) for n, w in root.items()}
+    copy = {name: weight.float() for name, weight in root.items()}
+    found = whose(moved, [root, tune(root, 1), copy])
+    assert _kinds(found) == ["parent", "sibling or grandparent", "copy of the parent"]
+
+
 @pytest.mark.parametrize("how", [coded_folders.fp8, coded_folders.int4, coded_folders.nf4])
 def test_a_folder_of_codes_is_a_quantised_copy_of_what_was_coded_and_of_no_stranger(how, tmp_path):
     root, other = (
