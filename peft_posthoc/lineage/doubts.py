@@ -9,7 +9,7 @@ from peft_posthoc.adapters.named_base import NamedBase, bases_of, same_base
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.checkpoints.hub_cache import cached
-from peft_posthoc.errors import NothingToCarryError
+from peft_posthoc.errors import NothingToCarryError, PosthocError
 from peft_posthoc.lineage.whose import whose
 
 # What transformers' Trainer leaves beside a fine-tune's weights.
@@ -60,9 +60,14 @@ def _another(base: Checkpoint, tuned: Checkpoint) -> str | None:
 
 def _nearer(named: NamedBase, base: Checkpoint, tuned: Checkpoint) -> str | None:
     place = Path(named.name) if isdir(named.name) else cached(named.name) if is_repo_id(named.name) else None
-    if place is None:
+    # Of what can be read once, or not without all else, no corner is; codes of the one that is named are its own.
+    unread = any(side.sequential or side.to_fetch for side in (base, tuned))
+    if place is None or unread or any(map(base.coded_as, base.headers)):
         return None
-    given, other = whose(tuned, [base, place]).candidates
+    try:
+        given, other = whose(tuned, [base, place]).candidates
+    except PosthocError:
+        return None  # Whoever reads all of it says what is wrong with it.
     if other.kind != "parent":
         return None
     return (

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peft_posthoc import MismatchError, NothingToCarryError, extract, extract_many, open_checkpoint, preflight
 from peft_posthoc.checkpoints.memory import InMemory
 from peft_posthoc.lineage.doubts import doubts
 from tests.make import models, trees
 
+SIBLINGS = "Are `{tree}/tuned` and `{tree}/sibling` siblings? Both name `{named}` as their base."
 CARD = "---\nbase_model: {}\n---\n# A model\n"
 
 
@@ -104,13 +105,23 @@ def test_a_sibling_or_a_grandparent_in_place_of_the_parent_that_is_named_is_aske
     assert extract(tree / base, tree / "tuned", 2).report.notes[-1] == said
 
 
+def test_another_form_of_the_base_that_is_named_is_not_asked_about(tree):
+    parent = load_file(tree / "parent" / "model.safetensors")
+    assert noted({name: weight.bfloat16() for name, weight in parent.items()}, tree / "tuned") == []
+
+
+def test_a_fine_tune_that_cannot_be_sampled_is_asked_about_by_its_card_alone(tree):
+    spoiled = load_file(tree / "tuned" / "model.safetensors")
+    spoiled["layers.0.q_proj.weight"][0, 0] = torch.nan
+    save_file(spoiled, tree / "tuned" / "model.safetensors")
+    assert noted(tree / "sibling", tree / "tuned") == [SIBLINGS.format(tree=tree, named=tree / "parent")]
+    assert noted(tree / "root", tree / "tuned") == []
+
+
 def test_siblings_of_a_base_that_is_not_here_are_asked_about(tree):
     for name in ("tuned", "sibling"):
         (tree / name / "README.md").write_text(CARD.format("org/the-base"))
-    said = noted(tree / "sibling", tree / "tuned")
-    assert said == [
-        f"Are `{tree / 'tuned'}` and `{tree / 'sibling'}` siblings? Both name `org/the-base` as their base."
-    ]
+    assert noted(tree / "sibling", tree / "tuned") == [SIBLINGS.format(tree=tree, named="org/the-base")]
 
 
 def test_a_quantised_or_rounded_copy_is_asked_about_and_the_same_files_are_refused(tree):
