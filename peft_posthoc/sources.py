@@ -23,6 +23,7 @@ from peft_posthoc.checkpoints.folder import File, Folder
 from peft_posthoc.checkpoints.gguf import SUFFIX, Gguf, only_model
 from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id, repo_and_file
 from peft_posthoc.checkpoints.hub_files import HubFiles
+from peft_posthoc.checkpoints.mean import Mean, members
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
 from peft_posthoc.checkpoints.modules import listed_modules, with_modules
@@ -94,12 +95,12 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> App
     if named is None:
         raise AdapterError(f"`{label}` is a LoRA adapter that does not name its base. {advice}")
     name = named.name
-    is_there = isdir(name)
+    is_there = isdir(name) or bool(members(name))
     if not (is_there or is_repo_id(name)):
         raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is not there. {advice}")
     try:
         found = None if is_there else find(name, revision=named.revision, role="base")
-        if is_adapter(Path(name)) if found is None else found.is_adapter:
+        if isdir(name) and is_adapter(Path(name)) if found is None else found.is_adapter:
             raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is an adapter too. {advice}")
         base = open_checkpoint(name, revision=found.commit if found else None, role="base")
     except CheckpointError as error:
@@ -173,8 +174,8 @@ def open_checkpoint(
         source: A local folder, be it with the shards of torch.distributed.checkpoint or DeepSpeed's ZeRO; a single file
             of weights; a hub id (`org/name`), whose needed files are fetched; `s3://...` or another place that fsspec
             knows, whose weights are fetched when they are read; a LoRA adapter's folder or hub id, whose
-            base it names itself; `BASE+ADAPTER`; a `torch.nn.Module`; a state dict; or anything that already is a
-            `Checkpoint`.
+            base it names itself; `BASE+ADAPTER`; `mean:A,B,...`; a `torch.nn.Module`; a state dict; or anything that
+            already is a `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
         modules: Show the weights of modules beside the model too, which SentenceTransformers has.
@@ -197,7 +198,10 @@ def open_checkpoint(
         checkpoint = InMemory(source, label="state dict")
     elif isinstance(source, str | PathLike):
         path, label = Path(source), str(source).rstrip("/") or str(source)
-        if path.is_dir():
+        if several := members(label):
+            parts = [open_checkpoint(one, role=role, modules=modules, stream=stream) for one in several]
+            checkpoint = Mean(parts, label=label)
+        elif path.is_dir():
             checkpoint, beside = _of_folder(path, label=label), path
         elif path.is_file() and path.suffix in (*SUFFIXES, SUFFIX):
             checkpoint, beside = _of_file(path, label=label), path.parent
@@ -231,7 +235,7 @@ def open_checkpoint(
             what = f"is a file of another kind than {kinds}" if path.is_file() else what
             raise CheckpointError(
                 f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as "
-                "`org/name`; with an adapter on it, BASE+ADAPTER."
+                "`org/name`; with an adapter on it, BASE+ADAPTER; mean:A,B,... for the mean of several."
             )
     elif isinstance(source, Checkpoint):
         checkpoint = source

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
+from peft_posthoc.checkpoints.mean import members
 from peft_posthoc.errors import AdapterError, FetchError, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.outcomes import Outcome
@@ -202,6 +203,6 @@ def _check_not_read(out: Path, *sources: Source) -> None:
         AdapterError: It would.
     """
     for source in (str(one) for one in sources if isinstance(one, str | PathLike)):
-        for part in (source, *(sides(source) or ())):
+        for part in (source, *(members(source) or sides(source) or ())):
             if out.exists() and Path(part).exists() and out.samefile(part):
                 raise AdapterError(f"`{part}` is what the adapter is made from. Choose another folder for the adapter.")

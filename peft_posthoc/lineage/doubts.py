@@ -9,6 +9,7 @@ from peft_posthoc.adapters.named_base import NamedBase, bases_of, same_base
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, place_of
 from peft_posthoc.checkpoints.hub import is_repo_id
 from peft_posthoc.checkpoints.hub_cache import cached
+from peft_posthoc.checkpoints.mean import stand_in
 from peft_posthoc.errors import NothingToCarryError, PosthocError
 from peft_posthoc.lineage.whose import whose
 
@@ -28,7 +29,8 @@ def doubts(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """
     if base.identity is not None and base.identity == tuned.identity:
         raise NothingToCarryError(f"`{base.label}` and `{tuned.label}` hold the same weights: they are the same files.")
-    return list(filter(None, (_swapped(base, tuned) or _another(base, tuned),)))
+    said = None if stand_in(base.label) else _swapped(base, tuned)
+    return list(filter(None, (said or _another(base, tuned),)))
 
 
 def _swapped(base: Checkpoint, tuned: Checkpoint) -> str | None:
@@ -51,7 +53,7 @@ def _another(base: Checkpoint, tuned: Checkpoint) -> str | None:
     for one in named:
         if told := _nearer(one, base, tuned):
             return told
-    own = [one.name for one in bases_of(base)]
+    own = [] if stand_in(base.label) else [one.name for one in bases_of(base)]
     for name in (one.name for one in named if one.by == "card"):
         if any(same_base(name, other) for other in own):
             return f"Are `{tuned.label}` and `{base.label}` siblings? Both name `{name}` as their base."
