@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from peft_posthoc.compute.device import moved
 from peft_posthoc.linalg.dense import Problem, Triplets, rayleigh_ritz
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def block_krylov(
     def noise(columns: int) -> Tensor:
         # Drawn on the CPU, so that the start does not depend on the device.
         drawn = torch.randn(k, columns, generator=generator, dtype=problem.tall.dtype)
-        return drawn.to(problem.tall.device) / math.sqrt(k)
+        return moved(drawn, problem.tall.device) / math.sqrt(k)
 
     width = block(rank or 32)
     q = basis = torch.linalg.qr(noise(width)).Q
@@ -101,7 +102,7 @@ def block_krylov(
         # Columns that died out, in an invariant subspace, go on as random ones: noise of the size of rounding is all
         # that is left of them. So all of more equal singular values than a block has columns are found.
         rest += noise(rest.shape[1]) * torch.finfo(z.dtype).eps
-        new = torch.cat([rest, noise(width - rest.shape[1])], dim=1)
+        new = rest if rest.shape[1] == width else torch.cat([rest, noise(width - rest.shape[1])], dim=1)
         for _ in range(2):  # Twice is enough (Giraud et al., 2005).
             new = _orthonormal(new - basis @ (basis.mT @ new))
         if due:
@@ -180,7 +181,7 @@ def _orthonormal(x: Float[Tensor, "k b"]) -> Float[Tensor, "k b"]:
     factor, failed = torch.linalg.cholesky_ex(x.mT @ x)
     diagonal = factor.diagonal()
     q: Tensor
-    if failed or not diagonal.min() > 1e-2 * diagonal.max():
+    if failed | ~(diagonal.min() > 1e-2 * diagonal.max()):  # A GPU is waited for once.
         q = torch.linalg.qr(x).Q
     else:
         q = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
