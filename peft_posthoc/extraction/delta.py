@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_posthoc.compute.device import moved
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.linalg.norms import chunks, energy_of, norm_of, sum_of_squares
+from peft_posthoc.linalg.norms import by_chunks, energy_of, norm_of, sum_of_squares
 
 
 class Pair(NamedTuple):
@@ -57,12 +57,13 @@ def difference(pair: Pair) -> Delta:
         raise ValueError(f"`difference(pair=...)` needs both weights; `{pair.name}` is in one checkpoint only.")
     dtype = torch.promote_types(torch.float32, torch.promote_types(base.dtype, tuned.dtype))
     values = torch.empty(tuned.shape, dtype=dtype, device=tuned.device)
-    norms: list[tuple[Tensor, Tensor]] = []
-    for before, after, out in zip(chunks(base), chunks(tuned), chunks(values), strict=True):
+
+    def subtract(before: Tensor, after: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         wide = before.to(out)
         torch.sub(after.to(out), wide, out=out)
-        norms.append((norm_of(out), norm_of(wide)))
-    delta_energy, base_energy = map(sum_of_squares, zip(*norms, strict=True))
+        return norm_of(out), norm_of(wide)
+
+    delta_energy, base_energy = map(sum_of_squares, zip(*by_chunks(subtract, base, tuned, values), strict=True))
     if not (math.isfinite(delta_energy) and math.isfinite(base_energy)):
         if not _same(base, tuned):
             raise CheckpointError(not_finite(pair))
@@ -99,8 +100,10 @@ def served(pair: Pair) -> Served | None:
     """Compare both weights of a pair with that of the base that is served; None where there is none."""
     if pair.base is None or pair.tuned is None or pair.served is None:
         return None
-    norms: list[tuple[Tensor, Tensor]] = []
-    for parts in zip(*map(chunks, (pair.base, pair.tuned, pair.served)), strict=True):
-        before, after, quantised = (part.float() for part in parts)
-        norms.append((norm_of(quantised - before), norm_of(after - quantised)))
+
+    def apart(before: Tensor, after: Tensor, quantised: Tensor) -> tuple[Tensor, Tensor]:
+        quantised = quantised.float()
+        return norm_of(quantised - before.float()), norm_of(after.float() - quantised)
+
+    norms = by_chunks(apart, pair.base, pair.tuned, pair.served)
     return Served(*(math.sqrt(sum_of_squares(each)) for each in zip(*norms, strict=True)))

@@ -64,9 +64,10 @@ def at_work(
 ) -> Iterator[tuple[Workers, Devices]]:
     """The threads that factor weights, and the devices that they do it on; the threads end with the `with` block.
 
-    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads, on
-    GPUs two on each, so that one is copied there while the other is computed with. The bits of a result then do not
-    depend on how many threads there are, and nobody waits for a thread that other programs have put off the processor.
+    Every weight is one thread's, on the CPU as many weights at a time as PyTorch may use threads, on GPUs two on each,
+    so that one is copied there while the other is computed with. With a large one idle threads help, a part of it each:
+    the bits of a result do not depend on how many threads there are, and nobody waits for a thread that other programs
+    have put off the processor.
     """
     found = all_of(device or torch.device("cpu"))
     # However many threads there are, the deltas in memory are never more than twice the largest, for each device;

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.compute.device import moved
+from peft_posthoc.compute.workers import spread
 from peft_posthoc.linalg.dense import Problem, Triplets, rayleigh_ritz
 
 if TYPE_CHECKING:
@@ -112,16 +113,26 @@ def block_krylov(
             bound = _lehmann(t, coupling, theta[:r], outside, tail)
             if _SAFETY * bound <= tolerance or last:
                 y = y[:, :r]
-                image = problem.tall.new_zeros(problem.tall.shape[0], r)
-                for part, rows in zip(images, y.split([part.shape[1] for part in images]), strict=True):
-                    image.addmm_(part, rows)
-                u, s, v = rayleigh_ritz(image, basis @ y)
+                u, s, v = rayleigh_ritz(_combined(images, y, problem.parts), basis @ y)
                 # `A v = sigma u` by construction; `A.T u - sigma v` lies in the span of the next block.
                 off = torch.linalg.vector_norm(coupling @ y[-z.shape[1] :], dim=0) / theta[:r].clamp(min=1e-12).sqrt()
                 return Triplets(u, s, v, _SAFETY * bound, off / s[0])
         if basis.shape[1] + new.shape[1] > most * k:
             return None
         q, basis = new, torch.cat([basis, new], dim=1)
+
+
+def _combined(images: list[Float[Tensor, "m b"]], y: Float[Tensor, "p r"], parts: list[slice]) -> Float[Tensor, "m r"]:
+    """The images of the basis, beside each other, times `y`."""
+    found = y.new_zeros(len(images[0]), y.shape[1])
+    weights = y.split([image.shape[1] for image in images])
+
+    def of_part(part: slice) -> None:
+        for image, rows in zip(images, weights, strict=True):
+            found[part].addmm_(image[part], rows)
+
+    spread(of_part, parts)
+    return found
 
 
 def _crowded(theta: Float[Tensor, " p"], r: int, width: int) -> bool:

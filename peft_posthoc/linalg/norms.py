@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+
+from peft_posthoc.compute.workers import spread
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 # the allocator keeps 100 MB more of what is freed, and it is no faster. A GPU has as much to do with 64 MB.
 _CHUNK = 1 << 18
 _CHUNK_OF_GPU = 1 << 24
+# Chunks that one thread works on without a break: some 20 ms.
+_CHUNKS = 64
+
+R = TypeVar("R")
 
 
 def frobenius(tensor: Tensor) -> float:
@@ -33,9 +39,17 @@ def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
     return torch.split(tensor.reshape(-1), chunk(tensor.device))
 
 
+def by_chunks(work: Callable[..., R], *tensors: Tensor) -> list[R]:
+    """What is made of each chunk of tensors of one shape; on a CPU idle threads help with a large one."""
+    parts = list(zip(*map(chunks, tensors), strict=True))
+    groups = [parts[start : start + _CHUNKS] for start in range(0, len(parts), _CHUNKS)]
+    each = map if tensors[0].device.type != "cpu" else spread
+    return [one for group in each(lambda group: [work(*part) for part in group], groups) for one in group]
+
+
 def energy_of(tensor: Tensor) -> float:
     """`||tensor||_F^2`, summed in float64."""
-    return sum_of_squares(map(norm_of, chunks(tensor)))
+    return sum_of_squares(by_chunks(norm_of, tensor))
 
 
 def norm_of(values: Tensor) -> Float[Tensor, ""]:
