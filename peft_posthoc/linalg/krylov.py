@@ -122,7 +122,7 @@ def block_krylov(
         q, basis = new, torch.cat([basis, new], dim=1)
 
 
-def _combined(images: list[Float[Tensor, "m b"]], y: Float[Tensor, "p r"], parts: list[slice]) -> Float[Tensor, "m r"]:
+def _combined(images: list[Tensor], y: Float[Tensor, "p r"], parts: list[slice]) -> Float[Tensor, "m r"]:
     """The images of the basis, beside each other, times `y`."""
     found = y.new_zeros(len(images[0]), y.shape[1])
     weights = y.split([image.shape[1] for image in images])
