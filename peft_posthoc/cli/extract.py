@@ -50,6 +50,7 @@ from peft_posthoc.errors import ShareDone, noting
 @NAMES
 @MODELS
 @option("stream")
+@option("unrelated")
 @OUTPUT
 def extract(
     base: str,

@@ -31,6 +31,7 @@ from peft_posthoc.errors import noting
 @NAMES
 @MODELS
 @option("stream")
+@option("unrelated")
 @OUTPUT
 def inspect(
     base: str,

@@ -50,10 +50,12 @@ def refine(
     asked = refining(options)
     quiet_hosts()
     if dry_run:
+        if processes.rank:
+            return
         from peft_posthoc.refinement.preflight import refine_preflight
 
         how = {name: getattr(asked, name) for name in ("method", "sequences", "length")}
-        found = refine_preflight(adapter, out=out, **how, **options)
+        found = refine_preflight(adapter, out=out, processes=processes.size, **how, **options)
         show(found, json_to, quiet=quiet)
         return
     try:

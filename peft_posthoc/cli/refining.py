@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft_posthoc.texts.texts import Texts
 
 _POSITIVE = click.FloatRange(0, min_open=True)
-_METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": ("lr", "passes")}
+_METHODS = {"distil": ("lr", "passes", "shard"), "compensated": ("damping",), "blocks": ("lr", "passes")}
 """The ways to refine, with the options that are theirs."""
 
 
@@ -63,6 +63,12 @@ REFINING = together(
         type=_POSITIVE,
         help="compensated: how strongly layers are drawn to the tuned weights where text says little.  [default: 0.03]",
     ),
+    click.option(
+        "--shard",
+        is_flag=True,
+        default=None,
+        help="distil: split both models among the processes that torchrun started.  [default: if they do not fit]",
+    ),
     click.option("--minutes", type=_POSITIVE, help="How long refining may take, loading and judging included."),
     click.option("--seed", default=0, show_default=True, help="Of all that is drawn."),
 )
@@ -77,6 +83,7 @@ _OWN = (
     "passes",
     "lr",
     "damping",
+    "shard",
     "minutes",
     "seed",
 )
@@ -124,7 +131,7 @@ def _method(name: str | None, options: Mapping[str, float | None]) -> Method | U
             return None
         names = [method for method, own in _METHODS.items() if given.keys() <= {*own}]
         if not names:
-            raise click.UsageError(f"No method takes {' and '.join(f'--{key}' for key in given)} together.")
+            raise click.UsageError(f"No method takes {' and '.join(f'--{key}' for key in sorted(given))} together.")
         if len(names) > 1:
             return Usual(**given)
         (name,) = names

@@ -11,6 +11,7 @@ from typing import Any, Literal, Unpack
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.hub import check_room
+from peft_posthoc.checkpoints.mean import stand_in
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.estimate import ASSUMED, seconds
 from peft_posthoc.extraction.forms.lay_out import lay_out
@@ -213,7 +214,7 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         stream_bytes=sum(getattr(side, "to_stream", 0) for side in prepared.models),
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
-        notes=prepared.notes,
+        notes=(*prepared.notes, *filter(None, (stand_in(prepared.base.label),))),
         differences=prepared.differences,
     )
 

@@ -131,6 +131,12 @@ def refine(
         "minutes": minutes,
         "seed": seed,
     }
+    shard = getattr(chosen, "shard", False)
+    if shard and processes.size == 1:
+        raise PosthocError(
+            "There is one process, and no other to split the models with: start several with torchrun, or take "
+            "`blocks`, which has a block of each in memory at a time."
+        )
     with ExitStack() as stack:
         with together.agreed():
             found = stack.enter_context(
@@ -144,10 +150,13 @@ def refine(
                     tokenizer=tokenizer,
                     adapter_name=adapter_name,
                     streams=chosen.streams,
+                    shard=shard,
                 )
             )
             factors = factors_of(found.live.adapted, found.live.name, found.file)
             stored = {name: found.file.tensor(name) for name in found.file.headers}
+        if shard:
+            together.split_models()
         work = _Work(replace(found.live, together=together), given, chosen, clock, seed, progress)
         state = None
         if out is not None and not together.rank:

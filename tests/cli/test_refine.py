@@ -75,7 +75,7 @@ def test_the_method_is_chosen_with_its_options(
         (["--lr", "0"], 2, "--lr"),
         (["--lr", "1", "--method", "compensated"], 2, "--lr does not belong to --method compensated"),
         (["--damping", "1", "--method", "distil"], 2, "--damping does not belong to --method distil"),
-        (["--damping", "1", "--lr", "1"], 2, "No method takes --lr and --damping together"),
+        (["--damping", "1", "--lr", "1"], 2, "No method takes --damping and --lr together"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(
