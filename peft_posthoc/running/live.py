@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.memory import loaded_from
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.models.by_class import class_of
@@ -188,7 +189,7 @@ def label(side: Side) -> str:
     """What messages call a model."""
     if isinstance(side, Checkpoint):
         return side.label
-    return getattr(getattr(side, "config", None), "_name_or_path", None) or type(side).__name__
+    return loaded_from(side) or type(side).__name__
 
 
 def check_classes(base: Side, tuned: Side) -> None:

@@ -31,6 +31,11 @@ def test_the_table_and_the_json_say_the_same(here: Path, llama_pair: tuple[str, 
     for kind in ("task", "general"):
         assert f"{told['after'][kind]['kl']:.4f}" in done.stdout
         assert told["after"][kind]["kl"] <= told["before"][kind]["kl"]
+    gone = 1 - told["after"]["task"]["kl"] / told["before"]["task"]["kl"]
+    answer = (
+        "Nothing better was found" if told["kept"] else f"{gone:.0%} of the distance on text like the task's is gone"
+    )
+    assert done.stdout.startswith(answer)
     assert (here / "out" / "adapter_model.safetensors").is_file()
 
 
