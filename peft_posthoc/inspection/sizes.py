@@ -16,7 +16,7 @@ _LOOKS: dict[type, tuple[str, str, str]] = {
     keep_energy: ("--energy", "s", "#D55E00"),
     keep_error: ("--error", "D", "#CC79A7"),
     budget: ("--budget", "v", "#009E73"),
-    above_noise: ("--rank auto", "*", "#0072B2"),
+    above_noise: ("auto", "*", "#0072B2"),
     type(None): ("written", "P", "#E69F00"),
 }
 
