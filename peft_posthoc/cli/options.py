@@ -71,7 +71,8 @@ def option(name: str, **changes: Any) -> Callable[[F], F]:
         given["type"] = SHARE
     elif asked.default is not None:
         given |= {"default": asked.default, "show_default": True}
-    return click.option(f"--{(asked.flag or name).replace('_', '-')}", name, **(given | changes))
+    flag = f"--{(asked.flag or name).replace('_', '-')}" + (f"/--{asked.opposite}" if asked.opposite else "")
+    return click.option(flag, name, **(given | changes))
 
 
 CHOICE = together(*map(option, ("include", "exclude", "embeddings", "head", "conv", "experts", "exact")))

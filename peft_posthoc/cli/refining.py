@@ -63,12 +63,6 @@ REFINING = together(
         type=_POSITIVE,
         help="compensated: how strongly layers are drawn to the tuned weights where text says little.  [default: 0.03]",
     ),
-    click.option(
-        "--shard",
-        is_flag=True,
-        default=None,
-        help="distil: split both models among the processes that torchrun started.  [default: if they do not fit]",
-    ),
     click.option("--minutes", type=_POSITIVE, help="How long refining may take, loading and judging included."),
     click.option("--seed", default=0, show_default=True, help="Of all that is drawn."),
 )
@@ -87,6 +81,13 @@ _OWN = (
     "minutes",
     "seed",
 )
+SHARD = click.option(
+    "--shard",
+    is_flag=True,
+    default=None,
+    help="distil: split both models among the processes that torchrun started.  [default: if no GPU holds them]",
+)
+"""Of the one command that has several processes for a fit."""
 AND_REFINE = together(
     click.option(
         "--refine",
@@ -104,7 +105,7 @@ def refining_if_asked(options: dict[str, Any]) -> Refining | None:
         return refining(options)
     context = click.get_current_context()
     for name in _OWN:
-        options.pop(name)
+        options.pop(name, None)
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} belongs to --refine.")
     return None
@@ -114,7 +115,7 @@ def refining(options: dict[str, Any]) -> Refining:
     """What these options ask for; they are taken out of all that a command was given."""
     from peft_posthoc.refinement.refining import Refining
 
-    own = {name: options.pop(name) for name in _OWN}
+    own = {name: options.pop(name, None) for name in _OWN}
     chosen = _method(own["method"], {name: own[name] for names in _METHODS.values() for name in names})
     given = texts_of(own["prompts"], own["texts"], own["field"], own["prefix"])
     numbers = {name: own[name] for name in ("sequences", "length", "minutes", "seed")}

@@ -23,6 +23,7 @@ from peft_posthoc.models.by_class import build
 from peft_posthoc.refinement.chain import blocks_of
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.refinement.walk import AT_ONCE
 from peft_posthoc.running.live import check_sides
@@ -139,6 +140,7 @@ def refine_preflight(
     models_bytes, temporary = sum(map(_bytes, models)), 0
     written = max(sum(header.bytes for header in one.headers.values()) for one in pair)
     if getattr(chosen, "shard", False):
+        check_processes(processes)
         models_bytes = models_bytes // processes + max(written, *map(_unsplit, models))
     if chosen.streams:
         models_bytes = max(written, sum(map(_largest, models)))

@@ -25,6 +25,7 @@ from peft_posthoc.refinement.method import Fit, Method
 from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
+from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.usual import Usual
@@ -73,8 +74,8 @@ def refine(
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
         method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each
-            model in memory at a time, unless models are alive. By default `distil`, or `blocks` where both models do
-            not fit into memory at once.
+            model in memory at a time, unless models are alive. By default `distil`; where both models do not fit into
+            memory at once, `blocks`, or `distil` that splits them among several GPUs.
         sequences: How many texts.
         length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
             but no more than 1024.
@@ -88,7 +89,8 @@ def refine(
         adapter_name: Of the adapter on a live model.
         out: Where the adapter will be saved. What an interrupted run goes on from is kept beside it until it is.
         since: When the minutes began, as `time.monotonic()` told; now if None.
-        processes: Those that share the work, as `Processes.from_environment()` finds them: each holds both models.
+        processes: Those that share the work, as `Processes.from_environment()` finds them: each holds both models, or a
+            part of them (`distil(shard=True)`).
         progress: Show progress bars on stderr.
 
     Returns:
@@ -132,11 +134,8 @@ def refine(
         "seed": seed,
     }
     shard = getattr(chosen, "shard", False)
-    if shard and processes.size == 1:
-        raise PosthocError(
-            "There is one process, and no other to split the models with: start several with torchrun, or take "
-            "`blocks`, which has a block of each in memory at a time."
-        )
+    if shard:
+        check_processes(processes.size)
     with ExitStack() as stack:
         with together.agreed():
             found = stack.enter_context(

@@ -40,6 +40,19 @@ def load_sharded(
     return replace(found, weights=(None, None))
 
 
+def check_processes(count: int) -> None:
+    """See that there are several.
+
+    Raises:
+        PosthocError: There is one alone.
+    """
+    if count == 1:
+        raise PosthocError(
+            "There is one process, and no other to split the models with: start several with torchrun, or take "
+            "`blocks`, which has a block of each in memory at a time."
+        )
+
+
 @torch.no_grad()
 def _split(model: Any, weights: Weights, device: torch.device) -> None:
     """Give a model without weights a part of each."""

@@ -84,7 +84,9 @@ def test_the_report_the_dry_run_and_the_adapter_say_that_the_base_is_a_stand_in(
     assert "Warning: The base is a stand-in, the mean of 3 models, and the adapter is for that mean" in ran.output
     assert "swapped" not in ran.output
     assert json.loads((made / "adapter_config.json").read_text())["base_model_name_or_path"] == of(*siblings)
-    assert any("stand-in" in line for line in preflight(of(*siblings), siblings[2], 4).summary())
+    planned, of_one = preflight(of(*siblings), siblings[2], 4), preflight(siblings[0], siblings[2], 4)
+    assert any("stand-in" in line for line in planned.summary())
+    assert planned.read_bytes == 2 * of_one.read_bytes  # three models and the fine-tune, in place of two
     # The adapter names it, so that whoever reads the two finds it again.
     checked = CliRunner().invoke(main, ["verify", str(made), "--base", of(*siblings), "--tuned", str(siblings[2])])
     assert checked.exit_code == 0, checked.output

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_posthoc import PosthocError, distil, extract, refine
+from peft_posthoc.refinement.preflight import refine_preflight
 from tests.make import models
 from tests.make.limits import HANG
 from tests.make.shard_run import LENGTH, SEQUENCES
@@ -97,7 +98,20 @@ def test_what_goes_wrong_ends_both_with_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_models_that_cannot_be_split_are_told_in_one_line(llama_pair: tuple[str, str], tmp_path: Path) -> None:
+def test_one_process_alone_is_told(llama_pair: tuple[str, str], tmp_path: Path) -> None:
     adapter = extract(*llama_pair, 2).save(tmp_path / "svd")
-    with pytest.raises(PosthocError, match="There is one process, and no other to split the models with"):
-        refine(adapter, *llama_pair, method=distil(shard=True))
+    for run in (refine, refine_preflight):
+        with pytest.raises(PosthocError, match="There is one process, and no other to split the models with"):
+            run(adapter, *llama_pair, method=distil(shard=True))
+
+
+def test_memory_of_a_part_is_told(tmp_path: Path) -> None:
+    """Of two Llamas in float32 half, and one of them, in bfloat16 on disk, that writes."""
+    base, tuned = models.save_pair(models.llama(num_hidden_layers=16), tmp_path, dtype=torch.bfloat16)
+    adapter = extract(base, tuned, 2).save(tmp_path / "svd")
+    whole, half, quarter = (
+        refine_preflight(adapter, base, tuned, method=distil(shard=count > 1), processes=count) for count in (1, 2, 4)
+    )
+    assert half.models_bytes == whole.models_bytes / 2 + whole.models_bytes / 4
+    assert quarter.models_bytes == whole.models_bytes / 4 + whole.models_bytes / 4
+    assert "in each of 4 processes" in quarter.table()
