@@ -124,7 +124,11 @@ class Report:
             layers: A row for every weight instead.
         """
         rows = self._layers() if layers else self._kinds()
-        return "\n".join([*self._verdict(), *_left_out_lines(self.rows), *self._remarks(), "", *rows])
+        return "\n".join([*self._verdict(), *self.beside(), "", *rows])
+
+    def beside(self) -> list[str]:
+        """What is not factored, what was decided, and what to mind, a line each."""
+        return [*_left_out_lines(self.rows), *self._remarks()]
 
     def summary(self) -> list[str]:
         """The totals and the warnings, a line each."""

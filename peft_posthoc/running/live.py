@@ -46,6 +46,11 @@ class Live:
     """Processes that each have both models."""
 
     @property
+    def model(self) -> Any:
+        """The model of transformers that the adapter is on. It is called by itself: some PEFTs pass over its hooks."""
+        return self.adapted.get_base_model()
+
+    @property
     def device(self) -> torch.device:
         """Where logits are compared."""
         found: torch.device = self.adapted.device
@@ -66,7 +71,7 @@ class Live:
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
         """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
         return distances(
-            says(self.adapted),
+            says(self.model),
             says(self.tuned, self.device),
             texts,
             size=size,
@@ -80,7 +85,7 @@ class Live:
         Raises:
             PosthocError: One does not.
         """
-        for name, model in (("tuned model", self.tuned), ("base", self.adapted)):
+        for name, model in (("tuned model", self.tuned), ("base", self.model)):
             check_finite(name, model, self.vocabulary)
 
     @contextmanager
