@@ -20,6 +20,8 @@ from peft_posthoc.text import asked
 
 # Whose modules have the same names there as in diffusers, or others that all readers map from diffusers'.
 _AS_IN_DIFFUSERS = ("UNet2DConditionModel", "QwenImageTransformer2DModel")
+# But these two of SDXL, by whose names in diffusers A1111 and diffusers itself find nothing.
+_OF_SGM = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
 
 def write(
@@ -95,7 +97,7 @@ def _modules(part: Component) -> Mapping[str, tuple[str, ...]]:
             )
         return found
     if part.text or part.cls in _AS_IN_DIFFUSERS:
-        return {old_name(part, name): (name,) for name in names}
+        return {_OF_SGM.get(name, old_name(part, name)): (name,) for name in names}
     raise AdapterError(
         f"The names of `{part.cls}` in kohya's format are not known here. Known are "
         f"{', '.join((*_AS_IN_DIFFUSERS, *FAMILIES))} and text encoders. Use `{asked('to', 'comfyui')}`."
