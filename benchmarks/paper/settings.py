@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Self
 
 from .medmcqa import MedMCQA
+from .mkfe import MKFE
+from .msvd import MSVD
 from .task import SEED, Task
 from .tatqa import TatQA
+from .vqarad import VQARad
 
-TASKS: dict[str, type[Task]] = {"medmcqa": MedMCQA, "tatqa": TatQA}
+TASKS: dict[str, type[Task]] = {"tatqa": TatQA, "mkfe": MKFE, "medmcqa": MedMCQA, "vqa-rad": VQARad, "msvd": MSVD}
 
 
 @dataclass(frozen=True)

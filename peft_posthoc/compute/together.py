@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -25,14 +27,29 @@ class Together:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
+        self.split = False
+        """Whether models are split among the processes: whenever one runs a model, all do."""
+        self._wrong = ""
         if size > 1:
             from accelerate import PartialState
 
             PartialState(cpu=device is None or device.type == "cpu")
 
+    def split_models(self) -> None:
+        """Say that models are split from now on."""
+        self.split, self._wrong = True, self.first(f"wrong in {time.time_ns()}")
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """What this process takes."""
         return items[self.rank :: self.size]
+
+    def turns(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """What this process takes, and True for each; where others take one more, any one and False.
+
+        Others may need this one's part of a model, whatever it is run on.
+        """
+        own = [(item, True) for item in self.share(items)]
+        return [*own, *[(items[0], False)] * (-(-len(items) // self.size) - len(own))]
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up what each process has, in place; all have the same then."""
@@ -66,13 +83,14 @@ class Together:
     def agreed(self) -> Iterator[None]:
         """What goes wrong in one process ends all: the first tells of it, the others are done.
 
-        There are no calls of this class in the `with` block.
+        There are no calls of this class in the `with` block. Where models are split there may be any, as each model
+        that is run is one; `alike` tells then.
 
         Raises:
             PosthocError: Something went wrong in another process, and this is the first.
             ShareDone: Something went wrong, and this is not the first.
         """
-        if self.size == 1:
+        if self.size == 1 or self.split:
             yield
             return
         wrong: Exception | None = None
@@ -95,15 +113,27 @@ class Together:
     def alike(self) -> Iterator[None]:
         """What goes wrong in the `with` block, other than in `agreed`, goes wrong in every process: the first tells.
 
+        Where models are split it may be in one alone: the others wait for its part of a model then, until whoever
+        started them ends them, or it is gone. It tells by itself, or whichever is first of several.
+
         Raises:
-            ShareDone: It went wrong, and this is not the first.
+            ShareDone: It went wrong, and this is not the one to tell.
         """
         try:
             yield
-        except (PosthocError, ValueError) as error:
-            if self.rank:
-                raise ShareDone("The first process tells what went wrong.") from error
+        except Exception as error:
+            if self._is_told(error):
+                raise ShareDone("Another process tells what went wrong.") from error
             raise
+
+    def _is_told(self, error: Exception) -> bool:
+        if not self.split:
+            return self.rank > 0 and isinstance(error, PosthocError | ValueError)
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        # The launcher's, which outlives a process that fails.
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return bool(store.add(self._wrong, 1) > 1)
 
 
 ALONE = Together()
