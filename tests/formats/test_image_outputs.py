@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_posthoc import export, extract
+from peft_posthoc import export, extract, open_checkpoint
 from tests.make import pipelines
 from tests.make.diffusion import moved, outputs
 from tests.make.originals import FAMILIES
@@ -95,3 +95,20 @@ def test_what_no_file_of_diffusers_holds_is_told_and_is_all_that_is_missing(fami
     assert told
     tuned.load_state_dict({name: value for name, value in before.items() if name in told}, strict=False)
     assert furthest(found, outputs(tuned)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_for_comfyui_is_the_fine_tune_with_its_norms_and_biases(family, tmp_path):
+    torch.manual_seed(0)
+    base = FAMILIES[family]()
+    tuned = moved(base, torch.nn.Module)
+    folders = saved(base, tuned, tmp_path)
+    adapter = extract(*folders, 2048, conv=True, form="peft", dtype=torch.float32)
+    adapter.save(tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "lora.safetensors", "comfyui", base=folders[0])
+    told = {row.weight for row in adapter.report.rows if row.status == "left out"}
+    assert all(name.endswith(("scale_shift_table", "_pad_token")) for name in told)  # Of no module, but the model's.
+    tuned.load_state_dict({name: value for name, value in base.state_dict().items() if name in told}, strict=False)
+    made = open_checkpoint(f"{folders[0]}+{tmp_path / 'lora.safetensors'}")
+    base.load_state_dict({name: made.read(name).float() for name in made.headers})
+    assert furthest(outputs(base), outputs(tuned)) < 1e-5
