@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hf_callbacks.base import Base
 from hf_callbacks.jobs import Done, Job
 from hf_callbacks.memory import Memory, remembered
-from hf_callbacks.metrics import read_report
+from hf_callbacks.metrics import eval_losses, read_report
 from hf_callbacks.run import FINAL, Run, checkpoint_name
 from peft_posthoc.checkpoints.model_files import weight_files
 from peft_posthoc.cli.options import CHOICE, NAMES, option
@@ -131,6 +131,7 @@ def _make(run: Run, *, best: bool | None, refining: Refining | None) -> bool:
         done.append(run.copy(_final_step(run, best=best), name=FINAL))
     failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure, *_ in done if failure is not None]
     failures += [f"`{one.job.name}` is not refined: {one.unrefined}" for one in done if one.unrefined is not None]
+    run.losses = eval_losses(_state(run).get("log_history"))
     try:
         run.draw()
     except (PosthocError, OSError) as error:
@@ -178,17 +179,21 @@ def _is_refined(run: Run) -> bool:
 def _final_step(run: Run, *, best: bool | None) -> int:
     """The step whose adapter is `final`."""
     adapters = run.adapters()
-    states = sorted((step, folder / "trainer_state.json") for step, folder in run.checkpoints().items())
-    if best is not False and states:
-        try:
-            step = read_json(states[-1][1]).get("best_global_step")
-        except (ValueError, AttributeError):  # saved without one, or damaged
-            step = None
-        if step in adapters:
-            return int(step)
-        if step:
-            click.echo(f"The best checkpoint, of step {step}, has no adapter: `final` is the last one's.", err=True)
+    step = _state(run).get("best_global_step") if best is not False else None
+    if isinstance(step, int) and step in adapters:
+        return step
+    if step:
+        click.echo(f"The best checkpoint, of step {step}, has no adapter: `final` is the last one's.", err=True)
     return max(adapters)
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """What the trainer wrote of itself into the last checkpoint; nothing where it did not, or it is damaged."""
+    checkpoints = sorted(run.checkpoints().items())
+    try:
+        return dict(read_json(checkpoints[-1][1] / "trainer_state.json"))
+    except (ValueError, TypeError, LookupError):
+        return {}
 
 
 def _remembered(run_dir: Path, *, needed: bool) -> Memory | None:

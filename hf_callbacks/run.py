@@ -49,6 +49,8 @@ class Run:
         # What begins with an underscore is not uploaded: here are links to whole models, and unfinished adapters.
         self.work = self.folder / "_phlora"
         self.base: Base | None = None
+        self.losses: Mapping[int, Mapping[str, float]] = {}
+        """Of evaluations, by step and name: the page shows them beside the energies."""
         self.request = request
         self._keep = keep
         self._jobs = Jobs(self.work)
@@ -253,7 +255,7 @@ class Run:
             contextlib.suppress(MissingExtraError),
             staged(picture, what="The picture of the adapters", force=True) as new,
         ):
-            plot(adapters).savefig(new, dpi=150, format="png")
+            plot(adapters, self.losses).savefig(new, dpi=150, format="png")
         self._write_page(adapters, picture=PICTURE if picture.is_file() else None)
 
     def stop(self) -> None:
@@ -302,7 +304,7 @@ class Run:
         if page.exists() and not is_our_card(page):
             raise AdapterError(f"`{page}` was not written by this program, and is left as it is")
         final = self.out / FINAL if _is_readable(self.out / FINAL) else None
-        write_whole(page, summary(adapters, final=final, picture=picture).encode())
+        write_whole(page, summary(adapters, final=final, picture=picture, losses=self.losses).encode())
 
 
 def checkpoint_name(folder: Path, step: int) -> str:

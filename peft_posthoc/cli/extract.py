@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from peft_posthoc.cli.components import COMPONENT, Component, check_alone, components_of
 from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
-from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
+from peft_posthoc.cli.options import CHOICE, HTML, LAYERS, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
@@ -34,7 +34,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("min_energy")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
-@click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
+@LAYERS
 @AND_REFINE
 @HTML
 @click.option(
@@ -50,6 +50,7 @@ from peft_posthoc.errors import ShareDone, noting
 @NAMES
 @MODELS
 @option("stream")
+@option("unrelated")
 @OUTPUT
 def extract(
     base: str,

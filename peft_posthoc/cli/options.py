@@ -85,6 +85,7 @@ HTML = click.option(
     metavar="FILE",
     help="Write a page with drawings and tables that can be sorted, for a browser.",
 )
+LAYERS = click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
 OUTPUT = together(
     click.option("--quiet", is_flag=True, help="No progress bar, no table: warnings and errors only."),
     click.option(

@@ -128,6 +128,7 @@ class Options(TypedDict, total=False):
         "torch.dtype | str | None",
         Option("Of the adapter.  [default: the tuned checkpoint's]", choices=("float32", "bfloat16", "float16")),
     ]
+    unrelated: Annotated[bool, Option("Go on where BASE and TUNED have nothing in common.", False)]
     min_energy: Annotated[
         float | None,
         Option("Write nothing that holds less than this share of the whole fine-tune's energy.", metavar="SHARE"),

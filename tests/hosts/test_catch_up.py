@@ -22,13 +22,17 @@ def run_catch_up(*arguments):
 
 
 def test_a_run_that_is_over_is_caught_up_with(base, tmp_path):
-    trainer(base, tmp_path / "run").train()
+    training = trainer(base, tmp_path / "run", eval_strategy="steps", eval_steps=2)
+    training.train()
     result = run_catch_up(tmp_path / "run", "--base", base, "--rank", "8")
     assert result.exit_code == 0, result.output
     assert adapters(tmp_path / "run/phlora") == ["final", "step-2", "step-4", "step-6"]
     extract(base, tmp_path / "run/checkpoint-4", 8).save(tmp_path / "by-hand")
     assert same_factors(tmp_path / "run/phlora/step-4", tmp_path / "by-hand")
     assert "](energy.png)" in (tmp_path / "run/phlora/README.md").read_text()
+    losses = [f"{row['eval_loss']:.4g}" for row in training.state.log_history if "eval_loss" in row]
+    rows = [line for line in (tmp_path / "run/phlora/README.md").read_text().splitlines() if "`step-" in line]
+    assert [row.split(" | ")[3] for row in rows] == losses
     assert (tmp_path / "run/phlora/energy.png").is_file()
     kept = (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns
     assert run_catch_up(tmp_path / "run", "--base", base).exit_code == 0
