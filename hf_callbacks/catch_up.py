@@ -5,7 +5,10 @@ python -m hf_callbacks.catch_up RUN_DIR --base BASE
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,22 @@ import click
 from tqdm import tqdm
 
 from hf_callbacks.base import Base
+from hf_callbacks.jobs import Done, Job
 from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.metrics import eval_losses, read_report
-from hf_callbacks.run import FINAL, Run
+from hf_callbacks.run import FINAL, Run, checkpoint_name
+from peft_posthoc.checkpoints.model_files import weight_files
 from peft_posthoc.cli.options import CHOICE, NAMES, option
 from peft_posthoc.cli.output import one_line_errors
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.extraction.request import Request
+from peft_posthoc.fleet.extract_many import extract_many
 from peft_posthoc.json_file import read_json
 from peft_posthoc.ranks.words import WORDS
 from peft_posthoc.refinement.refining import Refining
+from peft_posthoc.sources import open_checkpoint
 
 
 class _AsTheRun(click.Command):
@@ -112,7 +119,9 @@ def _make(run: Run, *, best: bool | None, refining: Refining | None) -> bool:
     missing = run.missing()
     if not missing and not run.adapters():
         raise click.ClickException(f"There are no checkpoints in `{run.folder}`.")
-    done = [done for step, folder in tqdm(missing.items(), desc="Adapters") for done in run.make(folder, step)]
+    done = _together(run, missing)
+    left = {step: folder for step, folder in missing.items() if step not in {one.job.step for one in done}}
+    done += [done for step, folder in tqdm(left.items(), desc="Adapters") for done in run.make(folder, step)]
     if run.adapters() and refining is not None and not _is_refined(run):
         step = _final_step(run, best=best)
         if step not in run.checkpoints():
@@ -130,6 +139,34 @@ def _make(run: Run, *, best: bool | None, refining: Refining | None) -> bool:
     for failure in failures:
         click.echo(failure, err=True)
     return bool(failures)
+
+
+def _together(run: Run, missing: Mapping[int, Path]) -> list[Done]:
+    """Make the adapters that can be made from one reading of the base.
+
+    What goes wrong is left to be told where each is made by itself; so are DeepSpeed's partitions, of which some take a
+    whole model's memory as soon as they are opened.
+    """
+    made, jobs, opened = run.work / "made", {}, {}
+    for step, folder in missing.items():
+        if not weight_files({path.name for path in folder.iterdir()}):
+            continue
+        with contextlib.suppress(PosthocError):
+            checkpoint = open_checkpoint(folder, role="tuned", modules=True)
+            checkpoint.label = checkpoint_name(run.folder, step)
+            opened[f"step-{step}"] = checkpoint
+            held = folder if folder.is_relative_to(run.work) else None
+            jobs[f"step-{step}"] = Job(f"step-{step}", step, None, made / f"step-{step}", held)
+    if run.base is None or len(opened) < 2:
+        return []
+    request = Request.of(run.request, base_revision=run.base.revision)
+    try:
+        fleet = extract_many(run.base.source, opened, request, out=made, force=True, progress=True)
+    except (PosthocError, ValueError):
+        return []
+    done = [run.ended(Done(jobs[one.name], None)) for one in fleet.members if one.error is None]
+    shutil.rmtree(made, ignore_errors=True)
+    return done
 
 
 def _is_refined(run: Run) -> bool:
