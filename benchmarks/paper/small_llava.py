@@ -21,10 +21,10 @@ from transformers import (
 
 from . import easyvqa
 from .seeing import Images
-from .task import SEED, Question
+from .task import SEED, Question, sample
 
 SIDE, PATCH, WIDTH, LAYERS, HEADS = 64, 16, 128, 3, 4
-BATCH, EPOCHS, LR = 32, 2, 1e-3
+QUESTIONS, BATCH, EPOCHS, LR = 3200, 32, 2, 1e-3
 _SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 3 * WIDTH,
@@ -51,7 +51,7 @@ def make(folder: Path, data: Path) -> None:
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    Images().trainer(model, arguments, easyvqa.colours(data), processor).train()
+    Images().trainer(model, arguments, sample(easyvqa.colours(data), QUESTIONS), processor).train()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
