@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from peft_posthoc.models.original_modules import parts_of
+from peft_posthoc.models.original import PREFIXES
+from peft_posthoc.models.original_modules import as_loaded, parts_of
 
 _PARTS = {
     "down": r"\.lora_down(\.weight)?|(\.|_)lora\.down\.weight|\.lora_A(\.default)?\.weight|"
@@ -79,9 +81,14 @@ class Named(NamedTuple):
     original: bool
     """Whether it may be its author's name, not that of diffusers."""
 
+    @property
+    def flat(self) -> str:
+        """The module's name with underscores for dots."""
+        return self.module.replace(".", "_")
+
     def is_called(self, original: str) -> bool:
         """Whether it is an author's module of this name."""
-        return self.module == (original.replace(".", "_") if self.underscored else original)
+        return self.flat == original.replace(".", "_")
 
     def modules(self, family: str | None) -> tuple[str, ...]:
         """By diffusers' names, those whose rows it has one below the other.
@@ -115,6 +122,15 @@ def read_name(name: str) -> Named | None:
             )
             return Named(component or start[0].removesuffix("."), module, underscored, part, original)
     return None
+
+
+def of_model(names: Iterable[str]) -> dict[str, str]:
+    """The modules and parameters of a model, by their names, and ComfyUI's, with underscores for dots."""
+    names = list(names)
+    prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in names)), "")
+    own = {re.sub(r"\.(weight|bias|scale)$", "", name) for name in names if name.startswith(prefix)}
+    found = {as_loaded(name.removeprefix(prefix), names).replace(".", "_"): name for name in own}
+    return found | {name.removeprefix(prefix).replace(".", "_"): name for name in own}
 
 
 def _of_sgm(module: str) -> str:

@@ -35,11 +35,16 @@ class Component(NamedTuple):
         return self.name.startswith("text_encoder")
 
 
-def components(all_deltas: Sequence[AdapterOnModel]) -> list[Component]:
+def components(all_deltas: Sequence[AdapterOnModel], *, named: bool = True) -> list[Component]:
     """The components that adapters are for.
 
+    Args:
+        all_deltas: The adapters.
+        named: Whether the format names the components: if not, it has one beside the text encoders.
+
     Raises:
-        AdapterError: A base is no component of a pipeline, or two adapters are for one.
+        AdapterError: A base is no component of a pipeline, two adapters are for one, or the format has no place for
+            two.
     """
     found: dict[str, Component] = {}
     for deltas in all_deltas:
@@ -49,6 +54,11 @@ def components(all_deltas: Sequence[AdapterOnModel]) -> list[Component]:
                 f"`{other.deltas.folder.label}` and `{deltas.folder.label}` are for the same component, `{one.name}`. "
                 "Combine them first."
             )
+    others = [one.name for one in found.values() if not one.text]
+    if len(others) > 1 and not named:
+        raise AdapterError(
+            f"`{others[0]}` and `{others[1]}` have the same names in this format. Write a file for each of them."
+        )
     return list(found.values())
 
 
@@ -64,12 +74,21 @@ def filed(name: str, factors: Factors, kernel: Sequence[int], rank: int | None, 
     )
 
 
+def factors_of(deltas: AdapterOnModel, module: str) -> Factors:
+    """The factors of a module without the zeros that bring them to the rank of the file; of one row at least."""
+    a, b = deltas.factors(module)
+    used = a.any(1) & b.any(0)
+    if not used.any():
+        used[:1] = True
+    return Factors(a[used], b[:, used])
+
+
 def one_below_another(deltas: AdapterOnModel, parts: Sequence[str]) -> Factors:
     """The factors of one matrix that has these modules' rows one below the other: of the sum of their ranks.
 
     Where all have the same `a`, as parts of a LoRA that was fused, of theirs.
     """
-    each = [deltas.factors(part) for part in parts]
+    each = [factors_of(deltas, part) for part in parts]
     held = [one for one in each if len(one.a)]
     if held and all(one.a.shape == held[0].a.shape and torch.equal(one.a, held[0].a) for one in held):
         rank = len(held[0].a)
@@ -85,7 +104,8 @@ def summands(deltas: AdapterOnModel) -> dict[str, Tensor]:
     Raises:
         AdapterError: A tensor in the file is of another shape than the base's.
     """
-    found = {name: deltas.folder.tensor(key).double() for name, key in deltas.added.items()}
+    found = {own: delta.double() for name, delta in deltas.beside.items() for own in deltas.layout.names_of(name)}
+    found |= {name: deltas.folder.tensor(key).double() for name, key in deltas.added.items()}
     for module in deltas.biases:
         name = f"{module}.bias"
         found[name] = found.get(name, 0) + deltas.bias(module)

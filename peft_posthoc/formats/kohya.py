@@ -51,7 +51,7 @@ def write(
         AdapterError: A model is no component whose names are known, an adapter is more than factors of linear layers
             and convolutions, or the file cannot be written.
     """
-    parts = components([deltas, *more])
+    parts = components([deltas, *more], named=False)
     dtype = dtype or deltas.folder.dtype()
     tensors: dict[str, Tensor] = {}
     ranks: list[int] = []

@@ -43,7 +43,7 @@ def open_deltas(
             raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `{asked('base', None)}`.")
         base, revision = named.name, None if exists(named.name) else revision or named.revision
     opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
-    return AdapterOnModel(folder, opened, layout_of(opened))
+    return AdapterOnModel(open_adapter(adapter, opened.headers), opened, layout_of(opened))
 
 
 def _without_values(base: Source, revision: str | None) -> Checkpoint:
