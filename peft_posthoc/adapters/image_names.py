@@ -105,7 +105,7 @@ class Named(NamedTuple):
             dotted = re.sub(
                 r"\.(to_out|attention\.out)$", lambda old: f".{old[1].replace('.out', '.to_out')}.0", dotted
             )
-        return (_of_sgm(dotted),)
+        return (of_sgm(dotted),)
 
 
 def read_name(name: str) -> Named | None:
@@ -133,7 +133,7 @@ def of_model(names: Iterable[str]) -> dict[str, str]:
     return found | {name.removeprefix(prefix).replace(".", "_"): name for name in own}
 
 
-def _of_sgm(module: str) -> str:
+def of_sgm(module: str) -> str:
     """Diffusers' name of a module of a UNet that may be called as its first code does; of three layers a block."""
     if module in _SGM_ENDS:
         return _SGM_ENDS[module]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.formats.comfyui_names import SINGLE, Place, bias_of, parameter_of, place_of
+from peft_posthoc.formats.comfyui_names import Place, bias_of, of_file, parameter_of, weight_of
 from peft_posthoc.formats.components import Component, components, factors_of, filed, summands
 from peft_posthoc.formats.kohya import weight
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
-from peft_posthoc.models.original_modules import is_original, swapped
+from peft_posthoc.models.original_modules import swapped
 from peft_posthoc.progress import progress_bar
 
 
@@ -41,7 +41,7 @@ def write(
         AdapterError: A model is none that ComfyUI has names for which are known here, something in an adapter has none,
             or the file cannot be written.
     """
-    single = None if more else _of_file(deltas)
+    single = None if more else of_file(deltas)
     parts = [single] if single else components([deltas, *more], named=False)
     dtype = dtype or deltas.folder.dtype()
     tensors: dict[str, Tensor] = {}
@@ -58,12 +58,6 @@ def _notes(tensors: dict[str, Tensor]) -> list[str]:
     return [f"{count} tensors without factors are in it as differences, which ComfyUI alone reads."] if count else []
 
 
-def _of_file(deltas: AdapterOnModel) -> Component | None:
-    """The model of a single file under its authors' names, which ComfyUI has too; None of another."""
-    named = deltas.base.config is None and is_original(deltas.base.headers)
-    return Component("diffusion_model", SINGLE, deltas) if named else None
-
-
 def _tensors(part: Component, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
     """A component's tensors, by key.
 
@@ -73,7 +67,7 @@ def _tensors(part: Component, dtype: torch.dtype, progress: bool) -> dict[str, T
     deltas, more = part.deltas, summands(part.deltas)
     weights = dict.fromkeys([*deltas.names, *_with(more, "weight")])
     found: dict[str, Tensor] = {}
-    for place in progress_bar({place_of(part, one): None for one in weights}, desc=part.name, progress=progress):
+    for place in progress_bar({weight_of(part, one): None for one in weights}, desc=part.name, progress=progress):
         found |= _weight(part, place, more, dtype)
     for place in {bias_of(part, one): None for one in _with(more, "bias")}:
         rows = [more[name] if (name := f"{one}.bias") in more else _zeros(deltas, one) for one in place.modules]

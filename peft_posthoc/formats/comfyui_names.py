@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.components import Component, old_name
 from peft_posthoc.models.original import PREFIXES
-from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, TURNED, as_loaded, fused
+from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, TURNED, as_loaded, fused, is_original
 from peft_posthoc.text import asked
 
 # Of whose modules ComfyUI knows diffusers' names, or that have the same.
@@ -43,7 +44,13 @@ class Place(NamedTuple):
     """Whether its halves are the other way round."""
 
 
-def place_of(part: Component, module: str) -> Place:
+def of_file(deltas: AdapterOnModel) -> Component | None:
+    """The model of a single file under its authors' names, which ComfyUI has too; None of another."""
+    named = deltas.base.config is None and is_original(deltas.base.headers)
+    return Component("diffusion_model", SINGLE, deltas) if named else None
+
+
+def weight_of(part: Component, module: str) -> Place:
     """The weight that a module's is in.
 
     Raises:
@@ -73,7 +80,7 @@ def bias_of(part: Component, module: str) -> Place:
     """
     found, is_part = original_of(part, module), part.cls in _FUSED and module.endswith(_PARTS)
     if not is_part and not (found and found.turned):
-        return place_of(part, module)
+        return weight_of(part, module)
     if found is None:
         raise AdapterError(
             f"ComfyUI adds nothing to a part of a fused bias (`{module}.bias`), and the name of the whole is not known "

@@ -14,6 +14,8 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints.checkpoint import place_of
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.models.config import architecture
+from peft_posthoc.models.original_modules import is_original
+from peft_posthoc.text import asked
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Components that pipelines load adapters into."""
@@ -140,6 +142,11 @@ def _name(deltas: AdapterOnModel) -> str:
             return name
     found = next((component for part, component in _BY_CLASS.items() if part in named), None)
     of_diffusers = "_class_name" in (deltas.base.config or {})
+    if found is None and is_original(deltas.base.headers):
+        raise AdapterError(
+            f"`{deltas.base.label}` has its authors' names, and the format those of diffusers. Extract with "
+            f"`{asked('serve_as', 'FOLDER')}`, the folder of such a model, or use `{asked('to', 'comfyui')}`."
+        )
     if found is None or not (of_diffusers or found.startswith("text_encoder")):
         raise AdapterError(
             f"The base `{deltas.base.label}` ({named or 'of no known class'}) is no component of a diffusers pipeline: "

@@ -52,7 +52,7 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     Raises:
         CheckpointError: There is no configuration, or transformers has no class for it.
     """
-    if not isinstance(base, str | os.PathLike) or str(base).endswith(SUFFIX):
+    if not isinstance(base, str | os.PathLike) or str(base).endswith(SUFFIX) or Path(base).is_file():
         return open_checkpoint(base, revision=revision, role="base")
     from peft_posthoc.checkpoints.hub import fetch_config
     from peft_posthoc.checkpoints.memory import InMemory
