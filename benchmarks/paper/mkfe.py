@@ -26,6 +26,7 @@ class MKFE:
 
     about = f"Medical knowledge from extracts (Owkin, 2024), {ORIGIN}, Apache-2.0"
     metrics = ("key overlap", "value overlap")
+    kind = "answers"
 
     def load(self, source: Path) -> Sets:
         drawn = sample(list(_read(needed(source, "finetuning_train.csv", ORIGIN))), TRAIN + TEST)

@@ -27,6 +27,7 @@ class MSVD:
         "the clips are YouTube's"
     )
     metrics = ("ROUGE-L", "CIDEr")
+    kind = "images"
 
     def load(self, source: Path) -> Sets:
         told = json.loads(needed(source, "msvc.json", ORIGIN).read_text(encoding="utf-8"))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 SEED = 42  # the paper's (appendix C)
+PLAIN = {"CIDEr", "margin"}
+"""Metrics that are no share: CIDEr is from 0 to 10, a margin in nats."""
 T = TypeVar("T")
 
 
@@ -31,10 +33,14 @@ class Sets(NamedTuple):
 
 
 class Task(Protocol):
-    """A data set with its metrics. `about` names source and licence; `metrics` has the names that `score` gives."""
+    """A data set with its metrics.
+
+    `about` names source and licence, `metrics` has the names that `score` gives, `kind` is the one of the model.
+    """
 
     about: str
     metrics: tuple[str, ...]
+    kind: str
 
     def load(self, source: Path) -> Sets:
         """All questions of a local folder, as the data set's own files have them.
@@ -44,7 +50,12 @@ class Task(Protocol):
         """
 
     def score(self, question: Question, said: str) -> Mapping[str, float]:
-        """Each metric of one answer, from 0 to 1 (CIDEr: to 10)."""
+        """Each metric of one answer, from 0 to 1 but for those in `PLAIN`.
+
+        Args:
+            question: What was asked.
+            said: What the model said, or what its kind says of it.
+        """
 
 
 def needed(source: Path, name: str, origin: str) -> Path:

@@ -21,6 +21,7 @@ class VQARad:
 
     about = f"VQA-RAD (Lau et al., 2018), {ORIGIN}, CC0 1.0"
     metrics = ("similarity", "exact")
+    kind = "images"
 
     def load(self, source: Path) -> Sets:
         return Sets(list(_read(source, "train")), list(_read(source, "test")))
