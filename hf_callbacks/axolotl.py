@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from hf_callbacks.callback import PosthocLoraCallback
 
 
-class PhloraArgs(BaseModel):  # type: ignore[misc]
+class PhloraArgs(BaseModel):
     """What the plugin adds to the YAML."""
 
     phlora: dict[str, Any] | None = None
