@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_callbacks.pin import pin, remade
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, once
+from peft_posthoc.checkpoints.memory import loaded_from
 from peft_posthoc.errors import CheckpointError, PosthocError, one_line
 from peft_posthoc.sources import open_checkpoint
 
@@ -46,7 +47,7 @@ def find_base(model: nn.Module, output: Path, work: Path) -> Base:
         CheckpointError: Its weights are spread over processes, so that no snapshot can be taken.
     """
     model = getattr(model, "_orig_mod", model)
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = loaded_from(model)
     if name:
         inside = Path(name).is_dir() and Path(name).resolve().is_relative_to(output.resolve())
         try:

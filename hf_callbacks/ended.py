@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_callbacks.jobs import Done, Job
 from hf_callbacks.log import Log
-from hf_callbacks.metrics import metrics, read_report, refined_metrics
+from hf_callbacks.metrics import eval_losses, metrics, read_report, refined_metrics
 from hf_callbacks.push import Push, Sent
 from hf_callbacks.run import FINAL, Run
 
@@ -60,4 +60,6 @@ class Ended:
             self._log.numbers(metrics(report, step=job.step), by=self._by)
         elif "refined" in report:
             self._log.numbers(refined_metrics(report, step=job.step), by=self._by)
+        if self._log.state is not None:
+            run.losses = eval_losses(self._log.state.log_history)
         self._log.guarded("the page of the adapters was not written", run.write_page)

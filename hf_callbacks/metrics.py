@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,13 @@ def refined_metrics(report: dict[str, Any], *, step: int) -> dict[str, float]:
             found[f"phlora/kl/{kind}/{when}"] = float(distance["kl"])
             found[f"phlora/top1/{kind}/{when}"] = float(distance["top1"])
     return found
+
+
+def eval_losses(history: object) -> dict[int, dict[str, float]]:
+    """By step and name, the losses of evaluations in a trainer's history: `eval_loss`, or one for each data set."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    for row in history if isinstance(history, list) else ():
+        if isinstance(row, dict) and isinstance(step := row.get("step"), int):
+            losses = {name: value for name, value in row.items() if re.fullmatch(r"eval_(.+_)?loss", str(name))}
+            found[step] |= {name: float(value) for name, value in losses.items() if isinstance(value, int | float)}
+    return {step: losses for step, losses in found.items() if losses}

@@ -32,8 +32,9 @@ from .refinement.compensated import compensated
 from .refinement.distil import distil
 from .refinement.refine import refine
 from .refinement.refined import Refined
+from .resizing.report import ResizeReport
 from .resizing.resize import combine, resize, spectra
-from .resizing.resized import Resized, ResizeReport
+from .resizing.resized import Resized
 from .serving.check import Check, check
 from .serving.fix import Fixed, fix
 from .sources import open_checkpoint

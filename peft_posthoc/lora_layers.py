@@ -89,7 +89,7 @@ class Delta:
             for weight in adapter.layers:
                 name = weight.removesuffix("weight") + "bias"
                 if name in base.headers and name in tuned.headers:
-                    change = difference(Pair(name, base.read(name), tuned.read(name)))
+                    change = difference(Pair(name, base.read(name), tuned.read(name)).on(torch.device("cpu")))
                     biases[adapter.plan.carried[weight][0].module] = change.values
         return cls(adapter, biases, whole, dict(_samples(adapter, base, tuned)), config.init_lora_weights)
 

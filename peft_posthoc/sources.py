@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from glob import escape
 from os import PathLike
+from os.path import isdir
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from peft_posthoc.adapters.applied import Applied
 from peft_posthoc.adapters.config import CONFIG, read_config
 from peft_posthoc.adapters.foreign import format_of, image_file, refuse_foreign
-from peft_posthoc.adapters.named_base import another_base
+from peft_posthoc.adapters.named_base import another_base, base_of
 from peft_posthoc.adapters.wrapped import as_computed
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.distcp import Distcp, find_shards
@@ -22,6 +23,7 @@ from peft_posthoc.checkpoints.folder import File, Folder
 from peft_posthoc.checkpoints.gguf import SUFFIX, Gguf, only_model
 from peft_posthoc.checkpoints.hub import OnHub, fetch_beside, find, is_repo_id, repo_and_file
 from peft_posthoc.checkpoints.hub_files import HubFiles
+from peft_posthoc.checkpoints.mean import Mean, members
 from peft_posthoc.checkpoints.memory import InMemory, of_module
 from peft_posthoc.checkpoints.model_files import SUFFIXES, weight_files
 from peft_posthoc.checkpoints.modules import listed_modules, with_modules
@@ -72,7 +74,7 @@ def adapted(base: str, adapter: str, *, role: str = "source") -> Applied:
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"`{adapter}`, right of the `+`, is no adapter: it has no {CONFIG}. Give BASE+ADAPTER.")
     made = Applied(open_checkpoint(base, role=role), folder, label=f"{base}+{adapter}")
-    made.doubt = another_base(read_config(folder).get("base_model_name_or_path"), base)
+    made.doubt = another_base(read_config(folder), base)
     return made
 
 
@@ -88,18 +90,17 @@ def on_its_base(folder: Path, *, label: str, revision: str | None = None) -> App
         AdapterError: The adapter names no base, is no LoRA adapter, or is more than base + b @ a.
         CheckpointError: The base is not there or cannot be read.
     """
-    config = read_config(folder)
-    name, commit = (config.get(key) or None for key in ("base_model_name_or_path", "revision"))
-    name = (name.rstrip("/") or name) if isinstance(name, str) else name
+    named = base_of(read_config(folder))
     advice = f"Say on which model it belongs: BASE+{label}."
-    if not isinstance(name, str):
+    if named is None:
         raise AdapterError(f"`{label}` is a LoRA adapter that does not name its base. {advice}")
-    is_there = Path(name).is_dir()
+    name = named.name
+    is_there = isdir(name) or bool(members(name))
     if not (is_there or is_repo_id(name)):
         raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is not there. {advice}")
     try:
-        found = None if is_there else find(name, revision=commit if isinstance(commit, str) else None, role="base")
-        if is_adapter(Path(name)) if found is None else found.is_adapter:
+        found = None if is_there else find(name, revision=named.revision, role="base")
+        if isdir(name) and is_adapter(Path(name)) if found is None else found.is_adapter:
             raise CheckpointError(f"`{label}` is a LoRA adapter of `{name}`, which is an adapter too. {advice}")
         base = open_checkpoint(name, revision=found.commit if found else None, role="base")
     except CheckpointError as error:
@@ -173,8 +174,8 @@ def open_checkpoint(
         source: A local folder, be it with the shards of torch.distributed.checkpoint or DeepSpeed's ZeRO; a single file
             of weights; a hub id (`org/name`), whose needed files are fetched; `s3://...` or another place that fsspec
             knows, whose weights are fetched when they are read; a LoRA adapter's folder or hub id, whose
-            base it names itself; `BASE+ADAPTER`; a `torch.nn.Module`; a state dict; or anything that already is a
-            `Checkpoint`.
+            base it names itself; `BASE+ADAPTER`; `mean:A,B,...`; a `torch.nn.Module`; a state dict; or anything that
+            already is a `Checkpoint`.
         revision: Branch, tag or commit of a hub id.
         role: What messages call it: `base` or `tuned`.
         modules: Show the weights of modules beside the model too, which SentenceTransformers has.
@@ -197,7 +198,10 @@ def open_checkpoint(
         checkpoint = InMemory(source, label="state dict")
     elif isinstance(source, str | PathLike):
         path, label = Path(source), str(source).rstrip("/") or str(source)
-        if path.is_dir():
+        if several := members(label):
+            parts = [open_checkpoint(one, role=role, modules=modules, stream=stream) for one in several]
+            checkpoint = Mean(parts, label=label)
+        elif path.is_dir():
             checkpoint, beside = _of_folder(path, label=label), path
         elif path.is_file() and path.suffix in (*SUFFIXES, SUFFIX):
             checkpoint, beside = _of_file(path, label=label), path.parent
@@ -231,7 +235,7 @@ def open_checkpoint(
             what = f"is a file of another kind than {kinds}" if path.is_file() else what
             raise CheckpointError(
                 f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as "
-                "`org/name`; with an adapter on it, BASE+ADAPTER."
+                "`org/name`; with an adapter on it, BASE+ADAPTER; mean:A,B,... for the mean of several."
             )
     elif isinstance(source, Checkpoint):
         checkpoint = source

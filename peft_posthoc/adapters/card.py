@@ -61,8 +61,7 @@ def card(
     while isinstance(first.get("start"), Mapping):  # it was refined: shares are of the factors before
         first = first["start"]
     provenance = {**first.get("provenance", {}), **made.get("provenance", {})}
-    named = config.get("base_model_name_or_path")
-    base = str(provenance.get("for_base") or named or provenance.get("base") or "the base")
+    base = base_of(config, provenance)
     on = "for_base" if provenance.get("for_base") else "base"
     # What an extraction took from the hub it took at a commit; of others' adapters only the name is known.
     known = "tuned" not in provenance or provenance.get(f"{on}_revision") or MODELS in base
@@ -85,7 +84,7 @@ def card(
         f"A row for every tensor is in `{REPORT}`." if first.get("rows") else "",
         *_how(provenance, handed_on),
         "## Load it",
-        _load(called, loaded, task),
+        how_to_load(called, loaded, task),
         *_serve(config, provenance, called, place),
         "## Cite",
         _CITE,
@@ -108,6 +107,12 @@ def card_of(folder: Path, *, step: int | None = None, repo_id: str | None = None
     return card(read_config(folder), report, step=step, repo_id=repo_id, subfolder=subfolder)
 
 
+def base_of(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """What an adapter is loaded onto: the base that it is served on, or the one that it was made from."""
+    named = config.get("base_model_name_or_path")
+    return str(provenance.get("for_base") or named or provenance.get("base") or "the base")
+
+
 def hub_id_of(name: str) -> str | None:
     """The hub id of a model, by what it is called or by where it lies in the hub's cache; None where none is known."""
     within = next((part for part in Path(name).parts if part.startswith(MODELS) and part.count("--") == 2), None)
@@ -118,6 +123,24 @@ def hub_id_of(name: str) -> str | None:
         return repo[0] if repo and not Path(name).exists() else None
     except OSError:
         return None
+
+
+def how_to_load(base: str, loaded: str, task: object) -> str:
+    """Python that loads an adapter by PEFT.
+
+    Args:
+        base: What it is loaded onto.
+        loaded: The adapter, as Python writes it.
+        task: PEFT's name of what the model does.
+    """
+    found = _CLASSES.get(str(task))
+    how = (
+        [f"from transformers import {found}", "", f'base_model = {found}.from_pretrained("{base}")']
+        if found
+        else ["", f"base_model = ...  # `{base}`, as its library loads it"]
+    )
+    lines = ["```python", "from peft import PeftModel", *how]
+    return "\n".join([*lines, f"model = PeftModel.from_pretrained(base_model, {loaded})", "```"])
 
 
 def is_our_card(page: Path) -> bool:
@@ -272,17 +295,6 @@ def _how(provenance: Mapping[str, Any], handed_on: bool) -> Iterator[str]:
 
 def _option(value: Any, handed_on: bool) -> str:
     return _called(value, handed_on) if isinstance(value, str) and Path(value).is_absolute() else brief(str(value))
-
-
-def _load(base: str, loaded: str, task: object) -> str:
-    found = _CLASSES.get(str(task))
-    how = (
-        [f"from transformers import {found}", "", f'base_model = {found}.from_pretrained("{base}")']
-        if found
-        else ["", f"base_model = ...  # `{base}`, as its library loads it"]
-    )
-    lines = ["```python", "from peft import PeftModel", *how]
-    return "\n".join([*lines, f"model = PeftModel.from_pretrained(base_model, {loaded})", "```"])
 
 
 def _serve(config: Mapping[str, Any], provenance: Mapping[str, Any], base: str, place: str) -> Iterator[str]:

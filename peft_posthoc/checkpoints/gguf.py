@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
+from peft_posthoc.checkpoints.gguf_blocks import decode
 from peft_posthoc.checkpoints.gguf_header import header_alone
 from peft_posthoc.checkpoints.gguf_steps import beside, gaps
 from peft_posthoc.checkpoints.model_files import state_of
@@ -163,17 +164,16 @@ class Gguf(Checkpoint):
 
         kind = self._tensors[name].type
         found = torch.empty(self.headers[name].shape)
-        values = found.view(-1).numpy()
-        # Every block is decoded by itself: as one long row, which `gguf` does not divide further.
+        # Every block is decoded by itself.
         per_block, size = gguf.GGML_QUANT_SIZES[kind]
+        values, stored = found.view(-1, per_block), torch.from_numpy(blocks).view(-1, size)
         step = _AT_A_TIME // per_block
-        starts = range(0, len(blocks) // size, step)
+        starts = range(0, len(stored), step)
         threads = max(min(torch.get_num_threads(), len(starts)), 1)
 
         def some(first: int) -> None:
             for at in starts[first::threads]:
-                own = gguf.dequantize(blocks[at * size : (at + step) * size], kind)
-                values[at * per_block : (at + step) * per_block] = own
+                decode(stored[at : at + step], kind, values[at : at + step])
 
         with ThreadPoolExecutor(threads) as pool:  # NumPy works on one core.
             list(pool.map(some, range(threads)))

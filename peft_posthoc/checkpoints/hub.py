@@ -26,6 +26,8 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What says how a checkpoint is quantized where its configuration does not.
 _OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# By repository and commit, what its card names as its base: the hub tells it with the files.
+_BASES: dict[tuple[str, str | None], list[str]] = {}
 
 
 def is_repo_id(source: str) -> bool:
@@ -168,6 +170,7 @@ def find(
 
     with told(repo_id, revision, role):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        _BASES[repo_id, info.sha] = _bases(info.card_data)
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         names = sizes.keys()
         wanted = [] if adapter else weight_files(names)
@@ -193,6 +196,28 @@ def find(
                     f"The index of `{repo_id}` names shards that are not there: {', '.join(missing)}."
                 )
         return Repository(repo_id, str(info.sha), folder, tuple(wanted), sizes, role)
+
+
+def bases_in_card(repo_id: str, commit: str | None = None) -> list[str]:
+    """What a repository's card names as its base; none where the hub cannot be asked.
+
+    Args:
+        repo_id: `org/name`.
+        commit: Of one that was found already, of which the hub is not asked again; the default branch if None.
+    """
+    from huggingface_hub import HfApi
+
+    if (repo_id, commit) not in _BASES:
+        try:
+            return _bases(HfApi().model_info(repo_id, revision=commit).card_data)
+        except Exception:  # As many kinds as its HTTP library has; a card is for people.
+            return []
+    return _BASES[repo_id, commit]
+
+
+def _bases(card: Any) -> list[str]:
+    named = None if card is None else card.to_dict().get("base_model")
+    return [one for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)]
 
 
 def check_room(needed: int, *what: str, out: Path | None = None, taken: int = 0, instead: str = "") -> None:

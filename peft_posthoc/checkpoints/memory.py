@@ -59,5 +59,9 @@ def of_module(module: nn.Module) -> InMemory:
     # Those keep what decodes their weights beside them, as they save it.
     coded = tuple(f"{name}." for name, part in module.named_modules() if of_bitsandbytes(part))
     tensors |= {name: value for name, value in kept.items() if name.startswith(coded) and isinstance(value, Tensor)}
-    name = getattr(getattr(module, "config", None), "_name_or_path", None)
-    return InMemory(tensors, label=name or type(module).__name__, module=module)
+    return InMemory(tensors, label=loaded_from(module) or type(module).__name__, module=module)
+
+
+def loaded_from(module: object) -> str | None:
+    """The folder or hub id that a live model of transformers says it was loaded from; None if it says none."""
+    return getattr(getattr(module, "config", None), "_name_or_path", None) or None

@@ -101,7 +101,18 @@ class Streamed(Checkpoint):
         Raises:
             CheckpointError: It cannot be fetched, or its file has changed.
         """
+        return self.rows(name, None)
+
+    def rows(self, name: str, count: int | None) -> Tensor:
+        """The first rows of a tensor; all of them if None.
+
+        Raises:
+            CheckpointError: They cannot be fetched, or their file has changed.
+        """
         (file, start, end), (shape, dtype) = self._places[name], self.headers[name]
+        if count is not None:
+            shape = (min(count, shape[0]), *shape[1:])
+            end = start + Header(shape, dtype).bytes
         if start == end:
             return torch.empty(shape, dtype=dtype)
         content = bytearray(end - start)

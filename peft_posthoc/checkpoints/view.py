@@ -77,6 +77,10 @@ class View(Checkpoint):
         """What the tensor is made of, by the names in the checkpoint that is seen."""
         return self._pieces[name].sources
 
+    def is_as_it_is(self, name: str) -> bool:
+        """Tell whether a tensor is one of the checkpoint that is seen, unchanged."""
+        return self._pieces[name].make is _itself
+
     def stored_names(self, name: str) -> set[str]:
         """The checkpoint's own names of what the tensor is made of."""
         return {own for source in self.sources(name) for own in stored_names(self.seen, source)}

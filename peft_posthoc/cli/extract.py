@@ -14,7 +14,7 @@ from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.components import COMPONENT, Component, check_alone, components_of
 from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
-from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
+from peft_posthoc.cli.options import CHOICE, HTML, LAYERS, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
@@ -43,7 +43,7 @@ from peft_posthoc.errors import ShareDone, noting
 @option("min_energy")
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
-@click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
+@LAYERS
 @AND_REFINE
 @HTML
 @click.option(
@@ -59,6 +59,7 @@ from peft_posthoc.errors import ShareDone, noting
 @NAMES
 @MODELS
 @option("stream")
+@option("unrelated")
 @OUTPUT
 def extract(
     base: str,
@@ -86,7 +87,7 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
-    check_alone(components, out=out, to=to, html=html, json=json_to, refine=asked)
+    check_alone(components, out=out, html=html, json=json_to, refine=asked)
     if out is not None:
         if to is not None:
             raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
@@ -100,16 +101,17 @@ def extract(
         raise click.UsageError("Missing argument 'OUT'.")
     if len(tuned) > 2:
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
+    whole = Component(base, tuned[0], Path(tuned[1]), None)
+    parts = components_of(components, *whole[:3])
     if to is not None:
         if asked is not None or html is not None:
             raise click.UsageError("--to goes without --refine and --html.")
         if to == "comfyui" and click.get_current_context().get_parameter_source("form") is ParameterSource.DEFAULT:
             options["form"] = "peft"
         write_as(
-            base,
-            tuned[0],
+            parts or [whole],
             rule,
-            Path(tuned[1]),
+            whole.out,
             to,
             force=force,
             dry_run=dry_run,
@@ -118,8 +120,7 @@ def extract(
             **options,
         )
         return
-    parts = components_of(components, base, tuned[0], Path(tuned[1]))
-    for part in parts or [Component(base, tuned[0], Path(tuned[1]), None)]:
+    for part in parts or [whole]:
         with noting(f"This is of the component `{part.out.name}`.") if parts else contextlib.nullcontext():
             _one(
                 part.base,

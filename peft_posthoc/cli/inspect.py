@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from peft_posthoc.cli.command import Command
-from peft_posthoc.cli.options import CHOICE, HTML, MODELS, NAMES, OUTPUT, option
+from peft_posthoc.cli.options import CHOICE, HTML, LAYERS, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, show
 from peft_posthoc.errors import noting
 
@@ -30,6 +30,7 @@ from peft_posthoc.errors import noting
     metavar="FILE",
     help="Draw the curves and the ranks into this PNG (or SVG, PDF).",
 )
+@LAYERS
 @HTML
 @option("form")
 @CHOICE
@@ -37,11 +38,13 @@ from peft_posthoc.errors import noting
 @NAMES
 @MODELS
 @option("stream")
+@option("unrelated")
 @OUTPUT
 def inspect(
     base: str,
     tuned: str,
     max_rank: int,
+    layers: bool,
     plot: Path | None,
     html: Path | None,
     quiet: bool,
@@ -62,4 +65,4 @@ def inspect(
         if html is not None:
             inspection.html(html)
             written.enter_context(noting(f"`{html}` is written."))
-        show(inspection, json_to, quiet=quiet)
+        show(inspection, json_to, quiet=quiet, table=inspection.table(layers=layers))

@@ -71,7 +71,8 @@ def option(name: str, **changes: Any) -> Callable[[F], F]:
         given["type"] = SHARE
     elif asked.default is not None:
         given |= {"default": asked.default, "show_default": True}
-    return click.option(f"--{(asked.flag or name).replace('_', '-')}", name, **(given | changes))
+    flag = f"--{(asked.flag or name).replace('_', '-')}" + (f"/--{asked.opposite}" if asked.opposite else "")
+    return click.option(flag, name, **(given | changes))
 
 
 CHOICE = together(*map(option, ("include", "exclude", "embeddings", "head", "conv", "experts", "exact")))
@@ -84,6 +85,7 @@ HTML = click.option(
     metavar="FILE",
     help="Write a page with drawings and tables that can be sorted, for a browser.",
 )
+LAYERS = click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
 OUTPUT = together(
     click.option("--quiet", is_flag=True, help="No progress bar, no table: warnings and errors only."),
     click.option(

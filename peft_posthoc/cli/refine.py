@@ -11,7 +11,7 @@ import click
 from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import MODELS, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
-from peft_posthoc.cli.refining import REFINING, refining
+from peft_posthoc.cli.refining import REFINING, SHARD, refining
 from peft_posthoc.errors import ShareDone, noting
 
 
@@ -27,6 +27,7 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--base", required=True, help="The model before.")
 @click.option("--tuned", required=True, help="The model after.")
 @REFINING
+@SHARD
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what it would do and need, and write nothing.")
 @MODELS
@@ -57,10 +58,12 @@ def refine(
     asked = refining(options)
     quiet_hosts()
     if dry_run:
+        if processes.rank:
+            return
         from peft_posthoc.refinement.preflight import refine_preflight
 
         how = {name: getattr(asked, name) for name in ("method", "sequences", "length")}
-        found = refine_preflight(adapter, out=out, **how, **options)
+        found = refine_preflight(adapter, out=out, processes=processes.size, **how, **options)
         show(found, json_to, quiet=quiet)
         return
     try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft_posthoc.texts.texts import Texts
 
 _POSITIVE = click.FloatRange(0, min_open=True)
-_METHODS = {"distil": ("lr", "passes"), "compensated": ("damping",), "blocks": ("lr", "passes")}
+_METHODS = {"distil": ("lr", "passes", "shard"), "compensated": ("damping",), "blocks": ("lr", "passes")}
 """The ways to refine, with the options that are theirs."""
 
 
@@ -77,9 +77,17 @@ _OWN = (
     "passes",
     "lr",
     "damping",
+    "shard",
     "minutes",
     "seed",
 )
+SHARD = click.option(
+    "--shard",
+    is_flag=True,
+    default=None,
+    help="distil: split both models among the processes that torchrun started.  [default: if no GPU holds them]",
+)
+"""Of the one command that has several processes for a fit."""
 AND_REFINE = together(
     click.option(
         "--refine",
@@ -97,7 +105,7 @@ def refining_if_asked(options: dict[str, Any]) -> Refining | None:
         return refining(options)
     context = click.get_current_context()
     for name in _OWN:
-        options.pop(name)
+        options.pop(name, None)
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} belongs to --refine.")
     return None
@@ -107,7 +115,7 @@ def refining(options: dict[str, Any]) -> Refining:
     """What these options ask for; they are taken out of all that a command was given."""
     from peft_posthoc.refinement.refining import Refining
 
-    own = {name: options.pop(name) for name in _OWN}
+    own = {name: options.pop(name, None) for name in _OWN}
     chosen = _method(own["method"], {name: own[name] for names in _METHODS.values() for name in names})
     given = texts_of(own["prompts"], own["texts"], own["field"], own["prefix"])
     numbers = {name: own[name] for name in ("sequences", "length", "minutes", "seed")}
@@ -124,7 +132,7 @@ def _method(name: str | None, options: Mapping[str, float | None]) -> Method | U
             return None
         names = [method for method, own in _METHODS.items() if given.keys() <= {*own}]
         if not names:
-            raise click.UsageError(f"No method takes {' and '.join(f'--{key}' for key in given)} together.")
+            raise click.UsageError(f"No method takes {' and '.join(f'--{key}' for key in sorted(given))} together.")
         if len(names) > 1:
             return Usual(**given)
         (name,) = names

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_posthoc.cli.command import Command
-from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of, together
+from peft_posthoc.cli.options import LAYERS, OUTPUT, TYPE, dtype_of, together
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.cli.ranks import RANK, Asked, ranks
 from peft_posthoc.errors import noting
@@ -30,6 +30,7 @@ _SHARED = together(
         "tensors too.  [default: portable, unless there are such]",
     ),
     click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays."),
+    LAYERS,
     OUTPUT,
 )
 
@@ -76,6 +77,7 @@ def _write(
     form: str | None,
     dtype: str | None,
     force: bool,
+    layers: bool,
     quiet: bool,
     json_to: str | None,
 ) -> None:
@@ -87,7 +89,8 @@ def _write(
     resized = run(form=form, dtype=dtype_of(dtype), progress=not quiet)
     resized.save(out, force=force)
     with noting(f"The adapter is at `{out}`."):
-        show(resized.report, json_to, quiet=quiet, more=[f"Adapter written to {out}"])
+        table = resized.report.table(layers=layers)
+        show(resized.report, json_to, quiet=quiet, table=table, more=["", f"Adapter written to {out}"])
 
 
 def _numbers(text: str) -> list[float]:

@@ -11,10 +11,14 @@ from peft_posthoc.cli.output import check_file, show
 
 @click.command(cls=Command, examples=["whose tuned Qwen/Qwen2.5-7B Qwen/Qwen2.5-7B-Instruct"])
 @click.argument("tuned")
-@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
+@click.argument("candidates", nargs=-1, metavar="[CANDIDATE...]")
 @OUTPUT
 def whose(tuned: str, candidates: tuple[str, ...], quiet: bool, json_to: str | None) -> None:
-    """Tell which CANDIDATE is the base of TUNED, from a few kilobytes of each; unsure is said, never guessed."""
+    """Tell which CANDIDATE is the base of TUNED, from a few kilobytes of each; unsure is said, never guessed.
+
+    Without one these are what TUNED's card and configuration name, what those name in turn, and the models of its kind
+    in the hub's local cache.
+    """
     check_file(json_to, "--json")
     from peft_posthoc.lineage.whose import whose as run
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
 
 import torch
+from torch import Tensor
 
 
 def pick_device(name: str) -> torch.device:
@@ -37,19 +38,29 @@ def all_of(device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. A GPU copies it whole, from memory that it reads by itself, and nobody waits for that."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Devices:
-    """Devices that several threads work on, each on one at a time."""
+    """Devices that several threads work on, each on one at a time; on one that is here twice, in streams of its own."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._free: SimpleQueue[torch.device] = SimpleQueue()
+        self._free: SimpleQueue[tuple[torch.device, torch.cuda.Stream | None]] = SimpleQueue()
         for device in devices:
-            self._free.put(device)
+            self._free.put((device, torch.cuda.Stream(device) if device.type == "cuda" else None))
 
     @contextmanager
     def one(self) -> Iterator[torch.device]:
         """One that nobody else works on; waits for it."""
-        device = self._free.get()
+        device, stream = free = self._free.get()
         try:
-            yield device
+            if stream is not None:  # What others have made of a model that is there is ready then.
+                stream.wait_stream(torch.cuda.default_stream(device))
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                yield device
         finally:
-            self._free.put(device)
+            self._free.put(free)

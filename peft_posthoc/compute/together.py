@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -25,14 +28,25 @@ class Together:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
+        self.split = False
+        """Whether models are split among the processes: whenever one runs a model, all do."""
         if size > 1:
             from accelerate import PartialState
 
             PartialState(cpu=device is None or device.type == "cpu")
+            self._wrong = self.first(f"wrong in {time.time_ns()}")
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """What this process takes."""
         return items[self.rank :: self.size]
+
+    def turns(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """What this process takes, and True for each; where others take one more, any one and False.
+
+        Others may need this one's part of a model, whatever it is run on.
+        """
+        own = [(item, True) for item in self.share(items)]
+        return [*own, *[(items[0], False)] * (-(-len(items) // self.size) - len(own))]
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up what each process has, in place; all have the same then."""
@@ -66,13 +80,14 @@ class Together:
     def agreed(self) -> Iterator[None]:
         """What goes wrong in one process ends all: the first tells of it, the others are done.
 
-        There are no calls of this class in the `with` block.
+        There are no calls of this class in the `with` block. Where models are split each run of one is such a call:
+        what goes wrong is for `alike` then.
 
         Raises:
             PosthocError: Something went wrong in another process, and this is the first.
             ShareDone: Something went wrong, and this is not the first.
         """
-        if self.size == 1:
+        if self.size == 1 or self.split:
             yield
             return
         wrong: Exception | None = None
@@ -93,17 +108,32 @@ class Together:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """What goes wrong in the `with` block, other than in `agreed`, goes wrong in every process: the first tells.
+        """What goes wrong in the `with` block is told once: by the first process that it goes wrong in.
+
+        Other than in `agreed` it may be all of them, or one alone, which the others wait for until whoever started them
+        ends them, or it is gone.
 
         Raises:
-            ShareDone: It went wrong, and this is not the first.
+            ShareDone: Something went wrong, and another process tells of it.
         """
         try:
             yield
-        except (PosthocError, ValueError) as error:
-            if self.rank:
-                raise ShareDone("The first process tells what went wrong.") from error
+        except ShareDone:
             raise
+        except Exception as error:
+            if self.size > 1 and self._is_told():
+                raise ShareDone("Another process tells what went wrong.") from error
+            raise
+
+    def _is_told(self) -> bool:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        try:  # The launcher's, which mostly outlives a process that fails.
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
+            return bool(store.add(self._wrong, 1) > 1)
+        except RuntimeError:
+            return self.rank > 0  # It went with the first process.
 
 
 ALONE = Together()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import Self, TypeVar
 
 import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_here = threading.local()
 
 
 class Workers:
@@ -31,9 +33,13 @@ class Workers:
         self, threads: int = 1, *, waiting: int = 0, room: float = math.inf, torch_threads: int | None = None
     ) -> None:
         self._most, self._room, self._before = threads + waiting, room, torch_threads and torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(
-            threads, initializer=partial(torch.set_num_threads, torch_threads) if torch_threads else None
-        )
+        self._threads, self._torch_threads = threads, torch_threads
+        self._pool = ThreadPoolExecutor(threads, initializer=self._begin)
+
+    def _begin(self) -> None:
+        _here.workers = self
+        if self._torch_threads:
+            torch.set_num_threads(self._torch_threads)
 
     def __enter__(self) -> Self:
         """Nothing starts before there is work."""
@@ -61,3 +67,34 @@ class Workers:
             running[self._pool.submit(work, item)] = size(item)
         while running:
             yield first()
+
+    def help(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """The results, in the items' order, of work that one of these threads does, and those with it that are idle."""
+        left, found = iter(enumerate(items)), dict[int, R]()
+        taking, graded = threading.Lock(), torch.is_grad_enabled()
+
+        def take() -> None:
+            while True:
+                with taking:
+                    one = next(left, None)
+                if one is None:
+                    return
+                with torch.set_grad_enabled(graded):  # It is each thread's own.
+                    found[one[0]] = work(one[1])
+
+        helpers = [self._pool.submit(take) for _ in range(min(self._threads, len(items)) - 1)]
+        try:
+            take()
+        finally:
+            # Those that have not begun, as other work is before them, would find nothing left.
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
+            helper.result()
+        return [found[at] for at in range(len(items))]
+
+
+def spread(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """The results, in the items' order; in a thread of `Workers`, others of them help as far as they are idle."""
+    workers: Workers | None = getattr(_here, "workers", None)
+    return list(map(work, items)) if workers is None or len(items) < 2 else workers.help(work, items)

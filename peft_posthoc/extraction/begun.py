@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
+from peft_posthoc.checkpoints.mean import members
 from peft_posthoc.errors import AdapterError, FetchError, PosthocError, ShareDone
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.outcomes import Outcome
@@ -18,6 +19,7 @@ from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.row import left_out
 from peft_posthoc.extraction.series import Series
 from peft_posthoc.extraction.spool import Spool
+from peft_posthoc.lineage.kin import Kin
 from peft_posthoc.ranks.rules import is_value, several
 from peft_posthoc.sources import Source, sides
 from peft_posthoc.text import asked, percent
@@ -36,6 +38,8 @@ class Begun:
     """Finished layers; None where nothing can be kept."""
     nothing_kept: str | None
     """Why nothing can."""
+    kin: Kin
+    """Whether the two are, by what is read."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -85,6 +89,9 @@ class Begun:
         """
         adapter = self.prepared.adapter(outcomes, tuned_name=self.request.options["tuned_name"])
         adapter = self.prepared.settle(adapter)
+        # Where other processes, or an earlier run, read some of it, nobody has seen all.
+        if (doubt := self.kin.doubt) is not None and self.kin.seen == len(self.names):
+            adapter = replace(adapter, notes=(*adapter.notes, doubt))
         if (least := self.request.options["min_energy"]) is not None:
             _check_energy(adapter, self.request.rank, least)
         return adapter
@@ -150,7 +157,8 @@ def begin(
         spool = Spool(place, [*(model.identity for model in prepared.models), prepared.options, carried])
         if at_once or shared:
             spool.patience = 0.0
-    return Begun(prepared, request, needs, place, spool, nothing_kept)
+    kin = Kin(prepared.base.label, prepared.tuned.label, unrelated=bool(request.options["unrelated"]))
+    return Begun(prepared, request, needs, place, spool, nothing_kept, kin)
 
 
 def losses(adapter: Adapter) -> list[tuple[str, float]]:
@@ -195,6 +203,6 @@ def _check_not_read(out: Path, *sources: Source) -> None:
         AdapterError: It would.
     """
     for source in (str(one) for one in sources if isinstance(one, str | PathLike)):
-        for part in (source, *(sides(source) or ())):
+        for part in (source, *(members(source) or sides(source) or ())):
             if out.exists() and Path(part).exists() and out.samefile(part):
                 raise AdapterError(f"`{part}` is what the adapter is made from. Choose another folder for the adapter.")

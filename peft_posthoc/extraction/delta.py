@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from peft_posthoc.compute.device import moved
 from peft_posthoc.errors import CheckpointError
-from peft_posthoc.linalg.norms import chunks, energy_of
+from peft_posthoc.linalg.norms import by_chunks, energy_of, norm_of, sum_of_squares
 
 
 class Pair(NamedTuple):
@@ -28,6 +29,11 @@ class Pair(NamedTuple):
         """Of one of them."""
         return next(one.nbytes for one in (self.tuned, self.base) if one is not None)
 
+    def on(self, device: torch.device) -> Self:
+        """The same on a device, where all that is made of it is made too."""
+        base, tuned, served, *steps = (None if one is None else moved(one, device) for one in (*self[1:4], *self.steps))
+        return self._replace(base=base, tuned=tuned, served=served, steps=(steps[0], steps[1]))
+
 
 class Delta(NamedTuple):
     """The difference of two weights, and the norms that were taken on the way."""
@@ -37,12 +43,11 @@ class Delta(NamedTuple):
     base_norm: float
 
 
-def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
+def difference(pair: Pair) -> Delta:
     """`tuned - base` in float32, or float64 where one of them is: the only subtraction in the project.
 
     Args:
-        pair: Two tensors of one shape.
-        device: Where the result goes.
+        pair: Two tensors of one shape, on the device where the result will be.
 
     Raises:
         CheckpointError: A value is NaN or infinite, and not the same in both.
@@ -51,13 +56,14 @@ def difference(pair: Pair, *, device: torch.device | None = None) -> Delta:
     if base is None or tuned is None:
         raise ValueError(f"`difference(pair=...)` needs both weights; `{pair.name}` is in one checkpoint only.")
     dtype = torch.promote_types(torch.float32, torch.promote_types(base.dtype, tuned.dtype))
-    values = torch.empty(tuned.shape, dtype=dtype, device=device)
-    delta_energy, base_energy = 0.0, 0.0
-    for before, after, out in zip(chunks(base), chunks(tuned), chunks(values), strict=True):
+    values = torch.empty(tuned.shape, dtype=dtype, device=tuned.device)
+
+    def subtract(before: Tensor, after: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         wide = before.to(out)
         torch.sub(after.to(out), wide, out=out)
-        delta_energy += energy_of(out)
-        base_energy += energy_of(wide)
+        return norm_of(out), norm_of(wide)
+
+    delta_energy, base_energy = map(sum_of_squares, zip(*by_chunks(subtract, base, tuned, values), strict=True))
     if not (math.isfinite(delta_energy) and math.isfinite(base_energy)):
         if not _same(base, tuned):
             raise CheckpointError(not_finite(pair))
@@ -94,9 +100,10 @@ def served(pair: Pair) -> Served | None:
     """Compare both weights of a pair with that of the base that is served; None where there is none."""
     if pair.base is None or pair.tuned is None or pair.served is None:
         return None
-    energies = [0.0, 0.0]
-    for parts in zip(*map(chunks, (pair.base, pair.tuned, pair.served)), strict=True):
-        before, after, quantised = (part.float() for part in parts)
-        energies[0] += energy_of(quantised - before)
-        energies[1] += energy_of(after - quantised)
-    return Served(*map(math.sqrt, energies))
+
+    def apart(before: Tensor, after: Tensor, quantised: Tensor) -> tuple[Tensor, Tensor]:
+        quantised = quantised.float()
+        return norm_of(quantised - before.float()), norm_of(after.float() - quantised)
+
+    norms = by_chunks(apart, pair.base, pair.tuned, pair.served)
+    return Served(*(math.sqrt(sum_of_squares(each)) for each in zip(*norms, strict=True)))

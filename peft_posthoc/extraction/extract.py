@@ -108,9 +108,10 @@ def _outcomes(begun: Begun, processes: Processes, *, progress: bool, keep_factor
         progress=progress and processes.rank == 0,
     )
     exact = begun.request.options["exact"]
+    of_both = (prepared.base, prepared.tuned, mine)
     with (
         bar,
-        read_pairs(prepared.base, prepared.tuned, mine, served=prepared.served, only=plan.carried) as pairs,
+        read_pairs(*of_both, served=prepared.served, only=plan.carried, kin=begun.kin) as pairs,
         factor_pairs(pairs, plan.fates, largest=begun.largest, exact=exact, device=prepared.device) as found,
     ):
         for outcome in found:

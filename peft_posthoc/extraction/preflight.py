@@ -11,6 +11,7 @@ from typing import Any, Literal, Unpack
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.hub import check_room
+from peft_posthoc.checkpoints.mean import members, stand_in
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.estimate import ASSUMED, seconds
 from peft_posthoc.extraction.forms.lay_out import lay_out
@@ -205,7 +206,9 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         rows=rows,
         rank_is_known=all(in_advance(rule) is not None for rule in prepared.rules.values()),
         values=_values(row for row in rows if row.status != "left out") / _values(rows),
-        read_bytes=sum(side.headers[name].bytes for side, names in read for name in names),
+        read_bytes=sum(
+            side.headers[name].bytes * max(len(members(side.label)), 1) for side, names in read for name in names
+        ),
         adapter_bytes=size,
         disk_bytes=size + finished,
         disk_free=None if out is None else free_at(Path(out)),
@@ -213,7 +216,7 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         stream_bytes=sum(getattr(side, "to_stream", 0) for side in prepared.models),
         memory_bytes=int(_PROCESS + finished + max(size, work)),
         layout=plan.layout.origin,
-        notes=prepared.notes,
+        notes=(*prepared.notes, *filter(None, (stand_in(prepared.base.label),))),
         differences=prepared.differences,
     )
 

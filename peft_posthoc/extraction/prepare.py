@@ -24,8 +24,8 @@ from peft_posthoc.extraction.plan import Plan, by_flags, everything, make_plan
 from peft_posthoc.extraction.reasons import CODED, Reason
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.extraction.sizing import FoundSizing, PlanSizing
-from peft_posthoc.extraction.swapped import swapped
 from peft_posthoc.linalg.spectrum import RankRule, in_advance
+from peft_posthoc.lineage.doubts import doubts
 from peft_posthoc.models.decoders import is_plain_decoder
 from peft_posthoc.models.find import model_of
 from peft_posthoc.models.layout import GUESSED, Layout
@@ -52,6 +52,7 @@ _TOLD_OTHERWISE = {
     "min_energy",
     "with_tokenizer",
     "stream",
+    "unrelated",
 }
 
 
@@ -159,7 +160,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         vocab=options["vocab"],
         of_tuned=form == "peft",
     )
-    notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)))
+    notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)), *doubts(*opened))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
@@ -214,8 +215,6 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     )
     if refused:
         notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
-    if doubt := swapped(*opened):
-        notes = (*notes, doubt)
     beside = files_of_text(opened[1]) if options["with_tokenizer"] else {}
     if options["with_tokenizer"] and not beside:
         notes = (*notes, f"There is no tokenizer beside `{opened[1].label}`: none is copied.")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peft_posthoc.checkpoints.mean import stand_in
 from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.kinds import Carried, Left, by_kind, by_reason
 from peft_posthoc.extraction.meaning import meaning, norms
@@ -90,6 +91,8 @@ class Report:
         totals = _totals(rows, adapter.file.rank, adapter.file.padding)
         beside = adapter.differences
         said, warned = meaning(rows, adapter.provenance)
+        if (mean := stand_in(str(adapter.provenance["base"]))) is not None:
+            warned.append(mean)
         warnings = (*adapter.file.warnings, *warned, *_warnings(rows, totals), *told_as_warnings(beside))
         notes = (*adapter.notes, *said, *told_as_notes(beside))
         return cls(rows, totals, warnings, notes, adapter.provenance, beside, by_kind(rows), by_reason(rows))
@@ -121,7 +124,11 @@ class Report:
             layers: A row for every weight instead.
         """
         rows = self._layers() if layers else self._kinds()
-        return "\n".join([*self._verdict(), *_left_out_lines(self.rows), *self._remarks(), "", *rows])
+        return "\n".join([*self._verdict(), *self.beside(), "", *rows])
+
+    def beside(self) -> list[str]:
+        """What is not factored, what was decided, and what to mind, a line each."""
+        return [*_left_out_lines(self.rows), *self._remarks()]
 
     def summary(self) -> list[str]:
         """The totals and the warnings, a line each."""
@@ -230,16 +237,17 @@ def _kept(adapter: Findings, kept: Kept) -> Row:
 
 def _skipped(adapter: Findings, skipped: Skipped) -> Row:
     fate, unchanged = adapter.plan.fates[skipped.weight], skipped.delta_norm == 0
-    left_out = fate if isinstance(fate, LeftOut) and not unchanged else None
+    held = skipped.weight in adapter.held and not unchanged
+    left_out = fate if isinstance(fate, LeftOut) and not unchanged and not held else None
     return _known(
         adapter,
         skipped,
-        status="unchanged" if unchanged else "left out",
+        status="unchanged" if unchanged else "whole" if held else "left out",
         reason=left_out.text if left_out else "",
         cause=left_out.reason if left_out else None,
         way_out=left_out.way_out if left_out else {},
-        energy=0.0 if skipped.delta_norm else None,
-        relative_error=1.0 if skipped.delta_norm else None,
+        energy=float(held) if skipped.delta_norm else None,
+        relative_error=float(not held) if skipped.delta_norm else None,
         delta_norm=skipped.delta_norm,
         tuned_norm=skipped.tuned_norm,
     )

@@ -32,6 +32,8 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     flag: str = ""
     """On the command line, where it is not the name."""
+    opposite: str = ""
+    """The flag that says its default there, if there is one."""
     metavar: str = ""
     """What the command line calls its value."""
 
@@ -112,12 +114,21 @@ class Options(TypedDict, total=False):
         ),
     ]
     exact: Annotated[bool, Option("LAPACK's full SVD for every weight.", False)]
-    stream: Annotated[bool, Option("Fetch each weight of a hub id when it is read, and keep none on disk.", False)]
+    stream: Annotated[
+        bool,
+        Option(
+            "Fetch each weight of a hub id when it is read, and keep none on disk; or download its files into the "
+            "hub's cache, where they stay.  [default: keep-downloads]",
+            False,
+            opposite="keep-downloads",
+        ),
+    ]
     device: Annotated[str, Option("Where to compute: cpu, cuda (all GPUs), cuda:N or auto.", "cpu")]
     dtype: Annotated[
         "torch.dtype | str | None",
         Option("Of the adapter.  [default: the tuned checkpoint's]", choices=("float32", "bfloat16", "float16")),
     ]
+    unrelated: Annotated[bool, Option("Go on where BASE and TUNED have nothing in common.", False)]
     min_energy: Annotated[
         float | None,
         Option("Write nothing that holds less than this share of the whole fine-tune's energy.", metavar="SHARE"),

@@ -64,16 +64,16 @@ def at_work(
 ) -> Iterator[tuple[Workers, Devices]]:
     """The threads that factor weights, and the devices that they do it on; the threads end with the `with` block.
 
-    Every weight is worked on by one thread alone, on the CPU as many weights at a time as PyTorch may use threads, on
-    GPUs one on each: the bits of a result then do not depend on how many threads there are, and nobody waits for a
-    thread that other programs have put off the processor.
+    Every weight is one thread's, on the CPU as many weights at a time as PyTorch may use threads, on GPUs two on each,
+    so that one is copied there while the other is computed with. With a large one idle threads help, a part of it each:
+    the bits of a result do not depend on how many threads there are, and nobody waits for a thread that other programs
+    have put off the processor.
     """
     found = all_of(device or torch.device("cpu"))
     # However many threads there are, the deltas in memory are never more than twice the largest, for each device;
     # LAPACK's full SVD takes three times as much beside each, so that one must do.
     room = (1 if exact else 2) * largest * len(found)
-    if found[0].type == "cpu":
-        found *= torch.get_num_threads()
+    found *= torch.get_num_threads() if found[0].type == "cpu" else 2
     with full_precision(), Workers(len(found), room=room, torch_threads=1) as workers:
         yield workers, Devices(found)
 
@@ -85,8 +85,9 @@ def outcome_of(pair: Pair, fate: Fate, *, exact: bool = False, device: torch.dev
         CheckpointError: A value is NaN or infinite.
     """
     try:
+        pair = pair.on(device or torch.device("cpu"))
         if isinstance(fate, Factored):
-            return _factor(pair, fate, exact=exact, device=device)
+            return _factor(pair, fate, exact=exact)
         return _keep(pair, fate) if isinstance(fate, Whole) else _leave_out(pair, fate)
     except PosthocError:
         raise
@@ -95,11 +96,11 @@ def outcome_of(pair: Pair, fate: Fate, *, exact: bool = False, device: torch.dev
         raise
 
 
-def _factor(pair: Pair, fate: Factored, *, exact: bool, device: torch.device | None) -> Layer | Skipped:
+def _factor(pair: Pair, fate: Factored, *, exact: bool) -> Layer | Skipped:
     start, rule = time.perf_counter(), fate.rule
     if rule is None:
         raise ValueError(f"`{pair.name}` has no rank rule.")
-    delta = difference(pair, device=device)
+    delta = difference(pair)
     if delta.norm == 0:
         return Skipped(pair.name, "unchanged", 0.0, delta.base_norm, None, time.perf_counter() - start)
     matrix = fate.kind.matrix(delta.values)
@@ -145,7 +146,7 @@ def _keep(pair: Pair, fate: Whole) -> Kept:
         pair = pair._replace(base=torch.zeros_like(pair.tuned))
     delta = difference(pair)
     value = delta.values if fate.as_bias or pair.tuned is None else pair.tuned.clone()
-    return Kept(pair.name, value, delta.norm, delta.base_norm, time.perf_counter() - start)
+    return Kept(pair.name, value.cpu(), delta.norm, delta.base_norm, time.perf_counter() - start)
 
 
 def _leave_out(pair: Pair, fate: LeftOut) -> Skipped:

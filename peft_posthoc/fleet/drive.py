@@ -59,8 +59,8 @@ def drive(members: Sequence[Member], shared: Sequence[Shared], processes: Proces
         pair, prepared = None, member.work.prepared
         with member.alone():
             if member.is_open:
-                only = prepared.plan.carried
-                pair = read_pair(prepared.base, prepared.tuned, name, served=prepared.served, only=only)
+                only, kin = prepared.plan.carried, member.work.kin
+                pair = read_pair(prepared.base, prepared.tuned, name, served=prepared.served, only=only, kin=kin)
         for one in shared:
             one.done(step)
         return _Read(member, pair)

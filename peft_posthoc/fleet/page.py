@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from peft_posthoc.fleet.found import Found
-from peft_posthoc.inspection.drawing import INK, require, short, svg
+from peft_posthoc.inspection.drawing import INK, heat, require, svg
 from peft_posthoc.inspection.page import rendered
 
 _WHERE = "What changed where"
@@ -43,7 +42,7 @@ def _where(figure: Any, fleet: Found) -> None:
     good, layers = [one for one in fleet.members if one.error is None], fleet.layers()
     changed = [one.changed() for one in good]
     values = [[each.get(layer, math.nan) for layer in layers] for each in changed]
-    axes = _heat(figure, values, [one.name for one in good], layers, cmap="viridis", vmin=0)
+    axes = heat(figure, values, [one.name for one in good], layers, said="{:.1%}".format, cmap="viridis", vmin=0)
     axes.set_xlabel("layer")
 
 
@@ -51,29 +50,7 @@ def _alike(figure: Any, fleet: Found) -> None:
     compared = fleet.comparison
     assert compared is not None
     names = list(compared.names)
-    _heat(figure, compared.cosines.tolist(), names, names, cmap="RdBu_r", vmin=-1, vmax=1)
-
-
-def _heat(
-    figure: Any, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], **look: Any
-) -> Any:
-    axes = figure.add_subplot()
-    mesh = axes.pcolormesh(values, **look)
-    axes.invert_yaxis()
-    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
-        step = max(1, math.ceil(len(names) / 24))  # More are not told apart.
-        shown = range(0, len(names), step)
-        axis.set_ticks([at + 0.5 for at in shown], [short(names[at], 20) for at in shown])
-        if axis is axes.xaxis and max(map(len, names)) > 5:
-            axis.set_tick_params(rotation=90)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, shrink=0.8, aspect=35, pad=0.03)
-    bar.outline.set_visible(False)
-    if look.get("vmin") == 0:
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
-    return axes
+    heat(figure, compared.cosines.tolist(), names, names, cmap="RdBu_r", vmin=-1, vmax=1)
 
 
 def _basis(figure: Any, fleet: Found) -> None:

@@ -13,13 +13,15 @@ from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
-from peft_posthoc.formats.components import Component, components, filed, old_name
+from peft_posthoc.formats.components import Component, components, factors_of, filed, old_name
 from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.formats.single_file import account, metadata_of, save, write_file
 from peft_posthoc.progress import progress_bar
+from peft_posthoc.text import asked
 
 FILE = "pytorch_lora_weights.safetensors"
+_BIASES = r"\.bias$"
 
 
 def write(
@@ -49,7 +51,8 @@ def write(
             convolutions and sums for their biases, or the file cannot be written.
     """
     parts = components([deltas, *more])
-    dtype, rank = dtype or deltas.folder.dtype(), max(one.deltas.rank for one in parts)
+    dtype = dtype or deltas.folder.dtype()
+    rank = max(len(factors_of(one.deltas, name).a) for one in parts for name in one.deltas.names)
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for part in parts:
@@ -60,6 +63,12 @@ def write(
     is_file = out.place.suffix == ".safetensors"
     load = f"{str(Path(out.called).parent)!r}, weight_name={out.place.name!r}" if is_file else repr(out.called)
     notes = [f"For the component{'s' if len(parts) > 1 else ''} {named}: `pipe.load_lora_weights({load})`."]
+    notes += [
+        f"`{bare}` has no bias, and one in the file: `pipe.fuse_lora()` refuses it. To fuse, leave biases out when "
+        f"you extract: `{asked('exclude', _BIASES)}`."
+        for part in parts
+        if part.deltas.biases and (bare := _unbiased(part.deltas))
+    ]
     file = out.place.name if is_file else FILE
     exported = account("diffusers", parts, out, tensors, dtype=dtype, rank=rank, notes=notes, file=file)
     header = metadata_of(parts, exported, configs)
@@ -83,13 +92,19 @@ def _tensors(part: Component, rank: int, dtype: torch.dtype, progress: bool) -> 
         kind = deltas.slots[name].kind
         if kind.transposed or kind.stacked:
             raise AdapterError(f"`{name}` is of the kind {kind.name}, which diffusers has no LoRA for.")
-        a, b = filed(name, deltas.factors(name), deltas.kernel_of(name), rank, dtype)
+        a, b = filed(name, factors_of(deltas, name), deltas.kernel_of(name), rank, dtype)
         own = old_name(part, name)
         found |= {f"{own}.lora_A.weight": a, f"{own}.lora_B.weight": b}
         if deltas.biases:  # diffusers makes one for every module, where there is one.
             zeros = torch.zeros(deltas.slots[name].m, dtype=dtype)
             found[f"{own}.lora_B.bias"] = deltas.bias(name).to(dtype) if name in deltas.biases else zeros
     return found
+
+
+def _unbiased(deltas: AdapterOnModel) -> str | None:
+    """A module with factors that has no bias."""
+    biased = {own for name in deltas.base.headers for own in deltas.layout.names_of(name)}
+    return next((name for name in deltas.names if f"{name}.bias" not in biased), None)
 
 
 def _config(part: Component, tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.merge import Merge
+from peft_posthoc.adapters.named_base import base_of
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints import hub
 from peft_posthoc.checkpoints.beside import TOKENIZER, matching
@@ -96,11 +97,11 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
 
 def _served(deltas: AdapterOnModel) -> Checkpoint | None:
     """The model that the adapter names as its base, where that is here, and the one that is merged into has no grid."""
-    named, base = deltas.folder.config.get("base_model_name_or_path"), deltas.base
-    if not isinstance(named, str) or not exists(named) or any(map(base.coded_as, base.headers)):
+    named, base = base_of(deltas.folder.config), deltas.base
+    if named is None or not exists(named.name) or any(map(base.coded_as, base.headers)):
         return None
     try:
-        return open_checkpoint(named)
+        return open_checkpoint(named.name)
     except PosthocError:
         return None
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
+from peft_posthoc.adapters.named_base import base_of
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
@@ -36,14 +38,12 @@ def open_deltas(
     """
     folder = open_adapter(adapter)
     if base is None:
-        base = folder.config.get("base_model_name_or_path")
-        if not (base and isinstance(base, str)):
+        named = base_of(folder.config)
+        if named is None:
             raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `{asked('base', None)}`.")
-        revision = revision or folder.config.get("revision")
-        if Path(base).exists():
-            revision = None
+        base, revision = named.name, None if exists(named.name) else revision or named.revision
     opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
-    return AdapterOnModel(folder, opened, layout_of(opened))
+    return AdapterOnModel(open_adapter(adapter, opened.headers), opened, layout_of(opened))
 
 
 def _without_values(base: Source, revision: str | None) -> Checkpoint:
@@ -52,7 +52,7 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     Raises:
         CheckpointError: There is no configuration, or transformers has no class for it.
     """
-    if not isinstance(base, str | os.PathLike) or str(base).endswith(SUFFIX):
+    if not isinstance(base, str | os.PathLike) or str(base).endswith(SUFFIX) or Path(base).is_file():
         return open_checkpoint(base, revision=revision, role="base")
     from peft_posthoc.checkpoints.hub import fetch_config
     from peft_posthoc.checkpoints.memory import InMemory

@@ -75,7 +75,7 @@ class Exported:
         notes: Sequence[str],
     ) -> Exported:
         """The account of what was written, `size` bytes of tensors."""
-        doubt = another_base(deltas.folder.config.get("base_model_name_or_path"), deltas.base.label)
+        doubt = another_base(deltas.folder.config, deltas.base.label)
         return cls(
             to=to,
             adapter=deltas.folder.label,

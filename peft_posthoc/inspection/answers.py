@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,14 +87,16 @@ class Candidate:
         """A number that falls with the ranks, for people: `<` where some are higher than what was factored."""
         return f"<{text}" if self.beyond else text
 
-    def lowest_to_highest(self) -> str:
-        """The lowest and the highest rank, for people."""
+    def lowest_to_highest(self, weights: Collection[str] = ()) -> str:
+        """The lowest and the highest rank, of these weights or of all, for people."""
         if not self.ranks:
             return self.reason
-        low, _, high = self.spread
-        if len(self.beyond) == len(self.ranks):
+        ranks = {name: self.ranks[name] for name in weights or self.ranks}
+        low, high = min(ranks.values()), max(ranks.values())
+        beyond = self.beyond & ranks.keys()
+        if len(beyond) == len(ranks):
             return f">{high}"
-        lowest, highest = str(low), f"{'>' if any(self.ranks[name] == high for name in self.beyond) else ''}{high}"
+        lowest, highest = str(low), f"{'>' if any(ranks[name] == high for name in beyond) else ''}{high}"
         return highest if low == high else f"{lowest} to {highest}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from peft_posthoc.errors import MissingExtraError
@@ -12,6 +15,8 @@ from peft_posthoc.errors import MissingExtraError
 # Stands for the text's colour until the page's own, of day or night, takes its place.
 INK = "#010203"
 SIZE = (6.2, 4.1)  # inches
+LAYERS = 12  # names of layers along a drawing
+_ROWS = 24  # names beside one: more are not told apart
 STYLE = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -98,3 +103,54 @@ def svg(title: str, draw: Callable[[Any], None]) -> str:
 def short(name: str, width: int = 28) -> str:
     """A name without its beginning, if it is longer."""
     return name if len(name) <= width else f"…{name[-(width - 1) :]}"
+
+
+def called(label: str) -> str:
+    """What a model is called: the end of a path; the whole of anything else."""
+    return PurePath(label).name if os.path.isabs(label) else label
+
+
+def ticks(axis: Any, names: Sequence[str], most: int, *, width: int = 28) -> None:
+    """Write names at the middle of each place, the last one and as many others as there is room for."""
+    last, step = len(names) - 1, 1 << max(0, math.ceil(math.log2(len(names) / most)))
+    shown = [at for at in range(0, len(names), step) if last - at >= step or at == last]
+    shown += [last] if shown[-1:] != [last] else []
+    axis.set_ticks([at + 0.5 for at in shown], [short(names[at], width) for at in shown])
+
+
+def heat(
+    figure: Any,
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    said: Callable[[float], str] = "{:g}".format,
+    **look: Any,
+) -> Any:
+    """Draw a table in colours, with a bar that tells what they mean.
+
+    Args:
+        figure: Drawn into.
+        values: A list for each row; NaN is left blank.
+        rows: Their names.
+        columns: Their names.
+        said: How a value is written beside the bar.
+        **look: As matplotlib's `pcolormesh` takes it.
+
+    Returns:
+        The axes.
+    """
+    axes = figure.add_subplot()
+    mesh = axes.pcolormesh(values, edgecolors="face", linewidth=0.3, **look)
+    axes.invert_yaxis()
+    ticks(axes.yaxis, rows, _ROWS)
+    upright = max(map(len, columns)) > 5
+    ticks(axes.xaxis, columns, _ROWS if upright else LAYERS, width=20)
+    axes.xaxis.set_tick_params(rotation=90 if upright else 0)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.8, aspect=35, pad=0.03)
+    bar.ax.xaxis.set_major_formatter(lambda value, _: said(value))
+    bar.outline.set_visible(False)
+    return axes

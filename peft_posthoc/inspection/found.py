@@ -1,9 +1,9 @@
-"""Spectra of all deltas, as numbers and as text."""
+"""Spectra of all deltas, and what they say."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -12,19 +12,21 @@ from torch import Tensor
 
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.plan import tuned_bytes
-from peft_posthoc.extraction.report import Report
+from peft_posthoc.extraction.report import MATERIAL, Report
 from peft_posthoc.extraction.row import Row
 from peft_posthoc.inspection.answers import Candidate, candidates, of
 from peft_posthoc.inspection.curves import Curves
+from peft_posthoc.inspection.shares import Share, shares
 from peft_posthoc.models.grid import Cell, cells
-from peft_posthoc.text import percent, shorten, sized
+from peft_posthoc.ranks.rules import fixed
+from peft_posthoc.text import percent, sized
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 # The columns of the terminal's table, and of the page's.
 COLUMNS = (8, 16, 32, 64, 128, 256, 512)
-_WIDTH = 46
+_MOST = 0.9  # of the energy: the first adapter that keeps so much is the answer
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,72 @@ class Found:
             tuned_bytes=tuned_bytes(adapter.plan),
         )
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to mind."""
+        return self.report.warnings
+
     @cached_property
     def rows(self) -> dict[str, Row]:
         """By weight name: the report's row of every factored layer."""
         return {row.weight: row for row in self.report.rows if row.weight in self.spectra}
+
+    @cached_property
+    def kinds(self) -> dict[str, list[str]]:
+        """By module: the names of its weights that were factored."""
+        found: dict[str, list[str]] = {}
+        for name in self.rows:
+            found.setdefault(self.cells[name].module, []).append(name)
+        return found
+
+    def energy_of(self, kind: str) -> float:
+        """Of the deltas of all modules that are called alike."""
+        return sum((self.rows[name].delta_norm or 0.0) ** 2 for name in self.kinds[kind])
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """Where the whole change is, with what is not carried."""
+        return shares(self.report.rows)
+
+    @property
+    def answer(self) -> Candidate:
+        """Of what was written, or of the usual ranks, the first that keeps most of the change, or the last."""
+        written = [one for one in self.candidates if one.rule is None]
+        found = written or [one for one in self.candidates if isinstance(one.rule, fixed)]
+        return next((one for one in found if one.energy >= _MOST), found[-1]) if found else self.telling()
+
+    def bytes(self, one: Candidate) -> int | None:
+        """Of an adapter, in the form that was asked for."""
+        of_peft = self.report.provenance["options"].get("form") == "peft"
+        return one.peft if of_peft or one.portable is None else one.portable
+
+    def is_larger(self, count: int | None) -> bool:
+        """Tell whether so many bytes are more than the fine-tune itself has."""
+        return (count or 0) > self.tuned_bytes
+
+    def kept(self) -> str:
+        """What the answer keeps and takes, as a sentence."""
+        one, kinds = self.answer, self.report.by_kind
+        size, weights = self.bytes(one), "1 weight" if len(self.spectra) == 1 else f"{len(self.spectra)} weights"
+        called = {fixed: f"Rank {one.flags.split()[-1]}", type(None): f"The adapter ({one.flags})"}
+        of_all = sum(kind.of_all * (one.energy if kind.rank else 1) for kind in kinds)
+        larger = f", more than the fine-tune itself ({sized(self.tuned_bytes)})" if self.is_larger(size) else ""
+        return (
+            f"{called.get(type(one.rule), one.flags)} keeps {one.at_least(percent(one.energy))} of the change of the "
+            f"{weights} that it carries, {one.at_least(percent(of_all))} of the whole change, in "
+            f"{one.at_least(sized(size))}{larger}."
+        )
+
+    def missing(self) -> str:
+        """What of the change no rank would carry, as a sentence; nothing where it is little."""
+        gone = sorted((share for share in self.shares if share.left_out >= MATERIAL), key=lambda one: -one.left_out)
+        if not gone:
+            return ""
+        others = [f"{one.module} {percent(one.left_out)}" for one in gone[1:4]]
+        told = [f"{gone[0].module} holds {percent(gone[0].left_out)} of the whole change", *others]
+        if more := gone[4:]:
+            told.append(f"{len(more)} more {percent(sum(one.left_out for one in more))}")
+        return f"{', '.join(told)}{' and is' if len(gone) == 1 else ': they are'} not carried."
 
     def ranks(self) -> list[int]:
         """The ranks worth a column in tables."""
@@ -117,43 +181,10 @@ class Found:
                 }
                 for name, row in self.rows.items()
             },
+            "shares": {one.module: one.to_dict() for one in self.shares},
             "rules": [one.to_dict() for one in self.candidates],
             "warnings": list(self.report.warnings),
             "notes": list(self.report.notes),
             "differences": self.report.to_dict()["differences"],
             "provenance": dict(self.report.provenance),
         }
-
-    def table(self) -> str:
-        """For a terminal: a row for every layer, a row for every rule."""
-        lines = [*self._layers(), "", *self._rules(), ""]
-        lines += [*self.report.notes, *(f"Warning: {warning}" for warning in self.report.warnings)]
-        return "\n".join(lines).rstrip()
-
-    def _layers(self) -> Iterable[str]:
-        ranks, telling, auto = self.ranks(), self.telling(), self.measured()
-        share = f"{telling.share:.0%}"
-        more = f" {'auto':>5} {'noise':>6}" if auto else ""
-        ends = f" {'for ' + share:>8}{more}"
-        yield f"{'E_r at rank':<{_WIDTH}} " + " ".join(f"{rank:>6}" for rank in ranks) + ends
-        rows = self.rows
-        for name in self.curves.layers:
-            cells = [f"{100 * self.curves.at(name, rank):>5.1f}%" for rank in ranks]
-            end = f" {telling.rank(name):>8}"
-            if auto:
-                end += f" {auto.rank(name):>5} {percent(rows[name].noise):>6}"
-            yield f"{shorten(name, _WIDTH):<{_WIDTH}} {' '.join(cells)}{end}"
-        total = [f"{100 * float(self.curves.total[rank - 1]):>5.1f}%" for rank in ranks]
-        yield f"{'total':<{_WIDTH}} {' '.join(total)}"
-
-    def _rules(self) -> Iterable[str]:
-        wide = max(len(one.flags) for one in self.candidates)
-        yield f"{'rule':<{wide}} {'ranks':>12} {'E_r':>7} {'error':>7} {'portable':>10} {'(padding)':>10} {'peft':>10}"
-        for one in self.candidates:
-            if not one.ranks:
-                yield f"{one.flags:<{wide}} {one.reason}"
-                continue
-            shares = [one.at_least(percent(one.energy)), one.at_most(percent(one.error))]
-            sizes = [one.at_least(sized(one.portable)), f"({sized(one.padding)})", one.at_least(sized(one.peft))]
-            numbers = [*(f"{text:>7}" for text in shares), *(f"{text:>10}" for text in sizes)]
-            yield f"{one.flags:<{wide}} {one.lowest_to_highest():>12} {' '.join(numbers)}"

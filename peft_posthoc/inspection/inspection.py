@@ -14,6 +14,7 @@ from peft_posthoc.files import write_whole
 from peft_posthoc.inspection.found import Found
 from peft_posthoc.inspection.page import page
 from peft_posthoc.inspection.plots import picture
+from peft_posthoc.inspection.table import table
 from peft_posthoc.ranks.rules import fixed
 from peft_posthoc.sources import Source
 from peft_posthoc.text import as_html
@@ -35,6 +36,14 @@ class Inspection(Found):
 
     def _repr_html_(self) -> str:
         return as_html(self.table())
+
+    def table(self, *, layers: bool = False) -> str:
+        """For a terminal: what to know first, a row for each kind of module, a row for every rule.
+
+        Args:
+            layers: A row for every weight instead of each kind.
+        """
+        return table(self, layers=layers)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw energy against rank, energy over layers and modules, and the ranks of two rules, into one picture.

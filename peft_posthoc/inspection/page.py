@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from importlib import resources
-from pathlib import PurePath
 from typing import Any
 
+from peft_posthoc.inspection.drawing import called
 from peft_posthoc.inspection.found import Found
-from peft_posthoc.inspection.plots import captions, drawings
+from peft_posthoc.inspection.plots import drawings
 from peft_posthoc.text import percent, sized
 
 _HERE = "peft_posthoc.inspection"
@@ -22,7 +21,7 @@ def page(inspection: Found) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    return rendered(_HERE, inspection=inspection, drawings=drawings(inspection), captions=captions(inspection))
+    return rendered(_HERE, inspection=inspection, drawings=drawings(inspection))
 
 
 def rendered(package: str, **values: Any) -> str:
@@ -35,7 +34,7 @@ def rendered(package: str, **values: Any) -> str:
     template = environment.from_string(_read(package, "page.html.jinja"))
     script = _read(_HERE, "page.js")
     return template.render(
-        short=_short,
+        called=called,
         percent=percent,
         sized=sized,
         style=_read(_HERE, "page.css"),
@@ -44,11 +43,6 @@ def rendered(package: str, **values: Any) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **values,
     )
-
-
-def _short(label: str) -> str:
-    """The end of a path; the whole of anything else."""
-    return PurePath(label).name if os.path.isabs(label) else label
 
 
 def _read(package: str, name: str) -> str:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from peft_posthoc.inspection.answers import Candidate
-from peft_posthoc.inspection.drawing import INK, SIZE, STYLE, check_format, require, saved, short, svg
+from peft_posthoc.inspection.drawing import (
+    INK,
+    LAYERS,
+    SIZE,
+    STYLE,
+    called,
+    check_format,
+    require,
+    saved,
+    short,
+    svg,
+    ticks,
+)
 from peft_posthoc.inspection.found import Found
+from peft_posthoc.inspection.heats import changed, column, kept, matrix, modules_of
+from peft_posthoc.inspection.sizes import against_size
 from peft_posthoc.ranks.rules import above_noise, keep_energy
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 # Okabe and Ito's colours, which those who do not see all colours tell apart too; without black, which is the total's,
 # and yellow, which is lost on white. Beyond seven modules the lines are dashed.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
 _DASHES = ("-", "--", ":", "-.")
-_MAP = "viridis"  # Of even steps in lightness, for all eyes.
+_OTHERS = {"color": "#9aa0a6", "alpha": 0.6}
+_NAMED = 12  # modules in a legend
+_LETTERS = 88  # beside one another in a legend
 _POINTS = 48  # of a curve: more are not seen
 _WHAT: dict[type, str] = {
     keep_energy: "Each layer gets what holds the same share of its own energy.",
@@ -32,7 +44,7 @@ _WHAT: dict[type, str] = {
 
 
 def picture(inspection: Found, suffix: str = ".png") -> bytes:
-    """All plots in one picture.
+    """All plots in one picture, under the names of the two models and the day that it was drawn.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -42,71 +54,89 @@ def picture(inspection: Found, suffix: str = ".png") -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
+    drawn = [draw for draw, _ in plots(inspection).values()]
     with matplotlib.rc_context(STYLE | {"text.color": "black", "svg.hashsalt": "picture"}):
-        figure: Any = Figure(figsize=(2 * SIZE[0], 2 * SIZE[1]), layout="constrained")
-        rules = _rules(inspection)
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
-        left, right = top.subfigures(1, 2)
-        _energy(left, inspection)
-        _heat(right, inspection)
-        for part, rule in zip(bottom.subfigures(1, len(rules), squeeze=False)[0], rules, strict=True):
-            _allocation(part, inspection, rule)
+        rows = -(-len(drawn) // 2)
+        figure: Any = Figure(figsize=(2 * SIZE[0], rows * SIZE[1] + 0.4), layout="constrained")
+        figure.suptitle(heading(inspection), x=0.01, ha="left")
+        for draw, part in zip(drawn, figure.subfigures(rows, 2).flat, strict=False):
+            draw(part, inspection)
         return saved(figure, suffix.removeprefix(".").lower() or "png", dpi=110)
 
 
-def drawings(inspection: Found) -> dict[str, str]:
-    """Each plot as SVG that can stand in a page, in the colour of its text, by what it shows.
+def heading(inspection: Found) -> str:
+    """Which models a picture is of, and when it was drawn."""
+    made = inspection.report.provenance
+    pair = " → ".join(short(called(made[name]), 60) for name in ("base", "tuned"))
+    return f"{pair}, {datetime.date.today().isoformat()}"
+
+
+def drawings(inspection: Found) -> dict[str, tuple[str, str]]:
+    """Each plot as SVG that can stand in a page, in the colour of its text, and its caption; by what it shows.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     require()
-    drawn = [("Energy against rank", _energy), ("Energy over layers and modules", _heat)]
-    drawn += [(f"Ranks of {rule.flags}", partial(_allocation, rule=rule)) for rule in _rules(inspection)]
-    return {title: svg(title, partial(draw, inspection=inspection)) for title, draw in drawn}
+    drawn = plots(inspection).items()
+    return {title: (svg(title, partial(draw, inspection=inspection)), told) for title, (draw, told) in drawn}
 
 
-def captions(inspection: Found) -> dict[str, str]:
-    """Captions that help to read each of `drawings`."""
+def plots(inspection: Found) -> dict[str, tuple[Callable[..., None], str]]:
+    """The plots and their captions, by title."""
     top = len(inspection.curves.total)
-    told = {
-        "Energy against rank": "E_r, the share of the squared norm of the change that the best rank r keeps: all "
-        "together, and each kind of module (the median of its layers, and from the lowest to the highest).",
-        "Energy over layers and modules": "Bright: few directions hold the change. Dark: it is spread over many.",
+    found: dict[str, tuple[Callable[..., None], str]] = {
+        "Energy against rank": (
+            _energy,
+            "E_r, the share of the squared norm of the change that the best rank r keeps: all together, and each kind "
+            "of module (the median of its layers, and from the lowest to the highest).",
+        ),
+        "Energy against size": (
+            against_size,
+            "What the adapter of each rule keeps and takes: filled in the portable form, hollow in the peft form.",
+        ),
+        "Energy over layers and modules": (
+            kept,
+            "Bright: few directions hold the change. Dark: it is spread over many. The colours of every report are "
+            "the same.",
+        ),
+        "The whole change over layers and modules": (
+            changed,
+            "Where the fine-tune changed the model, in steps of ten, and on the right in all layers together. The "
+            "colours of every report are the same.",
+        ),
     }
     for rule in _rules(inspection):
         triangles = f" Triangles: higher than {top}, where the factorization ended." if rule.beyond else ""
-        told[f"Ranks of {rule.flags}"] = f"{_WHAT.get(type(rule.rule), '')}{triangles}"
-    return told
+        told = f"{_WHAT.get(type(rule.rule), '')}{triangles}"
+        found[f"Ranks of {rule.flags}"] = (partial(_allocation, rule=rule), told)
+    return found
 
 
 def _styles(inspection: Found) -> dict[str, dict[str, Any]]:
-    """By module: how its lines look, the same in every plot."""
-    return {
-        module: {
-            "color": _COLOURS[at % len(_COLOURS)],
-            "linestyle": _DASHES[at // len(_COLOURS) % len(_DASHES)],
-        }
-        for at, module in enumerate(_modules(inspection))
-    }
-
-
-def _modules(inspection: Found) -> list[str]:
-    """Modules, those of numbered layers first."""
-    found = sorted(inspection.cells.values(), key=lambda cell: cell.layer is None)
-    return list(dict.fromkeys(cell.module for cell in found))
+    """By module: how its lines look, the same in every plot. Of many, those that hold least of the change are alike."""
+    modules = modules_of(inspection)
+    named = sorted(modules, key=inspection.energy_of, reverse=True)[:_NAMED]
+    looks = (
+        {"color": _COLOURS[at % len(_COLOURS)], "linestyle": _DASHES[at // len(_COLOURS) % len(_DASHES)]}
+        for at in range(len(named))
+    )
+    return {module: next(looks) if module in named else _OTHERS for module in modules}
 
 
 def _legend(figure: Any, styles: Mapping[str, Mapping[str, Any]], *, total: bool = False) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], linewidth=2, **style) for style in styles.values()]
-    names = [short(name) for name in styles]
-    if total:
-        lines, names = [Line2D([], [], color=INK, linewidth=2.5), *lines], ["total", *names]
     # A name that begins with `_` would be left out.
-    names = [f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name for name in names]
-    figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), handlelength=1.6)
+    shown = [(f"\N{ZERO WIDTH SPACE}{short(name)}", style) for name, style in styles.items() if style is not _OTHERS]
+    if others := len(styles) - len(shown):
+        shown.append((f"{others} others", _OTHERS))
+    if total:
+        shown.insert(0, ("total", {"color": INK}))
+    names = [name for name, _ in shown]
+    lines = [Line2D([], [], **{"linewidth": 2, **style}) for _, style in shown]
+    columns = min(4, len(names), max(1, _LETTERS // (6 + max(map(len, names)))))
+    figure.legend(lines, names, loc="outside lower center", ncols=columns, handlelength=1.6)
 
 
 def _energy(figure: Any, inspection: Found) -> None:
@@ -145,51 +175,16 @@ def _energy(figure: Any, inspection: Found) -> None:
     _legend(figure, styles, total=True)
 
 
-def _heat(figure: Any, inspection: Found) -> None:
-    rank = _heat_rank(inspection)
-    modules, columns, values = _matrix(
-        inspection, {name: inspection.curves.at(name, rank) for name in inspection.cells}
-    )
-    axes = figure.add_subplot()
-    low, high = (float(x) for x in (values[~values.isnan()].min(), values[~values.isnan()].max()))
-    middle, half = (low + high) / 2, max((high - low) / 2, 0.05)
-    mesh = axes.pcolormesh(
-        values.numpy(),
-        cmap=_MAP,
-        vmin=max(middle - half, 0),
-        vmax=min(middle + half, 1),
-        edgecolors="face",
-        linewidth=0.3,
-    )
-    axes.invert_yaxis()
-    if len(columns) <= 8:
-        for (y, x), value in ((at, float(values[at])) for at in product(range(len(modules)), range(len(columns)))):
-            if not math.isnan(value):
-                dark = value < middle
-                axes.text(
-                    x + 0.5, y + 0.5, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black"
-                )
-    axes.set_yticks([y + 0.5 for y in range(len(modules))], [short(name) for name in modules])
-    _layer_axis(axes, columns)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_title(f"Energy kept at rank {rank}", loc="left", fontweight="bold")
-    bar = figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.8, aspect=35, pad=0.03)
-    bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    bar.outline.set_visible(False)
-
-
 def _allocation(figure: Any, inspection: Found, rule: Candidate) -> None:
     styles = _styles(inspection)
     axes = figure.add_subplot()
-    modules, columns, values = _matrix(inspection, rule.ranks)
+    modules, columns, values = matrix(inspection, rule.ranks)
     for module, row in zip(modules, values, strict=True):
         at = [x + 0.5 for x, value in enumerate(row.tolist()) if not math.isnan(value)]
         size = 2.2 if len(at) > 12 else 3.5
         axes.plot(at, row[~row.isnan()].tolist(), marker="o", markersize=size, linewidth=1.1, **styles[module])
     ended = [(inspection.cells[name], rule.ranks[name]) for name in sorted(rule.beyond)]
-    at = [columns.index(_column(cell.layer)) + 0.5 for cell, _ in ended]
+    at = [columns.index(column(cell.layer)) + 0.5 for cell, _ in ended]
     axes.plot(at, [rank for _, rank in ended], "^", color=INK, markersize=4.5, markerfacecolor="none")
     # The same range for all rules: drawings are compared.
     ranks = [rank for one in _rules(inspection) for rank in one.ranks.values()]
@@ -198,7 +193,8 @@ def _allocation(figure: Any, inspection: Found, rule: Candidate) -> None:
     axes.set(xlim=(0, len(columns)), ylim=(2.0**low, 2.0**high), ylabel="rank")
     axes.set_title(f"Ranks of {rule.flags}", loc="left", fontweight="bold")
     axes.grid(True)
-    _layer_axis(axes, columns)
+    ticks(axes.xaxis, columns, LAYERS)
+    axes.set_xlabel("layer")
     _legend(figure, styles)
 
 
@@ -208,40 +204,6 @@ def _rules(inspection: Found) -> list[Candidate]:
     written = first.rule is None and len(set(first.ranks.values())) > 1
     beside = inspection.measured() or (first if written else None)
     return [inspection.telling(), *([beside] if beside else [])]
-
-
-def _heat_rank(inspection: Found) -> int:
-    """The paper's 32, or the highest power of two that was factored."""
-    return min(32, 1 << (len(inspection.curves.total).bit_length() - 1))
-
-
-def _matrix(
-    inspection: Found, values: Mapping[str, float]
-) -> tuple[list[str], list[str], Float[Tensor, "modules layers"]]:
-    """Modules, layers, and the mean of the values in each place: experts of a layer are one. NaN where nothing is."""
-    modules = _modules(inspection)
-    layers = sorted({cell.layer for cell in inspection.cells.values() if cell.layer is not None})
-    columns = [str(layer) for layer in layers]
-    if any(cell.layer is None for cell in inspection.cells.values()):
-        columns.append(_column(None))
-    sums = torch.zeros(2, len(modules), len(columns), dtype=torch.float64)
-    for name, value in values.items():
-        cell = inspection.cells[name]
-        place = modules.index(cell.module), columns.index(_column(cell.layer))
-        sums[0][place] += value
-        sums[1][place] += 1
-    return modules, columns, sums[0] / sums[1].where(sums[1] > 0, math.nan)
-
-
-def _column(layer: int | None) -> str:
-    return "other" if layer is None else str(layer)
-
-
-def _layer_axis(axes: Any, columns: Sequence[str]) -> None:
-    step = max(1, 1 << max(0, math.ceil(math.log2(len(columns) / 12))))
-    shown = [x for x, column in enumerate(columns) if x % step == 0 or column == _column(None)]
-    axes.set_xticks([x + 0.5 for x in shown], [columns[x] for x in shown])
-    axes.set_xlabel("layer")
 
 
 def _rank_axis(axis: Any) -> None:

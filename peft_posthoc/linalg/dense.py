@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_posthoc.compute.workers import spread
 from peft_posthoc.linalg.spectrum import RankRule, Spectrum
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # Values of a delta that stay in a core's cache: 2 MB in float32.
 _PANEL = 2**19
+# Values of a delta that one thread multiplies with; twice as many are shared out among those that are idle. How many
+# parts there are is known from the size alone, so that the bits do not depend on who was idle.
+_PART = 2**25
 
 
 class Problem(NamedTuple):
@@ -33,17 +37,34 @@ class Problem(NamedTuple):
         """`A @ x` and `A.T @ A @ x`, on a CPU in one pass over the delta if it lies in rows.
 
         A panel of rows stays in the cache for its second product: 1.3 to 1.45 times faster for 16 to 160 columns.
+        Idle threads help with a large delta.
         """
         tall = self.tall
         if tall.device.type != "cpu" or tall.stride(1) != 1:
             image = self.times(x)
             return image, self.transposed_times(image)
         x = x / self.norm
-        image, back = tall.new_empty(len(tall), x.shape[1]), tall.new_zeros(x.shape[1], len(x))
-        for rows, out in zip(*(each.split(max(_PANEL // len(x), 1)) for each in (tall, image)), strict=True):
-            torch.mm(rows, x, out=out)
-            back.addmm_(out.mT, rows)
+        image = tall.new_empty(len(tall), x.shape[1])
+
+        def of_part(part: slice) -> Tensor:
+            back = tall.new_zeros(x.shape[1], len(x))
+            for rows, out in zip(*(each[part].split(max(_PANEL // len(x), 1)) for each in (tall, image)), strict=True):
+                torch.mm(rows, x, out=out)
+                back.addmm_(out.mT, rows)
+            return back
+
+        back, *others = spread(of_part, self.parts)
+        for other in others:
+            back += other
         return image, back.mT / self.norm
+
+    @property
+    def parts(self) -> list[slice]:
+        """Its rows, in parts for several threads; a GPU has them all at once."""
+        rows = len(self.tall)
+        count = max(self.tall.numel() // _PART, 1) if self.tall.device.type == "cpu" else 1
+        height = -(-rows // count)
+        return [slice(start, start + height) for start in range(0, rows, height)]
 
     def transposed_times(self, x: Float[Tensor, "m b"]) -> Float[Tensor, "k b"]:
         """`A.T @ x`."""

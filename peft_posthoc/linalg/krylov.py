@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from peft_posthoc.compute.device import moved
+from peft_posthoc.compute.workers import spread
 from peft_posthoc.linalg.dense import Problem, Triplets, rayleigh_ritz
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def block_krylov(
     def noise(columns: int) -> Tensor:
         # Drawn on the CPU, so that the start does not depend on the device.
         drawn = torch.randn(k, columns, generator=generator, dtype=problem.tall.dtype)
-        return drawn.to(problem.tall.device) / math.sqrt(k)
+        return moved(drawn, problem.tall.device) / math.sqrt(k)
 
     width = block(rank or 32)
     q = basis = torch.linalg.qr(noise(width)).Q
@@ -101,7 +103,7 @@ def block_krylov(
         # Columns that died out, in an invariant subspace, go on as random ones: noise of the size of rounding is all
         # that is left of them. So all of more equal singular values than a block has columns are found.
         rest += noise(rest.shape[1]) * torch.finfo(z.dtype).eps
-        new = torch.cat([rest, noise(width - rest.shape[1])], dim=1)
+        new = rest if rest.shape[1] == width else torch.cat([rest, noise(width - rest.shape[1])], dim=1)
         for _ in range(2):  # Twice is enough (Giraud et al., 2005).
             new = _orthonormal(new - basis @ (basis.mT @ new))
         if due:
@@ -111,16 +113,26 @@ def block_krylov(
             bound = _lehmann(t, coupling, theta[:r], outside, tail)
             if _SAFETY * bound <= tolerance or last:
                 y = y[:, :r]
-                image = problem.tall.new_zeros(problem.tall.shape[0], r)
-                for part, rows in zip(images, y.split([part.shape[1] for part in images]), strict=True):
-                    image.addmm_(part, rows)
-                u, s, v = rayleigh_ritz(image, basis @ y)
+                u, s, v = rayleigh_ritz(_combined(images, y, problem.parts), basis @ y)
                 # `A v = sigma u` by construction; `A.T u - sigma v` lies in the span of the next block.
                 off = torch.linalg.vector_norm(coupling @ y[-z.shape[1] :], dim=0) / theta[:r].clamp(min=1e-12).sqrt()
                 return Triplets(u, s, v, _SAFETY * bound, off / s[0])
         if basis.shape[1] + new.shape[1] > most * k:
             return None
         q, basis = new, torch.cat([basis, new], dim=1)
+
+
+def _combined(images: list[Tensor], y: Float[Tensor, "p r"], parts: list[slice]) -> Float[Tensor, "m r"]:
+    """The images of the basis, beside each other, times `y`."""
+    found = y.new_zeros(len(images[0]), y.shape[1])
+    weights = y.split([image.shape[1] for image in images])
+
+    def of_part(part: slice) -> None:
+        for image, rows in zip(images, weights, strict=True):
+            found[part].addmm_(image[part], rows)
+
+    spread(of_part, parts)
+    return found
 
 
 def _crowded(theta: Float[Tensor, " p"], r: int, width: int) -> bool:
@@ -180,7 +192,7 @@ def _orthonormal(x: Float[Tensor, "k b"]) -> Float[Tensor, "k b"]:
     factor, failed = torch.linalg.cholesky_ex(x.mT @ x)
     diagonal = factor.diagonal()
     q: Tensor
-    if failed or not diagonal.min() > 1e-2 * diagonal.max():
+    if failed | ~(diagonal.min() > 1e-2 * diagonal.max()):  # A GPU is waited for once.
         q = torch.linalg.qr(x).Q
     else:
         q = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT

@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_posthoc.linalg.norms import chunks, energy_of
+from peft_posthoc.linalg.norms import chunk, energy_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 _COARSE = (torch.bfloat16, torch.float16)
-# Rows at a time: what is made of them stays in the cache.
-_VALUES = 1 << 18
 # Quantile 0.999 of the law of the largest eigenvalue's fluctuations (Tracy and Widom, 1996, real matrices).
 _TRACY_WIDOM = 3.27
 
@@ -63,19 +61,20 @@ def rounding(
     if (tuned.dtype not in _COARSE and before is None and after is None) or delta.ndim != 2:
         return None
     m, n = delta.shape
-    rows, columns = torch.zeros(2, m, dtype=torch.float64), torch.zeros(2, n, dtype=torch.float64)
-    height = max(1, _VALUES // n)
+    rows, columns = (torch.zeros(2, side, dtype=torch.float64, device=delta.device) for side in (m, n))
+    height = max(1, chunk(delta.device) // n)  # What is made of so many rows stays in the cache.
     for start in range(0, m, height):
         part = slice(start, start + height)
-        variance = torch.zeros(delta[part].shape)
+        variance = torch.zeros(delta[part].shape, device=delta.device)
         for saved, step in ((base, before), (tuned, after)):
             if step is not None:
                 variance += step[part].float().square()
             elif saved.dtype in _COARSE:
                 variance += _spacing(saved[part]).square_()
         for i, squares in enumerate((variance, delta[part].float().square())):
-            rows[i, part] = squares.sum(1).double().cpu()
-            columns[i] += squares.sum(0).double().cpu()
+            rows[i, part] = squares.sum(1).double()
+            columns[i] += squares.sum(0).double()
+    rows, columns = rows.cpu(), columns.cpu()
     rows[0] /= 12
     columns[0] /= 12
     r, c = rows.amin(0), columns.amin(0)
@@ -95,7 +94,7 @@ def _spacing(x: Tensor) -> Tensor:
 
 def error_of(steps: Float[Tensor, "*shape"]) -> float:
     """`||error||_F^2` that rounding to a grid of these steps is expected to make."""
-    return sum(energy_of(part) for part in chunks(steps)) / 12
+    return energy_of(steps) / 12
 
 
 def white(m: int, n: int) -> float:

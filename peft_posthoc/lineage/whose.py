@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.checkpoints.hub import find, is_repo_id
-from peft_posthoc.errors import CheckpointError, PosthocError, one_line
-from peft_posthoc.lineage.sample import chosen, corners, flat, rounded_alike
-from peft_posthoc.sources import Source, open_checkpoint
+from peft_posthoc.checkpoints.sample import FLAT, SQUARE, chosen, corners, flat, rounded_alike
+from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.lineage.candidates import Found, called, given, named_by, nearby, opened
+from peft_posthoc.lineage.compared import Candidate, compared, cosine
+from peft_posthoc.sources import Source
 
-# Relative distance from which two models are strangers (independent ones are at 1.4), and to which they are kin.
-_STRANGE, _KIN = 1.0, 0.5
 # A cosine that is none, and one that is clearly some; two chance directions in these samples are far below the first.
 _RIGHT, _SLANTED = 0.05, 0.1
 # A sample in which chance alone makes cosines of a third of that says nothing of angles.
 _FEWEST = 4000
-
-
-@dataclass
-class Candidate:
-    """One candidate and what it is to the fine-tune."""
-
-    name: str
-    kind: str
-    """`itself`, `copy`, `quantised copy`, `parent`, `sibling or grandparent`, `part of a merge`, `related`,
-    `unrelated`, `unsure`, `other architecture` or `failed`."""
-    evidence: str
-    distance: float | None = None
-    """Of the sampled values, relative to the candidate's."""
-    equal: float | None = None
-    """Share of the sampled values that are the same."""
-    rank: int | None = None
-    """Of the difference, where it is low as that of a merged LoRA is."""
+# What nobody asked about, and is no relative, is counted alone.
+_OTHERS = ("unrelated", "other architecture", "failed", "itself")
 
 
 @dataclass
@@ -50,6 +31,8 @@ class Whose:
     base: str | None
     reason: str
     candidates: list[Candidate] = field(default_factory=list)
+    passed_over: int = 0
+    """Models in the local cache that are no relatives."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,135 +42,67 @@ class Whose:
         """The verdict, and a line for each candidate."""
         wide = max((len(one.name) for one in self.candidates), default=0)
         lines = [f"{one.name:<{wide}}  {one.kind}: {one.evidence}" for one in self.candidates]
+        if self.passed_over:
+            lines.append(f"and {self.passed_over} in the hub's local cache that are none of its relatives")
         return "\n".join([f"base: {self.base or 'unsure'} ({self.reason})", *lines])
 
 
-def whose(tuned: Source, candidates: Sequence[Source]) -> Whose:
+def whose(tuned: Source, candidates: Sequence[Source] = ()) -> Whose:
     """Tell which candidate a fine-tune was made from. That it was made from one, and not one from it, is assumed.
 
     Args:
         tuned: The fine-tune, as `open_checkpoint` takes it.
-        candidates: What it may come from. One that cannot be read is a row and stops no other.
+        candidates: What it may come from. One that cannot be read is a row and stops no other. None are what its card
+            and configuration name, what these name in turn, and the models of its kind in the hub's local cache.
 
     Raises:
         CheckpointError: The fine-tune cannot be read.
-        PosthocError: It has no matrix to compare.
+        PosthocError: It has no matrix to compare, or there is no candidate.
     """
-    after = _opened(tuned, "tuned")
+    after = opened(tuned, "tuned")
     names = chosen(after)
     if not names:
         raise PosthocError(f"`{after.label}` has no matrices to compare.")
-    own = corners(after, names)
+    found = given(candidates) if candidates else nearby(tuned, after)
+    if not found:
+        raise PosthocError(
+            f"`{after.label}` names no base, and the hub's local cache holds no model of its kind. Give candidates."
+        )
+    fetched = any(getattr(side, "to_stream", 0) for side in (after, *(one.checkpoint for one in found)))
+    edge = FLAT if fetched else SQUARE
+    own = corners(after, names, edge)
     rows, kin = [], {}
-    for at, source in enumerate(candidates):
+    for one in found:
         try:
-            before = _opened(source, "candidate")
-            label = before.label
-            row, sample = _compared(after, own, before, same=source is tuned or _same_place(tuned, source))
+            row, sample = compared(after, own, one.read(), same=one.source is tuned or _same(after, one), edge=edge)
+            row.name = one.name
         except Exception as error:
-            label = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
-            row, sample = Candidate(label, "failed", one_line(error)), None
+            row, sample = Candidate(one.name, "failed", one_line(error)), None
+        if one.unasked and row.kind in _OTHERS:
+            continue
         rows.append(row)
         if sample is not None and row.kind == "related":
-            kin[at] = sample
+            kin[len(rows) - 1] = sample
     _placed(own, rows, kin)
-    return _verdict(after.label, rows)
+    made = _verdict(called(tuned, after), rows)
+    made.passed_over = len(found) - len(rows)
+    if made.base is None and (named := {*named_by(tuned, after)} & {row.name for row in rows}):
+        made.reason += f"; `{sorted(named)[0]}` is what it names"
+    return made
 
 
-def _opened(source: Source, role: str) -> Checkpoint:
-    """A checkpoint whose weights are on this machine: opening some kinds of a hub id's downloads them."""
-    if isinstance(source, str) and is_repo_id(source) and not Path(source).exists() and find(source, role=role).missing:
-        raise CheckpointError(f"`{source}` is not in the local cache. Download it, or give its folder.")
-    return open_checkpoint(source, role=role)
-
-
-def _same_place(one: Source, other: Source) -> bool:
-    paths = [Path(source) for source in (one, other) if isinstance(source, str | os.PathLike)]
-    return len(paths) == 2 and all(path.exists() for path in paths) and paths[0].samefile(paths[1])
-
-
-def _compared(
-    after: Checkpoint, own: dict[str, Tensor], before: Checkpoint, *, same: bool
-) -> tuple[Candidate, dict[str, Tensor] | None]:
-    """What one candidate is by itself; `related` is looked at again beside the others."""
-    label = before.label
-    if same:
-        return Candidate(label, "itself", "it is the same place"), None
-    heads = {name: before.headers[name].shape for name in own if name in before.headers}
-    # The vocabulary may have been resized: columns decide.
-    fit = [name for name, shape in heads.items() if len(shape) == 2 and shape[1] == after.headers[name].shape[1]]
-    if len(fit) * 2 < len(own):
-        return Candidate(label, "other architecture", f"{len(fit)} of {len(own)} sampled weights fit"), None
-    sample = corners(before, fit)
-    for name, corner in sample.items():
-        rows = min(len(corner), len(own[name]))
-        sample[name] = corner[:rows]
-    mine = {name: own[name][: len(sample[name])] for name in fit}
-    one, other = flat(mine, fit), flat(sample, fit)
-    distance = float((one - other).norm() / other.norm().clamp_min(1e-300))
-    equal = float((one == other).double().mean())
-    row = Candidate(label, "related", f"distance {distance:.2g}, {equal:.0%} of the values the same", distance, equal)
-    if all(rounded_alike(mine[name], sample[name]) for name in fit):
-        row.kind = "copy"
-        row.evidence = "the same values, up to the rounding of their type"
-    elif all(
-        rounded_alike(mine[name], sample[name]) or _on_grid(after, name, mine[name], sample[name]) for name in fit
-    ):
-        row.kind, row.evidence = "quantised copy", "each value is the candidate's, rounded to a grid"
-    elif distance > _STRANGE:
-        row.kind = "unrelated"
-    elif distance > _KIN:
-        row.kind = "unsure"
-        row.evidence += ", too far for a fine-tune and too near for a stranger"
-    else:
-        row.rank = _low_rank(mine, sample)
-        if row.rank:
-            row.evidence += f", a difference of rank {row.rank} as merged LoRA has"
-    return row, sample
-
-
-def _on_grid(after: Checkpoint, name: str, mine: Tensor, theirs: Tensor) -> bool:
-    """Whether one corner is another one rounded to a grid, its rows or all of it with one step."""
-    error = (mine.double() - theirs.double()).abs()
-    eps = torch.finfo(mine.dtype).eps
-    if (steps := after.steps(name)) is not None:
-        # Grids are uneven, and cut off what is beyond their ends: nearly all is enough.
-        near = 0.51 * steps.expand(after.headers[name].shape)[: len(mine), : mine.shape[1]].double()
-        return float((error <= near + eps * mine.double().abs()).double().mean()) > 0.9
-    for row, off in zip(mine.double(), error, strict=True):
-        gaps = row.unique().diff()
-        gaps = gaps[gaps > 4 * eps * row.abs().max()]
-        if not len(gaps) or len(gaps) + 1 == len(row) > 64:
-            return False
-        tried = [float(gaps.min()) / part for part in (1, 2, 3)]
-        # A step near the type's own rounding would fit anything.
-        fits = [step for step in tried if step > 64 * eps * float(row.abs().max())]
-        if not any(
-            ((row / step) - (row / step).round()).abs().max() < 0.02 and off.max() <= 0.51 * step for step in fits
-        ):
-            return False
-    return True
-
-
-def _low_rank(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> int | None:
-    """The highest rank of the differences' corners, if each is low beyond rounding."""
-    ranks = []
-    for name, corner in theirs.items():
-        delta = mine[name].double() - corner.double()
-        noise = max(torch.finfo(mine[name].dtype).eps, torch.finfo(corner.dtype).eps)
-        floor = float((corner.double() * noise).square().sum()) / 6
-        energy = torch.linalg.svdvals(delta).square()
-        tails = energy.flip(0).cumsum(0).flip(0)
-        rank = int((tails > max(floor, 1e-10 * float(tails[0]))).sum())
-        if rank * 3 > min(delta.shape):
-            return None
-        ranks.append(rank)
-    return max(ranks, default=0) or None
+def _same(after: Checkpoint, one: Found) -> bool:
+    """Tell whether a candidate is the fine-tune itself, whatever it is called."""
+    before = one.read()
+    if after.folder is not None and before.folder is not None:
+        return after.folder.exists() and before.folder.exists() and after.folder.samefile(before.folder)
+    return after.identity is not None and after.identity == before.identity
 
 
 def _placed(own: dict[str, Tensor], rows: list[Candidate], kin: dict[int, dict[str, Tensor]]) -> None:
     """Tell kin apart by angles: independent changes are at right angles where their paths meet, and there alone."""
     middles: dict[int, list[bool]] = {at: [] for at in kin}
+    copies: dict[int, list[int]] = {at: [] for at in kin}
     for first in kin:
         for second in kin:
             if first == second:
@@ -197,11 +112,12 @@ def _placed(own: dict[str, Tensor], rows: list[Candidate], kin: dict[int, dict[s
             if not names:
                 middles[first].append(False)
                 continue
-            tuned, a, b = (
-                flat({name: side[name][: count[name]] for name in names}, names)
-                for side in (own, kin[first], kin[second])
-            )
-            at_a, at_b, at_tuned = _cosine(tuned - a, b - a), _cosine(tuned - b, a - b), _cosine(a - tuned, b - tuned)
+            cut = [{name: side[name][: count[name]] for name in names} for side in (own, kin[first], kin[second])]
+            if all(rounded_alike(cut[1][name], cut[2][name]) for name in names):
+                copies[first].append(second)
+                continue
+            tuned, a, b = (flat(side, names) for side in cut)
+            at_a, at_b, at_tuned = cosine(tuned - a, b - a), cosine(tuned - b, a - b), cosine(a - tuned, b - tuned)
             if at_tuned < -0.95:
                 for at, other in ((first, second), (second, first)):
                     rows[at].kind = "part of a merge"
@@ -209,18 +125,16 @@ def _placed(own: dict[str, Tensor], rows: list[Candidate], kin: dict[int, dict[s
             right = abs(at_a) < _RIGHT and min(abs(at_b), abs(at_tuned)) > _SLANTED
             middles[first].append(right and len(tuned) >= _FEWEST)
     parents = [at for at, right in middles.items() if right and all(right) and rows[at].kind == "related"]
-    if len(parents) != 1:
+    if not parents or set(parents) - {parents[0], *copies[parents[0]]}:
         return
     rows[parents[0]].kind = "parent"
+    for at in parents[1:]:
+        rows[at].kind, rows[at].evidence = "copy of the parent", f"the same values as `{rows[parents[0]].name}`"
     rows[parents[0]].evidence += "; every other related one is reached through it"
     for at in kin:
         if at != parents[0] and rows[at].kind == "related":
             rows[at].kind = "sibling or grandparent"
             rows[at].evidence += f"; reached through `{rows[parents[0]].name}`"
-
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    return float(one @ other / (one.norm() * other.norm()).clamp_min(1e-300))
 
 
 def _verdict(tuned: str, rows: list[Candidate]) -> Whose:
@@ -232,6 +146,8 @@ def _verdict(tuned: str, rows: list[Candidate]) -> Whose:
     kin = [row for row in rows if row.kind in ("related", "part of a merge", "unsure")]
     if any(row.kind == "part of a merge" for row in kin):
         return Whose(tuned, None, "it lies between candidates, as a merge of them does", rows)
+    if len(kin) == 1 and kin[0].kind == "unsure":
+        return Whose(tuned, None, f"`{kin[0].name}` alone is no stranger, and is far", rows)
     if len(kin) == 1:
         reason = f"`{kin[0].name}` alone is near: a parent or a sibling; a second relative would tell"
         return Whose(tuned, None, reason, rows)

@@ -31,11 +31,13 @@ class distil:
         lr: Step relative to the root mean square of each factor, so that it does not depend on the size of a delta.
         size: Texts in a batch.
         passes: Over the texts.
+        shard: Split both models among the processes (PyTorch's FSDP), which then hold a part and a block at a time.
     """
 
     lr: float = 0.05
     size: int = 4
     passes: float = 4.0
+    shard: bool = False
     streams: ClassVar[bool] = False
 
     def __call__(
@@ -50,7 +52,7 @@ class distil:
         state: State | None = None,
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
-        start, (model, wanted) = time.monotonic(), (says(live.adapted), says(live.tuned, live.device))
+        start, (model, wanted) = time.monotonic(), (says(live.model), says(live.tuned, live.device))
         together = live.together
 
         def judge() -> Score:
@@ -80,7 +82,11 @@ class distil:
                 if state is not None and state.is_due:
                     state.keep(*_parts(at, best, kept, factors, best_factors, optimizer))
                 with together.agreed():
-                    loss, tokens = _loss(model, wanted, together.share(part), live.device)
+                    own = together.share(part)
+                    # Who has none runs the models all the same: others may need its parts of them.
+                    loss, tokens = _loss(model, wanted, own or part[:1], live.device)
+                    if not own:
+                        loss, tokens = 0 * loss, 0 * tokens
                     summed = torch.stack([loss.detach(), tokens])
                 together.sum([summed])
                 if not math.isfinite(value := float(summed[0] / summed[1])):
@@ -101,8 +107,6 @@ class distil:
 
 def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
     """The divergence on some texts, a sum over their tokens, and how many these are."""
-    if not texts:
-        return torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
     (batch,) = batches(texts, len(texts), device=device)
     with torch.no_grad():
         theirs = wanted(batch)

@@ -18,6 +18,7 @@ from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.refinement.movable import as_found
+from peft_posthoc.refinement.sharded import load_sharded
 from peft_posthoc.refinement.streamed import load_streamed
 from peft_posthoc.running.live import Live, Side, check_pair, label, load_live, load_side
 from peft_posthoc.running.load import save_adapter
@@ -52,6 +53,7 @@ def opened(
     tokenizer: Any,
     adapter_name: str,
     streams: bool = False,
+    shard: bool = False,
 ) -> Iterator[Opened]:
     """Open all that a fit needs; live models are as they were found when the `with` block ends.
 
@@ -65,6 +67,8 @@ def opened(
         raise ValueError(
             "`refine(base=...)` is the model that the adapter is for; a model with the adapter on it holds its own."
         )
+    if shard and any(isinstance(one, nn.Module) for one in (adapter, base, tuned)):
+        raise ValueError("`distil(shard=True)` splits models as it loads them: give folders or hub ids, no live ones.")
     after, before = _side(tuned, tuned_revision, "tuned"), None
     with TemporaryDirectory() as place:
         if isinstance(adapter, nn.Module):
@@ -88,7 +92,7 @@ def opened(
                 )
             # What is alive is in memory already.
             apart = streams and isinstance(before, Checkpoint) and isinstance(after, Checkpoint)
-            load: Any = load_streamed if apart else load_live
+            load: Any = load_streamed if apart else load_sharded if shard else load_live
             live = load(before, after, folder, file, device=pick_device(device), tokenizer=tokenizer)
         with as_found(live.adapted, live.tuned):
             check_pair(live.adapted, live.tuned, [label(live.adapted if before is None else before), label(after)])

@@ -23,6 +23,7 @@ from peft_posthoc.models.by_class import build
 from peft_posthoc.refinement.chain import blocks_of
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.refinement.walk import AT_ONCE
 from peft_posthoc.running.live import check_sides
@@ -52,8 +53,8 @@ class RefinePreflight:
     factors: int
     """Numbers that are fitted."""
     models_bytes: int
-    """Of what is in memory of both models at once: all, in float32; or of each the largest block, and no less than one
-    whole model in the type of its files, which writes."""
+    """Of what is in memory of both models at once: all, in float32; split among processes, each one's part, with one
+    whole model in the type of its files, which writes; or of each the largest block, and no less than that one."""
     work_bytes: int
     """Of what is computed for a batch, with copies of the factors."""
     memory_bytes: int
@@ -66,6 +67,8 @@ class RefinePreflight:
     """In the folder of temporary files, while it runs: what goes from a block to the next."""
     temporary_free: int
     """There."""
+    processes: int
+    """Each takes that much memory."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -75,10 +78,11 @@ class RefinePreflight:
         """For a terminal."""
         free = "" if self.disk_free is None else f" of {size(self.disk_free)} that are free"
         both = f"both models {size(self.models_bytes)}, a batch and copies of the factors {size(self.work_bytes)}"
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         lines = [
             f"At most {self.sequences} texts of {self.length} tokens; {self.method}, {self.steps} steps on "
             f"{self.factors} numbers.",
-            f"Memory: about {size(self.memory_bytes)} ({both}). Disk needed: {size(self.disk_bytes)}{free}.",
+            f"Memory: about {size(self.memory_bytes)}{each} ({both}). Disk needed: {size(self.disk_bytes)}{free}.",
         ]
         if self.temporary_bytes:
             lines.append(
@@ -100,6 +104,7 @@ def refine_preflight(
     base_revision: str | None = None,
     tuned_revision: str | None = None,
     device: str = "cpu",
+    processes: int = 1,
 ) -> RefinePreflight:
     """See what `refine` with the same arguments will do and need; no tensor is read.
 
@@ -114,6 +119,7 @@ def refine_preflight(
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
         device: As in `refine`.
+        processes: How many share the work.
 
     Raises:
         AdapterError: The folder is no plain LoRA adapter.
@@ -124,7 +130,7 @@ def refine_preflight(
     pair = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     chosen = method or Usual()
     if isinstance(chosen, Usual):
-        chosen = chosen.method(*pair, device=where)
+        chosen = chosen.method(*pair, device=where, processes=processes)
     check_sides(*pair)
     models = [_built(one) for one in pair]
     places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
@@ -132,8 +138,11 @@ def refine_preflight(
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
     models_bytes, temporary = sum(map(_bytes, models)), 0
+    written = max(sum(header.bytes for header in one.headers.values()) for one in pair)
+    if getattr(chosen, "shard", False):
+        check_processes(processes)
+        models_bytes = models_bytes // processes + max(written, *map(_unsplit, models))
     if chosen.streams:
-        written = max(sum(header.bytes for header in one.headers.values()) for one in pair)
         models_bytes = max(written, sum(map(_largest, models)))
         # Hidden states in float32, of both models. `compensated` has none of held-out text while it fits.
         config = models[0].config.get_text_config()
@@ -159,6 +168,7 @@ def refine_preflight(
         disk_free=None if out is None else free_at(Path(out)),
         temporary_bytes=temporary,
         temporary_free=free_at(Path(gettempdir())),
+        processes=processes,
     )
 
 
@@ -170,6 +180,12 @@ def _largest(model: Any) -> int:
     """Bytes of what is the most of a model that is in memory when it runs a block at a time, in float32."""
     parts = [*blocks_of(model), model.get_input_embeddings(), model.get_output_embeddings()]
     return max(map(_bytes, parts))
+
+
+def _unsplit(model: Any) -> int:
+    """Bytes of what a process has as a whole of a model that is split: a block, the next one, what is around them."""
+    parts = list(map(_bytes, blocks_of(model)))
+    return _bytes(model) - sum(parts) + 2 * max(parts)
 
 
 def _closed_form(model: Any, file: AdapterFile, tokens: int, models_bytes: int) -> tuple[int, int]:

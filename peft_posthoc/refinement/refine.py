@@ -25,6 +25,7 @@ from peft_posthoc.refinement.method import Fit, Method
 from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
+from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.state import State, going_on, state_of
 from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.usual import Usual
@@ -73,8 +74,8 @@ def refine(
         tuned: The model after.
         texts: Where text comes from; by default the two models write it themselves (`Sampled`).
         method: How the factors are fitted: `distil`, `compensated` or `blocks`; the last two have a block of each
-            model in memory at a time, unless models are alive. By default `distil`, or `blocks` where both models do
-            not fit into memory at once.
+            model in memory at a time, unless models are alive. By default `distil`; where both models do not fit into
+            memory at once, `blocks`, or `distil` that splits them among several GPUs.
         sequences: How many texts.
         length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
             but no more than 1024.
@@ -88,7 +89,8 @@ def refine(
         adapter_name: Of the adapter on a live model.
         out: Where the adapter will be saved. What an interrupted run goes on from is kept beside it until it is.
         since: When the minutes began, as `time.monotonic()` told; now if None.
-        processes: Those that share the work, as `Processes.from_environment()` finds them: each holds both models.
+        processes: Those that share the work, as `Processes.from_environment()` finds them: each holds both models, or a
+            part of them (`distil(shard=True)`).
         progress: Show progress bars on stderr.
 
     Returns:
@@ -131,6 +133,9 @@ def refine(
         "minutes": minutes,
         "seed": seed,
     }
+    shard = getattr(chosen, "shard", False)
+    if shard:
+        check_processes(processes.size)
     with ExitStack() as stack:
         with together.agreed():
             found = stack.enter_context(
@@ -144,10 +149,12 @@ def refine(
                     tokenizer=tokenizer,
                     adapter_name=adapter_name,
                     streams=chosen.streams,
+                    shard=shard,
                 )
             )
             factors = factors_of(found.live.adapted, found.live.name, found.file)
             stored = {name: found.file.tensor(name) for name in found.file.headers}
+        together.split = shard
         work = _Work(replace(found.live, together=together), given, chosen, clock, seed, progress)
         state = None
         if out is not None and not together.rank:

@@ -62,7 +62,7 @@ class Refined(CanPush):
         return {"format": 1, **{name: getattr(self, name) for name in plain}, **scores}
 
     def table(self) -> str:
-        """The account for a terminal."""
+        """The account for a terminal: what came of it, and how far from the tuned model that is."""
         lines = [f"{'held-out text':<18} {'against tuned':<22} {'KL, nats a token':>17} {'same next token':>16}"]
         for kind, said in KINDS.items():
             for name, score in (
@@ -72,7 +72,7 @@ class Refined(CanPush):
             ):
                 if kind in score:
                     lines.append(f"{said:<18} {name:<22} {score[kind].kl:>17.4f} {score[kind].top1:>16.1%}")
-        return "\n".join([*lines, "", *self.summary()])
+        return "\n".join([*self.summary(), "", *lines])
 
     def summary(self) -> list[str]:
         """What came of it, a line each."""
@@ -86,13 +86,13 @@ class Refined(CanPush):
             ]
         stopped += self.notes
         if self.kept:
-            return [*stopped, f"Nothing better was found on both kinds of text: the adapter is as it was. {made}"]
+            return [f"Nothing better was found on both kinds of text: the adapter is as it was. {made}", *stopped]
         nearer = ", ".join(
             f"{1 - self.after[kind].kl / self.before[kind].kl:.0%} of the distance on text {said} is gone"
             for kind, said in KINDS.items()
             if kind in self.after and self.before[kind].kl
         )
-        return [*stopped, f"{nearer[:1].upper()}{nearer[1:]}. {made}"]
+        return [f"{nearer[:1].upper()}{nearer[1:]}. {made}", *stopped]
 
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the adapter folder: all of it, or nothing.

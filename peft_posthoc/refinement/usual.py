@@ -22,6 +22,8 @@ _MODELS = 0.75
 class Usual:
     """`distil`, which measures best; `blocks`, where both models at once are more than the memory holds.
 
+    Where they are more than the GPU of each process holds, but not than those of all hold, `distil` splits them.
+
     Args:
         lr: Of whichever it is (see there); its own if None.
         passes: The same.
@@ -54,8 +56,13 @@ class Usual:
         if base is None or isinstance(base, torch.nn.Module) or isinstance(tuned, torch.nn.Module):
             return distil(**own)
         sides = open_checkpoint(base, revision=base_revision), open_checkpoint(tuned, revision=tuned_revision)
-        taken = processes * sum(map(_in_float32, sides))
-        return distil(**own) if taken <= _MODELS * free_memory(device) else blocks(**own)
+        taken, free = sum(map(_in_float32, sides)), _MODELS * free_memory(device)
+        # A CPU has one memory for all, and nothing is won by splitting there; GPUs have one each.
+        if (processes * taken if device.type == "cpu" else taken) <= free:
+            return distil(**own)
+        splits = device.type != "cpu" and processes > 1
+        part = taken / processes + max(sum(header.bytes for header in side.headers.values()) for side in sides)
+        return distil(shard=True, **own) if splits and part <= free else blocks(**own)
 
 
 def _in_float32(checkpoint: Checkpoint) -> int:

@@ -1,4 +1,4 @@
-"""The result of resizing: the smaller factors, their layout in a file, and an account of what they keep."""
+"""The result of resizing: the smaller factors, and their layout in a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from operator import eq
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from peft_posthoc.adapters.cast import cast_biases
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.factors import Factors
-from peft_posthoc.adapters.module import Kind, Module
+from peft_posthoc.adapters.module import Module
 from peft_posthoc.adapters.named_base import same_base
 from peft_posthoc.adapters.names import PREFIX, patterns
 from peft_posthoc.adapters.push import CanPush
@@ -26,7 +26,8 @@ from peft_posthoc.adapters.writer import Contents, write_folder
 from peft_posthoc.linalg.lowrank import LowRank
 from peft_posthoc.models.layout import is_of_an_expert
 from peft_posthoc.ranks.safe import safe_rank
-from peft_posthoc.text import as_flag, percent, shorten, size
+from peft_posthoc.resizing.report import ResizeReport, Row, Totals
+from peft_posthoc.text import as_flag
 
 
 class Cut(NamedTuple):
@@ -59,88 +60,6 @@ class Cut(NamedTuple):
         """Share of the energy of its deltas that is kept; None if they are zero."""
         kept = sum(part.energy * part.norm**2 for part in self.parts)
         return min(kept / self.norm**2, 1.0) if self.norm else None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One module."""
-
-    module: str
-    kind: Kind
-    shape: tuple[int, int]
-    """`m` and `n` of its delta."""
-    deltas: int
-    """More than one where experts are stacked."""
-    rank_before: int
-    """Pairs in the input."""
-    true_rank: int
-    """Singular values of the delta that are not zero."""
-    rank: int
-    """Singular triplets kept."""
-    energy: float | None
-    """The share of the delta's energy that is kept; None where there is no delta."""
-    relative_error: float | None
-    """`||delta - b @ a|| / ||delta||`, before rounding to the saved dtype."""
-    delta_norm: float
-    bytes_before: int
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over all rows; shares are weighted by energy."""
-
-    energy: float
-    relative_error: float
-    rank: int
-    """The largest that a module keeps."""
-    file_rank: int
-    """`r` of the file."""
-    modules: int
-    zero: int
-    """Modules that are in the file without a delta."""
-    whole: int
-    """Tensors that take the place of the base's, and are as they were."""
-    bytes_before: int
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ResizeReport:
-    """An account of what a resized or combined adapter keeps of the deltas it was made from."""
-
-    rows: tuple[Row, ...]
-    totals: Totals
-    warnings: tuple[str, ...]
-    provenance: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return {"format": 1, **asdict(self)}
-
-    def table(self) -> str:
-        """The report for a terminal: the modules, the totals and the warnings."""
-        lines = [f"{'module':<52} {'from':>5} {'true':>5} {'rank':>5} {'E_r':>7} {'error':>7} {'size':>9}"]
-        lines += [
-            f"{shorten(row.module):<52} {row.rank_before:>5} {row.true_rank:>5} {row.rank:>5} "
-            f"{percent(row.energy):>7} {percent(row.relative_error):>7} {size(row.bytes):>9}"
-            for row in self.rows
-        ]
-        totals = self.totals
-        padded = f" (padded to {totals.file_rank} in the file)" if totals.file_rank > totals.rank else ""
-        up_to = "up to " if len({row.rank for row in self.rows if row.rank}) > 1 else ""
-        lines += [
-            "",
-            f"{totals.modules} modules at rank {up_to}{totals.rank}{padded} hold {percent(totals.energy)} of their "
-            f"deltas' energy; {size(totals.bytes)} on disk, of {size(totals.bytes_before)}.",
-        ]
-        if totals.zero:
-            lines.append(f"{totals.zero} modules have no delta and are there as zeros.")
-        if totals.whole:
-            lines.append(f"{totals.whole} tensors are there whole, as they were.")
-        return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
 
 
 @dataclass(frozen=True)

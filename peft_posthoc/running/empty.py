@@ -99,13 +99,23 @@ class Weights:
                 for leaf, own in part._parameters.items():
                     if own is not None and own.is_meta:
                         taken.append((part, leaf, own))
-                        part._parameters[leaf] = Parameter(self._tensor(part, leaf, own), requires_grad=False)
+                        part._parameters[leaf] = Parameter(self.tensor(part, leaf, own), requires_grad=False)
             yield
         finally:
             for part, leaf, own in taken:
                 part._parameters[leaf] = own
 
-    def _tensor(self, module: nn.Module, leaf: str, own: Tensor) -> Tensor:
+    def tensor(self, module: nn.Module, leaf: str, own: Tensor) -> Tensor:
+        """A weight in float32.
+
+        Args:
+            module: Of the model, that has it.
+            leaf: Its name there.
+            own: What stands there without values.
+
+        Raises:
+            CheckpointError: The checkpoint does not have it.
+        """
         name = _WRAPPED.sub("", f"{self._names[id(module)]}.{leaf}")
         found = self._read[name]() if name in self._read else None
         if found is None or found.shape != own.shape:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.checkpoints.memory import loaded_from
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.models.by_class import class_of
@@ -45,6 +46,11 @@ class Live:
     """Processes that each have both models."""
 
     @property
+    def model(self) -> Any:
+        """The model of transformers that the adapter is on. It is called by itself: some PEFTs pass over its hooks."""
+        return self.adapted.get_base_model()
+
+    @property
     def device(self) -> torch.device:
         """Where logits are compared."""
         found: torch.device = self.adapted.device
@@ -65,7 +71,7 @@ class Live:
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:
         """How far base + adapter is from the tuned model, on texts of each kind, `size` at a time."""
         return distances(
-            says(self.adapted),
+            says(self.model),
             says(self.tuned, self.device),
             texts,
             size=size,
@@ -79,7 +85,7 @@ class Live:
         Raises:
             PosthocError: One does not.
         """
-        for name, model in (("tuned model", self.tuned), ("base", self.adapted)):
+        for name, model in (("tuned model", self.tuned), ("base", self.model)):
             check_finite(name, model, self.vocabulary)
 
     @contextmanager
@@ -183,7 +189,7 @@ def label(side: Side) -> str:
     """What messages call a model."""
     if isinstance(side, Checkpoint):
         return side.label
-    return getattr(getattr(side, "config", None), "_name_or_path", None) or type(side).__name__
+    return loaded_from(side) or type(side).__name__
 
 
 def check_classes(base: Side, tuned: Side) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_posthoc.adapters.named_base import base_of
 from peft_posthoc.checkpoints.gguf import SUFFIX
 from peft_posthoc.serving.subject import Subject
 
@@ -29,8 +30,9 @@ class Engine:
 
 
 def _base(subject: Subject) -> str:
-    known = subject.base.checkpoint.label if subject.base is not None else subject.config.get("base_model_name_or_path")
-    return shlex.quote(str(known)) if known else "BASE"
+    named = base_of(subject.config)
+    known = subject.base.checkpoint.label if subject.base is not None else named.name if named is not None else "BASE"
+    return shlex.quote(known)
 
 
 def _name(subject: Subject) -> str:

@@ -76,8 +76,10 @@ def distances(
     parts = by_kind(texts, size, device)
     sums = {kind: Sum() for kind, _ in parts}
     with together.agreed():
-        for kind, batch in together.share(parts):
-            sums[kind].add(model(batch), wanted(batch), batch.mask)
+        for (kind, batch), counts in together.turns(parts):
+            said, asked = model(batch), wanted(batch)
+            if counts:
+                sums[kind].add(said, asked, batch.mask)
     for total in sums.values():
         together.sum([summed := total.values.to(device)])
         total.values = summed

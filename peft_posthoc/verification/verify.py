@@ -96,7 +96,7 @@ def verify(
     whole = Sums(*map(sum, zip(*sums.values(), strict=True))) if sums else Sums(*[0.0] * 7)
     rows = tuple(own.row(name) for name, own in sums.items())
     carried = [row for row in rows if row.delta_cosine is not None and sums[row.weight].product > 0]
-    doubt = another_base(folder.config.get("base_model_name_or_path"), opened[0].label)
+    doubt = another_base(folder.config, opened[0].label)
     note = "not yet" if outputs else "not asked for"
     if serve_as is not None:
         note = f"with {asked('serve_as', None)} only weights are compared"

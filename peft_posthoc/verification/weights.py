@@ -18,7 +18,7 @@ from peft_posthoc.extraction.delta import Pair, difference
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.extraction.read import read_pairs
 from peft_posthoc.extraction.reasons import CODED
-from peft_posthoc.linalg.norms import energy_of
+from peft_posthoc.linalg.norms import norm_of
 from peft_posthoc.models.layout import Place
 from peft_posthoc.progress import progress_bar
 
@@ -133,7 +133,7 @@ def _whole(name: str, stored: AdapterOnModel, plan: Plan) -> str | None:
 def _unfactored(pair: Pair, stored: AdapterOnModel, plan: Plan) -> Tensor | None:
     """Whatever the adapter adds to a tensor beside factors; None if nothing."""
     if whole := _whole(pair.name, stored, plan):
-        return difference(pair._replace(tuned=stored.folder.tensor(whole))).values
+        return difference(pair._replace(tuned=stored.folder.tensor(whole)).on(torch.device("cpu"))).values
     module, _, leaf = plan.layout.names_of(pair.name)[0].rpartition(".")
     return stored.bias(module) if leaf == "bias" and module in stored.biases else None
 
@@ -141,15 +141,16 @@ def _unfactored(pair: Pair, stored: AdapterOnModel, plan: Plan) -> Tensor | None
 def _compare(
     pair: Pair, factors: Factors | None, added: Tensor | None, places: Sequence[Place], device: torch.device
 ) -> Sums:
+    pair = pair.on(device)
     if pair.base is None or pair.tuned is None:
         raise ValueError("`_compare(pair=...)` needs both weights.")
-    delta = difference(pair, device=device)
+    delta = difference(pair)
     # All that is asked for is the same for a weight and for its matrix; by blocks of rows, no other copy is as large.
     as_matrix = places[0].kind.matrix if factors is not None else torch.atleast_1d
     direct = None if added is None else as_matrix(added.to(delta.values))
     factors = None if factors is None else factors.to(delta.values)
     rows = max(1, _BLOCK // max(1, delta.values[0].numel() if delta.values.ndim else 1))
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64, device=delta.values.device)
     for start, (change, base, tuned) in enumerate(
         zip(*(torch.split(as_matrix(x), rows) for x in (delta.values, pair.base, pair.tuned)), strict=True)
     ):
@@ -158,9 +159,9 @@ def _compare(
         if direct is not None:
             product += direct[block]
         after, merged = tuned.to(change), base.to(change) + product
-        squares = [energy_of(x) for x in (product, change - product, after, merged)]
-        sums += torch.tensor([*squares, _inner(product, change), _inner(merged, after)], dtype=torch.float64)
-    return Sums(delta.norm**2, *sums.tolist())
+        squares = [norm_of(x).square() for x in (product, change - product, after, merged)]
+        sums += torch.stack([*squares, _inner(product, change), _inner(merged, after)])
+    return Sums(delta.norm**2, *sums.cpu().tolist())
 
 
 def _cosine(inner: float, one: float, other: float) -> float | None:
@@ -168,6 +169,6 @@ def _cosine(inner: float, one: float, other: float) -> float | None:
     return inner / math.sqrt(one) / math.sqrt(other) if one and other else None
 
 
-def _inner(x: Tensor, y: Tensor) -> float:
+def _inner(x: Tensor, y: Tensor) -> Tensor:
     """The sum of products, in float64."""
-    return float(torch.dot(x.reshape(-1).double(), y.reshape(-1).double()))
+    return torch.dot(x.reshape(-1).double(), y.reshape(-1).double())

@@ -46,12 +46,18 @@ def hub(served):
 
 
 @pytest.fixture(scope="module")
-def phlora(served, tmp_path_factory):
+def homes(tmp_path_factory):
+    """The folder of the hub's cache, and of files that are there for a while."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def phlora(served, homes):
     """Run the command against the fake hub: (exit status, stdout, stderr)."""
     _, address = served
     process = subprocess.Popen(
         [sys.executable, "-c", SESSION],
-        env=environment(address, tmp_path_factory.mktemp("home")),
+        env={**environment(address, homes), "TMPDIR": str(homes)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -44,14 +44,19 @@ def random_blocks(kind, rows):
     return np.random.default_rng(0).integers(0, 60, (rows, 3 * size), dtype=np.uint8)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Of any bits some scales are no numbers.
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
 def test_every_type_is_decoded_as_gguf_does_to_the_last_bit(kind, tmp_path):
-    stored = random_blocks(kind, 1 + 2 * (1 << 17) // gguf.GGML_QUANT_SIZES[kind][0] // 3)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    stored = np.random.default_rng(0).integers(0, 256, (1 + 2 * (1 << 17) // block // 3, 3 * size), dtype=np.uint8)
     file = Gguf(written(tmp_path / "a.gguf", {"w.weight": (stored, kind)}), label="a")
-    found, wanted = file.read("w.weight"), gguf.dequantize(stored, kind)
+    found, wanted = file.read("w.weight"), gguf.dequantize(stored, kind).astype(np.float32)
     assert (file.types["w.weight"], file.headers["w.weight"].dtype) == (kind.name, torch.float32)
     assert file.headers["w.weight"].shape == tuple(found.shape) == wanted.shape
-    assert found.numpy().tobytes() == wanted.astype(np.float32).tobytes()
+    numbers = ~np.isnan(wanted)
+    assert numbers.mean() > 0.5
+    assert np.array_equal(~np.isnan(found.numpy()), numbers)
+    assert found.numpy()[numbers].tobytes() == wanted[numbers].tobytes()
 
 
 CODEBOOKS = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0"}

@@ -61,6 +61,32 @@ def test_the_adapter_is_that_of_the_files_and_no_weights_are_left_on_disk(hub, p
     assert weights_fetched(hub) == sizes
 
 
+def on_disk(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+@pytest.mark.parametrize("flag", ["--stream", "--keep-downloads"])
+def test_the_most_that_is_on_the_disk_is_no_shard_or_all_of_them(flag, hub, phlora, served_pair, tmp_path, homes):
+    weights = [path.stat().st_size for folder in served_pair for path in folder.glob("*.safetensors")]
+    for path in served_pair:
+        hub.repository(f"kept/{path.name}").commit(path, "main")
+    before = on_disk(homes)
+    most = [before]
+
+    def looked_at(_):
+        most.append(on_disk(homes))
+        return False
+
+    hub.drops = looked_at
+    status, _, stderr = phlora("extract", "kept/base", "kept/tuned", tmp_path / "out", "--rank", "4", flag)
+    assert status == 0, stderr
+    assert len(most) > len(weights)
+    if flag == "--stream":
+        # Indices and configurations.
+        assert max(most) - before < min(weights)
+    assert (on_disk(homes) - before >= sum(weights)) == (flag == "--keep-downloads")
+
+
 def test_without_it_the_refusal_names_it(hub, phlora, served_pair, tmp_path, work):
     hub.repository("s/base").claimed = {path.name: HUGE for path in served_pair[0].glob("*.safetensors")}
     refused(phlora("extract", "s/base", "s/tuned", work / "out"), work, "--stream")

@@ -31,6 +31,11 @@ def test_the_table_and_the_json_say_the_same(here: Path, llama_pair: tuple[str, 
     for kind in ("task", "general"):
         assert f"{told['after'][kind]['kl']:.4f}" in done.stdout
         assert told["after"][kind]["kl"] <= told["before"][kind]["kl"]
+    gone = 1 - told["after"]["task"]["kl"] / told["before"]["task"]["kl"]
+    answer = (
+        "Nothing better was found" if told["kept"] else f"{gone:.0%} of the distance on text like the task's is gone"
+    )
+    assert done.stdout.startswith(answer)
     assert (here / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -70,7 +75,7 @@ def test_the_method_is_chosen_with_its_options(
         (["--lr", "0"], 2, "--lr"),
         (["--lr", "1", "--method", "compensated"], 2, "--lr does not belong to --method compensated"),
         (["--damping", "1", "--method", "distil"], 2, "--damping does not belong to --method distil"),
-        (["--damping", "1", "--lr", "1"], 2, "No method takes --lr and --damping together"),
+        (["--damping", "1", "--lr", "1"], 2, "No method takes --damping and --lr together"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(

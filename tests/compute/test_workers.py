@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from peft_posthoc.compute.workers import Workers
+from peft_posthoc.compute.workers import Workers, spread
 
 
 class Seen:
@@ -50,3 +50,39 @@ def test_threads_of_pytorch_are_as_before_afterwards():
     with Workers(2, torch_threads=1) as workers:
         assert list(workers.map(lambda _: torch.get_num_threads(), [0])) == [1]
     assert torch.get_num_threads() == before
+
+
+def test_idle_threads_help_with_what_is_one_item_and_the_results_are_in_order():
+    together = threading.Barrier(3)
+
+    def part(x):
+        if x < 3:
+            together.wait(60)  # Three threads are at it, or this raises.
+        return x * x
+
+    with Workers(3) as workers:
+        assert list(workers.map(lambda count: spread(part, range(count)), [20])) == [[x * x for x in range(20)]]
+
+
+def test_threads_that_all_have_an_item_share_it_out_all_the_same():
+    with Workers(2) as workers:
+        found = list(workers.map(lambda x: spread(lambda y: (x, y), range(5)), range(40)))
+    assert sorted(found) == [[(x, y) for y in range(5)] for x in range(40)]
+
+
+def test_what_goes_wrong_in_a_helper_goes_wrong_in_the_item():
+    together = threading.Barrier(2)
+
+    def part(x):
+        together.wait(60)
+        if threading.current_thread() is not owner:
+            raise ValueError("a helper's")
+
+    def item(_):
+        nonlocal owner
+        owner = threading.current_thread()
+        return spread(part, range(2))
+
+    owner = None
+    with Workers(2) as workers, pytest.raises(ValueError, match="a helper's"):
+        list(workers.map(item, [0]))

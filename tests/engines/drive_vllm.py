@@ -28,7 +28,7 @@ class Vllm:
         places = 1 + max(1, len({name for name, _ in job["mixed"] if name is not None}))
         self.llm = vllm.LLM(
             job["base"],
-            dtype="float32",
+            dtype=job["dtype"],
             enforce_eager=True,
             skip_tokenizer_init=True,
             enable_lora=True,

@@ -152,6 +152,7 @@ def run(
     prompts: Sequence[Sequence[int]],
     *,
     mixed: Sequence[tuple[str | None, int]] = (),
+    dtype: str = "float32",
 ) -> Run:
     """Have an engine run a base, without an adapter and with each.
 
@@ -161,6 +162,7 @@ def run(
         adapters: PEFT adapter folders by name.
         prompts: Token ids.
         mixed: Rows of one batch over several adapters: an adapter's name, or None, and a prompt's number.
+        dtype: What vLLM computes in.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -169,7 +171,7 @@ def run(
         found: dict[str, Any] = {name: one for name, one in made.items() if isinstance(one, str)}
         job = {
             **{"base": str(engine.base(base, out)), "adapters": ready, "prompts": list(prompts)},
-            **{"rank": max(map(_rank, adapters.values()), default=8), "mixed": list(mixed)},
+            **{"rank": max(map(_rank, adapters.values()), default=8), "mixed": list(mixed), "dtype": dtype},
         }
         (out / "job.json").write_text(json.dumps(job))
         _drive(engine, out)

@@ -8,6 +8,7 @@ import torch
 from peft_posthoc import extract
 from peft_posthoc.compute.device import all_of, pick_device
 from peft_posthoc.extraction import work
+from peft_posthoc.extraction.delta import Pair
 
 
 def test_cuda_is_every_gpu_unless_a_number_or_a_launcher_says_which(monkeypatch):
@@ -28,15 +29,15 @@ def test_weights_are_worked_on_on_all_devices_at_a_time(count, llama_pair, tmp_p
     expected = extract(*llama_pair, 4, **only).save(tmp_path / "expected")
     monkeypatch.setattr(work, "all_of", lambda _: devices)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    together, used, real = threading.Barrier(count), [], work.difference
+    together, used = threading.Barrier(count), []
 
-    def difference(pair, *, device=None):
-        if device is not None and len(used) < count:
+    def on(pair, device):
+        if len(used) < count:
             used.append(device)
             together.wait(60)
-        return real(pair, device=None)
+        return pair
 
-    monkeypatch.setattr(work, "difference", difference)
+    monkeypatch.setattr(Pair, "on", on)
     made = extract(*llama_pair, 4, **only).save(tmp_path / "made")
     assert sorted(used, key=str) == devices
     assert (made / "adapter_model.safetensors").read_bytes() == (expected / "adapter_model.safetensors").read_bytes()

@@ -42,6 +42,7 @@ FULL = {
     "exact": True,
     "device": "cpu",
     "dtype": "float16",
+    "unrelated": True,
     "min_energy": 0.5,
 }
 
@@ -121,7 +122,10 @@ def test_the_callback_shows_them_too():
             phlora.get_command(None, "inspect"),
             {"tuned_name", "rank_pattern", "conv_rank", "dtype", "for_base", "min_energy", "with_tokenizer"},
         ),
-        (mergekit_phlora, {"base_revision", "tuned_revision", "tuned_name", "rename", "conv_rank", "stream"}),
+        (
+            mergekit_phlora,
+            {"base_revision", "tuned_revision", "tuned_name", "rename", "conv_rank", "stream", "unrelated"},
+        ),
     ],
     ids=["extract", "inspect", "mergekit-phlora"],
 )
@@ -166,7 +170,7 @@ def test_every_option_that_changes_factors_is_in_the_report_and_so_in_the_key_of
     """A layer that was finished under other options is not taken for one of these."""
     told = peft_posthoc.extract(*llama_pair, 2).provenance["options"]
     otherwise = {"base_revision", "tuned_revision", "tuned_name", "with_tokenizer", "choose", "leave_out", "dtype"}
-    otherwise |= {"min_energy", "for_base", "stream"}
+    otherwise |= {"min_energy", "for_base", "stream", "unrelated"}
     assert set(told) == set(OPTIONS) - otherwise | {"rule"}
 
 

@@ -81,3 +81,17 @@ def test_a_language_model_is_no_component(llama_pair, tmp_path):
     with pytest.raises(AdapterError, match="no component"):
         export(tmp_path / "a", tmp_path / "lora", "diffusers", base=llama_pair[0])
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
+def test_that_biases_keep_a_file_from_being_fused_is_told(tmp_path, pipe):
+    base, tuned = save_pair(diffusion.unet(), tmp_path, "unet")
+    extract(base, tuned, 2, form="peft", include="attn1").save(tmp_path / "a")
+    done = export(tmp_path / "a", tmp_path / "lora", "diffusers", base=base)
+    assert any("`pipe.fuse_lora()` refuses it" in note for note in done.notes)
+    made = pipe(base)
+    made.load_lora_weights(tmp_path / "lora")
+    with pytest.raises(RuntimeError):
+        made.fuse_lora()
+    extract(base, tuned, 2, form="peft", include="attn1", exclude=r"\.bias$").save(tmp_path / "b")
+    assert not any("fuse_lora" in note for note in export(tmp_path / "b", tmp_path / "x", "diffusers", base=base).notes)

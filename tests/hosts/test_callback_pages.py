@@ -5,7 +5,9 @@ import sys
 
 import matplotlib.image
 import pytest
+import transformers
 
+from hf_callbacks.metrics import eval_losses
 from hf_callbacks.plot import plot
 from peft_posthoc import extract
 from peft_posthoc.ranks.rules import keep_energy
@@ -43,6 +45,45 @@ def test_a_run_has_a_page_and_every_adapter_a_card(base, tmp_path):
     totals = json.loads((tmp_path / "phlora/step-4/phlora_report.json").read_text())["totals"]
     for words in ("library_name: peft", "at step 4", f"`{base}`", f"{totals['energy']:.1%}", "PeftModel", "vllm serve"):
         assert words in card
+
+
+def rows(page):
+    """The cells of the table of a run's page, by folder."""
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    return {cells[-1].strip("`"): dict(zip(lines[0], cells, strict=True)) for cells in lines}
+
+
+def test_the_page_has_a_row_for_final_the_losses_of_evaluations_warnings_and_how_to_load_it(base, tmp_path):
+    losses = {2: 3.25, 4: 1.5, 6: 2.125}
+
+    class Judge(transformers.TrainerCallback):
+        """Says what an evaluation found."""
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            state.log_history[-1]["eval_loss"] = metrics["eval_loss"] = losses[state.global_step]
+
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer(base, tmp_path, Judge(), here(), **best).train()
+    page = (tmp_path / "phlora/README.md").read_text()
+    told = rows(page)
+    assert [told[f"step-{step}"]["eval_loss"] for step in losses] == ["3.25", "1.5", "2.125"]
+    assert told["final"] == {**told["step-4"], "folder": "`final`"}
+    report = json.loads((tmp_path / "phlora/final/phlora_report.json").read_text())
+    assert report["warnings"]
+    for words in (*report["warnings"], f"The base is `{base}`.", f'from_pretrained("{base}")', "this/folder/final"):
+        assert words in page
+    figure = plot({step: tmp_path / f"phlora/step-{step}" for step in losses}, {2: {"eval_loss": 3.25}})
+    assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[3.25]]
+
+
+def test_the_losses_of_every_data_set_are_on_the_page_and_what_is_damaged_is_passed_over():
+    rows = [
+        {"eval_en_loss": 2.0, "eval_runtime": 1.0, "step": 3},
+        {"eval_de_loss": 1, "step": 3},
+        {"loss": 1, "step": 4},
+    ]
+    assert eval_losses(rows) == {3: {"eval_en_loss": 2.0, "eval_de_loss": 1.0}}
+    assert eval_losses([1, {"eval_loss": "x", "step": 1}, {"eval_loss": 1.0}]) == eval_losses(5) == {}
 
 
 def test_the_page_shows_energy_and_rank_over_steps(base, tmp_path):

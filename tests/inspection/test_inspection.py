@@ -129,12 +129,41 @@ def test_json_has_spectra_curves_ranks_and_sizes(rounded_pair):
     assert told["rules"][0]["ranks"][name] == 8
 
 
-def test_the_table_has_a_row_for_every_layer_and_every_rule(rounded_pair):
+def test_the_table_has_a_row_for_every_kind_or_for_every_layer_and_one_for_every_rule(rounded_pair):
     inspection = inspect(*rounded_pair)
-    lines = inspection.table().splitlines()
-    assert [line.split()[0] for line in lines[1:15]] == list(inspection.spectra)
-    assert sum(line.startswith("--") for line in lines) == len(inspection.candidates)
-    assert max(map(len, lines[: lines.index("", 16)])) < 120
+    for layers, names in ((False, list(inspection.kinds)), (True, list(inspection.spectra))):
+        _, rows, rules = inspection.table(layers=layers).split("\n\n")
+        assert [line.split()[0] for line in rows.splitlines()[1:]] == [*names, "total"]
+        assert sum(line.startswith("--") for line in rules.splitlines()) == len(inspection.candidates)
+        assert max(map(len, [*rows.splitlines(), *rules.splitlines()])) < 120
+
+
+def test_a_kind_of_module_holds_what_its_layers_hold_together():
+    deltas = {"layers.0.up.weight": diagonal(4.0, 3.0), "layers.1.up.weight": diagonal(10.0, 10.0)}
+    inspection = inspect(*pair_with({**deltas, "head.weight": diagonal(1.0)}), 2, exact=True, head=True)
+    (row,) = [line for line in inspection.table().splitlines() if line.startswith("up (2)")]
+    assert row.split()[2] == f"{100 * (16 + 100) / (25 + 200):.1f}%"
+
+
+def test_the_answer_comes_first_and_names_what_no_rank_carries():
+    # 8 of 8 directions of `a` in the file; the norm's change holds 3 parts in 4 of the whole.
+    deltas = {"a.weight": diagonal(*[1.0] * 8, side=16), "norm.weight": torch.full((6,), 2.0)}
+    inspection = inspect(*pair_with(deltas))
+    assert inspection.table().splitlines()[0] == (
+        "Rank 8 keeps 100.0% of the change of the 1 weight that it carries, 25.0% of the whole change, in 1.0 kB."
+    )
+    assert inspection.missing() == "norm holds 75.0% of the whole change and is not carried."
+    told = inspection.to_dict()["shares"]
+    assert list(told) == ["norm", "a"]
+    assert told["norm"]["layers"] == {"other": pytest.approx(0.75)}
+    assert (told["norm"]["left_out"], told["a"]["left_out"]) == (pytest.approx(0.75), 0)
+
+
+def test_an_adapter_that_takes_more_than_the_fine_tune_is_marked():
+    inspection = inspect(*pair_with({"a.weight": diagonal(*[1.0] * 8)}))
+    (row,) = [line for line in inspection.table().splitlines() if line.startswith("--rank 8")]
+    assert row.endswith("larger than the fine-tune")
+    assert "in 512 B, more than the fine-tune itself (256 B)." in inspection.kept()
 
 
 def test_every_layer_of_a_large_model_is_in_the_table_and_what_is_too_small_is_said():

@@ -34,6 +34,14 @@ def browse(page, tmp_path, *arguments):
     ).stdout
 
 
+def with_script(page, script, tmp_path):
+    """A copy of a page that runs one more script."""
+    own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = page.read_text().replace("script-src ", f"script-src 'sha256-{own}' ")
+    (tmp_path / "copy.html").write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    return tmp_path / "copy.html"
+
+
 def colours(page, tmp_path):
     """How many pixels of each colour a screenshot has."""
     from matplotlib.image import imread
@@ -76,11 +84,7 @@ def test_a_click_on_a_heading_sorts_the_layers(clicks, expected, large, page, tm
         const button = [...document.querySelectorAll(".layers button")].find((one) => one.textContent === "E at 32");
         for (let i = 0; i < {clicks}; i++) button.click();
     """
-    own = base64.b64encode(hashlib.sha256(click.encode()).digest()).decode()
-    clicked = tmp_path / "clicked.html"
-    text = page.read_text().replace("script-src ", f"script-src 'sha256-{own}' ")
-    clicked.write_text(text.replace("</body>", f"<script>{click}</script></body>"))
-    dom = browse(clicked.as_uri(), tmp_path, "--dump-dom")
+    dom = browse(with_script(page, click, tmp_path).as_uri(), tmp_path, "--dump-dom")
     names = re.findall(r'<tr><th scope="row" title="([^"]+)">', dom[dom.index('class="sortable layers"') :])
     shown = {name: round(large.curves.at(name, 32), 3) for name in names}
     assert sorted(names) == sorted(large.spectra)
@@ -92,13 +96,27 @@ def test_a_click_on_a_heading_sorts_the_layers(clicks, expected, large, page, tm
         assert order == sorted(order, reverse=expected == "largest")
 
 
+@in_a_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_nothing_is_cut(width, large, page, tmp_path):
+    # A narrow window may scroll a table, never the page.
+    parts = '["html", ".scroll"]' if width == 1280 else '["html"]'
+    measure = f"""
+        const over = {parts}.flatMap((one) => [...document.querySelectorAll(one)])
+          .map((one) => one.scrollWidth - one.clientWidth);
+        document.title = `over ${{Math.max(...over)}}`;
+    """
+    dom = browse(with_script(page, measure, tmp_path).as_uri(), tmp_path, f"--window-size={width},900", "--dump-dom")
+    assert "<title>over 0</title>" in dom
+
+
 def test_it_needs_nothing_else(page):
     text = page.read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     assert not re.search(r"url\((?!#)", text)
     assert not re.search(r"@import|<link|<iframe|<object", text)
     assert "default-src 'none'" in text
-    assert len(page.read_bytes()) < 250_000
+    assert len(page.read_bytes()) < 300_000
     script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in text
 
@@ -122,7 +140,7 @@ def test_names_are_text_whatever_they_hold(name, tmp_path):
     assert read.tags.count("script") == 1
     assert "img" not in read.tags
     assert not [attribute for attribute in read.attributes if attribute.startswith("on")]
-    assert read.texts.count(name) == 4  # three legends, and the rows of the heat map
+    assert read.texts.count(name) == 5  # three legends, and the rows of two heat maps
     assert weight.removesuffix(".weight") in read.texts
 
 
@@ -151,7 +169,23 @@ def test_the_page_of_an_adapter_shows_what_was_written(tmp_path):
     assert "--rank auto" not in text
 
 
+def test_of_several_that_were_written_the_answer_is_the_first_that_keeps_most():
+    adapter = extract(*pair_with({"a.weight": diagonal(*[1.0] * 8, side=16)}), 8, exact=True)
+    written = {"r2": adapter.at(2), "r8": adapter}
+    assert Inspection.of(adapter, written).kept().startswith("The adapter (r8) keeps 100.0% ")
+    assert Inspection.of(adapter.at(2)).kept().startswith("--energy 0.5 keeps >25.0% ")
+
+
 def test_the_picture_is_of_any_format_that_matplotlib_knows(large, tmp_path):
     for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
         large.plot(tmp_path / f"plot{suffix}")
         assert (tmp_path / f"plot{suffix}").read_bytes().startswith(start)
+
+
+def test_the_page_begins_with_the_answer(tmp_path):
+    deltas = {"layers.0.a.weight": diagonal(*[1.0] * 8), "lm_head.weight": diagonal(2.0, 2.0, 2.0, 2.0, side=4)}
+    inspect(*pair_with(deltas)).html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    answer = text.index("Rank 8 keeps 100.0% of the change of the 1 weight that it carries, 33.3% of the whole change")
+    assert answer < text.index("lm_head holds 66.7% of the whole change and is not carried.") < text.index("<dl")
+    assert '<td data-value="512" class="larger">larger: 160.0%</td>' in text

@@ -9,26 +9,7 @@ from safetensors.torch import save_file
 from peft_posthoc import whose
 from peft_posthoc.cli.main import main
 from tests.make import coded_folders, models
-
-
-def _model(seed, columns=64):
-    torch.manual_seed(seed)
-    return {f"layers.{at}.q_proj.weight": torch.randn(64, columns) for at in range(4)}
-
-
-def _tune(model, seed, size=0.01):
-    torch.manual_seed(seed)
-    return {name: weight + size * torch.randn_like(weight) for name, weight in model.items()}
-
-
-def _lora(model, seed, rank=4):
-    torch.manual_seed(seed)
-    return {n: w + 0.01 * torch.randn(len(w), rank) @ torch.randn(rank, w.shape[1]) for n, w in model.items()}
-
-
-def _int8(model):
-    steps = {name: weight.abs().amax(1, keepdim=True) / 127 for name, weight in model.items()}
-    return {name: (weight / steps[name]).round() * steps[name] for name, weight in model.items()}
+from tests.make.trees import int8, lora, model, tune
 
 
 def _kinds(found):
@@ -36,19 +17,19 @@ def _kinds(found):
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("change", [_tune, _lora])
+@pytest.mark.parametrize("change", [tune, lora])
 def test_in_random_trees_the_parent_is_found_beside_a_sibling_a_grandparent_and_a_stranger(seed, change):
-    root = _model(seed)
+    root = model(seed)
     parent = change(root, seed + 100)
     tuned, sibling = change(parent, seed + 200), change(parent, seed + 300)
-    found = whose(tuned, [sibling, _model(seed + 400), root, parent])
+    found = whose(tuned, [sibling, model(seed + 400), root, parent])
     assert _kinds(found) == ["sibling or grandparent", "unrelated", "sibling or grandparent", "parent"]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_siblings_alone_or_a_mean_of_three_have_no_parent_among_them(seed):
-    root = _model(seed)
-    kin = [_tune(root, seed + 100 * at) for at in range(1, 5)]
+    root = model(seed)
+    kin = [tune(root, seed + 100 * at) for at in range(1, 5)]
     mean = {name: sum(one[name] for one in kin[:3]) / 3 for name in root}
     assert whose(kin[3], kin[:3]).base is None
     assert whose(kin[3], kin[:1]).base is None
@@ -56,7 +37,7 @@ def test_siblings_alone_or_a_mean_of_three_have_no_parent_among_them(seed):
 
 
 def test_a_merge_of_two_is_said_to_lie_between_them():
-    one, other = _tune(_model(0), 1), _tune(_model(0), 2)
+    one, other = tune(model(0), 1), tune(model(0), 2)
     found = whose({name: (one[name] + other[name]) / 2 for name in one}, [one, other])
     assert _kinds(found) == ["part of a merge", "part of a merge"]
     assert found.base is None
@@ -64,14 +45,22 @@ def test_a_merge_of_two_is_said_to_lie_between_them():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_model_saved_again_is_a_copy_and_no_child_of_another(dtype):
-    root = _model(0)
-    assert _kinds(whose({n: w.to(dtype) for n, w in root.items()}, [_tune(root, 1), root])) == ["related", "copy"]
+    root = model(0)
+    assert _kinds(whose({n: w.to(dtype) for n, w in root.items()}, [tune(root, 1), root])) == ["related", "copy"]
 
 
-def test_a_model_rounded_to_int8_is_a_quantised_copy_and_a_tune_is_none():
-    root = _model(0)
-    assert _kinds(whose(_int8(root), [root])) == ["quantised copy"]
-    assert _kinds(whose(_tune(root, 1, 0.001), [root])) == ["related"]
+def test_a_model_rounded_to_int8_is_a_quantised_copy_and_atune_is_none():
+    root = model(0)
+    assert _kinds(whose(int8(root), [root])) == ["quantised copy"]
+    assert _kinds(whose(tune(root, 1, 0.001), [root])) == ["related"]
+
+
+def test_a_fine_tune_of_one_step_of_bfloat16_is_no_copy_and_a_second_copy_hides_no_parent():
+    root = {name: weight.bfloat16() for name, weight in model(0).items()}
+    moved = {n: torch.where(torch.rand(w.shape) < 0.2, w.nextafter(torch.full_like(w, 9)), w) for n, w in root.items()}
+    copy = {name: weight.float() for name, weight in root.items()}
+    found = whose(moved, [root, tune(root, 1), copy])
+    assert _kinds(found) == ["parent", "sibling or grandparent", "copy of the parent"]
 
 
 @pytest.mark.parametrize("how", [coded_folders.fp8, coded_folders.int4, coded_folders.nf4])
@@ -84,39 +73,39 @@ def test_a_folder_of_codes_is_a_quantised_copy_of_what_was_coded_and_of_no_stran
     assert _kinds(found) == ["quantised copy", "unrelated"]
 
 
-def test_the_rank_of_a_merged_lora_is_told_and_a_full_tune_has_none():
-    root = _model(0)
-    assert [whose(change(root, 1), [root]).candidates[0].rank for change in (_lora, _tune)] == [4, None]
+def test_the_rank_of_a_mergedlora_is_told_and_a_fulltune_has_none():
+    root = model(0)
+    assert [whose(change(root, 1), [root]).candidates[0].rank for change in (lora, tune)] == [4, None]
 
 
 def test_a_resized_vocabulary_hides_no_parent():
-    root = {**_model(0), "embed.weight": torch.randn(40, 64)}
-    tuned = _tune(root, 1)
+    root = {**model(0), "embed.weight": torch.randn(40, 64)}
+    tuned = tune(root, 1)
     tuned["embed.weight"] = torch.cat([tuned["embed.weight"], torch.randn(8, 64)])
-    assert whose(tuned, [root, _tune(root, 2)]).candidates[0].kind == "parent"
+    assert whose(tuned, [root, tune(root, 2)]).candidates[0].kind == "parent"
 
 
 def test_shards_in_another_order_hide_no_parent_and_tables_of_integers_are_passed_over(tmp_path: Path):
-    root = {**_model(0), "ids.table": torch.arange(16).reshape(4, 4)}
-    tuned = {**_tune(_model(0), 1), "ids.table": root["ids.table"]}
+    root = {**model(0), "ids.table": torch.arange(16).reshape(4, 4)}
+    tuned = {**tune(model(0), 1), "ids.table": root["ids.table"]}
     save_file(tuned, tmp_path / "tuned.safetensors")
     for at, name in enumerate(reversed(list(root)), 1):
         file = f"model-{at:05}-of-{len(root):05}.safetensors"
         save_file({name: root[name]}, tmp_path / file)
     files = {n: f"model-{at:05}-of-{len(root):05}.safetensors" for at, n in enumerate(reversed(list(root)), 1)}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    found = whose(tmp_path / "tuned.safetensors", [_tune(_model(0), 2), tmp_path])
+    found = whose(tmp_path / "tuned.safetensors", [tune(model(0), 2), tmp_path])
     assert found.base == str(tmp_path)
 
 
 def test_too_few_values_to_tell_angles_are_unsure():
     root = {"a.weight": torch.randn(8, 8)}
-    assert whose(_tune(root, 1), [root, _tune(root, 2)]).base is None
+    assert whose(tune(root, 1), [root, tune(root, 2)]).base is None
 
 
 def test_a_broken_candidate_another_architecture_and_itself_are_rows_that_stop_no_other(tmp_path: Path):
-    root = _model(0)
-    places = {"root": root, "tuned": _tune(root, 1), "sibling": _tune(root, 2), "other": _model(3, columns=32)}
+    root = model(0)
+    places = {"root": root, "tuned": tune(root, 1), "sibling": tune(root, 2), "other": model(3, columns=32)}
     for name, tensors in places.items():
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")

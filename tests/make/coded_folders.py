@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.make import models
+from tests.make import coded, models
 
 
 def fp8(weight):
@@ -66,6 +66,11 @@ def nf4(weight):
     return {"weight": codes, **{f"weight.{name}": x for name, x in state.as_dict(packed=True).items()}}
 
 
+def gptq(weight):
+    """GPTQ's 4 bits, with zeros of their own."""
+    return coded.gptq(weight, 4, v1=1, act_order=False)[0]
+
+
 def _weights(kind, bits, **more):
     return {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **more}
 
@@ -76,6 +81,11 @@ def _compressed(form, weights, ignore):
     return {"quant_method": "compressed-tensors", "quantization_status": "compressed", **told}
 
 
+def int4_config(group, ignore=()):
+    """What the configuration says of `int4`."""
+    return _compressed("pack-quantized", _weights("int", 4, strategy="group", group_size=group), ignore)
+
+
 CONFIGS = {
     fp8: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="tensor"), ignore),
     fp8_rows: lambda ignore: _compressed("float-quantized", _weights("float", 8, strategy="channel"), ignore),
@@ -83,7 +93,8 @@ CONFIGS = {
     nvfp4: lambda ignore: _compressed(
         "nvfp4-pack-quantized", _weights("float", 4, strategy="tensor_group", group_size=16), ignore
     ),
-    int4: lambda ignore: _compressed("pack-quantized", _weights("int", 4, strategy="group", group_size=16), ignore),
+    int4: lambda ignore: int4_config(16, ignore),
+    gptq: lambda ignore: coded.BY_HAND["gptq, 3 bits"][0] | {"bits": 4, "desc_act": False},
     nf4: lambda ignore: {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -94,7 +105,7 @@ CONFIGS = {
 }
 
 
-def quantise(folder, out, how, *, but=()):
+def quantise(folder, out, how, *, but=(), said=None):
     """Write a model with the matrices of its layers quantised.
 
     Args:
@@ -102,6 +113,7 @@ def quantise(folder, out, how, *, but=()):
         out: Where it goes.
         how: One of the functions above.
         but: Modules that stay as they are, by parts of their names.
+        said: What the configuration says of it, if it is not as in `CONFIGS`.
     """
     shutil.copytree(folder, out)
     file, stored = models.weights_of(out), {}
@@ -117,5 +129,5 @@ def quantise(folder, out, how, *, but=()):
     save_file(stored, file, metadata={"format": "pt"})
     path = Path(out) / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "quantization_config": CONFIGS[how](sorted(skipped))}))
+    path.write_text(json.dumps({**config, "quantization_config": said or CONFIGS[how](sorted(skipped))}))
     return str(out)

@@ -1,5 +1,8 @@
 """Tiny models of diffusers, and what they are asked."""
 
+import copy
+import re
+
 import torch
 
 from tests.make.multimodal import waves
@@ -74,3 +77,70 @@ FLUX = {
     "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
     "txt_ids": torch.zeros(5, 3),
 }
+
+
+def inputs(model):
+    """What a tiny component is asked: a picture or a video of 4 x 4 or 8 x 8, a text of five tokens, a time."""
+    config = model.config
+    width = next(
+        config[name]
+        for name in (
+            *("cross_attention_dim", "joint_attention_dim", "text_embed_dim", "text_dim", "cap_feat_dim"),
+            "caption_channels",
+        )
+        if config.get(name)
+    )
+    channels, text = config["in_channels"], waves(1, 5, width)
+    seen = {"UNet2DConditionModel": UNET, "SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
+    made = {
+        "Flux2Transformer2DModel": {
+            "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), torch.zeros(1)),
+            "txt_ids": torch.zeros(5, 4),
+            "guidance": torch.tensor([2.0]),
+        },
+        "QwenImageTransformer2DModel": {
+            "img_shapes": [(1, 4, 4)],
+            "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.bool),
+        },
+        "WanTransformer3DModel": {"encoder_hidden_states_image": waves(1, 3, config.get("image_dim") or 1)},
+        "HunyuanVideoTransformer3DModel": {
+            "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
+            "pooled_projections": waves(1, config.get("pooled_projection_dim") or 1),
+            "guidance": torch.tensor([2.0]),
+        },
+        "LTXVideoTransformer3DModel": {
+            "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
+            **{"num_frames": 1, "height": 4, "width": 4},
+        },
+    }
+    kind = type(model).__name__
+    if kind == "ZImageTransformer2DModel":
+        return {"x": [waves(channels, 1, 4, 4)], "t": torch.tensor([0.3]), "cap_feats": [text[0]]}
+    if kind in seen:
+        more = {"added_cond_kwargs": {"text_embeds": waves(1, 4), "time_ids": waves(1, 3)}}
+        return seen[kind] | (more if config.get("addition_embed_type") else {})
+    moving = kind in ("WanTransformer3DModel", "HunyuanVideoTransformer3DModel")
+    picture = waves(1, channels, 1, 4, 4) if moving else waves(1, 16, channels)
+    common = {"hidden_states": picture, "encoder_hidden_states": text, "timestep": torch.tensor([3.0])}
+    return common | made[kind]
+
+
+def outputs(model):
+    """What a component makes of its inputs."""
+    with torch.no_grad():
+        found = model.eval()(**inputs(model), return_dict=False)[0]
+    return found[0] if isinstance(found, list) else found
+
+
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
+def moved(model, kinds=LAYERS, but="$^"):
+    """A copy of a model with the parameters of these kinds of modules moved, but for those of such a name."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, module in tuned.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False) if isinstance(module, kinds) else ():
+                if not re.search(but, f"{name}.{leaf}"):
+                    parameter += 0.02 * torch.randn_like(parameter)
+    return tuned

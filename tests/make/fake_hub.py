@@ -10,6 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 
 class Repository:
     """Files at each commit; branches and tags that name commits."""
@@ -150,7 +152,11 @@ class FakeHub:
             def info(self, repo_id, commit, files, *, send):
                 claimed = hub.repositories[repo_id].claimed
                 siblings = [{"rfilename": n, "size": claimed.get(n, len(c))} for n, c in files.items()]
-                self.reply(200, {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}, send=send)
+                told = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
+                head = files.get("README.md", b"").decode().split("---\n")
+                if len(head) == 3:
+                    told["cardData"] = yaml.safe_load(head[1])
+                self.reply(200, told, send=send)
 
             def tree(self, _, commit, files, *, send):
                 self.reply(200, [entry(name, content) for name, content in files.items()], send=send, commit=commit)

@@ -85,7 +85,7 @@ def z_image():
         n_kv_heads=2,
         cap_feat_dim=16,
         axes_dims=[4, 6, 6],
-        axes_lens=[32, 32, 32],
+        axes_lens=[64, 64, 64],
     )
 
 

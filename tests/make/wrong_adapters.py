@@ -23,6 +23,7 @@ IN_LAYER = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in
 QUANTISED = {  # by name: of what base, how, and which modules are left as they are
     "llama in NF4": ("llama", coded_folders.nf4, ()),
     "llama in INT4": ("llama", coded_folders.int4, ()),
+    "llama in asymmetric GPTQ": ("llama", coded_folders.gptq, ()),
     "llama in FP8 but for v": ("llama", coded_folders.fp8, ("v_proj",)),
     "mixture in FP8 by rows": ("qwen3_moe", coded_folders.fp8_rows, ()),
 }
@@ -292,6 +293,7 @@ CASES: dict[str, Case] = {
     "partial-experts": Case(_experts("gate_proj")),
     "expert-names-trtllm": Case(_experts("gate_proj", "up_proj", "down_proj")),
     "format-vllm": Case(lambda parts: None, "llama in NF4"),
+    "gptq-vllm": Case(lambda parts: None, "llama in asymmetric GPTQ"),
     "format-tgi": Case(lambda parts: None, "llama in NF4"),
     "format-lorax": Case(lambda parts: None, "llama in INT4"),
     "fused-in-part": Case(lambda parts: None, "llama in FP8 but for v"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft_posthoc.adapters.named_base import another_base
+from peft_posthoc.adapters.named_base import another_base, base_of
 from peft_posthoc.serving.engines import ENGINES
 from peft_posthoc.serving.rules.rule import WARNING, WRONG, Rule
 from peft_posthoc.serving.subject import Subject
@@ -21,11 +21,12 @@ def maybe_another(subject: Subject) -> str:
 
 
 def _named(subject: Subject) -> str:
-    return str(subject.config.get("base_model_name_or_path") or "")
+    named = base_of(subject.config)
+    return "" if named is None else named.name
 
 
 def _doubt(subject: Subject) -> str:
-    return (another_base(_named(subject), subject.base.checkpoint.label) if subject.base is not None else None) or ""
+    return (another_base(subject.config, subject.base.checkpoint.label) if subject.base is not None else None) or ""
 
 
 RULES: tuple[Rule, ...] = (

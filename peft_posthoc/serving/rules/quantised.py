@@ -61,6 +61,16 @@ def odd_rank_in_fp8(subject: Subject) -> tuple[str, ...]:
     )
 
 
+def gptq_of_other_codes(subject: Subject) -> tuple[str, ...]:
+    """The base's GPTQ, where it has zeros of its own for each group, or other codes than those of 4 and 8 bits."""
+    config = (subject.base.checkpoint.config or {}) if subject.base is not None else {}
+    said = config.get("quantization_config") or {}
+    if said.get("quant_method") != "gptq":
+        return ()
+    bits, symmetric = said.get("bits"), bool(said.get("sym", True))
+    return () if symmetric and bits in (4, 8) else (f"GPTQ, {bits} bits, {'' if symmetric else 'a'}symmetric",)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         name="format-vllm",
@@ -74,6 +84,18 @@ RULES: tuple[Rule, ...] = (
         ),
         source="read: vllm/model_executor/layers/quantization/__init__.py (QUANTIZATION_METHODS); vllm #39583",
         versions="0.33.0; read, since it does not run here",
+        needs_base=True,
+        of_base=True,
+    ),
+    Rule(
+        name="gptq-vllm",
+        engines=("vllm",),
+        severity=REFUSED,
+        finds=gptq_of_other_codes,
+        message="loads GPTQ of symmetric codes of 4 and 8 bits alone",
+        way_out="quantise the base again with `sym=True`, or serve it in another form (AWQ has zeros of its own)",
+        source="run: vLLM 0.32.0 on a CPU, which loads the same model with symmetric codes",
+        versions="0.32.0",
         needs_base=True,
         of_base=True,
     ),

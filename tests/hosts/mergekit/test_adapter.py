@@ -53,6 +53,21 @@ def test_without_a_model_the_adapter_is_that_of_the_stored_merge(method, three, 
     adapters_are_the_same(tmp_path / "both/phlora", tmp_path / "by hand")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_mean_that_stands_in_for_a_base_is_what_linear_writes(dtype, tmp_path):
+    base = models.llama().to(getattr(torch, dtype))
+    siblings = [models.save(models.tuned_from(base), tmp_path / name) for name in "abc"]
+    parts = {"each": {"weight": 1}, "dtype": "float32", "out_dtype": dtype}
+    merged = mergekit_runs.stock(mergekit_runs.config(None, *siblings, method="linear", **parts), tmp_path / "mean")
+    mean = peft_posthoc.open_checkpoint(f"mean:{','.join(map(str, siblings))}")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(mean.read(name), tensor)
+    adapter = extract(mean, str(siblings[0]), 8)
+    adapter.save(tmp_path / "adapter")
+    found = peft_posthoc.verify(tmp_path / "adapter", tmp_path / "mean", siblings[0], outputs=False)
+    assert found.energy == pytest.approx(adapter.report.totals.energy_of_all, abs=0.01)
+
+
 def test_what_is_not_stored_is_not_rounded_either(tmp_path):
     # A change that bfloat16 would swallow, of exact rank 4.
     pair = models.save_pair(models.llama(), tmp_path, scale=1e-5, rank=4)
