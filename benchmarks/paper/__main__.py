@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .settings import Settings
+from .results import SPECTRUM
+from .settings import TASKS, Settings
+from .task import fetched
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
 
 HERE = Path(__file__).parent
 
@@ -20,31 +26,48 @@ def main() -> None:
 
 @main.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="The task's local folder.")
+@click.option("--data", type=click.Path(path_type=Path), help="The task's local folder. Default: its home on the hub.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="For models and adapters; kept.")
+@click.option("--seed", "only", type=int, help="This one of its seeds alone.")
 @click.option("--row", "chosen", multiple=True, help="Those alone. Default: all that are not there yet.")
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
-def run(config: Path, data: Path, work: Path, chosen: tuple[str, ...], results: Path) -> None:
+def run(config: Path, data: Path | None, work: Path, only: int | None, chosen: tuple[str, ...], results: Path) -> None:
     """Make the rows of CONFIG that are not there yet: a file each in RESULTS. Interrupted, the same command goes on."""
-    from .experiment import Experiment, measured, rows
+    from .experiment import Experiment, rows
 
     settings = Settings.read(config)
-    made, all_rows = Experiment(settings, data, work / config.stem), rows(settings)
-    if unknown := set(chosen) - all_rows.keys():
-        raise click.BadParameter(f"{sorted(unknown)}: there are {list(all_rows)}.")
-    made.work.mkdir(parents=True, exist_ok=True)
+    work, results = work / config.stem, results / config.stem
     try:
-        for place, (name, row) in enumerate(all_rows.items()):
-            file = results / config.stem / f"{place:02}-{name.replace(' ', '-')}.json"
-            if file.is_file() or (chosen and name not in chosen):
-                continue
-            found = measured(made, name, row)
-            _write(made.work / "said" / file.name, found.pop("said"))  # quotes the data set, which is not ours to ship
-            _write(file, found)
-            means = {metric: sum(one.values()) / len(one) for metric, one in found["metrics"].items()}
-            click.echo(f"{name}: {means}")
-    except FileNotFoundError as error:
+        if unknown := set(chosen) - rows(settings).keys():
+            raise click.BadParameter(f"{sorted(unknown)}: there are {list(rows(settings))}.")
+        data = data or fetched(TASKS[settings.task].home)
+        if settings.seeds is None:
+            _rows(Experiment(settings, data, work), chosen, results)
+        for seed in settings.seeds or ():
+            if only in (None, seed):
+                name = f"seed-{seed}"
+                made = Experiment(replace(settings, seed=seed, seeds=None), data, work / name, shared=work)
+                _rows(made, chosen, results / name)
+    except (FileNotFoundError, NotImplementedError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _rows(made: Experiment, chosen: tuple[str, ...], results: Path) -> None:
+    from .experiment import measured, rows, where
+
+    made.work.mkdir(parents=True, exist_ok=True)
+    for place, (name, row) in enumerate(rows(made.settings).items()):
+        file = results / f"{place:02}-{name.replace(' ', '-')}.json"
+        if file.is_file() or (chosen and name not in chosen):
+            continue
+        found = measured(made, name, row)
+        _write(made.work / "said" / file.name, found.pop("said"))  # quotes the data set, which is not ours to ship
+        _write(file, found)
+        means = {metric: sum(one.values()) / len(one) for metric, one in found["metrics"].items()}
+        click.echo(f"{name}: {means}")
+    largest = made.work / f"svd-{max(made.settings.ranks)}"
+    if not (results / SPECTRUM).is_file() and largest.is_dir():
+        _write(results / SPECTRUM, made.spectrum() | where())
 
 
 def _write(file: Path, told: Any) -> None:
@@ -56,10 +79,14 @@ def _write(file: Path, told: Any) -> None:
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE.parent / "PAPER.md", show_default=True)
 def page(results: Path, out: Path) -> None:
-    """Write the page of all rows that are there."""
+    """Write the page of all rows that are there, and its picture beside it."""
+    from .beside import FIGURE
+    from .figure import draw
     from .page import page as made
+    from .results import read
 
     out.write_text(made(results), encoding="utf-8")
+    draw(list(read(results)), out.with_name(FIGURE))
 
 
 if __name__ == "__main__":

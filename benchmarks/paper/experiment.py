@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_posthoc import Prompts, extract, refine
 
 from . import training
-from .answering import answers
 from .bases import base
+from .kind import kind_of
 from .settings import TASKS, Settings
 from .task import Question, Sets, sample
 
@@ -38,23 +37,23 @@ class Experiment:
         settings: Of the experiment.
         data: The task's local folder.
         work: Where what is made is kept.
+        shared: Where a base is kept, for several seeds; `work` if None.
     """
 
-    def __init__(self, settings: Settings, data: Path, work: Path) -> None:
-        self.settings, self.data, self.work = settings, data, work
+    def __init__(self, settings: Settings, data: Path, work: Path, shared: Path | None = None) -> None:
+        self.settings, self.data, self.work, self.shared = settings, data, work, shared or work
         self.task = TASKS[settings.task]()
+        self.kind = kind_of(self.task.kind)
 
     @cached_property
     def base(self) -> str:
         """Where the base is."""
-        return base(self.settings.model, self.work)
+        return base(self.settings.model, self.data, self.shared)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The base's, with a token to pad with."""
-        found = AutoTokenizer.from_pretrained(self.base, trust_remote_code=False)
-        found.pad_token = found.pad_token or found.eos_token
-        return found
+    def processor(self) -> Any:
+        """The base's tokenizer, or what it reads images with."""
+        return self.kind.processor(self.base)
 
     @cached_property
     def sets(self) -> Sets:
@@ -64,16 +63,15 @@ class Experiment:
 
     def _fitting(self, questions: Sequence[Question], count: int | None) -> list[Question]:
         longest = self.settings.longest
-        return sample(
-            [one for one in questions if len(training.tokens(one, self.tokenizer)["input_ids"]) <= longest], count
-        )
+        return sample([one for one in questions if self.kind.length(one, self.processor) <= longest], count)
 
     @cached_property
     def tuned(self) -> Path:
         """The full fine-tune."""
         folder = self.work / "full" / "tuned"
         if not (folder / "config.json").is_file():
-            training.full(self.settings, self.base, self.sets.train, self.tokenizer, self.work / "full")
+            out = self.work / "full"
+            training.full(self.kind, self.settings, self.base, self.sets.train, self.processor, out)
         return folder
 
     def extracted(self, rank: int) -> tuple[Path, dict[str, Any]]:
@@ -81,26 +79,44 @@ class Experiment:
         folder = self.work / f"svd-{rank}"
         if not folder.is_dir():
             extract(self.base, str(self.tuned), rank, out=folder).save(folder)
-        totals = json.loads((folder / "phlora_report.json").read_text(encoding="utf-8"))["totals"]
+        totals = self._totals(rank)
         return folder, {"rank": rank, "energy": totals["energy"], "of all": totals["energy_of_all"]}
+
+    def spectrum(self) -> dict[str, Any]:
+        """The pair's energies, as far as the largest adapter that is there knows them."""
+        rank = max(int(folder.name.removeprefix("svd-")) for folder in self.work.glob("svd-*"))
+        totals = self._totals(rank)
+        told = ("energy_of_all", "relative_delta", "extracted", "left_out")
+        return {"energy at": totals["energy_at"] | {str(rank): totals["energy"]}} | {
+            name: totals[name] for name in told
+        }
+
+    def _totals(self, rank: int) -> Any:
+        file = self.work / f"svd-{rank}" / "phlora_report.json"
+        return json.loads(file.read_text(encoding="utf-8"))["totals"]
 
 
 def rows(settings: Settings) -> dict[str, Row]:
     """By name, in the order of the table."""
-    rank = settings.refined_rank
+    rank, plus = settings.refined_rank, settings.lora_rank
     found: dict[str, Row] = {
         "base": lambda made: (None, {}),
         "full fine-tune": lambda made: (made.tuned, {}),
     }
     for each in sorted({*settings.ranks, rank}):
         found[f"PHLoRA r={each}"] = lambda made, each=each: made.extracted(each)  # type: ignore[misc]
-    found |= {
-        f"PHLoRA r={rank}, refined without data": lambda made: _refined(made, rank, 0),
-        f"PHLoRA r={rank}, refined on {settings.prompts} prompts": lambda made: _refined(made, rank, settings.prompts),
-        f"mergekit-extract-lora r={rank}": lambda made: _mergekit(made, rank),
-        f"LoRA from zero r={settings.lora_rank}": lambda made: _lora(made, plus=False),
-        f"LoRA+ r={settings.lora_rank}": lambda made: _lora(made, plus=True),
-    }
+    if kind_of(TASKS[settings.task].kind).refines:
+        found[f"PHLoRA r={rank}, refined without data"] = lambda made: _refined(made, rank, 0)
+        if settings.prompts:
+            found[f"PHLoRA r={rank}, refined on {settings.prompts} prompts"] = lambda made: _refined(
+                made, rank, settings.prompts
+            )
+    if settings.mergekit:
+        found[f"mergekit-extract-lora r={rank}"] = lambda made: _mergekit(made, rank)
+    for each in (rank,) if settings.zero_ranks is None else settings.zero_ranks:
+        found[f"LoRA from zero r={each}"] = lambda made, each=each: _lora(made, each, plus=False)  # type: ignore[misc]
+    if plus is not None:
+        found[f"LoRA+ r={plus}"] = lambda made: _lora(made, plus, plus=True)
     return found
 
 
@@ -111,19 +127,13 @@ def measured(made: Experiment, name: str, row: Row) -> dict[str, Any]:
     seconds = time.process_time() - began
     torch.manual_seed(made.settings.seed)
     if folder is not None and (folder / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(_load(made.base), folder)
+        model = PeftModel.from_pretrained(made.kind.load(made.base), folder)
         facts["bytes"] = (folder / "adapter_model.safetensors").stat().st_size
     else:
-        model = _load(folder or made.base)
+        model = made.kind.load(folder or made.base)
         facts["bytes"] = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
     settings, questions = made.settings, made.sets.test
-    said = answers(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        made.tokenizer,
-        questions,
-        batch=settings.answer_batch,
-        most=settings.answer_tokens,
-    )
+    said = made.kind.said(model.to("cuda" if torch.cuda.is_available() else "cpu"), made.processor, questions, settings)
     scores = {one.id: dict(made.task.score(one, said[one.id])) for one in questions}
     return {
         "row": name,
@@ -134,6 +144,13 @@ def measured(made: Experiment, name: str, row: Row) -> dict[str, Any]:
         "trained on": len(made.sets.train),
         "metrics": {metric: {key: one[metric] for key, one in scores.items()} for metric in made.task.metrics},
         "said": said,
+        **where(),
+    }
+
+
+def where() -> dict[str, str]:
+    """When and on what."""
+    return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} cores ({_processor()}), torch {torch.__version__}",
     }
@@ -149,11 +166,11 @@ def _refined(made: Experiment, rank: int, prompts: int) -> tuple[Path, dict[str,
     return folder, {"rank": rank, "of all": facts["of all"]}
 
 
-def _lora(made: Experiment, *, plus: bool) -> tuple[Path, dict[str, Any]]:
-    out = made.work / ("lora-plus" if plus else "lora")
+def _lora(made: Experiment, rank: int, *, plus: bool) -> tuple[Path, dict[str, Any]]:
+    out = made.work / ("lora-plus" if plus else f"lora-{rank}")
     if not (out / "adapter" / "adapter_config.json").is_file():
-        training.lora(made.settings, made.base, made.sets.train, made.tokenizer, out, plus=plus)
-    return out / "adapter", {"rank": made.settings.lora_rank}
+        training.lora(made.kind, made.settings, made.base, made.sets.train, made.processor, out, rank=rank, plus=plus)
+    return out / "adapter", {"rank": rank}
 
 
 def _mergekit(made: Experiment, rank: int) -> tuple[Path, dict[str, Any]]:
@@ -163,10 +180,6 @@ def _mergekit(made: Experiment, rank: int) -> tuple[Path, dict[str, Any]]:
         told = ["--model", made.tuned, "--base-model", made.base, "--out-path", out, "--max-rank", rank]
         subprocess.run([str(one) for one in (command, *told)], check=True, capture_output=True)
     return out, {"rank": rank}
-
-
-def _load(folder: Path | str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 
 def _processor() -> str:

@@ -2,114 +2,101 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .intervals import interval, rank_correlation
-from .settings import TASKS, Settings
+from . import beside, open_questions
+from .intervals import interval
+from .results import Run, differences, read
+from .settings import TASKS
+from .task import PLAIN
 
-_PUBLISHED = Path(__file__).with_name("published.json")
 _HEAD = """# The paper's tables, on models and data within reach
 
 Made by `python -m benchmarks.paper page` of the files in `benchmarks/paper/results`, one for each row, which
 `python -m benchmarks.paper run CONFIG --data FOLDER --work FOLDER` writes (`make paper`). A metric is a mean over the
-test questions, in percent; in brackets 95 % of bootstrap samples of the questions. *To the fine-tune*: the difference
-of the two, question by question, with the same interval. E_r is of the carried layers, weighted by energy, in brackets
-of everything that changed.
+test questions, in percent (CIDEr from 0 to 10, a margin in nats); in brackets 95 % of bootstrap samples of the
+questions, or, where there are several seeds, the least and the most of these. *To the fine-tune*: the difference of the
+two, question by question, with the same brackets. E_r is of the carried layers, weighted by energy, in brackets of
+everything that changed.
+
+PEFT's `convert_to_lora` has no row: it takes layers of PEFT that hold a delta, not two checkpoints. A full delta, put
+into such layers by hand, it would factor by the same truncated SVD that PHLoRA's rows are made by.
 """
 
 
 def page(results: Path) -> str:
     """All tables of which there are rows."""
-    parts = [_HEAD]
-    for folder in sorted(results.iterdir()) if results.is_dir() else []:
-        rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-        if rows:
-            parts.append("\n".join(_section(folder.name, rows)))
-    return "\n".join(parts)
+    found = list(read(results))
+    ours = [line for runs in found for line in _section(runs)]
+    return "\n".join([_HEAD, *beside.lines(found), *ours, *open_questions.lines(found)]).rstrip() + "\n"
 
 
-def _section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    first = rows[0]
-    settings = Settings(**first["settings"])
-    task = TASKS[settings.task]
-    metrics = list(first["metrics"])
-    full = next((row for row in rows if row["row"] == "full fine-tune"), None)
+def _section(runs: Sequence[Run]) -> list[str]:
+    first = runs[0]
+    settings, metrics, told = first.settings, first.metrics, first.rows[0]
+    seeds = [run.settings.seed for run in runs]
     lines = [
-        f"## {name}",
+        f"## {first.config}",
         "",
-        f"{task.about}. {first['questions']} test questions of at most {settings.longest} tokens, trained on "
-        f"{first['trained on']}; {settings.epochs:g} epochs, batches of {settings.batch}, learning rate {settings.lr:g}"
-        f" (LoRA: {settings.lora_lr:g}), seed {settings.seed}. {first['machine']}, {rows[-1]['date']}.",
+        f"{TASKS[settings.task].about}. {told['questions']} test questions of at most {settings.longest} tokens, "
+        f"trained on {told['trained on']}; {settings.epochs:g} epochs, batches of {settings.batch}, learning rate "
+        f"{settings.lr:g} (LoRA: {settings.lora_lr:g}), seed {', '.join(map(str, seeds))}. {told['machine']}, "
+        f"{first.rows[-1]['date']}.",
         "",
         "| model | E_r | " + " | ".join(metrics) + f" | {metrics[0]}, to the fine-tune | size | CPU seconds |",
         "|---|--:|" + "--:|" * (len(metrics) + 3),
     ]
-    for row in rows:
-        means = [_mean(row["metrics"][metric].values()) for metric in metrics]
+    for name in dict.fromkeys(row["row"] for run in runs for row in run.rows):
+        of_run = [(run, row) for run in runs if (row := run.row(name)) is not None]
+        rows = [row for _, row in of_run]
+        seconds = sum(row["seconds"] for row in rows) / len(rows)
+        means = [told_of([list(row["metrics"][metric].values()) for row in rows], metric) for metric in metrics]
         lines.append(
-            f"| {row['row']} | {_energy(row)} | {' | '.join(means)} | {_against(row, full, metrics[0])} | "
-            f"{row['bytes'] / 1e6:,.1f} MB | {row['seconds']:,.0f} |"
+            f"| {name} | {_energy(rows)} | {' | '.join(means)} | {_against(of_run, metrics[0])} | "
+            f"{rows[0]['bytes'] / 1e6:,.1f} MB | {seconds:,.0f} |"
         )
-    ranked = [row for row in rows if "energy" in row]
-    if len(ranked) > 2:
-        found = rank_correlation(
-            [row["energy"] for row in ranked], [sum(row["metrics"][metrics[0]].values()) for row in ranked]
-        )
-        lines += ["", f"Rank correlation of E_r and {metrics[0]} over these {len(ranked)} ranks: {found:.2f}."]
-    if full is not None:
-        lines += ["", *_verdict(rows, full, metrics[0])]
-    return [*lines, "", *_published(settings.task)]
+    return [*lines, "", *_verdict(runs, metrics[0])]
 
 
-def _published(task: str) -> list[str]:
-    """The paper's rows of the same set, as they are printed in its Tables 3 to 6."""
-    told = json.loads(_PUBLISHED.read_text(encoding="utf-8"))[task]
-    return [
-        f"The paper's rows of this set ({told['metrics']}; E_r in brackets), of its Tables 3 to 6. Where these differ,",
-        f"Table 3's. {told['note']}",
-        "",
-        "| model | base | full fine-tune | LoRA+ r=32 | PHLoRA r=32 | PHLoRA r=64 | PHLoRA r=512 |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-        *(f"| {' | '.join(row)} |" for row in told["rows"]),
-        "",
-    ]
+def told_of(values: Sequence[Sequence[float]], metric: str, sign: str = "") -> str:
+    """A mean over questions, of one run with its interval, of several with the least and the most."""
+    each = [sum(one) / len(one) for one in values]
+    low, high = (min(each), max(each)) if len(each) > 1 else interval(values[0])
+    scale, digits = (1, 2) if metric in PLAIN else (100, 1)
+    middle, low, high = (f"{scale * value:{sign}.{digits}f}" for value in (sum(each) / len(each), low, high))
+    return f"{middle} ({low} to {high})"
 
 
-def _mean(values: Any) -> str:
-    values = list(values)
-    low, high = interval(values)
-    return f"{100 * sum(values) / len(values):.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _energy(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['energy']:.1f} ({100 * row['of all']:.1f})" if "energy" in row else ""
-
-
-def _differences(row: Mapping[str, Any], full: Mapping[str, Any], metric: str) -> list[float]:
-    of_full = full["metrics"][metric]
-    return [value - of_full[key] for key, value in row["metrics"][metric].items()]
-
-
-def _against(row: Mapping[str, Any], full: Mapping[str, Any] | None, metric: str) -> str:
-    if full is None or row is full:
+def _energy(rows: Sequence[dict[str, Any]]) -> str:
+    if "energy" not in rows[0]:
         return ""
-    values = _differences(row, full, metric)
-    low, high = interval(values)
-    return f"{100 * sum(values) / len(values):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    energy, of_all = (sum(row[name] for row in rows) / len(rows) for name in ("energy", "of all"))
+    return f"{100 * energy:.1f} ({100 * of_all:.1f})"
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], full: Mapping[str, Any], metric: str) -> list[str]:
+def _against(of_run: Sequence[tuple[Run, dict[str, Any]]], metric: str) -> str:
+    full = [run.row("full fine-tune") for run, _ in of_run]
+    values = [
+        differences(row, one, metric) for (_, row), one in zip(of_run, full, strict=True) if one and one is not row
+    ]
+    return told_of(values, metric, "+") if values else ""
+
+
+def _verdict(runs: Sequence[Run], metric: str) -> list[str]:
     """At which rank, and with which refinement, an adapter is within a point: on these questions, and for sure."""
+    if metric in PLAIN or any(run.row("full fine-tune") is None for run in runs):
+        return []
     near, sure = [], []
-    for row in rows:
-        if row["row"].startswith("PHLoRA"):
-            values = _differences(row, full, metric)
-            near += [row["row"]] if sum(values) / len(values) >= -0.01 else []
-            sure += [row["row"]] if interval(values)[0] >= -0.01 else []
+    for name in dict.fromkeys(row["row"] for row in runs[0].rows if row["row"].startswith("PHLoRA")):
+        pairs = [(run.row(name), run.row("full fine-tune")) for run in runs]
+        values = [differences(row, full, metric) for row, full in pairs if row and full]
+        near += [name] if all(sum(one) / len(one) >= -0.01 for one in values) else []
+        sure += [name] if all(interval(one)[0] >= -0.01 for one in values) else []
+    of_all = "" if len(runs) == 1 else ", with every seed"
     return [
-        f"Within one point of the fine-tune in {metric}, or above, on these questions: {', '.join(near) or 'none'}. "
-        f"With the whole interval: {', '.join(sure) or 'none'}."
+        f"Within one point of the fine-tune in {metric}, or above{of_all}, on these questions: "
+        f"{', '.join(near) or 'none'}. With the whole interval: {', '.join(sure) or 'none'}.",
+        "",
     ]

@@ -9,76 +9,58 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_callbacks import PosthocLoraCallback
 
+from .kind import Kind
 from .settings import Settings
 from .task import Question
 
 
-def turn(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a model reads before it answers."""
-    if tokenizer.chat_template is None:
-        return f"{prompt}\n"
-    said = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
-
-
-def tokens(question: Question, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """A turn with its answer. The loss is the answer's."""
-    before = tokenizer(turn(question.prompt, tokenizer), add_special_tokens=tokenizer.chat_template is None).input_ids
-    answer = [*tokenizer(question.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    return {"input_ids": before + answer, "labels": [-100] * len(before) + answer}
-
-
-def full(
-    settings: Settings, base: str, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, out: Path
-) -> Path:
+def full(kind: Kind, settings: Settings, base: str, questions: Sequence[Question], processor: Any, out: Path) -> Path:
     """Train all weights; the folder of the fine-tune. Interrupted, it goes on from its last epoch."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
-    trainer = _trainer(settings, settings.lr, model, questions, tokenizer, out)
+    trainer = _trainer(kind, settings, settings.lr, kind.load(base), questions, processor, out)
     # A pretrained model that was loaded from a folder is named by it in its adapters.
-    trainer.add_callback(PosthocLoraCallback(rank=settings.refined_rank, base=base))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(out))
+    apart = torch.cuda.is_available()  # On a CPU another process would only take what trains.
+    trainer.add_callback(PosthocLoraCallback(rank=settings.refined_rank, base=base, background=apart))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if kind.resumes else None)
     trainer.save_model(out / "tuned")
     return out / "tuned"
 
 
 def lora(
+    kind: Kind,
     settings: Settings,
     base: str,
     questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     out: Path,
     *,
+    rank: int,
     plus: bool,
 ) -> Path:
-    """Train LoRA from zero on all linear layers, at the rank of the paper; the folder of the adapter.
+    """Train LoRA from zero on all linear layers; the folder of the adapter.
 
     Args:
+        kind: Of the model.
         settings: Of the experiment.
         base: Where the model is.
         questions: To train on.
-        tokenizer: Of the model.
+        processor: Of the model.
         out: A folder for the run.
-        plus: With LoRA+'s optimizer (Hayou et al., 2024).
+        rank: Of the factors.
+        plus: With LoRA+'s optimizer (Hayou et al., 2024), and its alpha.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
-    rank, alpha = settings.lora_rank, settings.lora_alpha if plus else settings.lora_rank
+    alpha = settings.lora_alpha if plus else rank
+    model = kind.load(base)
     torch.manual_seed(settings.seed)
     model = get_peft_model(
         model,
         LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=settings.lora_dropout, target_modules="all-linear"),
     )
-    trainer = _trainer(settings, settings.lora_lr, model, questions, tokenizer, out)
+    trainer = _trainer(kind, settings, settings.lora_lr, model, questions, processor, out)
     if plus:
         trainer.optimizer = create_loraplus_optimizer(
             model, torch.optim.AdamW, lr=settings.lora_lr, loraplus_lr_ratio=settings.lora_ratio
@@ -89,26 +71,21 @@ def lora(
 
 
 def _trainer(
-    settings: Settings, lr: float, model: Any, questions: Sequence[Question], tokenizer: Any, out: Path
+    kind: Kind, settings: Settings, lr: float, model: Any, questions: Sequence[Question], processor: Any, out: Path
 ) -> Trainer:
     out.mkdir(parents=True, exist_ok=True)
-    steps = max(settings.batch // settings.micro_batch, 1)
-    return Trainer(
-        model,
-        TrainingArguments(
-            output_dir=str(out),
-            per_device_train_batch_size=settings.micro_batch,
-            gradient_accumulation_steps=steps,
-            num_train_epochs=settings.epochs,
-            learning_rate=lr,
-            train_sampling_strategy="group_by_length",
-            logging_steps=1,
-            save_strategy="epoch",
-            save_total_limit=1,
-            seed=settings.seed,
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=[tokens(question, tokenizer) for question in questions],
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
-    )
+    arguments = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": max(settings.batch // settings.micro_batch, 1),
+        "num_train_epochs": settings.epochs,
+        "learning_rate": lr,
+        "logging_steps": 1,
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "seed": settings.seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return kind.trainer(model, arguments, questions, processor)

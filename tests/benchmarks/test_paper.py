@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from benchmarks.paper.__main__ import HERE, main
 from benchmarks.paper.intervals import interval, rank_correlation
+from benchmarks.paper.page import page as made
 from benchmarks.paper.settings import TASKS, Settings
 from tests.make import models, texts
 
@@ -63,7 +64,12 @@ def run(folder, *more):
 def test_every_row_is_made_once_and_stands_on_the_page(toy):
     done = run(toy)
     assert done.exit_code == 0, done.output
-    files = sorted((toy / "results/toy").iterdir())
+    files = sorted((toy / "results/toy").glob("[0-9]*.json"))
+    told = json.loads((toy / "results/toy/spectrum.json").read_text())
+    energies = {
+        json.loads(file.read_text()).get("rank"): json.loads(file.read_text()).get("energy") for file in files[2:5]
+    }
+    assert [told["energy at"][str(rank)] for rank in (2, 4, 8)] == pytest.approx([energies[rank] for rank in (2, 4, 8)])
     names = [json.loads(file.read_text())["row"] for file in files]
     assert names == [
         *("base", "full fine-tune", "PHLoRA r=2", "PHLoRA r=4", "PHLoRA r=8"),
@@ -85,19 +91,37 @@ def test_every_row_is_made_once_and_stands_on_the_page(toy):
         assert f"| {100 * sum(values) / 4:.1f} (" in line
         assert ("energy" in row) is (re.search(r"r=\d+$", row["row"]) is not None and "PHLoRA" in row["row"])
     assert "| Nova Lite | 0 / 0 | 83.89 / 48.85 |" in text  # the paper's row, as its Table 3 has it
+    assert page.with_name("PAPER-energy.svg").is_file()
     assert "said" not in row
     assert len(list((toy / "work/toy/said").iterdir())) == len(files)
 
 
 def test_every_set_of_the_paper_has_a_loader_and_every_configuration_a_set():
     configs = {Settings.read(file).task for file in HERE.glob("*-*.json")}
-    assert configs <= TASKS.keys() == json.loads((HERE / "published.json").read_text()).keys()
+    assert configs <= TASKS.keys() >= json.loads((HERE / "published.json").read_text()).keys()
+
+
+def test_the_page_is_what_the_command_makes_of_the_results():
+    assert (HERE.parent / "PAPER.md").read_text(encoding="utf-8") == made(HERE / "results")
 
 
 def test_a_row_that_is_none_and_data_that_are_not_there_are_a_line(toy, tmp_path):
     assert "there are ['base'" in run(toy, "--row", "nothing").output
     told = run(toy, "--data", str(tmp_path), "--results", str(tmp_path))
     assert "Error: There is no `tatqa_dataset_dev.json`" in told.output
+
+
+def test_a_set_without_a_network_or_a_model_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for task, line in (
+        ("mkfe", "Error: `owkin/medical_knowledge_from_extracts` was not f"),
+        ("msvd", "Error: No model"),
+    ):
+        config = tmp_path / f"{task}.json"
+        config.write_text(json.dumps({"model": "nothing", "task": task}))
+        told = CliRunner().invoke(main, ["run", str(config), "--work", str(tmp_path)])
+        assert told.exit_code == 1
+        assert told.output.startswith(line)
 
 
 def test_an_interval_is_of_the_mean():

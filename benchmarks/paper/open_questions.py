@@ -1,0 +1,160 @@
+"""What the paper leaves open, with what our runs and its own tables say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .beside import PUBLISHED
+from .intervals import interval, rank_correlation
+from .results import Run, differences, mean
+from .task import PLAIN
+
+_FEW = 3
+
+
+def lines(found: Sequence[Sequence[Run]]) -> list[str]:
+    """A section for each question of which there are rows."""
+    runs = [run for one in found for run in one]
+    return [*_prediction(runs), *_at_32(runs), *_preferences(runs), *_refinement(runs)]
+
+
+def _prediction(runs: Sequence[Run]) -> list[str]:
+    ranked = [run for run in runs if len(run.extracted) >= _FEW]
+    if not ranked:
+        return []
+    text = [
+        "## Does E_r predict the score?",
+        "",
+        "Within a fine-tune E_r and rank have one order, so that a correlation over ranks says no more of the one than",
+        "of the other. Over all fine-tunes the score is the share of the fine-tune's gain that an adapter has:",
+        "(adapter - base) / (fine-tune - base); of fine-tunes that gained less than a point there is none.",
+        "",
+        "| pair | seed | ranks | Spearman's, E_r and score |",
+        "|---|--:|--:|--:|",
+    ]
+    text += [
+        f"| {run.config} | {run.settings.seed} | {len(run.extracted)} | {_told(_spearman(run, run.metrics[0]))} |"
+        for run in ranked
+    ]
+    points = [point for run in ranked for point in _gains(run)]
+    energies, ranks, gains = ([point[i] for point in points] for i in range(3))
+    if points:
+        text += [
+            "",
+            f"Over all {len(points)} adapters together: of E_r and gain {_told(rank_correlation(energies, gains))}, of "
+            f"rank and gain {_told(rank_correlation(ranks, gains))}.",
+        ]
+    for rank in sorted(set(ranks)):
+        alike = [(energy, gain) for energy, of, gain in points if of == rank]
+        if len(alike) > _FEW:
+            rho = rank_correlation(*zip(*alike, strict=True))
+            text.append(f"At rank {rank:g} alone, over {len(alike)} fine-tunes: {_told(rho)}.")
+    return [*text, "", *_of_the_paper(), ""]
+
+
+def _spearman(run: Run, metric: str) -> float:
+    rows = run.extracted
+    return rank_correlation([row["energy"] for row in rows], [mean(row, metric) for row in rows])
+
+
+def _gains(run: Run) -> list[tuple[float, float, float]]:
+    metric = run.metrics[0]
+    base, full = run.row("base"), run.row("full fine-tune")
+    if base is None or full is None or mean(full, metric) - mean(base, metric) < 0.01:
+        return []
+    start, whole = mean(base, metric), mean(full, metric) - mean(base, metric)
+    return [(row["energy"], row["rank"], (mean(row, metric) - start) / whole) for row in run.extracted]
+
+
+def _of_the_paper() -> list[str]:
+    """Its text says that there is a clear correlation; here are its own numbers."""
+    found, at_32 = [], []
+    for told in PUBLISHED.values():
+        for row in told["rows"]:
+            full, *cells = (re.findall(r"[\d.]+", row[i]) for i in (2, 4, 5, 6))
+            for metric, whole in enumerate(map(float, full)):
+                energies, scores = zip(*((float(cell[-1]), float(cell[metric])) for cell in cells), strict=True)
+                found.append(rank_correlation(energies, scores))
+                at_32.append((energies[0], scores[0] / whole))
+    ordered = [one for one in found if one == one]
+    return [
+        f'The paper sees "a clear correlation". Of its {len(found)} series of three ranks (a model, a set, a metric) '
+        f"{sum(one > 0.99 for one in ordered)} grow with E_r throughout, {sum(one < -0.99 for one in ordered)} fall "
+        f"throughout, {len(found) - len(ordered)} stay the same; the mean of Spearman's is "
+        f"{sum(ordered) / len(ordered):.2f}. Of E_32 and the share of the fine-tune's score at 32, over all series: "
+        f"{_told(rank_correlation(*zip(*at_32, strict=True)))}.",
+    ]
+
+
+def _at_32(runs: Sequence[Run]) -> list[str]:
+    known = [
+        (run, run.spectrum["energy at"]["32"]) for run in runs if run.spectrum and "32" in run.spectrum["energy at"]
+    ]
+    if not known:
+        return []
+    shares = ", ".join(f"{run.config} (seed {run.settings.seed}) {100 * share:.1f} %" for run, share in known)
+    within = sum(0.345 <= share < 0.445 for _, share in known)
+    return [
+        "## Do the paper's energies, 35 to 44 % at rank 32, hold?",
+        "",
+        f"Of our {len(known)} fine-tunes {within} lie in that range: {shares}. Our models are small, so that 32 is",
+        "more of their full rank, and see few steps: the numbers are those of these pairs.",
+        "",
+    ]
+
+
+def _preferences(runs: Sequence[Run]) -> list[str]:
+    taught = [run for run in runs if run.spectrum and run.settings.model == "smollm2"]
+    if not any("preferences" in run.settings.task for run in taught):
+        return []
+    text = [
+        "## What does a preference delta look like?",
+        "",
+        "Full fine-tunes of one base, by what they were trained on. They differ in learning rate and steps too.",
+        "",
+        "| pair | learning rate | steps | delta | E_1 | E_8 | E_32 | stable rank |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for run in taught:
+        at, settings = (run.spectrum or {})["energy at"], run.settings
+        steps = -(-run.rows[0]["trained on"] // settings.batch) * settings.epochs
+        text.append(
+            f"| {run.config} | {settings.lr:g} | {steps:g} | {100 * (run.spectrum or {})['relative_delta']:.2f} % | "
+            + " | ".join(f"{100 * at[rank]:.1f}" for rank in ("1", "8", "32"))
+            + f" | {1 / at['1']:.1f} |"
+        )
+    return [*text, ""]
+
+
+def _refinement(runs: Sequence[Run]) -> list[str]:
+    text = []
+    for run in runs:
+        for row in run.rows:
+            name, _, how = row["row"].partition(", refined ")
+            start = run.row(name)
+            if how and start is not None:
+                for metric in run.metrics:
+                    values = differences(row, start, metric)
+                    low, high = interval(values)
+                    scale = 1 if metric in PLAIN else 100
+                    text.append(
+                        f"| {run.config} | {name} | {how} | {metric} | {scale * sum(values) / len(values):+.2f} | "
+                        f"{scale * low:+.2f} to {scale * high:+.2f} |"
+                    )
+    if not text:
+        return []
+    return [
+        "## What does refinement change?",
+        "",
+        "The refined adapter less the one that it was made of, question by question, with 95 % of bootstrap samples.",
+        "",
+        "| pair | adapter | refined | metric | difference | interval |",
+        "|---|---|---|---|--:|--:|",
+        *text,
+        "",
+    ]
+
+
+def _told(rho: float) -> str:
+    return f"{rho:.2f}" if rho == rho else "no order"
