@@ -55,7 +55,8 @@ def main(commit: str, work: Path, runs: int) -> None:
     lines = ["# Against an earlier commit", "", f"This tree beside `{commit}`. {machine()}", ""]
     lines += [" ".join((__doc__ or "").split("\n\n")[1].split()), ""]
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", commit, "peft_posthoc"], check=True, capture_output=True).stdout
+        command = ["git", "-C", str(HERE.parent), "archive", commit, "peft_posthoc"]
+        archive = subprocess.run(command, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
         for name, shape in SHAPES.items():
             lines += table(name, rounds(*make(work / name, **shape), Path(folder), runs))
