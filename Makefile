@@ -77,8 +77,8 @@ bench: $(READY)  ## Side by side with the other extractors, the callback's cost,
 bench-serving: $(READY)  ## The paper's claims about serving, in PEFT and, where it is installed, in vLLM; 13 GB of disk.
 	$(BIN)/python benchmarks/serving.py
 
-paper: $(READY)  ## Rows of the paper's tables that are not there yet, hours on a CPU; DATA= the data set's folder.
-	$(BIN)/python -m benchmarks.paper run benchmarks/paper/$(PAPER).json --data '$(DATA)' --work .work/paper
+paper: $(READY)  ## Rows of the paper's tables that are not there yet, hours on a CPU; DATA= the data set's folder, PAPER= another experiment.
+	$(BIN)/python -m benchmarks.paper run benchmarks/paper/$(PAPER).json $(if $(DATA),--data '$(DATA)') --work .work/paper
 	$(BIN)/python -m benchmarks.paper page
 
 lint: $(READY)

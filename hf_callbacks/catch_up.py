@@ -1,19 +1,16 @@
-"""Adapters for the checkpoints of a run that is over.
-
-python -m hf_callbacks.catch_up RUN_DIR --base BASE
-"""
+"""`phlora catch-up`: adapters for the checkpoints of a run that is over."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-from tqdm import tqdm
 
 from hf_callbacks.base import Base
 from hf_callbacks.jobs import Done, Job
@@ -21,14 +18,15 @@ from hf_callbacks.memory import Memory, remembered
 from hf_callbacks.metrics import eval_losses, read_report
 from hf_callbacks.run import FINAL, Run, checkpoint_name
 from peft_posthoc.checkpoints.model_files import weight_files
-from peft_posthoc.cli.options import CHOICE, NAMES, option
-from peft_posthoc.cli.output import one_line_errors
+from peft_posthoc.cli.options import CHOICE, NAMES, OUTPUT, option
+from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.fleet.extract_many import extract_many
 from peft_posthoc.json_file import read_json
+from peft_posthoc.progress import progress_bar
 from peft_posthoc.ranks.words import WORDS
 from peft_posthoc.refinement.refining import Refining
 from peft_posthoc.sources import open_checkpoint
@@ -50,15 +48,25 @@ class _AsTheRun(click.Command):
             ctx.default_map = {name: value for name, value in run.items() if name not in said}
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        with one_line_errors("catch_up", debug=False, option="Python's -X dev", nothing="What is made stays."):
-            return super().invoke(ctx)
-
 
 _OF_RANKS = set(WORDS)
 
 
-@click.command(cls=_AsTheRun)
+class _CaughtUp(NamedTuple):
+    """What there is now."""
+
+    out: Path
+    adapters: list[str]
+    failures: list[str]
+
+    def table(self) -> str:
+        return f"{len(self.adapters)} adapters are in {self.out}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"out": str(self.out), "adapters": self.adapters, "failures": self.failures}
+
+
+@click.command("catch-up", cls=_AsTheRun)
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--base", help="The model that the run started from.  [default: what the callback wrote down]")
 @option("base_revision")
@@ -74,17 +82,23 @@ _OF_RANKS = set(WORDS)
 @option("with_tokenizer")
 @NAMES
 @AND_REFINE
+@OUTPUT
 def main(
     run_dir: Path,
     base: str | None,
     base_revision: str | None,
     rank: Asked,
+    quiet: bool,
+    json_to: str | None,
     **options: Any,
 ) -> None:
-    """Make the adapters that are missing: of every checkpoint in RUN_DIR, and `final`, the last or best one's.
+    """Make the adapters that a training run lacks: of every checkpoint in RUN_DIR, and `final`, the last or best one's.
 
-    Options that are not given are those of the run's callback, where there was one.
+    They go to RUN_DIR/phlora. Options that are not given are those of the run's callback, where there was one.
+
+    Example: phlora catch-up outputs --base Qwen/Qwen2.5-7B --rank 16
     """
+    check_file(json_to, "--json")
     memory, refining = _remembered(run_dir, needed=base is None), refining_if_asked(options)
     try:
         request = Request.of(rank.one() or 32, **options)
@@ -97,31 +111,35 @@ def main(
     if run.claim() is not None:
         raise click.ClickException(f"A training run is at work in `{run_dir}`. It makes its adapters itself.")
     try:
-        failed = _make(run, best=memory.best if memory else None, refining=refining)
+        failures = _make(run, best=memory.best if memory else None, refining=refining, progress=not quiet)
     finally:
         run.stop()
-    click.echo(f"{len(run.adapters())} adapters are in {run.out}")
-    if failed:
+    made = [path.name for _, path in sorted(run.adapters().items())]
+    made += [FINAL] if (run.out / FINAL).is_dir() else []
+    show(_CaughtUp(run.out, made, failures), json_to, quiet=quiet)
+    if failures:
         raise click.exceptions.Exit(1)
 
 
-def _make(run: Run, *, best: bool | None, refining: Refining | None) -> bool:
+def _make(run: Run, *, best: bool | None, refining: Refining | None, progress: bool) -> list[str]:
     """Make what is missing.
 
     Args:
         run: The run.
         best: Whether `final` is its best checkpoint's; None: as the trainer's state says.
         refining: How `final` is refined.
+        progress: Show a bar.
 
     Returns:
-        Whether something failed.
+        What failed, which stderr has too.
     """
     missing = run.missing()
     if not missing and not run.adapters():
         raise click.ClickException(f"There are no checkpoints in `{run.folder}`.")
-    done = _together(run, missing)
+    done = _together(run, missing, progress=progress)
     left = {step: folder for step, folder in missing.items() if step not in {one.job.step for one in done}}
-    done += [done for step, folder in tqdm(left.items(), desc="Adapters") for done in run.make(folder, step)]
+    steps = progress_bar(left.items(), progress=progress, desc="Adapters")
+    done += [done for step, folder in steps for done in run.make(folder, step)]
     if run.adapters() and refining is not None and not _is_refined(run):
         step = _final_step(run, best=best)
         if step not in run.checkpoints():
@@ -138,10 +156,10 @@ def _make(run: Run, *, best: bool | None, refining: Refining | None) -> bool:
         failures.append(f"There is no page of the adapters: {one_line(error)}")
     for failure in failures:
         click.echo(failure, err=True)
-    return bool(failures)
+    return failures
 
 
-def _together(run: Run, missing: Mapping[int, Path]) -> list[Done]:
+def _together(run: Run, missing: Mapping[int, Path], *, progress: bool) -> list[Done]:
     """Make the adapters that can be made from one reading of the base.
 
     What goes wrong is left to be told where each is made by itself; so are DeepSpeed's partitions, of which some take a
@@ -161,7 +179,7 @@ def _together(run: Run, missing: Mapping[int, Path]) -> list[Done]:
         return []
     request = Request.of(run.request, base_revision=run.base.revision)
     try:
-        fleet = extract_many(run.base.source, opened, request, out=made, force=True, progress=True)
+        fleet = extract_many(run.base.source, opened, request, out=made, force=True, progress=progress)
     except (PosthocError, ValueError):
         return []
     done = [run.ended(Done(jobs[one.name], None)) for one in fleet.members if one.error is None]
@@ -205,5 +223,7 @@ def _remembered(run_dir: Path, *, needed: bool) -> Memory | None:
         raise click.ClickException(f"{one_line(error)}. Give --base.") from error
 
 
-if __name__ == "__main__":
-    main(prog_name="python -m hf_callbacks.catch_up")
+if __name__ == "__main__":  # as before it was a command of `phlora`
+    from peft_posthoc.cli.main import main as phlora
+
+    phlora(["catch-up", *sys.argv[1:]], prog_name="phlora")

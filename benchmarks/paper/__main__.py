@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .results import SPECTRUM
-from .settings import Settings
+from .settings import TASKS, Settings
+from .task import fetched
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -25,20 +26,21 @@ def main() -> None:
 
 @main.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), default="data", help="The task's local folder.")
+@click.option("--data", type=click.Path(path_type=Path), help="The task's local folder. Default: its home on the hub.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="For models and adapters; kept.")
 @click.option("--seed", "only", type=int, help="This one of its seeds alone.")
 @click.option("--row", "chosen", multiple=True, help="Those alone. Default: all that are not there yet.")
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
-def run(config: Path, data: Path, work: Path, only: int | None, chosen: tuple[str, ...], results: Path) -> None:
+def run(config: Path, data: Path | None, work: Path, only: int | None, chosen: tuple[str, ...], results: Path) -> None:
     """Make the rows of CONFIG that are not there yet: a file each in RESULTS. Interrupted, the same command goes on."""
     from .experiment import Experiment, rows
 
     settings = Settings.read(config)
-    if unknown := set(chosen) - rows(settings).keys():
-        raise click.BadParameter(f"{sorted(unknown)}: there are {list(rows(settings))}.")
     work, results = work / config.stem, results / config.stem
     try:
+        if unknown := set(chosen) - rows(settings).keys():
+            raise click.BadParameter(f"{sorted(unknown)}: there are {list(rows(settings))}.")
+        data = data or fetched(TASKS[settings.task].home)
         if settings.seeds is None:
             _rows(Experiment(settings, data, work), chosen, results)
         for seed in settings.seeds or ():
@@ -46,7 +48,7 @@ def run(config: Path, data: Path, work: Path, only: int | None, chosen: tuple[st
                 name = f"seed-{seed}"
                 made = Experiment(replace(settings, seed=seed, seeds=None), data, work / name, shared=work)
                 _rows(made, chosen, results / name)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotImplementedError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -63,7 +65,8 @@ def _rows(made: Experiment, chosen: tuple[str, ...], results: Path) -> None:
         _write(file, found)
         means = {metric: sum(one.values()) / len(one) for metric, one in found["metrics"].items()}
         click.echo(f"{name}: {means}")
-    if not (results / SPECTRUM).is_file() and not chosen:
+    largest = made.work / f"svd-{max(made.settings.ranks)}"
+    if not (results / SPECTRUM).is_file() and largest.is_dir():
         _write(results / SPECTRUM, made.spectrum() | where())
 
 

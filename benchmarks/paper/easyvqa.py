@@ -1,6 +1,7 @@
 """Easy-VQA (Zhou, 2019): questions on a coloured shape, in images of 64 by 64 that arrive with a package.
 
-The base is trained on what shape and what colour there is, the fine-tune on what is true of the image, yes or no.
+The base is trained on colours, the fine-tune on shapes. Those with yes and no are left alone: 82.5 % of those in
+the test set are right by the question alone, the image unseen.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ from pathlib import Path
 from .task import Question, Sets, needed
 
 ORIGIN = "the package `easy-vqa`: `pip install easy-vqa`, and the folder is `easy_vqa/data` of it"
-_BINARY = {"yes", "no"}
+_SHAPES = {"circle", "rectangle", "triangle"}
+_COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
 
 class EasyVQA:
-    """Yes or no."""
+    """Which shape an image shows."""
 
-    about = "Easy-VQA (Zhou, 2019), https://github.com/vzhou842/easy-VQA, MIT; yes and no"
+    about = "Easy-VQA (Zhou, 2019), https://github.com/vzhou842/easy-VQA, MIT, its questions for a shape"
     metrics = ("accuracy",)
     kind = "images"
+    home = None
 
     def load(self, source: Path) -> Sets:
-        return Sets(*([one for one in read(source, part) if one.answer in _BINARY] for part in ("train", "test")))
+        return Sets(*([one for one in read(source, part) if one.answer in _SHAPES] for part in ("train", "test")))
 
     def score(self, question: Question, said: str) -> Mapping[str, float]:
         return {"accuracy": float(said == question.answer)}
 
 
-def others(source: Path) -> list[Question]:
-    """The training questions that are not the task's."""
-    return [one for one in read(source, "train") if one.answer not in _BINARY]
+def colours(source: Path) -> list[Question]:
+    """What the base is trained on."""
+    return [one for one in read(source, "train") if one.answer in _COLOURS]
 
 
 def read(source: Path, part: str) -> Iterator[Question]:

@@ -25,6 +25,7 @@ class MedMCQA:
     about = f"MedMCQA (Pal et al., 2022), {ORIGIN}, Apache-2.0"
     metrics = ("accuracy", "answered")
     kind = "answers"
+    home = None
 
     def load(self, source: Path) -> Sets:
         return Sets(*(list(_read(needed(source, name, ORIGIN))) for name in ("train.json", "dev.json")))

@@ -17,7 +17,8 @@ from typing import Any
 
 from .task import Question, Sets, needed, sample
 
-ORIGIN = "https://huggingface.co/datasets/owkin/medical_knowledge_from_extracts"
+HOME = "owkin/medical_knowledge_from_extracts"
+ORIGIN = f"https://huggingface.co/datasets/{HOME}"
 TRAIN, TEST = 1000, 200  # the paper's sizes, of a file that is not split
 
 
@@ -27,6 +28,7 @@ class MKFE:
     about = f"Medical knowledge from extracts (Owkin, 2024), {ORIGIN}, Apache-2.0"
     metrics = ("key overlap", "value overlap")
     kind = "answers"
+    home = HOME
 
     def load(self, source: Path) -> Sets:
         drawn = sample(list(_read(needed(source, "finetuning_train.csv", ORIGIN))), TRAIN + TEST)

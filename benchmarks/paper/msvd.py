@@ -27,7 +27,8 @@ class MSVD:
         "the clips are YouTube's"
     )
     metrics = ("ROUGE-L", "CIDEr")
-    kind = "images"
+    kind = "clips"
+    home = None
 
     def load(self, source: Path) -> Sets:
         told = json.loads(needed(source, "msvc.json", ORIGIN).read_text(encoding="utf-8"))

@@ -45,6 +45,11 @@ def _prediction(runs: Sequence[Run]) -> list[str]:
             f"Over all {len(points)} adapters together: of E_r and gain {_told(rank_correlation(energies, gains))}, of "
             f"rank and gain {_told(rank_correlation(ranks, gains))}.",
         ]
+    for rank in sorted(set(ranks)):
+        alike = [(energy, gain) for energy, of, gain in points if of == rank]
+        if len(alike) > _FEW:
+            rho = rank_correlation(*zip(*alike, strict=True))
+            text.append(f"At rank {rank:g} alone, over {len(alike)} fine-tunes: {_told(rho)}.")
     return [*text, "", *_of_the_paper(), ""]
 
 
@@ -63,20 +68,22 @@ def _gains(run: Run) -> list[tuple[float, float, float]]:
 
 
 def _of_the_paper() -> list[str]:
-    """Its text says that there is a clear correlation; its own three ranks of each fine-tune."""
-    found: list[float] = []
+    """Its text says that there is a clear correlation; here are its own numbers."""
+    found, at_32 = [], []
     for told in PUBLISHED.values():
         for row in told["rows"]:
-            cells = [re.findall(r"[\d.]+", cell) for cell in row[4:]]
-            for metric in range(len(cells[0]) - 1):
+            full, *cells = (re.findall(r"[\d.]+", row[i]) for i in (2, 4, 5, 6))
+            for metric, whole in enumerate(map(float, full)):
                 energies, scores = zip(*((float(cell[-1]), float(cell[metric])) for cell in cells), strict=True)
                 found.append(rank_correlation(energies, scores))
+                at_32.append((energies[0], scores[0] / whole))
     ordered = [one for one in found if one == one]
     return [
         f'The paper sees "a clear correlation". Of its {len(found)} series of three ranks (a model, a set, a metric) '
         f"{sum(one > 0.99 for one in ordered)} grow with E_r throughout, {sum(one < -0.99 for one in ordered)} fall "
         f"throughout, {len(found) - len(ordered)} stay the same; the mean of Spearman's is "
-        f"{sum(ordered) / len(ordered):.2f}.",
+        f"{sum(ordered) / len(ordered):.2f}. Of E_32 and the share of the fine-tune's score at 32, over all series: "
+        f"{_told(rank_correlation(*zip(*at_32, strict=True)))}.",
     ]
 
 

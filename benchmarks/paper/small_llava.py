@@ -1,4 +1,4 @@
-"""A small vision-language model, trained from a configuration on what Easy-VQA's images show."""
+"""A small vision-language model, trained from a configuration on the colours of Easy-VQA's shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .seeing import Images
 from .task import SEED, Question, sample
 
 SIDE, PATCH, WIDTH, LAYERS, HEADS = 64, 16, 128, 3, 4
-QUESTIONS, BATCH, EPOCHS, LR = 3200, 32, 3, 1e-3
+QUESTIONS, BATCH, EPOCHS, LR = 3200, 32, 2, 1e-3
 _SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 3 * WIDTH,
@@ -51,7 +51,7 @@ def make(folder: Path, data: Path) -> None:
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    Images().trainer(model, arguments, sample(easyvqa.others(data), QUESTIONS), processor).train()
+    Images().trainer(model, arguments, sample(easyvqa.colours(data), QUESTIONS), processor).train()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -35,12 +35,14 @@ class Sets(NamedTuple):
 class Task(Protocol):
     """A data set with its metrics.
 
-    `about` names source and licence, `metrics` has the names that `score` gives, `kind` is the one of the model.
+    `about` names source and licence, `metrics` has the names that `score` gives, `kind` is the one of the model,
+    `home` the set's name on the hub, where its files there are the ones that `load` reads.
     """
 
     about: str
     metrics: tuple[str, ...]
     kind: str
+    home: str | None
 
     def load(self, source: Path) -> Sets:
         """All questions of a local folder, as the data set's own files have them.
@@ -67,6 +69,22 @@ def needed(source: Path, name: str, origin: str) -> Path:
     if not (source / name).is_file():
         raise FileNotFoundError(f"There is no `{name}` in `{source}`: it comes from {origin}.")
     return source / name
+
+
+def fetched(home: str | None) -> Path:
+    """The folder with a data set of the hub; this one, for a set that has no home there.
+
+    Raises:
+        FileNotFoundError: The hub cannot be reached, and the set is not there from an earlier time.
+    """
+    if home is None:
+        return Path()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(home, repo_type="dataset"))
+    except OSError as error:
+        raise FileNotFoundError(f"`{home}` was not fetched from the hub: give its folder with `--data`.") from error
 
 
 def sample(questions: Sequence[T], count: int | None) -> list[T]:

@@ -31,6 +31,7 @@ class TatQA:
     about = f"TAT-QA (Zhu et al., 2021), {ORIGIN}, CC BY 4.0"
     metrics = ("exact match", "F1", "literal")
     kind = "answers"
+    home = None
 
     def load(self, source: Path) -> Sets:
         train = next((source / name for name in _TRAIN if (source / name).is_file()), None)

@@ -26,6 +26,7 @@ class TatQAPreferences:
     about = f"Preferences made of TAT-QA (Zhu et al., 2021), {ORIGIN}, CC BY 4.0"
     metrics = ("likelier", "margin")
     kind = "preferences"
+    home = None
 
     def load(self, source: Path) -> Sets:
         return Sets(*(list(_pairs(one)) for one in _both(source)))
@@ -42,6 +43,7 @@ class TatQARetrieval:
     about = f"Retrieval made of TAT-QA (Zhu et al., 2021), {ORIGIN}, CC BY 4.0"
     metrics = ("first", "reciprocal rank")
     kind = "retrieval"
+    home = None
 
     def load(self, source: Path) -> Sets:
         return Sets(*([Question(one.id, one.question, one.paragraph, None) for one in part] for part in _both(source)))

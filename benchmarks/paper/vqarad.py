@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .task import Question, Sets
 
-ORIGIN = "https://huggingface.co/datasets/flaviagiammarino/vqa-rad"
+HOME = "flaviagiammarino/vqa-rad"
+ORIGIN = f"https://huggingface.co/datasets/{HOME}"
 
 
 class VQARad:
@@ -22,6 +23,7 @@ class VQARad:
     about = f"VQA-RAD (Lau et al., 2018), {ORIGIN}, CC0 1.0"
     metrics = ("similarity", "exact")
     kind = "images"
+    home = HOME
 
     def load(self, source: Path) -> Sets:
         return Sets(list(_read(source, "train")), list(_read(source, "test")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from peft_posthoc.adapters.cast import widest
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.image_metadata import config_in
-from peft_posthoc.adapters.image_names import Named, read_name
+from peft_posthoc.adapters.image_names import Named, of_model, read_name
 from peft_posthoc.adapters.module import Kind, Module
 from peft_posthoc.adapters.names import PREFIX, patterns
 from peft_posthoc.adapters.plain import not_plain
@@ -47,12 +47,13 @@ class ImageFile(LoraFolder):
     Args:
         path: The file.
         component: One of those in it; None for the only one.
+        known: The names of the model's tensors, if it is known: they tell what a name in the file means.
 
     Raises:
         AdapterError: It cannot be read, has several components, or is more than factors, differences and whole weights.
     """
 
-    def __init__(self, path: Path, component: str | None = None) -> None:
+    def __init__(self, path: Path, component: str | None = None, known: Iterable[str] = ()) -> None:
         self.label = str(path) if component is None else f"{path}:{component}"
         self.place, self.files = path.absolute().parent, (path,)
         try:
@@ -62,8 +63,10 @@ class ImageFile(LoraFolder):
         self._own = file
         named = _named(file, self.label)
         family = _family(named, file)
-        self._turned = _turned(named, family, file)
-        by_component = _sorted(named, family, self.label)
+        self._known = {*known}
+        own = of_model(self._known)
+        self._turned = {name for name in _turned(named, family, file) if named[name].flat not in own}
+        by_component = _sorted(named, family, own, self.label)
         if component not in (by_component if component else (None,)):
             raise AdapterError(f"`{path}` has nothing for `{component}`; it has {', '.join(by_component)}.")
         if component is None and len(by_component) > 1:
@@ -100,9 +103,13 @@ class ImageFile(LoraFolder):
             yield f"{own}.weight", self._cut(parts["set_weight"], rows)
         for part, leaf in (("diff", "weight"), ("diff_b", "bias")):
             if part in parts:
-                name = module if module.endswith(_PARAMETERS) else f"{module}.{leaf}"
-                self._added[name] = key = f"{own}.{part}"
+                self._added[self._tensor_of(module, leaf)] = key = f"{own}.{part}"
                 yield key, self._cut(parts[part], rows)
+
+    def _tensor_of(self, module: str, leaf: str) -> str:
+        if module in self._known or (not self._known and module.endswith(_PARAMETERS)):
+            return module
+        return f"{module}.scale" if f"{module}.scale" in self._known else f"{module}.{leaf}"
 
     def _down(self, parts: Mapping[str, str]) -> Piece:
         if "mid" not in parts:
@@ -247,7 +254,7 @@ def _turned(named: Mapping[str, Named], family: str | None, file: File) -> set[s
 
 
 def _sorted(
-    named: Mapping[str, Named], family: str | None, label: str
+    named: Mapping[str, Named], family: str | None, own: Mapping[str, str], label: str
 ) -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
     """The file's names of parts, by component and modules.
 
@@ -256,7 +263,8 @@ def _sorted(
     """
     found: dict[str, dict[tuple[str, ...], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name, one in named.items():
-        parts = found[one.component][one.modules(family)]
+        known = one.component == "denoiser" and one.flat in own
+        parts = found[one.component][(own[one.flat],) if known else one.modules(family)]
         if one.part in parts:
             raise AdapterError(f"`{label}` holds both `{parts[one.part]}` and `{name}`.")
         parts[one.part] = name

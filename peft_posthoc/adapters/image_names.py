@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from peft_posthoc.models.original_modules import parts_of
+from peft_posthoc.models.original import PREFIXES
+from peft_posthoc.models.original_modules import as_loaded, parts_of
 
 _PARTS = {
     "down": r"\.lora_down(\.weight)?|(\.|_)lora\.down\.weight|\.lora_A(\.default)?\.weight|"
@@ -79,9 +81,14 @@ class Named(NamedTuple):
     original: bool
     """Whether it may be its author's name, not that of diffusers."""
 
+    @property
+    def flat(self) -> str:
+        """The module's name with underscores for dots."""
+        return self.module.replace(".", "_")
+
     def is_called(self, original: str) -> bool:
         """Whether it is an author's module of this name."""
-        return self.module == (original.replace(".", "_") if self.underscored else original)
+        return self.flat == original.replace(".", "_")
 
     def modules(self, family: str | None) -> tuple[str, ...]:
         """By diffusers' names, those whose rows it has one below the other.
@@ -98,7 +105,7 @@ class Named(NamedTuple):
             dotted = re.sub(
                 r"\.(to_out|attention\.out)$", lambda old: f".{old[1].replace('.out', '.to_out')}.0", dotted
             )
-        return (_of_sgm(dotted),)
+        return (of_sgm(dotted),)
 
 
 def read_name(name: str) -> Named | None:
@@ -117,7 +124,16 @@ def read_name(name: str) -> Named | None:
     return None
 
 
-def _of_sgm(module: str) -> str:
+def of_model(names: Iterable[str]) -> dict[str, str]:
+    """The modules and parameters of a model, by their names, and ComfyUI's, with underscores for dots."""
+    names = list(names)
+    prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in names)), "")
+    own = {re.sub(r"\.(weight|bias|scale)$", "", name) for name in names if name.startswith(prefix)}
+    found = {as_loaded(name.removeprefix(prefix), names).replace(".", "_"): name for name in own}
+    return found | {name.removeprefix(prefix).replace(".", "_"): name for name in own}
+
+
+def of_sgm(module: str) -> str:
     """Diffusers' name of a module of a UNet that may be called as its first code does; of three layers a block."""
     if module in _SGM_ENDS:
         return _SGM_ENDS[module]

@@ -13,7 +13,8 @@ COMPONENT = click.option(
     "components",
     multiple=True,
     metavar="NAME[=RANK]",
-    help="Of pipelines: this part, such as transformer or text_encoder, into OUT/NAME. May be given again.",
+    help="Of pipelines: this part, such as transformer or text_encoder, into OUT/NAME; with --to into OUT. May be "
+    "given again.",
 )
 
 

@@ -78,7 +78,7 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
-    check_alone(components, out=out, to=to, html=html, json=json_to, refine=asked)
+    check_alone(components, out=out, html=html, json=json_to, refine=asked)
     if out is not None:
         if to is not None:
             raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
@@ -92,16 +92,17 @@ def extract(
         raise click.UsageError("Missing argument 'OUT'.")
     if len(tuned) > 2:
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
+    whole = Component(base, tuned[0], Path(tuned[1]), None)
+    parts = components_of(components, *whole[:3])
     if to is not None:
         if asked is not None or html is not None:
             raise click.UsageError("--to goes without --refine and --html.")
         if to == "comfyui" and click.get_current_context().get_parameter_source("form") is ParameterSource.DEFAULT:
             options["form"] = "peft"
         write_as(
-            base,
-            tuned[0],
+            parts or [whole],
             rule,
-            Path(tuned[1]),
+            whole.out,
             to,
             force=force,
             dry_run=dry_run,
@@ -110,8 +111,7 @@ def extract(
             **options,
         )
         return
-    parts = components_of(components, base, tuned[0], Path(tuned[1]))
-    for part in parts or [Component(base, tuned[0], Path(tuned[1]), None)]:
+    for part in parts or [whole]:
         with noting(f"This is of the component `{part.out.name}`.") if parts else contextlib.nullcontext():
             _one(
                 part.base,

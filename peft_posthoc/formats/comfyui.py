@@ -9,12 +9,11 @@ from torch import Tensor
 
 from peft_posthoc.adapters.factors import Factors
 from peft_posthoc.adapters.on_model import AdapterOnModel
-from peft_posthoc.formats.comfyui_names import SINGLE, Place, bias_of, parameter_of, place_of
-from peft_posthoc.formats.components import Component, components, filed, summands
+from peft_posthoc.formats.comfyui_names import Place, bias_of, of_file, parameter_of, weight_of
+from peft_posthoc.formats.components import Component, components, factors_of, filed, summands
 from peft_posthoc.formats.kohya import weight
 from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
-from peft_posthoc.models.original import PREFIXES
 from peft_posthoc.models.original_modules import swapped
 from peft_posthoc.progress import progress_bar
 
@@ -42,8 +41,8 @@ def write(
         AdapterError: A model is none that ComfyUI has names for which are known here, something in an adapter has none,
             or the file cannot be written.
     """
-    single = None if more else _of_file(deltas)
-    parts = [single] if single else components([deltas, *more])
+    single = None if more else of_file(deltas)
+    parts = [single] if single else components([deltas, *more], named=False)
     dtype = dtype or deltas.folder.dtype()
     tensors: dict[str, Tensor] = {}
     for part in parts:
@@ -59,12 +58,6 @@ def _notes(tensors: dict[str, Tensor]) -> list[str]:
     return [f"{count} tensors without factors are in it as differences, which ComfyUI alone reads."] if count else []
 
 
-def _of_file(deltas: AdapterOnModel) -> Component | None:
-    """The model of a single file under its original names, which ComfyUI has too; None of another."""
-    named = any(name.startswith(PREFIXES) for name in deltas.names)
-    return Component("diffusion_model", SINGLE, deltas) if named and not deltas.base.config else None
-
-
 def _tensors(part: Component, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
     """A component's tensors, by key.
 
@@ -74,7 +67,7 @@ def _tensors(part: Component, dtype: torch.dtype, progress: bool) -> dict[str, T
     deltas, more = part.deltas, summands(part.deltas)
     weights = dict.fromkeys([*deltas.names, *_with(more, "weight")])
     found: dict[str, Tensor] = {}
-    for place in progress_bar({place_of(part, one): None for one in weights}, desc=part.name, progress=progress):
+    for place in progress_bar({weight_of(part, one): None for one in weights}, desc=part.name, progress=progress):
         found |= _weight(part, place, more, dtype)
     for place in {bias_of(part, one): None for one in _with(more, "bias")}:
         rows = [more[name] if (name := f"{one}.bias") in more else _zeros(deltas, one) for one in place.modules]
@@ -104,7 +97,7 @@ def _weight(part: Component, place: Place, more: Mapping[str, Tensor], dtype: to
         rows = [_dense(deltas, one, more.get(f"{one}.weight")) for one in modules]
         return {f"{key}.diff": _turned(torch.cat(rows) if len(rows) > 1 else rows[0], place)}
     if deltas.slots[modules[0]].kind.transposed:  # An embedding's weight is the other way round.
-        found = deltas.factors(modules[0])
+        found = factors_of(deltas, modules[0])
         a, b = filed(key, Factors(found.b.mT, found.a.mT), (), None, dtype)
         alpha = torch.tensor(float(len(a)), dtype=torch.float32)
         return {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": alpha}

@@ -6,13 +6,13 @@ those of the weights of its own model; of some models diffusers' names are known
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
+from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.formats.components import Component, old_name
 from peft_posthoc.models.original import PREFIXES
-from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, TURNED, fused
+from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, TURNED, as_loaded, fused, is_original
 from peft_posthoc.text import asked
 
 # Of whose modules ComfyUI knows diffusers' names, or that have the same.
@@ -31,17 +31,6 @@ _ALIKE = ("LTXVideoTransformer3DModel", "ZImageTransformer2DModel")
 SINGLE = "a single file"
 """The class of a model under its authors' names."""
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-# Names in the authors' file of HunyuanVideo, and of all that have norms of Flux' kind.
-_OF_HUNYUAN = (
-    (r"(txt_in\.[tc]_embedder|(time|vector|guidance)_in)\.(mlp\.0|linear_1)$", r"\1.in_layer"),
-    (r"(txt_in\.[tc]_embedder|(time|vector|guidance)_in)\.(mlp\.2|linear_2)$", r"\1.out_layer"),
-    (r"(_mod|\.modulation)\.linear$", r"\1.lin"),
-    (r"_attn_(qkv|proj)$", r"_attn.\1"),
-    (r"mlp\.fc1$", "mlp.0"),
-    (r"mlp\.fc2$", "mlp.2"),
-    (r"(_attn)_q_norm$|\.q_norm$", r"\1.norm.query_norm"),
-    (r"(_attn)_k_norm$|\.k_norm$", r"\1.norm.key_norm"),
-)
 
 
 class Place(NamedTuple):
@@ -55,7 +44,13 @@ class Place(NamedTuple):
     """Whether its halves are the other way round."""
 
 
-def place_of(part: Component, module: str) -> Place:
+def of_file(deltas: AdapterOnModel) -> Component | None:
+    """The model of a single file under its authors' names, which ComfyUI has too; None of another."""
+    named = deltas.base.config is None and is_original(deltas.base.headers)
+    return Component("diffusion_model", SINGLE, deltas) if named else None
+
+
+def weight_of(part: Component, module: str) -> Place:
     """The weight that a module's is in.
 
     Raises:
@@ -85,7 +80,7 @@ def bias_of(part: Component, module: str) -> Place:
     """
     found, is_part = original_of(part, module), part.cls in _FUSED and module.endswith(_PARTS)
     if not is_part and not (found and found.turned):
-        return place_of(part, module)
+        return weight_of(part, module)
     if found is None:
         raise AdapterError(
             f"ComfyUI adds nothing to a part of a fused bias (`{module}.bias`), and the name of the whole is not known "
@@ -135,14 +130,11 @@ def _of_file(part: Component, module: str) -> str:
     Raises:
         AdapterError: It is of another component, whose names are not known.
     """
-    prefix = next((one for one in PREFIXES if module.startswith(one)), None)
-    if prefix is None:
+    headers = part.deltas.base.headers
+    prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in headers)), "")
+    if not module.startswith(prefix):
         raise AdapterError(
             f"`{module}` in `{part.deltas.base.label}` is in no UNet or transformer. Leave what else is in the file "
             f"out when you extract: `{asked('include', '^(model.)?diffusion_model')}`."
         )
-    name = module.removeprefix(prefix)
-    if any("individual_token_refiner" in one for one in part.deltas.base.headers):
-        for pattern, new in _OF_HUNYUAN:
-            name = re.sub(pattern, new, name)
-    return f"diffusion_model.{name}"
+    return f"diffusion_model.{as_loaded(module.removeprefix(prefix), headers)}"

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peft_posthoc.adapters.image_names import of_sgm
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints.checkpoint import place_of
 from peft_posthoc.errors import AdapterError
-from peft_posthoc.formats.comfyui_names import Place, original_of
+from peft_posthoc.formats.comfyui_names import SINGLE, Place, of_file, original_of, weight_of
 from peft_posthoc.formats.components import Component, components, filed, old_name, one_below_another
 from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out
@@ -24,6 +25,8 @@ _AS_IN_DIFFUSERS = ("UNet2DConditionModel", "QwenImageTransformer2DModel")
 _BY_ORIGINALS = ("FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel")
 # But these two of SDXL, by whose names in diffusers A1111 and diffusers itself find nothing.
 _OF_SGM = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+
+_MODEL = "diffusion_model."
 
 
 def write(
@@ -51,7 +54,8 @@ def write(
         AdapterError: A model is no component whose names are known, an adapter is more than factors of linear layers
             and convolutions, or the file cannot be written.
     """
-    parts = components([deltas, *more])
+    single = None if more else of_file(deltas)
+    parts = [single] if single else components([deltas, *more], named=False)
     dtype = dtype or deltas.folder.dtype()
     tensors: dict[str, Tensor] = {}
     ranks: list[int] = []
@@ -89,6 +93,11 @@ def _places(part: Component) -> list[Place]:
     names = part.deltas.names
     if odd := [name for name in names if (kind := part.deltas.slots[name].kind).transposed or kind.stacked]:
         raise AdapterError(f"`{odd[0]}` is an embedding or of an expert, which kohya's format has no LoRA for.")
+    if part.cls == SINGLE:
+        own = {weight_of(part, name).key.removeprefix(_MODEL): (name,) for name in names}
+        # SDXL's go by their authors' names, those of the UNets before it by diffusers'.
+        before = not any(".label_emb." in name for name in part.deltas.base.headers)
+        return [Place(of_sgm(name) if before else name, modules) for name, modules in own.items()]
     if part.text or part.cls in _AS_IN_DIFFUSERS:
         return [Place(_OF_SGM.get(name, old_name(part, name)), (name,)) for name in names]
     if part.cls not in _BY_ORIGINALS:
@@ -96,13 +105,13 @@ def _places(part: Component) -> list[Place]:
             f"The names of `{part.cls}` in kohya's format are not known here. Known are "
             f"{', '.join((*_AS_IN_DIFFUSERS, *_BY_ORIGINALS))} and text encoders. Use `{asked('to', 'comfyui')}`."
         )
-    found = {}
+    found: dict[Place, None] = {}
     for name in names:
         if (place := original_of(part, name)) is None:
             raise AdapterError(
                 f"`{name}` has no name in kohya's format that is known here. Use `{asked('to', 'comfyui')}`."
             )
-        found[place._replace(key=place.key.removeprefix("diffusion_model."))] = None
+        found[place._replace(key=place.key.removeprefix(_MODEL))] = None
     return list(found)
 
 

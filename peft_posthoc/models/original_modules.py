@@ -135,6 +135,17 @@ _HUNYUAN = {
         )
     },
 }
+# Names in the authors' file of HunyuanVideo.
+_OF_HUNYUAN = (
+    (r"(txt_in\.[tc]_embedder|(time|vector|guidance)_in)\.(mlp\.0|linear_1)$", r"\1.in_layer"),
+    (r"(txt_in\.[tc]_embedder|(time|vector|guidance)_in)\.(mlp\.2|linear_2)$", r"\1.out_layer"),
+    (r"(_mod|\.modulation)\.linear$", r"\1.lin"),
+    (r"_attn_(qkv|proj)$", r"_attn.\1"),
+    (r"mlp\.fc1$", "mlp.0"),
+    (r"mlp\.fc2$", "mlp.2"),
+    (r"(_attn)_q_norm$|\.q_norm$", r"\1.norm.query_norm"),
+    (r"(_attn)_k_norm$|\.k_norm$", r"\1.norm.key_norm"),
+)
 # Everything else has the same names there.
 _LTX = {
     "patchify_proj": ("proj_in",),
@@ -182,6 +193,10 @@ FAMILIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 SWAPPED = "final_layer.adaLN_modulation.1"
 """An original whose halves, shift and scale, are the other way round in diffusers' `norm_out.linear`."""
+_ORIGINAL = re.compile(
+    r"(model\.)?diffusion_model\.|(input|double|single|joint|transformer)_blocks\.\d+\.|blocks\.\d+\.self_attn\."
+    r"|noise_refiner\."
+)
 TURNED = (
     *("FluxTransformer2DModel", "Flux2Transformer2DModel", "SD3Transformer2DModel"),
     "HunyuanVideoTransformer3DModel",
@@ -224,6 +239,11 @@ def family_of(originals: Mapping[str, bool], widening: int | None) -> str | None
     return found if counts.get(found) else None
 
 
+def is_original(names: Iterable[str]) -> bool:
+    """Whether a file is of an image or video model under its authors' names, or has one in it."""
+    return any(_ORIGINAL.match(name) for name in names)
+
+
 @cache
 def _beginnings(family: str) -> frozenset[str]:
     """What the names of blocks begin with, with dots and with underscores."""
@@ -259,6 +279,19 @@ def fused(family: str, modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
             if module in own:
                 found[name.replace("#", number)] = own
     return found
+
+
+def as_loaded(module: str, beside: Iterable[str]) -> str:
+    """ComfyUI's name of a module by its authors' name, which it changes when it loads a file of HunyuanVideo.
+
+    Args:
+        module: Its name.
+        beside: The names of all tensors in the file.
+    """
+    if any("individual_token_refiner" in name for name in beside):
+        for pattern, new in _OF_HUNYUAN:
+            module = re.sub(pattern, new, module)
+    return module
 
 
 def swapped(rows: Tensor) -> Tensor:

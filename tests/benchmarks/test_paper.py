@@ -111,6 +111,19 @@ def test_a_row_that_is_none_and_data_that_are_not_there_are_a_line(toy, tmp_path
     assert "Error: There is no `tatqa_dataset_dev.json`" in told.output
 
 
+def test_a_set_without_a_network_or_a_model_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for task, line in (
+        ("mkfe", "Error: `owkin/medical_knowledge_from_extracts` was not f"),
+        ("msvd", "Error: No model"),
+    ):
+        config = tmp_path / f"{task}.json"
+        config.write_text(json.dumps({"model": "nothing", "task": task}))
+        told = CliRunner().invoke(main, ["run", str(config), "--work", str(tmp_path)])
+        assert told.exit_code == 1
+        assert told.output.startswith(line)
+
+
 def test_an_interval_is_of_the_mean():
     assert interval([1.0] * 20) == (1.0, 1.0)
     low, high = interval([0.0, 1.0] * 50)

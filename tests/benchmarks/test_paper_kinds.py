@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.easyvqa import EasyVQA, others
+from benchmarks.paper.easyvqa import EasyVQA, colours
 from benchmarks.paper.preferring import Preferences
 from benchmarks.paper.retrieving import Retrieval
 from benchmarks.paper.task import Question
@@ -137,11 +137,12 @@ def test_a_model_that_sees(tmp_path):
         for i in range(count):
             Image.new("RGB", (64, 64), ["red", "blue"][i % 2]).save(tmp_path / part / "images" / f"{i}.png")
         told = [["what color is the shape?", ["red", "blue"][i % 2], i] for i in range(count)]
+        told += [["what shape is there?", ["circle", "triangle"][i % 2], i] for i in range(count)]
         told += [["is there a red shape?", ["yes", "no"][i % 2], i] for i in range(count)]
         (tmp_path / part / "questions.json").write_text(json.dumps(told * (20 if part == "train" else 1)))
     train, test = EasyVQA().load(tmp_path)
-    assert [one.answer for one in (*train[:4], *test)] == ["yes", "no", "yes", "no", "yes", "no"]
-    assert {one.answer for one in others(tmp_path)} == {"red", "blue"}
+    assert [one.answer for one in (*train[:4], *test)] == ["circle", "triangle"] * 3
+    assert {one.answer for one in colours(tmp_path)} == {"red", "blue"}
     base, full, *_ = run(
         tmp_path,
         {"model": "small-llava", "task": "easy-vqa", "zero_ranks": [], "lr": 1e-3, "answer_tokens": 2},

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from hf_callbacks import PosthocLoraCallback
-from hf_callbacks.catch_up import main as catch_up
 from peft_posthoc import extract
 from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.cli.main import main
 from tests.make.trainer_runs import WEIGHTS, adapters, here, same_factors, trainer
 
 
 def run_catch_up(*arguments):
-    return CliRunner().invoke(catch_up, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["catch-up", *map(str, arguments)])
 
 
 def test_a_run_that_is_over_is_caught_up_with(base, tmp_path):
