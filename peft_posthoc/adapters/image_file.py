@@ -65,7 +65,7 @@ class ImageFile(LoraFolder):
         family = _family(named, file)
         self._known = {*known}
         own = of_model(self._known)
-        self._turned = {name for name in _turned(named, family, file) if named[name].flat not in own}
+        self._turned = {name for name in _turned(named, family, file) if own.keys().isdisjoint(named[name].flat_names)}
         by_component = _sorted(named, family, own, self.label)
         if component not in (by_component if component else (None,)):
             raise AdapterError(f"`{path}` has nothing for `{component}`; it has {', '.join(by_component)}.")
@@ -263,8 +263,8 @@ def _sorted(
     """
     found: dict[str, dict[tuple[str, ...], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name, one in named.items():
-        known = one.component == "denoiser" and one.flat in own
-        parts = found[one.component][(own[one.flat],) if known else one.modules(family)]
+        known = next((own[flat] for flat in one.flat_names if flat in own), None)
+        parts = found[one.component][one.modules(family) if known is None else (known,)]
         if one.part in parts:
             raise AdapterError(f"`{label}` holds both `{parts[one.part]}` and `{name}`.")
         parts[one.part] = name

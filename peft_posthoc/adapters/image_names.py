@@ -86,6 +86,12 @@ class Named(NamedTuple):
         """The module's name with underscores for dots."""
         return self.module.replace(".", "_")
 
+    @property
+    def flat_names(self) -> tuple[str, ...]:
+        """That, and what transformers may call it: some of its text encoders are not in a `text_model`."""
+        within = self.flat.removeprefix("text_model_")
+        return (self.flat, within) if self.component.startswith("text_encoder") else (self.flat,)
+
     def is_called(self, original: str) -> bool:
         """Whether it is an author's module of this name."""
         return self.flat == original.replace(".", "_")

@@ -6,6 +6,7 @@ those of the weights of its own model; of some models diffusers' names are known
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from peft_posthoc.adapters.on_model import AdapterOnModel
@@ -30,6 +31,8 @@ _PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "pro
 _ALIKE = ("LTXVideoTransformer3DModel", "ZImageTransformer2DModel")
 SINGLE = "a single file"
 """The class of a model under its authors' names."""
+# In files of Stable Diffusion 1.5 and XL.
+_CLIP_L = re.compile(r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(text_model\.)?")
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -131,10 +134,12 @@ def _of_file(part: Component, module: str) -> str:
         AdapterError: It is of another component, whose names are not known.
     """
     headers = part.deltas.base.headers
+    if (text := _CLIP_L.match(module)) is not None:
+        return f"text_encoders.clip_l.transformer.text_model.{module[text.end() :]}"
     prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in headers)), "")
     if not module.startswith(prefix):
         raise AdapterError(
-            f"`{module}` in `{part.deltas.base.label}` is in no UNet or transformer. Leave what else is in the file "
-            f"out when you extract: `{asked('include', '^(model.)?diffusion_model')}`."
+            f"The name of `{module}` in `{part.deltas.base.label}` in such a file is not known here. Leave it out when "
+            f"you extract (`{asked('include', '^(model.)?diffusion_model')}`), or give the components' folders as base."
         )
     return f"diffusion_model.{as_loaded(module.removeprefix(prefix), headers)}"

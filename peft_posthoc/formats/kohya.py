@@ -26,7 +26,7 @@ _BY_ORIGINALS = ("FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransfor
 # But these two of SDXL, by whose names in diffusers A1111 and diffusers itself find nothing.
 _OF_SGM = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
-_MODEL = "diffusion_model."
+_MODEL, _CLIP = "diffusion_model.", "text_encoders.clip_l.transformer."
 
 
 def write(
@@ -63,7 +63,8 @@ def write(
     for part in parts:
         prefix = _prefix(part, parts)
         for place in progress_bar(_places(part), desc=part.name, progress=progress):
-            own = weight(part, place._replace(key=f"{prefix}{place.key.replace('.', '_')}"), dtype)
+            name = place.key.replace(".", "_")
+            own = weight(part, place._replace(key=name if name.startswith("lora_te") else f"{prefix}{name}"), dtype)
             tensors |= own
             ranks += [int(tensor) for name, tensor in own.items() if name.endswith(".alpha")]
     if max(ranks) > max(part.deltas.rank for part in parts):
@@ -94,10 +95,17 @@ def _places(part: Component) -> list[Place]:
     if odd := [name for name in names if (kind := part.deltas.slots[name].kind).transposed or kind.stacked]:
         raise AdapterError(f"`{odd[0]}` is an embedding or of an expert, which kohya's format has no LoRA for.")
     if part.cls == SINGLE:
-        own = {weight_of(part, name).key.removeprefix(_MODEL): (name,) for name in names}
         # SDXL's go by their authors' names, those of the UNets before it by diffusers'.
-        before = not any(".label_emb." in name for name in part.deltas.base.headers)
-        return [Place(of_sgm(name) if before else name, modules) for name, modules in own.items()]
+        wide = any(".label_emb." in name for name in part.deltas.base.headers)
+        found = []
+        for name in names:
+            key = weight_of(part, name).key
+            if key.startswith(_CLIP):
+                own = f"lora_te{'1' if wide else ''}_{key.removeprefix(_CLIP)}"
+            else:
+                own = key.removeprefix(_MODEL) if wide else of_sgm(key.removeprefix(_MODEL))
+            found.append(Place(own, (name,)))
+        return found
     if part.text or part.cls in _AS_IN_DIFFUSERS:
         return [Place(_OF_SGM.get(name, old_name(part, name)), (name,)) for name in names]
     if part.cls not in _BY_ORIGINALS:
@@ -105,14 +113,14 @@ def _places(part: Component) -> list[Place]:
             f"The names of `{part.cls}` in kohya's format are not known here. Known are "
             f"{', '.join((*_AS_IN_DIFFUSERS, *_BY_ORIGINALS))} and text encoders. Use `{asked('to', 'comfyui')}`."
         )
-    found: dict[Place, None] = {}
+    places: dict[Place, None] = {}
     for name in names:
         if (place := original_of(part, name)) is None:
             raise AdapterError(
                 f"`{name}` has no name in kohya's format that is known here. Use `{asked('to', 'comfyui')}`."
             )
-        found[place._replace(key=place.key.removeprefix(_MODEL))] = None
-    return list(found)
+        places[place._replace(key=place.key.removeprefix(_MODEL))] = None
+    return list(places)
 
 
 def _prefix(part: Component, parts: Sequence[Component]) -> str:
