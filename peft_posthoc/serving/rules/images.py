@@ -7,8 +7,8 @@ from peft_posthoc.serving.rules.rule import REFUSED, WARNING, WRONG, Rule
 
 _COMFY = "read: ComfyUI's comfy/lora.py"
 _A1111 = "read: A1111's extensions-builtin/Lora/networks.py"
-# By diffusers' names, modules that ComfyUI has as rows of a fused one.
 _OF_QWEN = (".txt_mlp.", ".txt_mod.", ".img_mlp.", ".img_mod.")
+# By diffusers' names, modules that ComfyUI has as rows of a fused one.
 _OF_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp")
 
 
