@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.components import COMPONENT, Component, check_alone, components_of
 from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
@@ -21,7 +22,15 @@ from peft_posthoc.cli.write_as import write_as
 from peft_posthoc.errors import ShareDone, noting
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "extract Qwen/Qwen2.5-7B me/its-fine-tune adapter --rank 16",
+        "extract base tuned adapter --energy 90% --head --embeddings",
+        "extract base tuned adapter --budget 64mb --dry-run",
+        "extract base tuned-a tuned-b --out adapters",
+    ],
+)
 @click.argument("base")
 @click.argument("tuned", nargs=-1, required=True, metavar="TUNED OUT | TUNED... --out DIR")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")

@@ -1,4 +1,4 @@
-"""`python -m hf_callbacks.catch_up`: adapters for the checkpoints of a run that is over."""
+"""`phlora catch-up`: adapters for the checkpoints of a run that is over."""
 
 import json
 import shutil
@@ -34,8 +34,10 @@ def test_a_run_that_is_over_is_caught_up_with(base, tmp_path):
     rows = [line for line in (tmp_path / "run/phlora/README.md").read_text().splitlines() if "`step-" in line]
     assert [row.split(" | ")[3] for row in rows] == losses
     assert (tmp_path / "run/phlora/energy.png").is_file()
+    assert result.stdout == f"4 adapters are in {tmp_path / 'run/phlora'}\n"
     kept = (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns
-    assert run_catch_up(tmp_path / "run", "--base", base).exit_code == 0
+    told = json.loads(run_catch_up(tmp_path / "run", "--base", base, "--json").stdout)
+    assert (told["adapters"], told["failures"]) == (["step-2", "step-4", "step-6", "final"], [])
     assert (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns == kept
 
 
