@@ -8,10 +8,13 @@ READY := $(VENV)/.ready
 export PHLORA_ENGINES ?= $(CURDIR)/.work/engines
 ENGINES := $(PHLORA_ENGINES)
 ENGINE_INSTALL = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check
+LOWEST := .work/lowest
+# A few minutes of tests that reach through the whole.
+SHORT := tests/cli/test_output.py tests/extraction/test_extract.py tests/hosts/test_lora_config.py tests/verification/test_verdict.py
 PAPER ?= smollm2-tatqa
 LLAMA_CPP := llama-cpp-python==0.3.36
 
-.PHONY: demo test docs test-distributed test-engines sweep engines bench bench-serving paper lint wheel clean
+.PHONY: demo test docs test-distributed test-engines sweep engines bench bench-serving paper lint wheel sdist lowest clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -88,6 +91,23 @@ wheel: $(READY)  ## Build the wheel and use it in a venv of its own.
 	rm -rf dist build
 	$(BIN)/python -m build --wheel -q
 	$(BIN)/python tests/surfaces/smoke_wheel.py dist/*.whl
+
+sdist: $(READY)  ## Build the source archive, and run a part of its own tests in it.
+	rm -rf dist/*.tar.gz .work/sdist
+	$(BIN)/python -m build --sdist -q
+	mkdir -p .work/sdist
+	tar -xzf dist/*.tar.gz -C .work/sdist --strip-components=1
+	cd .work/sdist && OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -q -n 2 $(SHORT) tests/surfaces/test_imports.py
+
+lowest:  ## The oldest versions that pyproject.toml allows, in an environment of their own (6 GB), and a part of the tests.
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile -q --resolution lowest-direct --extra plot pyproject.toml -o $(LOWEST)/versions.txt
+	$(LOWEST)/bin/uv pip install -q -p $(LOWEST) -r $(LOWEST)/versions.txt beartype hypothesis jaxtyping pytest
+	$(LOWEST)/bin/uv pip install -q -p $(LOWEST) --no-deps -e .
+	# Old versions warn of one another.
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -W ignore $(SHORT) tests/hosts/test_callback.py
 
 clean:
 	rm -rf $(VENV) .work build dist

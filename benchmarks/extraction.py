@@ -27,7 +27,10 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 RANKS = (16, 32, 128, 512)
-OTHERS = "Others: [serving](SERVING.md), [resizing](RESIZING.md), [mergekit](MERGING.md), [callback](CALLBACK.md)."
+OTHERS = (
+    "Others: [against an earlier commit](BEFORE.md), [serving](SERVING.md), [resizing](RESIZING.md), "
+    "[mergekit](MERGING.md), [callback](CALLBACK.md)."
+)
 
 
 class Run(NamedTuple):
@@ -47,7 +50,9 @@ def measure(command: Sequence[str | Path], env: Mapping[str, str] | None = None)
     quiet = os.open(os.devnull, os.O_WRONLY)
     start = time.perf_counter()
     actions = [(os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)]
-    process = os.posix_spawn(words[0], words, {**os.environ, **(env or {})}, file_actions=actions)
+    # What pip installs has its bytecode.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    process = os.posix_spawn(words[0], words, {**environment, **(env or {})}, file_actions=actions)
     anonymous = resident = 0
     while True:
         # Not `ru_maxrss`: a child inherits that of the process that started it.

@@ -1,33 +1,27 @@
-"""Adapters for the checkpoints of a run that is over.
-
-python -m hf_callbacks.catch_up RUN_DIR --base BASE
-"""
+"""`phlora catch-up`: adapters for the checkpoints of a run that is over."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
-from hf_callbacks.base import Base
-from hf_callbacks.memory import Memory, remembered
-from hf_callbacks.metrics import eval_losses, read_report
-from hf_callbacks.run import FINAL, Run
-from peft_posthoc.cli.options import CHOICE, NAMES, option
-from peft_posthoc.cli.output import one_line_errors
+from peft_posthoc.cli.command import Command
+from peft_posthoc.cli.options import CHOICE, NAMES, OUTPUT, option
+from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.cli.ranks import RANK, Asked
 from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
 from peft_posthoc.errors import PosthocError, one_line
-from peft_posthoc.extraction.request import Request
-from peft_posthoc.json_file import read_json
 from peft_posthoc.ranks.words import WORDS
-from peft_posthoc.refinement.refining import Refining
+
+if TYPE_CHECKING:
+    from hf_callbacks.memory import Memory
 
 
-class _AsTheRun(click.Command):
+class _AsTheRun(Command):
     """A command whose options are by default those that the callback of the run had."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -43,15 +37,15 @@ class _AsTheRun(click.Command):
             ctx.default_map = {name: value for name, value in run.items() if name not in said}
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        with one_line_errors("catch_up", debug=False, option="Python's -X dev", nothing="What is made stays."):
-            return super().invoke(ctx)
-
 
 _OF_RANKS = set(WORDS)
 
 
-@click.command(cls=_AsTheRun)
+@click.command(
+    "catch-up",
+    cls=_AsTheRun,
+    examples=["catch-up outputs --base Qwen/Qwen2.5-7B --rank 16", "catch-up outputs --refine --prompts prompts.jsonl"],
+)
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--base", help="The model that the run started from.  [default: what the callback wrote down]")
 @option("base_revision")
@@ -67,17 +61,26 @@ _OF_RANKS = set(WORDS)
 @option("with_tokenizer")
 @NAMES
 @AND_REFINE
+@OUTPUT
 def main(
     run_dir: Path,
     base: str | None,
     base_revision: str | None,
     rank: Asked,
+    quiet: bool,
+    json_to: str | None,
     **options: Any,
 ) -> None:
-    """Make the adapters that are missing: of every checkpoint in RUN_DIR, and `final`, the last or best one's.
+    """Make the adapters that a training run lacks: of every checkpoint in RUN_DIR, and `final`, the last or best one's.
 
-    Options that are not given are those of the run's callback, where there was one.
+    They go to RUN_DIR/phlora. Options that are not given are those of the run's callback, where there was one.
     """
+    check_file(json_to, "--json")
+    from hf_callbacks.base import Base
+    from hf_callbacks.missing import make_missing
+    from hf_callbacks.run import Run
+    from peft_posthoc.extraction.request import Request
+
     memory, refining = _remembered(run_dir, needed=base is None), refining_if_asked(options)
     try:
         request = Request.of(rank.one() or 32, **options)
@@ -90,76 +93,19 @@ def main(
     if run.claim() is not None:
         raise click.ClickException(f"A training run is at work in `{run_dir}`. It makes its adapters itself.")
     try:
-        failed = _make(run, best=memory.best if memory else None, refining=refining)
+        made = make_missing(run, best=memory.best if memory else None, refining=refining, progress=not quiet)
     finally:
         run.stop()
-    click.echo(f"{len(run.adapters())} adapters are in {run.out}")
-    if failed:
+    for told in [*made.failures, *(() if quiet else made.warnings)]:  # `show` has the warnings of a quiet one
+        click.echo(told, err=True)
+    show(made, json_to, quiet=quiet)
+    if made.failures:
         raise click.exceptions.Exit(1)
 
 
-def _make(run: Run, *, best: bool | None, refining: Refining | None) -> bool:
-    """Make what is missing.
-
-    Args:
-        run: The run.
-        best: Whether `final` is its best checkpoint's; None: as the trainer's state says.
-        refining: How `final` is refined.
-
-    Returns:
-        Whether something failed.
-    """
-    missing = run.missing()
-    if not missing and not run.adapters():
-        raise click.ClickException(f"There are no checkpoints in `{run.folder}`.")
-    done = [done for step, folder in tqdm(missing.items(), desc="Adapters") for done in run.make(folder, step)]
-    if run.adapters() and refining is not None and not _is_refined(run):
-        step = _final_step(run, best=best)
-        if step not in run.checkpoints():
-            raise click.ClickException(f"The checkpoint of step {step} is gone, and `{FINAL}` cannot be refined.")
-        done += run.make(run.checkpoints()[step], step, name=FINAL, refining=refining)
-    elif run.adapters() and not (run.out / FINAL).exists():
-        done.append(run.copy(_final_step(run, best=best), name=FINAL))
-    failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure, *_ in done if failure is not None]
-    failures += [f"`{one.job.name}` is not refined: {one.unrefined}" for one in done if one.unrefined is not None]
-    run.losses = eval_losses(_state(run).get("log_history"))
-    try:
-        run.draw()
-    except (PosthocError, OSError) as error:
-        failures.append(f"There is no page of the adapters: {one_line(error)}")
-    for failure in failures:
-        click.echo(failure, err=True)
-    return bool(failures)
-
-
-def _is_refined(run: Run) -> bool:
-    try:
-        return "refined" in read_report(run.out / FINAL)
-    except PosthocError:
-        return False
-
-
-def _final_step(run: Run, *, best: bool | None) -> int:
-    """The step whose adapter is `final`."""
-    adapters = run.adapters()
-    step = _state(run).get("best_global_step") if best is not False else None
-    if isinstance(step, int) and step in adapters:
-        return step
-    if step:
-        click.echo(f"The best checkpoint, of step {step}, has no adapter: `final` is the last one's.", err=True)
-    return max(adapters)
-
-
-def _state(run: Run) -> dict[str, Any]:
-    """What the trainer wrote of itself into the last checkpoint; nothing where it did not, or it is damaged."""
-    checkpoints = sorted(run.checkpoints().items())
-    try:
-        return dict(read_json(checkpoints[-1][1] / "trainer_state.json"))
-    except (ValueError, TypeError, LookupError):
-        return {}
-
-
 def _remembered(run_dir: Path, *, needed: bool) -> Memory | None:
+    from hf_callbacks.memory import remembered
+
     try:
         return remembered(run_dir / "_phlora")
     except PosthocError as error:
@@ -168,5 +114,7 @@ def _remembered(run_dir: Path, *, needed: bool) -> Memory | None:
         raise click.ClickException(f"{one_line(error)}. Give --base.") from error
 
 
-if __name__ == "__main__":
-    main(prog_name="python -m hf_callbacks.catch_up")
+if __name__ == "__main__":  # as before it was a command of `phlora`
+    from peft_posthoc.cli.main import main as phlora
+
+    phlora(["catch-up", *sys.argv[1:]], prog_name="phlora")

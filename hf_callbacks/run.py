@@ -51,7 +51,7 @@ class Run:
         self.base: Base | None = None
         self.losses: Mapping[int, Mapping[str, float]] = {}
         """Of evaluations, by step and name: the page shows them beside the energies."""
-        self._request = request
+        self.request = request
         self._keep = keep
         self._jobs = Jobs(self.work)
         self._lock: FileLock | None = None
@@ -183,7 +183,7 @@ class Run:
         """
         name = name or _name(step)
         made = self.work / "made" / name
-        tuned = f"{self.folder.name}/checkpoint-{step}"
+        tuned = checkpoint_name(self.folder, step)
         job = Job(name, step, None, made, None, refines=refining is not None)
         try:
             if self.base is None:
@@ -191,7 +191,7 @@ class Run:
             shutil.rmtree(made, ignore_errors=True)
             if extracted := refining is not None and step in self.adapters():
                 shutil.copytree(self.adapters()[step], made)
-            request = Request.of(self._request, base_revision=self.base.revision, tuned_name=tuned)
+            request = Request.of(self.request, base_revision=self.base.revision, tuned_name=tuned)
             task = Task(self.base.source, str(source), str(made), {}, extracted=extracted)
             if isinstance(source, Path):
                 inside = source.is_relative_to(self.work)
@@ -204,8 +204,8 @@ class Run:
             with numbers_kept():
                 task.run(None if isinstance(source, Path) else source, request, refining)
         except Exception as error:  # whatever it is, it must not end a training run
-            return [self._ended(Done(job, one_line(error).removesuffix(".")))]
-        return [self._ended(Done(job, None))]
+            return [self.ended(Done(job, one_line(error).removesuffix(".")))]
+        return [self.ended(Done(job, None))]
 
     def copy(self, step: int, *, name: str) -> Done:
         """Put a copy of a step's adapter under another name."""
@@ -217,15 +217,15 @@ class Run:
         except OSError as error:
             shutil.rmtree(made, ignore_errors=True)
             return Done(job, one_line(error))
-        return self._ended(Done(job, None))
+        return self.ended(Done(job, None))
 
     def poll(self) -> list[Done]:
         """Jobs that came to their end since it was last asked: adapters are in their places."""
-        return [self._ended(done) for done in self._jobs.poll()]
+        return [self.ended(done) for done in self._jobs.poll()]
 
     def wait(self) -> Iterator[Done]:
         """All that is in the queue, each when it comes to its end."""
-        yield from map(self._ended, self._jobs.wait())
+        yield from map(self.ended, self._jobs.wait())
 
     def __len__(self) -> int:
         """How many adapters are in the queue."""
@@ -268,7 +268,8 @@ class Run:
     def _pinned(self) -> dict[int, Path]:
         return _by_step("step", self.work.glob("pinned/step-*"))
 
-    def _ended(self, done: Done) -> Done:
+    def ended(self, done: Done) -> Done:
+        """The end of a job: its adapter is in its place, or why there is none."""
         job, failure, killed, unrefined = done
         if failure is not None and job.refines and (job.made / REPORT).is_file():  # it was extracted before that
             failure, unrefined = None, failure
@@ -304,6 +305,11 @@ class Run:
             raise AdapterError(f"`{page}` was not written by this program, and is left as it is")
         final = self.out / FINAL if _is_readable(self.out / FINAL) else None
         write_whole(page, summary(adapters, final=final, picture=picture, losses=self.losses).encode())
+
+
+def checkpoint_name(folder: Path, step: int) -> str:
+    """What an adapter calls the checkpoint of a run that it was made of."""
+    return f"{folder.name}/checkpoint-{step}"
 
 
 def _name(step: int) -> str:

@@ -49,7 +49,7 @@ class Applied(Checkpoint):
         self.revision = revision
         self.sequential, self.to_fetch = base.sequential, base.to_fetch
         self.to_stream: int = getattr(base, "to_stream", 0)
-        folder = open_adapter(adapter) if isinstance(adapter, Path) else adapter
+        folder = open_adapter(adapter, base.headers) if isinstance(adapter, Path) else adapter
         layout = layout_of(base)
         # A tokenizer that was changed lies beside the adapter.
         own = (folder.place / "tokenizer_config.json").is_file()

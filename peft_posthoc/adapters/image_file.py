@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from peft_posthoc.adapters.cast import widest
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.image_metadata import config_in
-from peft_posthoc.adapters.image_names import Named, read_name
+from peft_posthoc.adapters.image_names import Named, of_model, read_name
 from peft_posthoc.adapters.module import Kind, Module
 from peft_posthoc.adapters.names import PREFIX, patterns
 from peft_posthoc.adapters.plain import not_plain
@@ -27,7 +28,7 @@ from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.folder import File
 from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.errors import AdapterError, CheckpointError
-from peft_posthoc.models.original_modules import SWAPPED, swapped
+from peft_posthoc.models.original_modules import SWAPPED, TURNED, family_of, swapped
 
 _OTHERS = {
     "hada_": "LoHa, whose deltas are products of two matrices element by element",
@@ -36,6 +37,8 @@ _OTHERS = {
     "dora_scale": "DoRA, which also rescales the base's weights",
     "lora_magnitude_vector": "DoRA, which also rescales the base's weights",
 }
+# Of no module, or not its weight.
+_PARAMETERS = ("scale_shift_table", "_pad_token", "pos_embed")
 
 
 class ImageFile(LoraFolder):
@@ -44,12 +47,13 @@ class ImageFile(LoraFolder):
     Args:
         path: The file.
         component: One of those in it; None for the only one.
+        known: The names of the model's tensors, if it is known: they tell what a name in the file means.
 
     Raises:
         AdapterError: It cannot be read, has several components, or is more than factors, differences and whole weights.
     """
 
-    def __init__(self, path: Path, component: str | None = None) -> None:
+    def __init__(self, path: Path, component: str | None = None, known: Iterable[str] = ()) -> None:
         self.label = str(path) if component is None else f"{path}:{component}"
         self.place, self.files = path.absolute().parent, (path,)
         try:
@@ -57,7 +61,12 @@ class ImageFile(LoraFolder):
         except CheckpointError as error:
             raise AdapterError(f"`{path}` is not a readable LoRA file: {str(error).removesuffix('.')}.") from error
         self._own = file
-        by_component = _sorted(file, self.label)
+        named = _named(file, self.label)
+        family = _family(named, file)
+        self._known = {*known}
+        own = of_model(self._known)
+        self._turned = {name for name in _turned(named, family, file) if own.keys().isdisjoint(named[name].flat_names)}
+        by_component = _sorted(named, family, own, self.label)
         if component not in (by_component if component else (None,)):
             raise AdapterError(f"`{path}` has nothing for `{component}`; it has {', '.join(by_component)}.")
         if component is None and len(by_component) > 1:
@@ -94,9 +103,13 @@ class ImageFile(LoraFolder):
             yield f"{own}.weight", self._cut(parts["set_weight"], rows)
         for part, leaf in (("diff", "weight"), ("diff_b", "bias")):
             if part in parts:
-                name = module if module.endswith("scale_shift_table") else f"{module}.{leaf}"
-                self._added[name] = key = f"{own}.{part}"
+                self._added[self._tensor_of(module, leaf)] = key = f"{own}.{part}"
                 yield key, self._cut(parts[part], rows)
+
+    def _tensor_of(self, module: str, leaf: str) -> str:
+        if module in self._known or (not self._known and module.endswith(_PARAMETERS)):
+            return module
+        return f"{module}.scale" if f"{module}.scale" in self._known else f"{module}.{leaf}"
 
     def _down(self, parts: Mapping[str, str]) -> Piece:
         if "mid" not in parts:
@@ -107,8 +120,7 @@ class ImageFile(LoraFolder):
 
     def _cut(self, name: str, rows: slice | None) -> Piece:
         if rows is None:
-            turned = any(one in name or one.replace(".", "_") in name for one in SWAPPED)
-            return Piece((name,), self._own.headers[name], swapped) if turned else same(self._own, name)
+            return Piece((name,), self._own.headers[name], swapped) if name in self._turned else same(self._own, name)
         header = self._own.headers[name]
         return Piece(
             (name,), Header((rows.stop - rows.start, *header.shape[1:]), header.dtype), lambda tensor: tensor[rows]
@@ -195,26 +207,67 @@ def _set(name: str) -> bool:
     return name.endswith(".weight") and ".lora_" not in name
 
 
-def _sorted(file: File, label: str) -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
-    """The file's names of parts, by component and modules.
+def _named(file: File, label: str) -> dict[str, Named]:
+    """What the names of the tensors say.
 
     Raises:
         AdapterError: A tensor is of another kind.
     """
-    found: dict[str, dict[tuple[str, ...], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[str, Named] = {}
     for name in file.headers:
         if (other := next((why for part, why in _OTHERS.items() if part in name), None)) is not None:
             raise AdapterError(
                 f"`{label}` is {other} (`{name}`): not base + b @ a of a rank. Merge it into its base in the program "
                 "that made it, and extract from that."
             )
-        named: Named | None = read_name(name)
-        if named is None:
+        if (named := read_name(name)) is None:
             raise AdapterError(f"`{label}` holds `{name}`, which is no part of a LoRA that is known here.")
-        parts = found[named.component][named.modules]
-        if named.part in parts:
-            raise AdapterError(f"`{label}` holds both `{parts[named.part]}` and `{name}`.")
-        parts[named.part] = name
+        found[name] = named
+    return found
+
+
+def _family(named: Mapping[str, Named], file: File) -> str | None:
+    """The class that the UNet or transformer is of by its author's names; None where it has those of diffusers."""
+    first = re.compile(r"single_blocks.\d+.linear1|double_blocks.\d+.(img|txt)_mlp.0")
+    widths = (width for module, width in _widening(named, file).items() if first.fullmatch(module))
+    return family_of({one.module: one.underscored for one in named.values() if one.original}, next(widths, None))
+
+
+def _widening(named: Mapping[str, Named], file: File) -> dict[str, int]:
+    """How many times as many rows as columns modules have."""
+    sizes: dict[str, dict[str, int]] = defaultdict(dict)
+    for name, one in named.items():
+        if one.original and one.part in ("up", "down"):
+            sizes[one.module][one.part] = file.headers[name].shape[one.part == "down"]
+    return {name: own["up"] // own["down"] for name, own in sizes.items() if len(own) == 2 and own["down"]}
+
+
+def _turned(named: Mapping[str, Named], family: str | None, file: File) -> set[str]:
+    """The tensors that have their halves the other way round by their authors' names."""
+    if family not in TURNED:
+        return set()
+    # Of SD3's last block, which is the only one with as few rows, and the only one of whose bias ComfyUI needs it.
+    last, widening = re.compile(r"joint_blocks.\d+.context_block.adaLN_modulation.1"), _widening(named, file)
+    found = {one.module for one in named.values() if one.original and one.is_called(SWAPPED)}
+    found |= {one.module for one in named.values() if last.fullmatch(one.module) and widening.get(one.module, 2) == 2}
+    return {name for name, one in named.items() if one.original and one.module in found}
+
+
+def _sorted(
+    named: Mapping[str, Named], family: str | None, own: Mapping[str, str], label: str
+) -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
+    """The file's names of parts, by component and modules.
+
+    Raises:
+        AdapterError: Two tensors are the same part.
+    """
+    found: dict[str, dict[tuple[str, ...], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name, one in named.items():
+        known = next((own[flat] for flat in one.flat_names if flat in own), None)
+        parts = found[one.component][one.modules(family) if known is None else (known,)]
+        if one.part in parts:
+            raise AdapterError(f"`{label}` holds both `{parts[one.part]}` and `{name}`.")
+        parts[one.part] = name
     return dict(sorted(found.items()))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from peft_posthoc.models.original_modules import parts_of
+from peft_posthoc.models.original import PREFIXES
+from peft_posthoc.models.original_modules import as_loaded, parts_of
 
 _PARTS = {
     "down": r"\.lora_down(\.weight)?|(\.|_)lora\.down\.weight|\.lora_A(\.default)?\.weight|"
@@ -71,9 +73,45 @@ class Named(NamedTuple):
 
     component: str
     """`denoiser` for the UNet or the transformer, or as diffusers calls it."""
-    modules: tuple[str, ...]
-    """By diffusers' names, whose rows it has one below the other."""
+    module: str
+    """As it is called there."""
+    underscored: bool
+    """Whether the dots in its name were made underscores."""
     part: str
+    original: bool
+    """Whether it may be its author's name, not that of diffusers."""
+
+    @property
+    def flat(self) -> str:
+        """The module's name with underscores for dots."""
+        return self.module.replace(".", "_")
+
+    @property
+    def flat_names(self) -> tuple[str, ...]:
+        """That, and what transformers may call it: some of its text encoders are not in a `text_model`."""
+        within = self.flat.removeprefix("text_model_")
+        return (self.flat, within) if self.component.startswith("text_encoder") else (self.flat,)
+
+    def is_called(self, original: str) -> bool:
+        """Whether it is an author's module of this name."""
+        return self.flat == original.replace(".", "_")
+
+    def modules(self, family: str | None) -> tuple[str, ...]:
+        """By diffusers' names, those whose rows it has one below the other.
+
+        Args:
+            family: The class that it is of by its author's names (`original_modules.family_of`), if it is.
+        """
+        if family and self.original and (parts := parts_of(self.module, family, self.underscored)):
+            return parts
+        dotted = ".".join(_WORD.findall(self.module)) if self.underscored else self.module
+        # Attention's own names in files of diffusers before 0.20.
+        dotted = re.sub(r"\.processor\.(to_\w+)", r".\1", dotted)
+        if not dotted.startswith("single_transformer_blocks"):  # Flux.2 has it by that name.
+            dotted = re.sub(
+                r"\.(to_out|attention\.out)$", lambda old: f".{old[1].replace('.out', '.to_out')}.0", dotted
+            )
+        return (of_sgm(dotted),)
 
 
 def read_name(name: str) -> Named | None:
@@ -85,21 +123,23 @@ def read_name(name: str) -> Named | None:
     for pattern, component, underscored in _COMPONENTS:
         if start := re.match(pattern, found["module"]):
             module = found["module"][start.end() :]
-            return Named(component or start[0].removesuffix("."), _modules(module, underscored), part)
+            original = component == "denoiser" and not (
+                start[0] in ("unet.", "transformer.") and not module.startswith(("double_blocks", "single_blocks"))
+            )
+            return Named(component or start[0].removesuffix("."), module, underscored, part, original)
     return None
 
 
-def _modules(module: str, underscored: bool) -> tuple[str, ...]:
-    if parts := parts_of(module, underscored):
-        return parts
-    dotted = ".".join(_WORD.findall(module)) if underscored else module
-    # Attention's own names in files of diffusers before 0.20.
-    dotted = re.sub(r"\.processor\.(to_\w+)", r".\1", dotted)
-    dotted = re.sub(r"\.(to_out|attention\.out)$", lambda old: f".{old[1].replace('.out', '.to_out')}.0", dotted)
-    return (_of_sgm(dotted),)
+def of_model(names: Iterable[str]) -> dict[str, str]:
+    """The modules and parameters of a model, by their names, and ComfyUI's, with underscores for dots."""
+    names = list(names)
+    prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in names)), "")
+    own = {re.sub(r"\.(weight|bias|scale)$", "", name) for name in names if name.startswith(prefix)}
+    found = {as_loaded(name.removeprefix(prefix), names).replace(".", "_"): name for name in own}
+    return found | {name.removeprefix(prefix).replace(".", "_"): name for name in own}
 
 
-def _of_sgm(module: str) -> str:
+def of_sgm(module: str) -> str:
     """Diffusers' name of a module of a UNet that may be called as its first code does; of three layers a block."""
     if module in _SGM_ENDS:
         return _SGM_ENDS[module]

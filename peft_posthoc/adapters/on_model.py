@@ -57,6 +57,8 @@ class AdapterOnModel:
         """The base as it was given."""
         self.base = as_model(base, layout)
         """The same in the model's own tensors."""
+        self.beside: Mapping[str, Tensor] = {}
+        """Differences of tensors that no adapter has a place for, by the base's names, where they are known."""
         self.stacks = layout.stacks
         modules = {module: LINEAR for stack in self.stacks for parts in stack.parts for module in map(_module, parts)}
         self.layout = replace(layout, kinds={**layout.kinds, **layout.mistaken, **modules})

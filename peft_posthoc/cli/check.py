@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import PosthocError, noting
@@ -29,7 +30,13 @@ NAMES = (
 )
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "check adapter --base Qwen/Qwen2.5-7B",
+        "check adapter --engine vllm --fix adapter-for-vllm",
+    ],
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--engine",

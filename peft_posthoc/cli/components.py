@@ -13,7 +13,8 @@ COMPONENT = click.option(
     "components",
     multiple=True,
     metavar="NAME[=RANK]",
-    help="Of pipelines: this part, such as transformer or text_encoder, into OUT/NAME. May be given again.",
+    help="Of pipelines: this part, such as transformer or text_encoder, into OUT/NAME; with --to into OUT. May be "
+    "given again.",
 )
 
 
@@ -28,7 +29,7 @@ class Component(NamedTuple):
 
 
 def components_of(asked: Sequence[str], base: str, tuned: str, out: Path) -> list[Component]:
-    """The parts that are asked for. A side that is no pipeline is the part itself.
+    """The parts that are asked for. A side that is no pipeline is the part itself, or a file that has them all.
 
     Raises:
         click.BadParameter: A pipeline has no such part, a rank is none, or several parts are of one file.
@@ -49,6 +50,8 @@ def _part(side: str, name: str, *, alone: bool) -> str:
     part = Path(side) / name
     if part.is_dir():
         return str(part)
+    if Path(side).is_file():  # A single file may have several.
+        return side
     if (Path(side) / "model_index.json").is_file() or not alone:
         raise click.BadParameter(f"`{side}` has no folder `{name}`.")
     return side

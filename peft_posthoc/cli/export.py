@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import OUTPUT, TYPE, dtype_of
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.errors import noting
@@ -15,7 +16,13 @@ IMAGES = ("diffusers", "comfyui", "kohya")
 TO = ("gguf", "mlx", *IMAGES, "vllm-moe", "peft-moe", "merged")
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "export adapter adapter.gguf --to gguf --base base",
+        "export adapter merged --to merged --base base",
+    ],
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(TO), required=True, help="What to write.")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.components import COMPONENT, Component, check_alone, components_of
 from peft_posthoc.cli.export import IMAGES
 from peft_posthoc.cli.fleet import of_many
@@ -21,7 +22,15 @@ from peft_posthoc.cli.write_as import write_as
 from peft_posthoc.errors import ShareDone, noting
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "extract Qwen/Qwen2.5-7B me/its-fine-tune adapter --rank 16",
+        "extract base tuned adapter --energy 90% --head --embeddings",
+        "extract base tuned adapter --budget 64mb --dry-run",
+        "extract base tuned-a tuned-b --out adapters",
+    ],
+)
 @click.argument("base")
 @click.argument("tuned", nargs=-1, required=True, metavar="TUNED OUT | TUNED... --out DIR")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The adapters' folders go in here.")
@@ -78,7 +87,7 @@ def extract(
     stops no other.
     """
     rule, asked = rank.rule(), refining_if_asked(options)
-    check_alone(components, out=out, to=to, html=html, json=json_to, refine=asked)
+    check_alone(components, out=out, html=html, json=json_to, refine=asked)
     if out is not None:
         if to is not None:
             raise click.UsageError("--to goes with one TUNED. `phlora export` writes each adapter afterwards.")
@@ -92,16 +101,17 @@ def extract(
         raise click.UsageError("Missing argument 'OUT'.")
     if len(tuned) > 2:
         raise click.UsageError("Give BASE TUNED OUT; or, for many fine-tunes, BASE TUNED... --out DIR.")
+    whole = Component(base, tuned[0], Path(tuned[1]), None)
+    parts = components_of(components, *whole[:3])
     if to is not None:
         if asked is not None or html is not None:
             raise click.UsageError("--to goes without --refine and --html.")
         if to == "comfyui" and click.get_current_context().get_parameter_source("form") is ParameterSource.DEFAULT:
             options["form"] = "peft"
         write_as(
-            base,
-            tuned[0],
+            parts or [whole],
             rule,
-            Path(tuned[1]),
+            whole.out,
             to,
             force=force,
             dry_run=dry_run,
@@ -110,8 +120,7 @@ def extract(
             **options,
         )
         return
-    parts = components_of(components, base, tuned[0], Path(tuned[1]))
-    for part in parts or [Component(base, tuned[0], Path(tuned[1]), None)]:
+    for part in parts or [whole]:
         with noting(f"This is of the component `{part.out.name}`.") if parts else contextlib.nullcontext():
             _one(
                 part.base,

@@ -8,12 +8,19 @@ from typing import Any
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import CHOICE, HTML, LAYERS, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, show
 from peft_posthoc.errors import noting
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "inspect base tuned --plot energy.png",
+        "inspect base tuned --html page.html --head",
+    ],
+)
 @click.argument("base")
 @click.argument("tuned")
 @click.option("--max-rank", type=click.IntRange(min=1), default=512, show_default=True, help="Where the curves end.")

@@ -43,7 +43,7 @@ class _Command(click.Group):
         if "--quiet" in ctx.args:
             # Read by the hub's client when it is first imported.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        with one_line_errors("phlora", debug="--debug" in ctx.args), no_prompts():
+        with one_line_errors("phlora", debug="--debug" in ctx.args, mistyped=2), no_prompts():
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

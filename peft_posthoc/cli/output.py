@@ -21,7 +21,7 @@ from peft_posthoc.text import asked_on
 
 @contextlib.contextmanager
 def one_line_errors(
-    program: str, *, debug: bool, option: str = "--debug", nothing: str = "Nothing was written."
+    program: str, *, debug: bool, option: str = "--debug", nothing: str = "Nothing was written.", mistyped: int = 1
 ) -> Iterator[None]:
     """End the process with one line on stderr where something goes wrong.
 
@@ -30,6 +30,7 @@ def one_line_errors(
         debug: Show a traceback before it.
         option: What asks for that.
         nothing: What is told of the output after Ctrl-C.
+        mistyped: The exit status for an argument that makes no sense: click's 2, where all are options.
     """
 
     def fail(message: str, status: int) -> NoReturn:
@@ -56,7 +57,8 @@ def one_line_errors(
             raise cause from None  # Whoever reads our output has seen enough; click exits quietly.
         known = isinstance(error, PosthocError | ValueError | OSError)
         what = "" if known else f"Unexpected {type(error).__name__} (see it with {option}): "
-        fail(f"{what}{one_line(error)}", 1)
+        of_a_value = isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError)
+        fail(f"{what}{one_line(error)}", mistyped if of_a_value else 1)
 
 
 def check_file(path: str | Path | None, option: str) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.errors import PosthocError, noting
 
 
-@click.command()
+@click.command(cls=Command, examples=["push adapter me/my-adapter --private"])
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
@@ -20,8 +21,6 @@ def push(adapter: Path, repo: str, private: bool, force: bool, quiet: bool) -> N
     """Upload the LoRA adapter in the folder ADAPTER to REPO on the hub, with a model card.
 
     The card says what the adapter holds, what is left out, how to load and serve it. One that somebody wrote stays.
-
-    Example: phlora push adapter me/my-adapter --private
     """
     from peft_posthoc.adapters.push import push as run
     from peft_posthoc.serving.check import check

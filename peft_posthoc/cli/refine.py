@@ -8,13 +8,20 @@ from typing import Any
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import MODELS, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
 from peft_posthoc.cli.refining import REFINING, SHARD, refining
 from peft_posthoc.errors import ShareDone, noting
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "refine adapter refined --base base --tuned tuned",
+        "refine adapter refined --base base --tuned tuned --prompts prompts.jsonl --minutes 10",
+    ],
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The model before.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import LAYERS, OUTPUT, TYPE, dtype_of, together
 from peft_posthoc.cli.output import check_file, show
 from peft_posthoc.cli.ranks import RANK, Asked, ranks
@@ -34,7 +35,7 @@ _SHARED = together(
 )
 
 
-@click.command()
+@click.command(cls=Command, examples=["resize adapter smaller --rank 8", "resize adapter smaller --energy 90%"])
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @RANK
@@ -50,7 +51,10 @@ def resize(adapter: Path, out: Path, rank: Asked, **options: Any) -> None:
     _write(out, lambda **given: run(adapter, rule, **given), **options)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=["combine adapter-a adapter-b both --weights 0.7,0.3", "combine adapter-a adapter-b both --rank 16"],
+)
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--weights", metavar="W,W,...", help="What each adapter's delta is multiplied with.  [default: 1 each]")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import MODELS, NAMES, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
 from peft_posthoc.cli.refining import TEXTS, texts_of
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
     from peft_posthoc.verification.findings import Verification
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "verify adapter --base base --tuned tuned",
+        "verify adapter --base base --tuned tuned --weights-only",
+    ],
+)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The model before.")
 @click.option("--tuned", required=True, help="The model after.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from peft_posthoc.cli.command import Command
 from peft_posthoc.cli.options import OUTPUT
 from peft_posthoc.cli.output import check_file, show
 
 
-@click.command()
+@click.command(cls=Command, examples=["whose tuned Qwen/Qwen2.5-7B Qwen/Qwen2.5-7B-Instruct"])
 @click.argument("tuned")
 @click.argument("candidates", nargs=-1, metavar="[CANDIDATE...]")
 @OUTPUT

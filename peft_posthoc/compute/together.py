@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -29,15 +30,11 @@ class Together:
         self.rank, self.size = rank, size
         self.split = False
         """Whether models are split among the processes: whenever one runs a model, all do."""
-        self._wrong = ""
         if size > 1:
             from accelerate import PartialState
 
             PartialState(cpu=device is None or device.type == "cpu")
-
-    def split_models(self) -> None:
-        """Say that models are split from now on."""
-        self.split, self._wrong = True, self.first(f"wrong in {time.time_ns()}")
+            self._wrong = self.first(f"wrong in {time.time_ns()}")
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """What this process takes."""
@@ -83,8 +80,8 @@ class Together:
     def agreed(self) -> Iterator[None]:
         """What goes wrong in one process ends all: the first tells of it, the others are done.
 
-        There are no calls of this class in the `with` block. Where models are split there may be any, as each model
-        that is run is one; `alike` tells then.
+        There are no calls of this class in the `with` block. Where models are split each run of one is such a call:
+        what goes wrong is for `alike` then.
 
         Raises:
             PosthocError: Something went wrong in another process, and this is the first.
@@ -111,29 +108,32 @@ class Together:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """What goes wrong in the `with` block, other than in `agreed`, goes wrong in every process: the first tells.
+        """What goes wrong in the `with` block is told once: by the first process that it goes wrong in.
 
-        Where models are split it may be in one alone: the others wait for its part of a model then, until whoever
-        started them ends them, or it is gone. It tells by itself, or whichever is first of several.
+        Other than in `agreed` it may be all of them, or one alone, which the others wait for until whoever started them
+        ends them, or it is gone.
 
         Raises:
-            ShareDone: It went wrong, and this is not the one to tell.
+            ShareDone: Something went wrong, and another process tells of it.
         """
         try:
             yield
+        except ShareDone:
+            raise
         except Exception as error:
-            if self._is_told(error):
+            if self.size > 1 and self._is_told():
                 raise ShareDone("Another process tells what went wrong.") from error
             raise
 
-    def _is_told(self, error: Exception) -> bool:
-        if not self.split:
-            return self.rank > 0 and isinstance(error, PosthocError | ValueError)
+    def _is_told(self) -> bool:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        # The launcher's, which outlives a process that fails.
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        return bool(store.add(self._wrong, 1) > 1)
+        try:  # The launcher's, which mostly outlives a process that fails.
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
+            return bool(store.add(self._wrong, 1) > 1)
+        except RuntimeError:
+            return self.rank > 0  # It went with the first process.
 
 
 ALONE = Together()

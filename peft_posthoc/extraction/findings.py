@@ -44,6 +44,8 @@ class Findings:
     """Of configuration and tokenizer: what no adapter carries."""
     beside: Mapping[str, Path] = field(default_factory=dict)
     """By name: files of the tuned model that are copied beside the adapter."""
+    held: frozenset[str] = frozenset()
+    """Weights without a place in an adapter that are in the file of another format all the same."""
 
     @property
     def spectra(self) -> dict[str, Spectrum]:

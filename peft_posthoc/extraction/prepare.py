@@ -160,7 +160,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
         vocab=options["vocab"],
         of_tuned=form == "peft",
     )
-    notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)), *doubts(*opened))
+    notes = (*notes, *filter(None, (getattr(side, "doubt", None) for side in opened)))
     leave_out = _as_compared(options["leave_out"] or {}, before, after)
     carry_experts = mixture != "none"
     flags = by_flags(
@@ -215,6 +215,7 @@ def prepare(base: Source, tuned: Source, request: Request) -> Prepared:
     )
     if refused:
         notes = (*notes, f"The installed PEFT does not load this adapter: {shorten(refused, 300)}")
+    notes = (*notes, *doubts(*opened))
     beside = files_of_text(opened[1]) if options["with_tokenizer"] else {}
     if options["with_tokenizer"] and not beside:
         notes = (*notes, f"There is no tokenizer beside `{opened[1].label}`: none is copied.")

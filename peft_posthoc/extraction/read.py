@@ -33,7 +33,7 @@ def read_pair(
         from_served = None if served is None else served.read(name)
         pair = pair._replace(served=from_served, steps=(base.steps(name), tuned.steps(name)))
     if kin is not None:
-        kin.see(before, after, pair.steps[1])
+        kin.see(before, after, coded=any(one is not None for one in pair.steps))
     return pair
 
 

@@ -237,16 +237,17 @@ def _kept(adapter: Findings, kept: Kept) -> Row:
 
 def _skipped(adapter: Findings, skipped: Skipped) -> Row:
     fate, unchanged = adapter.plan.fates[skipped.weight], skipped.delta_norm == 0
-    left_out = fate if isinstance(fate, LeftOut) and not unchanged else None
+    held = skipped.weight in adapter.held and not unchanged
+    left_out = fate if isinstance(fate, LeftOut) and not unchanged and not held else None
     return _known(
         adapter,
         skipped,
-        status="unchanged" if unchanged else "left out",
+        status="unchanged" if unchanged else "whole" if held else "left out",
         reason=left_out.text if left_out else "",
         cause=left_out.reason if left_out else None,
         way_out=left_out.way_out if left_out else {},
-        energy=0.0 if skipped.delta_norm else None,
-        relative_error=1.0 if skipped.delta_norm else None,
+        energy=float(held) if skipped.delta_norm else None,
+        relative_error=float(not held) if skipped.delta_norm else None,
         delta_norm=skipped.delta_norm,
         tuned_norm=skipped.tuned_norm,
     )

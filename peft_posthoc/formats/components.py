@@ -14,6 +14,8 @@ from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.checkpoints.checkpoint import place_of
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.models.config import architecture
+from peft_posthoc.models.original_modules import is_original
+from peft_posthoc.text import asked
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Components that pipelines load adapters into."""
@@ -35,11 +37,16 @@ class Component(NamedTuple):
         return self.name.startswith("text_encoder")
 
 
-def components(all_deltas: Sequence[AdapterOnModel]) -> list[Component]:
+def components(all_deltas: Sequence[AdapterOnModel], *, named: bool = True) -> list[Component]:
     """The components that adapters are for.
 
+    Args:
+        all_deltas: The adapters.
+        named: Whether the format names the components: if not, it has one beside the text encoders.
+
     Raises:
-        AdapterError: A base is no component of a pipeline, or two adapters are for one.
+        AdapterError: A base is no component of a pipeline, two adapters are for one, or the format has no place for
+            two.
     """
     found: dict[str, Component] = {}
     for deltas in all_deltas:
@@ -49,6 +56,11 @@ def components(all_deltas: Sequence[AdapterOnModel]) -> list[Component]:
                 f"`{other.deltas.folder.label}` and `{deltas.folder.label}` are for the same component, `{one.name}`. "
                 "Combine them first."
             )
+    others = [one.name for one in found.values() if not one.text]
+    if len(others) > 1 and not named:
+        raise AdapterError(
+            f"`{others[0]}` and `{others[1]}` have the same names in this format. Write a file for each of them."
+        )
     return list(found.values())
 
 
@@ -64,12 +76,21 @@ def filed(name: str, factors: Factors, kernel: Sequence[int], rank: int | None, 
     )
 
 
+def factors_of(deltas: AdapterOnModel, module: str) -> Factors:
+    """The factors of a module without the zeros that bring them to the rank of the file; of one row at least."""
+    a, b = deltas.factors(module)
+    used = a.any(1) & b.any(0)
+    if not used.any():
+        used[:1] = True
+    return Factors(a[used], b[:, used])
+
+
 def one_below_another(deltas: AdapterOnModel, parts: Sequence[str]) -> Factors:
     """The factors of one matrix that has these modules' rows one below the other: of the sum of their ranks.
 
     Where all have the same `a`, as parts of a LoRA that was fused, of theirs.
     """
-    each = [deltas.factors(part) for part in parts]
+    each = [factors_of(deltas, part) for part in parts]
     held = [one for one in each if len(one.a)]
     if held and all(one.a.shape == held[0].a.shape and torch.equal(one.a, held[0].a) for one in held):
         rank = len(held[0].a)
@@ -85,7 +106,8 @@ def summands(deltas: AdapterOnModel) -> dict[str, Tensor]:
     Raises:
         AdapterError: A tensor in the file is of another shape than the base's.
     """
-    found = {name: deltas.folder.tensor(key).double() for name, key in deltas.added.items()}
+    found = {own: delta.double() for name, delta in deltas.beside.items() for own in deltas.layout.names_of(name)}
+    found |= {name: deltas.folder.tensor(key).double() for name, key in deltas.added.items()}
     for module in deltas.biases:
         name = f"{module}.bias"
         found[name] = found.get(name, 0) + deltas.bias(module)
@@ -120,6 +142,11 @@ def _name(deltas: AdapterOnModel) -> str:
             return name
     found = next((component for part, component in _BY_CLASS.items() if part in named), None)
     of_diffusers = "_class_name" in (deltas.base.config or {})
+    if found is None and is_original(deltas.base.headers):
+        raise AdapterError(
+            f"`{deltas.base.label}` has its authors' names, and the format those of diffusers. Extract with "
+            f"`{asked('serve_as', 'FOLDER')}`, the folder of such a model, or use `{asked('to', 'comfyui')}`."
+        )
     if found is None or not (of_diffusers or found.startswith("text_encoder")):
         raise AdapterError(
             f"The base `{deltas.base.label}` ({named or 'of no known class'}) is no component of a diffusers pipeline: "

@@ -13,7 +13,7 @@ from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.on_model import AdapterOnModel
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.files import staged
-from peft_posthoc.formats.components import Component, components, filed, old_name
+from peft_posthoc.formats.components import Component, components, factors_of, filed, old_name
 from peft_posthoc.formats.only_factors import only_factors
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.formats.single_file import account, metadata_of, save, write_file
@@ -51,7 +51,8 @@ def write(
             convolutions and sums for their biases, or the file cannot be written.
     """
     parts = components([deltas, *more])
-    dtype, rank = dtype or deltas.folder.dtype(), max(one.deltas.rank for one in parts)
+    dtype = dtype or deltas.folder.dtype()
+    rank = max(len(factors_of(one.deltas, name).a) for one in parts for name in one.deltas.names)
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for part in parts:
@@ -91,7 +92,7 @@ def _tensors(part: Component, rank: int, dtype: torch.dtype, progress: bool) -> 
         kind = deltas.slots[name].kind
         if kind.transposed or kind.stacked:
             raise AdapterError(f"`{name}` is of the kind {kind.name}, which diffusers has no LoRA for.")
-        a, b = filed(name, deltas.factors(name), deltas.kernel_of(name), rank, dtype)
+        a, b = filed(name, factors_of(deltas, name), deltas.kernel_of(name), rank, dtype)
         own = old_name(part, name)
         found |= {f"{own}.lora_A.weight": a, f"{own}.lora_B.weight": b}
         if deltas.biases:  # diffusers makes one for every module, where there is one.

@@ -94,11 +94,25 @@ def export(
     target = check_out(to, out, force=force)
     if beside and not target.several:
         raise ValueError(f"`export(beside=...)` goes with several components in one file, which {to!r} has not.")
-    place = Out(str(out), Path(out).absolute())
-    write: Write = getattr(importlib.import_module(target.module), target.function)
-    deltas: AdapterOnModel = open_deltas(adapter, base, values=target.values, revision=base_revision)
-    several = {"more": [_of_component(one, values=target.values) for one in beside]} if target.several else {}
-    return write(deltas, place, dtype=dtype, force=force, progress=progress, **several)
+    opened = [open_deltas(adapter, base, values=target.values, revision=base_revision)]
+    opened += [_of_component(one, values=target.values) for one in beside]
+    return write(opened, out, to, dtype=dtype, force=force, progress=progress)
+
+
+def write(
+    opened: Sequence[AdapterOnModel],
+    out: str | os.PathLike[str],
+    to: str,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Exported:
+    """Write adapters that are open, of one component each, as in `export`."""
+    target, place = TARGETS[to], Out(str(out), Path(out).absolute())
+    function: Write = getattr(importlib.import_module(target.module), target.function)
+    several = {"more": opened[1:]} if target.several else {}
+    return function(opened[0], place, dtype=dtype, force=force, progress=progress, **several)
 
 
 def check_out(to: str, out: str | os.PathLike[str], *, force: bool) -> Target:

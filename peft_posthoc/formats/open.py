@@ -43,7 +43,7 @@ def open_deltas(
             raise AdapterError(f"`{folder.label}` does not say what its base is. Name it with `{asked('base', None)}`.")
         base, revision = named.name, None if exists(named.name) else revision or named.revision
     opened = open_checkpoint(base, revision=revision, role="base") if values else _without_values(base, revision)
-    return AdapterOnModel(folder, opened, layout_of(opened))
+    return AdapterOnModel(open_adapter(adapter, opened.headers), opened, layout_of(opened))
 
 
 def _without_values(base: Source, revision: str | None) -> Checkpoint:
@@ -52,7 +52,7 @@ def _without_values(base: Source, revision: str | None) -> Checkpoint:
     Raises:
         CheckpointError: There is no configuration, or transformers has no class for it.
     """
-    if not isinstance(base, str | os.PathLike) or str(base).endswith(SUFFIX):
+    if not isinstance(base, str | os.PathLike) or str(base).endswith(SUFFIX) or Path(base).is_file():
         return open_checkpoint(base, revision=revision, role="base")
     from peft_posthoc.checkpoints.hub import fetch_config
     from peft_posthoc.checkpoints.memory import InMemory

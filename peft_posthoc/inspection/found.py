@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # The columns of the terminal's table, and of the page's.
 COLUMNS = (8, 16, 32, 64, 128, 256, 512)
-_MOST = 0.9  # of the energy: the lowest usual rank that keeps so much is the answer
+_MOST = 0.9  # of the energy: the first adapter that keeps so much is the answer
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,10 @@ class Found:
 
     @property
     def answer(self) -> Candidate:
-        """The adapter to look at first: what was written; or the lowest usual rank that keeps most, if one does."""
-        first = self.candidates[0]
-        if first.rule is None:
-            return first
-        usual = [one for one in self.candidates if isinstance(one.rule, fixed)]
-        return next((one for one in usual if one.energy >= _MOST), usual[-1]) if usual else self.telling()
+        """Of what was written, or of the usual ranks, the first that keeps most of the change, or the last."""
+        written = [one for one in self.candidates if one.rule is None]
+        found = written or [one for one in self.candidates if isinstance(one.rule, fixed)]
+        return next((one for one in found if one.energy >= _MOST), found[-1]) if found else self.telling()
 
     def bytes(self, one: Candidate) -> int | None:
         """Of an adapter, in the form that was asked for."""

@@ -16,7 +16,7 @@ _LOOKS: dict[type, tuple[str, str, str]] = {
     keep_energy: ("--energy", "s", "#D55E00"),
     keep_error: ("--error", "D", "#CC79A7"),
     budget: ("--budget", "v", "#009E73"),
-    above_noise: ("--rank auto", "*", "#0072B2"),
+    above_noise: ("auto", "*", "#0072B2"),
     type(None): ("written", "P", "#E69F00"),
 }
 
@@ -35,7 +35,7 @@ def against_size(figure: Any, inspection: Found) -> None:
             told = None if portable else label
             hollow = look | {"markerfacecolor": "none", "linestyle": ":"}
             axes.plot([one.peft for one in alone], [one.energy for one in alone], label=told, **hollow)
-        for one in own if kind is fixed else ():
+        for one in (portable or alone) if kind is fixed else ():
             place = (inspection.bytes(one), one.energy)
             axes.annotate(one.flags.split()[-1], place, (5, -10), textcoords="offset points", fontsize=8.5)
     axes.set_xscale("log")

@@ -21,8 +21,8 @@ class Candidate:
 
     name: str
     kind: str
-    """`itself`, `copy`, `quantised copy`, `parent`, `sibling or grandparent`, `part of a merge`, `related`,
-    `unrelated`, `unsure`, `other architecture` or `failed`."""
+    """`itself`, `copy`, `quantised copy`, `parent`, `copy of the parent`, `sibling or grandparent`, `part of a merge`,
+    `related`, `unrelated`, `unsure`, `other architecture` or `failed`."""
     evidence: str
     distance: float | None = None
     """Of the sampled values, relative to the candidate's."""

@@ -28,7 +28,9 @@ def doubts(base: Checkpoint, tuned: Checkpoint) -> list[str]:
         NothingToCarryError: They are the same files.
     """
     if base.identity is not None and base.identity == tuned.identity:
-        raise NothingToCarryError(f"`{base.label}` and `{tuned.label}` hold the same weights: they are the same files.")
+        raise NothingToCarryError(
+            f"`{base.label}` and `{tuned.label}` hold the same weights, in the same files: there is nothing to extract."
+        )
     said = None if stand_in(base.label) else _swapped(base, tuned)
     return list(filter(None, (said or _another(base, tuned),)))
 

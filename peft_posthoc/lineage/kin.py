@@ -9,8 +9,9 @@ from peft_posthoc.errors import MismatchError
 from peft_posthoc.lineage.compared import cosine, on_grid
 from peft_posthoc.text import asked
 
-# Cosines of independent values are this many times their deviation at most; and how many values make sure of it.
-_CHANCE, _MANY = 5.0, 16_000
+# Cosines of independent values are this many times their deviation at most; and how many values, of how many weights,
+# make sure of it: embeddings and heads, which are read first, may be new in a fine-tune.
+_CHANCE, _MANY, _WEIGHTS = 5.0, 16_000, 8
 
 
 class Kin:
@@ -25,52 +26,53 @@ class Kin:
             unrelated: Take two models that have nothing in common.
         """
         self._base, self._tuned = base, tuned
-        self._values: int | None = None if unrelated else 0
-        """Of weights with nothing in common; None once one has something."""
+        self._strange: list[int] | None = None if unrelated else []
+        """Values of each weight with nothing in common; None once one has something."""
         self.seen = 0
         """Weights, of any shape."""
         self._weights, self._differ = 0, False
         self._copy: str | None = "copy"
 
-    def see(self, base: Tensor | None, tuned: Tensor | None, steps: Tensor | None = None) -> None:
+    def see(self, base: Tensor | None, tuned: Tensor | None, *, coded: bool = False) -> None:
         """Look at a weight of both.
 
         Args:
             base: Before.
             tuned: After.
-            steps: Of the grid that it is rounded to after, if it is.
+            coded: Whether one of them is decoded from codes: what that means is told elsewhere.
 
         Raises:
             MismatchError: All that was seen so far has nothing in common.
         """
         self.seen += 1
-        if (self._values is None and self._copy is None) or base is None or tuned is None:
+        if (self._strange is None and self._copy is None) or base is None or tuned is None:
             return
         if base.shape != tuned.shape or base.ndim != 2 or not (base.is_floating_point() and tuned.is_floating_point()):
             return
         before, after = (side[: FLAT[0], : FLAT[1]].cpu() for side in (base, tuned))
         self._weights += 1
-        if self._values is not None:
-            self._are_strangers(before, after)
+        if self._strange is not None:
+            self._are_strangers(before, after, self._strange)
         if self._copy is not None:
             self._differ = self._differ or not before.equal(after)
-            if not rounded_alike(after, before):
-                self._copy = "quantised copy" if on_grid(after, before, steps) else None
+            if coded:
+                self._copy = None
+            elif not rounded_alike(after, before):
+                self._copy = "quantised copy" if on_grid(after, before, None) else None
 
-    def _are_strangers(self, before: Tensor, after: Tensor) -> None:
+    def _are_strangers(self, before: Tensor, after: Tensor, strange: list[int]) -> None:
         x, y = before.double().flatten(), after.double().flatten()
         if not (x.any() and y.any()):
             return
         if not abs(cosine(x, y)) <= _CHANCE / len(x) ** 0.5:
-            self._values = None
+            self._strange = None
             return
-        assert self._values is not None
-        self._values += len(x)
-        if self._values >= _MANY:
+        strange.append(len(x))
+        if sum(strange) >= _MANY and len(strange) >= _WEIGHTS:
             raise MismatchError(
-                f"`{self._tuned}` is no fine-tune of `{self._base}`: the {self._weights} weights that were read have "
-                "nothing in common. Give the model that it was made from (`phlora whose` tells which of several is), "
-                f"or go on all the same with `{asked('unrelated', True)}`."
+                f"`{self._tuned}` is no fine-tune of `{self._base}`: the first {len(strange)} weights that were read "
+                "have nothing in common. Give the model that it was made from (`phlora whose` tells which of several "
+                f"is), or go on all the same with `{asked('unrelated', True)}`."
             )
 
     @property

@@ -146,6 +146,8 @@ def _verdict(tuned: str, rows: list[Candidate]) -> Whose:
     kin = [row for row in rows if row.kind in ("related", "part of a merge", "unsure")]
     if any(row.kind == "part of a merge" for row in kin):
         return Whose(tuned, None, "it lies between candidates, as a merge of them does", rows)
+    if len(kin) == 1 and kin[0].kind == "unsure":
+        return Whose(tuned, None, f"`{kin[0].name}` alone is no stranger, and is far", rows)
     if len(kin) == 1:
         reason = f"`{kin[0].name}` alone is near: a parent or a sibling; a second relative would tell"
         return Whose(tuned, None, reason, rows)

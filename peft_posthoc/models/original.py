@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.models.by_class import build
+from peft_posthoc.models.config import architecture
 
 # Where a file has more than the component, or is ComfyUI's, the component's names begin with one of these.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -46,7 +48,8 @@ def as_component(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoin
     if here == len(own):
         return checkpoint
     made = {name: piece for name, piece in learned(checkpoint.headers, config).items() if name in own}
-    if sum(own[name] == piece.header.shape for name, piece in made.items()) <= here:
+    fitting = sum(own[name] == piece.header.shape for name, piece in made.items())
+    if fitting <= here or 2 * fitting < len(made):  # It may have two text encoders, of different widths.
         return checkpoint
     used = {source for piece in made.values() for source in piece.sources}
     beside = {name: same(checkpoint, name) for name in checkpoint.headers if name not in used and name not in made}
@@ -63,10 +66,11 @@ def learned(headers: Mapping[str, Header], config: Mapping[str, Any]) -> dict[st
     convert = _converter(config)
     if convert is None:
         return {}
-    prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in headers)), "")
+    of_text = "_class_name" not in config
+    prefix = next((one for one in PREFIXES if not of_text and any(name.startswith(one) for name in headers)), "")
     names = [name for name in headers if name.startswith(prefix)]
     empty = {name: torch.empty(headers[name].shape, dtype=headers[name].dtype, device="meta") for name in names}
-    put = PREFIXES[0] if config["_class_name"] == "UNet2DConditionModel" else ""  # Its converter takes no other.
+    put = PREFIXES[0] if config.get("_class_name") == "UNet2DConditionModel" else ""  # Its converter takes no other.
     given = {f"{put}{name.removeprefix(prefix)}": tensor for name, tensor in empty.items()}
     heads, size = (config.get(key) for key in ("num_attention_heads", "attention_head_dim"))
     steps = _Steps(heads * size if isinstance(heads, int) and isinstance(size, int) else None)
@@ -150,9 +154,27 @@ class _Steps(TorchDispatchMode):
         return [self._width] * 3 + [tensor.shape[0] - 3 * self._width]
 
 
+def _text_encoder(checkpoint: dict[str, Tensor], width: Any) -> dict[str, Tensor]:
+    """The text encoder of this width in a file: by transformers' names behind a beginning, or by OpenCLIP's."""
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+
+    found: list[dict[str, Tensor]] = [convert_ldm_clip_checkpoint(checkpoint)]
+    like = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
+    for name in checkpoint:
+        prefix, first, rest = name.partition("transformer.resblocks.0.ln_1.weight")
+        if first and not rest:
+            found.append(convert_open_clip_checkpoint(like, checkpoint, prefix))
+    embedding = "text_model.embeddings.token_embedding.weight"
+    made = next(one for one in found if embedding in one and one[embedding].shape[1] == width)
+    # In transformers 5 some have no `text_model` around what is in them.
+    return made | {name.removeprefix("text_model."): tensor for name, tensor in made.items()}
+
+
 def _converter(config: Mapping[str, Any]) -> Any:
     """How diffusers makes a component of a file under original names; None if it does not."""
     name = config.get("_class_name")
+    if find_spec("diffusers") is not None and (architecture(config) or "").startswith("CLIPText"):
+        return partial(_text_encoder, width=config.get("hidden_size"))
     if not isinstance(name, str) or find_spec("diffusers") is None:
         return None
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES

@@ -10,6 +10,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.model_files import config_of
 from peft_posthoc.errors import MismatchError
 from peft_posthoc.models.as_model import as_model
+from peft_posthoc.models.config import architecture
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.serve_as import layout_to_serve
@@ -89,12 +90,17 @@ def _as_components(base: Checkpoint, tuned: Checkpoint, serve_as: str | None) ->
     """Both under the names of a class of diffusers, where one is its, or it is asked for: files have others."""
     folder = Path(serve_as) if serve_as is not None else None
     wanted = [config_of(folder)] if folder is not None and folder.is_dir() else [base.config, tuned.config]
-    config = next((one for one in wanted if one and "_class_name" in one), None)
+    config = next((one for one in wanted if one and ("_class_name" in one or _is_clip(one))), None)
     if config is None or (folder is None and base.headers.keys() == tuned.headers.keys()):
         return base, tuned
     from peft_posthoc.models.original import as_component
 
     return as_component(base, config), as_component(tuned, config)
+
+
+def _is_clip(config: Mapping[str, object]) -> bool:
+    """Whether a model is a text encoder that files under original names may have."""
+    return (architecture(config) or "").startswith("CLIPText")
 
 
 def served_as(

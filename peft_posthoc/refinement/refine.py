@@ -154,8 +154,7 @@ def refine(
             )
             factors = factors_of(found.live.adapted, found.live.name, found.file)
             stored = {name: found.file.tensor(name) for name in found.file.headers}
-        if shard:
-            together.split_models()
+        together.split = shard
         work = _Work(replace(found.live, together=together), given, chosen, clock, seed, progress)
         state = None
         if out is not None and not together.rank:

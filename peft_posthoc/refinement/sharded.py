@@ -56,19 +56,17 @@ def check_processes(count: int) -> None:
 @torch.no_grad()
 def _split(model: Any, weights: Weights, device: torch.device) -> None:
     """Give a model without weights a part of each."""
+    if torch.__version__ < "2.7":
+        raise PosthocError(f"Models are split by PyTorch 2.7 or newer. This is {torch.__version__}.")
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     mesh = init_device_mesh(device.type, (get_world_size(),))
     whole = {own for own in model.parameters() if not own.is_meta}  # The adapter's.
-    try:
-        from torch.distributed.fsdp import fully_shard
-
-        for part in (*blocks_of(model), model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    except (ImportError, TypeError) as error:
-        raise PosthocError(f"Models are split by PyTorch 2.7 or newer. This is {torch.__version__}.") from error
+    for part in (*blocks_of(model), model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model._apply(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
     for module in model.modules():
         for leaf, own in module._parameters.items():

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from peft_posthoc import AdapterError, CheckpointError, MismatchError, export, open_checkpoint, resize
 from peft_posthoc.adapters.image_names import read_name
 from peft_posthoc.adapters.open import open_adapter
+from peft_posthoc.models.original_modules import family_of
 from tests.make import diffusion
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -68,7 +69,43 @@ def added(base, file, module, leaf="weight"):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_any_program_leads_to_diffusers_module(name):
-    assert read_name(name).modules == NAMES[name]
+    named = read_name(name)
+    assert named.modules(family_of({named.module: named.underscored}, None)) == NAMES[name]
+
+
+# What a file holds beside: the same name is another module in another model.
+TOLD_BY_OTHERS = [
+    ("img_in", "double_blocks.0.img_attn.qkv", None, ("x_embedder",)),
+    ("img_in", "transformer_blocks.0.attn.to_q", None, ("img_in",)),
+    ("final_layer.linear", "layers.0.attention.qkv", None, ("all_final_layer.2-1.linear",)),
+    ("final_layer.linear", "joint_blocks.0.x_block.attn.qkv", None, ("proj_out",)),
+    ("adaln_single.linear", "transformer_blocks.0.attn1.to_q", None, ("time_embed.linear",)),
+    ("double_blocks.0.img_mlp.0", "img_in", 4, ("transformer_blocks.0.ff.net.0.proj",)),
+    ("double_blocks.0.img_mlp.0", "img_in", 6, ("transformer_blocks.0.ff.linear_in",)),
+    ("time_in.in_layer", "double_stream_modulation_img.lin", None, ("time_guidance_embed.timestep_embedder.linear_1",)),
+]
+
+
+@pytest.mark.parametrize(("module", "beside", "widening", "wanted"), TOLD_BY_OTHERS)
+def test_a_name_that_several_models_have_is_told_by_the_others_in_the_file(module, beside, widening, wanted, tmp_path):
+    for prefix, underscored in (("diffusion_model.", False), ("lora_unet_", True)):
+        rows = 2 * (widening or 1)
+        tensors = {}
+        for name, m in ((module, rows), (beside, 12)):
+            own = f"{prefix}{name.replace('.', '_') if underscored else name}"
+            tensors |= {f"{own}.lora_down.weight": torch.ones(1, 2), f"{own}.lora_up.weight": torch.ones(m, 1)}
+        save_file(tensors, tmp_path / "lora.safetensors")
+        assert {*wanted} <= open_adapter(tmp_path / "lora.safetensors").modules.keys()
+
+
+def test_names_of_diffusers_are_no_authors_names(tmp_path):
+    tensors = {}
+    for name in ("adaln_single.linear", "img_in", "single_transformer_blocks.0.attn.to_out", "transformer_blocks.0.x"):
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.ones(1, 2)
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.ones(2, 1)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = open_adapter(tmp_path / "lora.safetensors").modules
+    assert {"adaln_single.linear", "img_in", "single_transformer_blocks.0.attn.to_out"} <= found.keys()
 
 
 def test_each_module_has_its_own_alpha_whatever_the_ranks(base, tmp_path):

@@ -1,5 +1,7 @@
 """What `--help` shows."""
 
+import shlex
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -32,3 +34,26 @@ def test_the_default_of_a_command_is_the_one_that_its_help_names():
     text = " ".join(text_of("combine").split())
     assert "[default: all: the sum is exact]" in text
     assert "[default: 32]" not in text
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "mergekit"])
+def test_every_command_has_examples_that_can_be_read(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    lines = text_of(command).partition("Examples:\n")[2].splitlines()
+    assert lines
+    for line in lines:
+        _, name, *words = shlex.split(line)
+        assert name == command
+        assert main.get_command(None, name).make_context(name, words).params
+
+
+def test_many_options_stand_in_groups_and_each_once():
+    text = text_of("extract")
+    lines = text[text.index("Options:") :].splitlines()
+    headings = ["Options:", "Ranks:", "What is carried:", "Names:", "Models:", "Refining:", "Output:", "Examples:"]
+    assert [line for line in lines if line.endswith(":") and not line.startswith(" ")] == headings
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    options = [one.opts[0] for one in main.get_command(None, "extract").params if isinstance(one, click.Option)]
+    assert sorted(shown) == sorted(options)
+    assert text.index("Ranks:") < text.index("--energy") < text.index("What is carried:") < text.index("--head")

@@ -57,3 +57,25 @@ def test_the_least_energy_may_be_a_percentage(llama_pair, tmp_path):
     result = run("extract", *llama_pair, tmp_path / "out", "--min-energy", "most")
     assert result.exit_code == 2
     assert "'most' is no share such as 0.9 or 90%" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rank", "x"],
+        ["--rank", "0"],
+        ["--energy", "2"],
+        ["--device", "tpu"],
+        ["--include", "("],
+        ["--budget", "many"],
+        ["--map", "a"],
+        ["--dtype", "int3"],
+    ],
+)
+def test_what_was_typed_wrong_ends_with_one_status_whoever_sees_it(options, llama_pair, tmp_path):
+    result = run("extract", *llama_pair, tmp_path / "out", *options)
+    assert result.exit_code == 2, result.stderr
+
+
+def test_what_is_wrong_with_a_model_ends_with_another(llama_pair, tmp_path):
+    assert run("extract", llama_pair[0], tmp_path / "absent", tmp_path / "out").exit_code == 1

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from peft_posthoc import CheckpointError, extract, extract_many, keep_energy, open_checkpoint, preflight_many
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
+from peft_posthoc.cli.main import main
 from peft_posthoc.sources import Source
 from tests.make import models
 from tests.make.spoiled import run
@@ -210,3 +212,21 @@ def test_the_command_tells_as_json(fleet, tmp_path: Path) -> None:
     assert told["adapters"][0]["relative_delta_by_layer"]["0"] == 0
     assert told["adapters"][0]["relative_delta_by_layer"]["1"] > 0
     assert told["adapters"][0]["totals"]["rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--rank", "4,8"), "A fleet takes one rank rule; `phlora resize` makes its adapters smaller."),
+        (("--refine",), "--refine goes with one TUNED. `phlora refine` refines each adapter afterwards."),
+        (("--to", "kohya"), "--to goes with one TUNED. `phlora export` writes each adapter afterwards."),
+    ],
+)
+def test_what_a_fleet_does_not_do_is_told_with_what_does_it_afterwards(
+    fleet, options: tuple[str, ...], why: str, tmp_path: Path
+) -> None:
+    base, tuned = fleet
+    result = CliRunner().invoke(main, ["extract", base, *tuned[:2], "--out", str(tmp_path / "all"), *options])
+    assert result.exit_code == (1 if "--rank" in options else 2)
+    assert why in " ".join(result.output.split())
+    assert not (tmp_path / "all").exists()

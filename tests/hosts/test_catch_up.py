@@ -1,20 +1,24 @@
-"""`python -m hf_callbacks.catch_up`: adapters for the checkpoints of a run that is over."""
+"""`phlora catch-up`: adapters for the checkpoints of a run that is over."""
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
+import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from hf_callbacks import PosthocLoraCallback
-from hf_callbacks.catch_up import main as catch_up
 from peft_posthoc import extract
+from peft_posthoc.checkpoints.folder import Folder
+from peft_posthoc.cli.main import main
 from tests.make.trainer_runs import WEIGHTS, adapters, here, same_factors, trainer
 
 
 def run_catch_up(*arguments):
-    return CliRunner().invoke(catch_up, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["catch-up", *map(str, arguments)])
 
 
 def test_a_run_that_is_over_is_caught_up_with(base, tmp_path):
@@ -30,9 +34,33 @@ def test_a_run_that_is_over_is_caught_up_with(base, tmp_path):
     rows = [line for line in (tmp_path / "run/phlora/README.md").read_text().splitlines() if "`step-" in line]
     assert [row.split(" | ")[3] for row in rows] == losses
     assert (tmp_path / "run/phlora/energy.png").is_file()
+    assert result.stdout == f"4 adapters are in {tmp_path / 'run/phlora'}\n"
     kept = (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns
-    assert run_catch_up(tmp_path / "run", "--base", base).exit_code == 0
+    told = json.loads(run_catch_up(tmp_path / "run", "--base", base, "--json").stdout)
+    assert (told["adapters"], told["failures"]) == (["step-2", "step-4", "step-6", "final"], [])
     assert (tmp_path / "run/phlora/step-4" / WEIGHTS).stat().st_mtime_ns == kept
+
+
+def test_the_base_is_read_once_for_all_checkpoints(base, tmp_path, monkeypatch):
+    trainer(base, tmp_path / "run").train()
+    read, real = Counter(), Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, name: (read.update([(self.label, name)]), real(self, name))[1])
+    assert run_catch_up(tmp_path / "run", "--base", base, "--rank", "8").exit_code == 0
+    monkeypatch.undo()
+    assert {label for label, _ in read} == {str(base), *(f"run/checkpoint-{step}" for step in (2, 4, 6))}
+    assert set(read.values()) == {1}
+    assert adapters(tmp_path / "run/phlora") == ["final", "step-2", "step-4", "step-6"]
+    assert report(tmp_path / "run/phlora/step-4")["provenance"]["tuned"] == "run/checkpoint-4"
+    assert not list((tmp_path / "run/_phlora").glob("made/*"))
+
+
+def test_what_cannot_be_made_with_the_others_is_made_by_itself(base, tmp_path, monkeypatch):
+    trainer(base, tmp_path / "run").train()
+    save_file({"stranger.weight": torch.ones(2, 2)}, tmp_path / "run/checkpoint-4/model.safetensors")
+    result = run_catch_up(tmp_path / "run", "--base", base, "--rank", "8")
+    assert result.exit_code == 1
+    assert "There is no adapter `step-4`" in result.output
+    assert adapters(tmp_path / "run/phlora") == ["final", "step-2", "step-6"]
 
 
 def test_a_run_is_caught_up_with_in_either_form(base, tmp_path):

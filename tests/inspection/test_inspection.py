@@ -231,7 +231,7 @@ def test_without_matplotlib_one_line_says_so_before_the_work(command, rounded_pa
 def test_a_format_that_matplotlib_does_not_know_is_refused_before_the_work(rounded_pair, tmp_path):
     pytest.importorskip("matplotlib")
     result = CliRunner().invoke(cli.main, ["inspect", *rounded_pair, "--plot", str(tmp_path / "plot.docx")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "A picture cannot be a `.docx` file" in result.stderr
     assert result.stderr.count("\n") == 1
 

@@ -169,6 +169,13 @@ def test_the_page_of_an_adapter_shows_what_was_written(tmp_path):
     assert "--rank auto" not in text
 
 
+def test_of_several_that_were_written_the_answer_is_the_first_that_keeps_most():
+    adapter = extract(*pair_with({"a.weight": diagonal(*[1.0] * 8, side=16)}), 8, exact=True)
+    written = {"r2": adapter.at(2), "r8": adapter}
+    assert Inspection.of(adapter, written).kept().startswith("The adapter (r8) keeps 100.0% ")
+    assert Inspection.of(adapter.at(2)).kept().startswith("--energy 0.5 keeps >25.0% ")
+
+
 def test_the_picture_is_of_any_format_that_matplotlib_knows(large, tmp_path):
     for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
         large.plot(tmp_path / f"plot{suffix}")

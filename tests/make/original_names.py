@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from peft_posthoc.checkpoints.view import Piece
-from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, fused, swapped
+from peft_posthoc.models.original_modules import FAMILIES, SWAPPED, TURNED, fused, swapped
 
 Names = Mapping[str, tuple[str, ...]]
 """By an original module or parameter, those of the class that it has one above the other. `{}` is a number."""
@@ -46,31 +46,6 @@ _DOUBLE_FLUX = {
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
 }
-_FLUX2 = {
-    **_of("=", {"txt_in": "context_embedder", "img_in": "x_embedder", **_HEAD}),
-    **_of("=time_guidance_embed.", _EMBEDDERS),
-    **_of(
-        "=",
-        {
-            f"{one}.lin": f"{one}.linear"
-            for one in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
-        },
-    ),
-    **_of(
-        "double_blocks.{}.=transformer_blocks.{}.",
-        {
-            **_DOUBLE_FLUX,
-            "img_mlp.0": "ff.linear_in",
-            "img_mlp.2": "ff.linear_out",
-            "txt_mlp.0": "ff_context.linear_in",
-            "txt_mlp.2": "ff_context.linear_out",
-        },
-    ),
-    **_of(
-        "single_blocks.{}.=single_transformer_blocks.{}.",
-        {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out", **_NORMS},
-    ),
-}
 _SD3 = {
     **_of("=", {"pos_embed": "pos_embed.pos_embed", "x_embedder.proj": "pos_embed.proj", **_HEAD}),
     **_of(
@@ -99,51 +74,6 @@ _SD3 = {
             "adaLN_modulation.1": "norm1_context.linear",
         },
     ),
-}
-_WAN = {
-    **_of("=", {"head.modulation": "scale_shift_table", "blocks.{}.modulation": "blocks.{}.scale_shift_table"}),
-    **_of(
-        "img_emb.proj.=condition_embedder.image_embedder.",
-        {"0": "norm1", "1": "ff.net.0.proj", "3": "ff.net.2", "4": "norm2"},
-    ),
-}
-_Z_IMAGE = {
-    **_of(
-        "=",
-        {
-            "x_embedder": "all_x_embedder.2-1",
-            "final_layer.linear": "all_final_layer.2-1.linear",
-            "final_layer.adaLN_modulation.{}": "all_final_layer.2-1.adaLN_modulation.{}",
-        },
-    ),
-    **{
-        old: new
-        for part in ("layers", "noise_refiner", "context_refiner")
-        for old, new in _of(
-            f"{part}.{{}}.attention.={part}.{{}}.attention.",
-            {"qkv": "to_q to_k to_v", "out": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"},
-        ).items()
-    },
-}
-_LTX = {
-    **_of(
-        "=",
-        {
-            "patchify_proj": "proj_in",
-            **{
-                f"adaln_single.{one}": f"time_embed.{one}"
-                for one in ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
-            },
-        },
-    ),
-    **{
-        old: new
-        for attention in ("attn1", "attn2")
-        for old, new in _of(
-            f"transformer_blocks.{{}}.{attention}.=transformer_blocks.{{}}.{attention}.",
-            {"q_norm": "norm_q", "k_norm": "norm_k"},
-        ).items()
-    },
 }
 _HUNYUAN = {
     **_of("=", {"img_in.proj": "x_embedder.proj", "txt_in.input_embedder": "context_embedder.proj_in", **_HEAD}),
@@ -211,13 +141,13 @@ _HUNYUAN = {
 # Beside what `original_modules` has.
 TABLES: Mapping[str, Names] = {
     "FluxTransformer2DModel": {},
-    "Flux2Transformer2DModel": _FLUX2,
+    "Flux2Transformer2DModel": {},
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
-    "LTXVideoTransformer3DModel": _LTX,
+    "LTXVideoTransformer3DModel": {},
     "QwenImageTransformer2DModel": {},  # The names are the original ones.
     "SD3Transformer2DModel": _SD3,
-    "WanTransformer3DModel": _WAN,
-    "ZImageTransformer2DModel": _Z_IMAGE,
+    "WanTransformer3DModel": {},
+    "ZImageTransformer2DModel": {},
 }
 # Its halves are the other way round too.
 _LAST_OF_SD3 = "joint_blocks.{}.context_block.adaLN_modulation.1"
@@ -238,7 +168,7 @@ def originals(class_name: str, headers: Mapping[str, Header]) -> dict[str, Piece
         for new in news
     ]
     last = max((int(name.split(".")[1]) for name in headers if name.startswith("transformer_blocks.")), default=0)
-    halves = {*(() if class_name == "ZImageTransformer2DModel" else SWAPPED)}
+    halves = {SWAPPED} if class_name in TURNED else set()
     if class_name == "SD3Transformer2DModel":
         halves.add(_LAST_OF_SD3.format(last))
     found: dict[str, Piece] = {}

@@ -4,6 +4,7 @@ import re
 
 from peft_posthoc.checkpoints.checkpoint import Header
 from tests.make import diffusion
+from tests.make.open_clip import under_open_clip
 from tests.make.original_names import originals
 
 PREFIX = "model.diffusion_model."
@@ -186,3 +187,12 @@ def _of_unet(name, layers, tensors):
         return f"output_blocks.{first + layers}.{after}.{rest}"
     place = f"input_blocks.{first + number + 1}" if side == "down_blocks" else f"output_blocks.{first + number}"
     return f"{place}.{0 if part == 'resnets' else 1}.{rest}"
+
+
+def sdxl_file(unet, text_encoder, text_encoder_2):
+    """The tensors of a single file of SDXL, with its text encoders."""
+    tensors = under_original_names(unet)
+    for name, value in text_encoder.state_dict().items():
+        tensors[f"conditioner.embedders.0.transformer.text_model.{name}"] = value
+    tensors |= under_open_clip(text_encoder_2.state_dict(), "conditioner.embedders.1.model.")
+    return {name: value.contiguous() for name, value in tensors.items()}

@@ -1,12 +1,12 @@
 """Tiny pipelines of diffusers around given components, and text encoders for them."""
 
 
-def clip(projection=False):
+def clip(projection=False, width=32):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=96,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -1,6 +1,7 @@
 """`phlora refine` in one of several processes, which says what it found.
 
-With FAIL, the second fails on the way; with LATE, its clock says that next to nothing is left.
+With FAIL=1, the second fails on the way, with FAIL=disk the first as it keeps text; with LATE, the second has a clock
+that says that next to nothing is left.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import importlib
 import os
 
 from peft_posthoc.cli.main import main
-from peft_posthoc.errors import PosthocError
+from peft_posthoc.errors import AdapterError, PosthocError
 
 refine = importlib.import_module("peft_posthoc.refinement.refine")
 distil = importlib.import_module("peft_posthoc.refinement.distil")
@@ -24,11 +25,17 @@ def told(*args, **options):
 
 def fails(*args):
     calls.append(None)
-    if os.environ.get("FAIL") and os.environ["RANK"] == "1" and len(calls) == 4:
+    if os.environ.get("FAIL") == "1" and os.environ["RANK"] == "1" and len(calls) == 4:
         raise PosthocError("It is too dark here.")
     return divergence(*args)
 
 
+def full(*args):
+    raise AdapterError("The disk is full.")
+
+
+if os.environ.get("FAIL") == "disk":
+    refine.State.keep_texts = full
 if os.environ.get("LATE") and os.environ["RANK"] == "1":
     seconds = refine.Clock.seconds
     refine.Clock.seconds = property(lambda clock: seconds.fget(clock) / 1000)

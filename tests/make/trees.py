@@ -3,9 +3,9 @@
 import torch
 
 
-def model(seed, columns=64):
+def model(seed, columns=64, layers=4):
     torch.manual_seed(seed)
-    return {f"layers.{at}.q_proj.weight": torch.randn(64, columns) for at in range(4)}
+    return {f"layers.{at}.q_proj.weight": torch.randn(64, columns) for at in range(layers)}
 
 
 def tune(model, seed, size=0.01):

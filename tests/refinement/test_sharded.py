@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,13 @@ from safetensors.torch import load_file
 from peft_posthoc import PosthocError, distil, extract, refine
 from peft_posthoc.refinement.preflight import refine_preflight
 from tests.make import models
+from tests.make.coded_folders import fp8, quantise
 from tests.make.limits import HANG
 from tests.make.shard_run import LENGTH, SEQUENCES
 
 MAKES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (lambda: models.llama(num_hidden_layers=4), {}),
+    "coded": (models.llama, {}),  # on a base of FP8
     "gpt2": (models.gpt2, {"embeddings": True}),  # tied; Conv1D
     "mixtral": (models.mixtral, {"form": "peft"}),  # experts as PEFT's target_parameters, norms kept whole
 }
@@ -45,6 +48,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     for name, (make, options) in MAKES.items():
         torch.manual_seed(0)
         pair = models.save_pair(make(), place / name, scale=0.05)
+        if name == "coded":
+            quantise(pair[0], place / "codes", fp8)
+            shutil.rmtree(pair[0])
+            (place / "codes").rename(pair[0])
         folders += [extract(*pair, 2, dtype=torch.float32, **options).save(place / name / "svd"), *pair]
     found = torchrun("tests.make.shard_run", *folders)
     assert found.returncode == 0, found.stderr[-3000:]

@@ -68,9 +68,10 @@ def test_the_first_one_s_clock_is_that_of_both(
     ("fail", "more", "told"),
     [
         ("1", [], "It is too dark here. (In process 1 of 2.)"),
+        ("disk", [], "The disk is full."),
         ("", ["--prefix", "a"], "Neither the tuned model nor the base has a tokenizer"),
     ],
-    ids=["in one", "in both"],
+    ids=["in one", "in the first, which alone keeps", "in both"],
 )
 def test_what_goes_wrong_ends_both_with_one_line(
     llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, fail: str, more: list[str], told: str
@@ -82,4 +83,5 @@ def test_what_goes_wrong_ends_both_with_one_line(
     lines = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
     assert len(lines) == 1
     assert lines[0].startswith(f"phlora: error: {told}")
+    assert "[rank" not in ran.stderr  # No traceback of the other one.
     assert not list(tmp_path.iterdir())

@@ -53,5 +53,5 @@ def test_the_command_takes_a_size_and_refuses_a_share_of_what_it_does_not_see(ad
     done = CliRunner().invoke(main, [*asked, "--budget", f"{2 * bytes_of(source)}B"])
     assert done.exit_code == 0, done.stderr
     refused = CliRunner().invoke(main, [*asked, "--force", "--budget", "50%"])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "`--budget 50%` is a share of the tuned checkpoint, which is not there: give a size" in refused.stderr

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from peft_posthoc.cli.main import main
-from tests.make import architectures, diffusion, models, texts
+from tests.make import architectures, diffusion, models, originals, pipelines, texts
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -95,9 +95,22 @@ def test_refine(here):
     assert "KL" in run(verified)
 
 
+def save_single_files(here):
+    """Flux and SDXL, with folders of their names."""
+    flux, parts = originals.FAMILIES["flux"](), (originals.sdxl(), pipelines.clip(), pipelines.clip(True, width=48))
+    flux.save_pretrained(here / "flux1-dev/transformer")
+    for name, part in zip(("unet", "text_encoder", "text_encoder_2"), parts, strict=True):
+        part.save_pretrained(here / "sdxl" / name)
+    for names, change in ((("flux1-dev", "sdxl"), lambda one: one), (("my-flux", "my-sdxl"), diffusion.moved)):
+        tensors = originals.under_original_names(change(flux)), originals.sdxl_file(*map(change, parts))
+        for name, own in zip(names, tensors, strict=True):
+            save_file({key: value.contiguous() for key, value in own.items()}, here / f"{name}.safetensors")
+
+
 def test_images(here):
     """The first three commands with a UNet: its page says that `unet` is the folder of Stable Diffusion."""
     pytest.importorskip("diffusers")
+    save_single_files(here)
     for side in ("base", "tuned"):
         torch.manual_seed(0)
         unet = diffusion.unet()
@@ -108,7 +121,7 @@ def test_images(here):
         (text if side == "base" else models.tuned_from(text)).save_pretrained(here / side / "text_encoder")
     run("phlora extract base/unet tuned/unet old.safetensors --to kohya --rank 4")
     lines = lines_of("images")
-    assert len(lines) == 9
+    assert len(lines) == 11
     (checked,) = (line for line in lines if line.startswith("phlora check"))
     for line in lines:
         if line != checked:
