@@ -104,8 +104,8 @@ def _left_out(runs: Sequence[Run]) -> list[str]:
     return [
         "## What is lost with what an adapter does not carry?",
         "",
-        "Adapters that keep all but 0.5 % of the energy of the layers that they carry. What they are short of the fine-tune",
-        "is lost with the rest: embeddings, the head, norms, convolutions, which E_r does not count.",
+        "Adapters that keep all but 0.5 % of the energy of the layers that they carry. What they are short of the",
+        "fine-tune is lost with the rest: embeddings, the head, norms, convolutions, which E_r does not count.",
         "",
         "| pair | seed | rank | E_r | of all that changed | metric | to the fine-tune |",
         "|---|--:|--:|--:|--:|---|--:|",
