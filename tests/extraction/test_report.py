@@ -70,14 +70,14 @@ def test_what_is_left_out_is_warned_of_with_its_share_and_the_flag_that_carries_
     deltas = {"a.weight": diagonal(1.0), "lm_head.weight": diagonal(3.0), "a.bias": torch.tensor([0.01, 0, 0])}
     report = extract(*pair_with(deltas), 1).report
     (warning,) = report.warnings
-    assert warning.startswith("90.0% of the fine-tune's energy is left out in 1 tensors: head (carried with --head)")
+    assert warning.startswith("90.0% of the fine-tune's energy is left out in 1 tensor: head (carried with --head)")
     assert extract(*pair_with(deltas), 1, head=True).report.warnings == ()
 
 
 def test_tensors_on_one_side_only_are_warned_of():
     warnings = extract(*pair_with({"a.weight": diagonal(1.0)}, ["old"], ["new", "newer"]), 1).report.warnings
     assert any(
-        "1 tensors are only in base, not in tuned, and not carried: old (norm 1.73)" in warning for warning in warnings
+        "1 tensor is only in base, not in tuned, and not carried: old (norm 1.73)" in warning for warning in warnings
     )
     assert any(
         "2 tensors are only in tuned, not in base, and not carried: new (norm 1.73), newer (norm 1.73)" in warning
