@@ -168,7 +168,8 @@ def _nothing(others: Iterable[Skipped | Kept], plan: Plan, base: str, tuned: str
     worst = max(changed, key=lambda row: row.delta_norm or 0.0)
     fate = plan.fates[worst.weight]
     why = fate.hint if isinstance(fate, LeftOut) else "PEFT keeps it only beside a layer with factors"
+    number = counted(len(changed), "other does", "others do")
     return (
-        f"No weight that is carried differs between `{base}` and `{tuned}`. {counted(len(changed), 'other does', 'others do')}; the largest "
+        f"No weight that is carried differs between `{base}` and `{tuned}`. {number}; the largest "
         f"change is in `{worst.weight}`: {why}."
     )

@@ -233,8 +233,9 @@ def _same_shapes(base: Checkpoint, tuned: Checkpoint, layout: Layout, excluded: 
         raise MismatchError(way_out(names, rows[names[0]]))
     wrong = [f"`{name}` {list(before[name].shape)} against {list(after[name].shape)}" for name in names]
     if wrong:
+        number = counted(len(wrong), "tensor has another shape", "tensors have other shapes")
         raise MismatchError(
-            f"{counted(len(wrong), 'tensor has another shape', 'tensors have other shapes')} in tuned than in base: {'; '.join(wrong)}. Give the base that the "
+            f"{number} in tuned than in base: {'; '.join(wrong)}. Give the base that the "
             f"fine-tune started from, or leave these out with `{asked('exclude', None)}`."
         )
 

@@ -313,7 +313,8 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
         if only:
             norms = [f"{row.weight} (norm {row.base_norm or row.tuned_norm or 0:.3g})" for row in only[:3]]
             names = ", ".join(norms) + (", ..." if len(only) > 3 else "")
-            yield f"{counted(len(only), 'tensor is', 'tensors are')} only in {side}, not in {other}, and not carried: {names}."
+            number = counted(len(only), "tensor is", "tensors are")
+            yield f"{number} only in {side}, not in {other}, and not carried: {names}."
     apart = [row for row in rows if row.cause is Reason.OTHER_SHAPE]
     if apart:
         number = counted(len(apart), "tensor has another shape", "tensors have other shapes")

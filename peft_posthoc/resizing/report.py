@@ -87,7 +87,8 @@ class ResizeReport:
         held = counted(totals.modules, f"module {at} holds", f"modules {at} hold")
         their = "its delta's" if totals.modules == 1 else "their deltas'"
         lines = [
-            f"{held} {percent(totals.energy)} of {their} energy; {size(totals.bytes)} on disk, of {size(totals.bytes_before)}."
+            f"{held} {percent(totals.energy)} of {their} energy; "
+            f"{size(totals.bytes)} on disk, of {size(totals.bytes_before)}."
         ]
         if totals.zero:
             lines.append(

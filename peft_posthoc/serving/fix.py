@@ -278,7 +278,8 @@ def _told(
     if {*ranks} != {rank}:
         yield f"rank {_range(ranks)} padded with zeros to {rank}"
     if added:
-        yield f"added as zeros, as engines expect them: {counted(len(added), 'module')}, of which the first is {next(iter(added))}"
+        number = counted(len(added), "module")
+        yield f"added as zeros, as engines expect them: {number}, of which the first is {next(iter(added))}"
     if without_prefix(subject):
         yield f"{PREFIX} put before {counted(len(without_prefix(subject)), 'name')}"
     if named_after_adapter(subject):

@@ -99,7 +99,7 @@ def test_excluded_tensors_of_other_shapes_are_rows_without_a_size():
     report = extract(base, tuned, 1, exclude=["b"]).report
     row = next(row for row in report.rows if row.weight == "b.weight")
     assert (row.status, row.reason, row.delta_norm) == ("left out", "shapes differ (--exclude)", None)
-    assert any("other shapes" in warning for warning in report.warnings)
+    assert any("another shape" in warning for warning in report.warnings)
 
 
 def test_the_table_shows_what_is_kept_then_what_is_lost_then_a_row_for_each_kind_of_module():
@@ -118,7 +118,7 @@ def test_what_a_prompt_and_a_notebook_show_is_short_and_says_what_is_kept():
     adapter = extract(*pair_with(deltas), 1, exact=True)
     for one in (adapter, adapter.report):
         assert len(repr(one)) < 250
-        assert "hold 64.0% of their deltas' energy, 32.0% of the whole" in repr(one)
+        assert "holds 64.0% of its delta's energy, 32.0% of the whole" in repr(one)
         assert "head (carried with --head): 50.0%" in one._repr_html_()
     for one in (Series({"r1": adapter}), Inspection.of(adapter)):
         assert len(repr(one)) < 100

@@ -122,8 +122,9 @@ def _kept_whole(plan: Plan, changed: Collection[str], *, stacked: bool) -> list[
     if not layers:
         return []
     pattern = r"\.bias$"
+    number = counted(len(layers), "layer is", "layers are")
     return [
-        f"{counted(len(layers), 'layer is', 'layers are')} kept whole: beside stacked experts PEFT's LoRA has neither biases nor dense MLPs. "
+        f"{number} kept whole: beside stacked experts PEFT's LoRA has neither biases nor dense MLPs. "
         f"To give layers with a bias factors, leave the biases out: `{as_flag('exclude', pattern)}`."
     ]
 
