@@ -40,7 +40,7 @@ class TatQAPreferences:
 class TatQARetrieval:
     """A question, and which paragraph answers it: of all that answer a question of the test set."""
 
-    about = f"Retrieval made of TAT-QA (Zhu et al., 2021), {ORIGIN}, CC BY 4.0"
+    about = f"Retrieval made of TAT-QA (Zhu et al., 2021), {ORIGIN}, CC BY 4.0; texts are cut off at 96 tokens"
     metrics = ("first", "reciprocal rank")
     kind = "retrieval"
     home = None
