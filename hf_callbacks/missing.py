@@ -19,6 +19,7 @@ from peft_posthoc.json_file import read_json
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.refining import Refining
 from peft_posthoc.sources import open_checkpoint
+from peft_posthoc.text import counted
 
 
 class CaughtUp(NamedTuple):
@@ -31,7 +32,7 @@ class CaughtUp(NamedTuple):
 
     def table(self) -> str:
         """A line for a terminal."""
-        return f"{len(self.adapters)} adapters are in {self.out}"
+        return f"{counted(len(self.adapters), 'adapter is', 'adapters are')} in {self.out}"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values."""

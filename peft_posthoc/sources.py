@@ -160,6 +160,11 @@ def _of_file(path: Path, *, label: str) -> Checkpoint:
     return File(path, label=label)
 
 
+def _is_misspelt(path: Path) -> bool:
+    """Tell whether it names a file of weights that a folder here lacks; it could be read as a hub id too."""
+    return path.suffix in (*SUFFIXES, SUFFIX) and path.parent != Path() and path.parent.is_dir() and not path.exists()
+
+
 def open_checkpoint(
     source: Source,
     *,
@@ -205,7 +210,7 @@ def open_checkpoint(
             checkpoint, beside = _of_folder(path, label=label), path
         elif path.is_file() and path.suffix in (*SUFFIXES, SUFFIX):
             checkpoint, beside = _of_file(path, label=label), path.parent
-        elif not path.exists() and (named := repo_and_file(label)):
+        elif not path.exists() and not _is_misspelt(path) and (named := repo_and_file(label)):
             found = find(named[0], revision=revision, role=role, file=named[1])
             headers = None if stream and found.streams else found.headers()
             if stream and found.streams:
@@ -233,6 +238,9 @@ def open_checkpoint(
             kinds = ", ".join((*SUFFIXES, SUFFIX))
             what = "is no regular file" if path.exists() else "does not exist"
             what = f"is a file of another kind than {kinds}" if path.is_file() else what
+            if _is_misspelt(path):
+                held = sorted(one.name for one in path.parent.iterdir() if one.suffix in (*SUFFIXES, SUFFIX))
+                what += f" (`{path.parent}` holds {', '.join(held[:5]) or 'no weights'})"
             raise CheckpointError(
                 f"The {role} `{source}` {what}. Give a model folder, a file of weights, or a hub id such as "
                 "`org/name`; with an adapter on it, BASE+ADAPTER; mean:A,B,... for the mean of several."

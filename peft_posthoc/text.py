@@ -42,6 +42,17 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: `1 tensor is`, `2 tensors are`.
+
+    Args:
+        count: How many.
+        one: The words behind a one.
+        many: Behind any other number; by default with an `s`.
+    """
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def duration(seconds: float) -> str:
     """A time for people."""
     for unit, of_next in (("s", 120), ("min", 120)):

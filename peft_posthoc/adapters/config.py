@@ -144,6 +144,9 @@ def read_config(where: Path) -> dict[str, Any]:
     Raises:
         AdapterError: It is not readable, not a LoRA adapter's, or sets a key to what is no value for it.
     """
+    if not (where / CONFIG).exists():
+        what = f"has no {CONFIG}" if where.is_dir() else "is no folder" if where.exists() else "does not exist"
+        raise _unreadable(where, f"it {what}. Give the folder of a PEFT adapter")
     try:
         config = read_json(where / CONFIG, unique=True)
     except ValueError as error:

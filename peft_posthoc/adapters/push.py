@@ -110,5 +110,8 @@ def _told(repo_id: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # The hub's client raises its own errors and those of the library below it.
-        advice = "Check its name and your rights there; `hf auth login` logs you in."
-        raise OutputError(f"`{repo_id}` on the hub did not take the adapter ({one_line(error)}). {advice}") from error
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        why = one_line(error).removesuffix(".")
+        advice = "" if HF_HUB_OFFLINE else " Check its name and your rights there; `hf auth login` logs you in."
+        raise OutputError(f"`{repo_id}` on the hub did not take the adapter: {why}.{advice}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +66,7 @@ def inspect(
         if html is not None:
             inspection.html(html)
             written.enter_context(noting(f"`{html}` is written."))
-        show(inspection, json_to, quiet=quiet, table=inspection.table(layers=layers))
+        files = [f"Written: {file}" for file in (plot, html) if file is not None]
+        extract = shlex.join(["phlora", "extract", base, tuned, "adapter"])
+        more = ["", *files, f"To make an adapter: {extract} --rank R, or another rule of the table"]
+        show(inspection, json_to, quiet=quiet, table=inspection.table(layers=layers), more=more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Command(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # `--json BASE TUNED`: click would take BASE for the file.
-        following = [*args[1:], ""]
+        following = [*args, ""][1:]
         bare = [one == "--json" and not _is_file(after) for one, after in zip(args, following, strict=True)]
         return super().parse_args(ctx, ["--json=-" if alone else one for one, alone in zip(args, bare, strict=True)])
 
@@ -45,6 +46,20 @@ class _Command(click.Group):
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with one_line_errors("phlora", debug="--debug" in ctx.args, mistyped=2), no_prompts():
             return super().invoke(ctx)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = get_close_matches(args[0], self.list_commands(ctx), 1)
+        if near and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean `phlora {near[0]}`?")
+        return super().resolve_command(ctx, args)
+
+    # Click cuts what does not fit into one line.
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in commands if one])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_FILES, *metadata.entry_points(group=COMMANDS).names])

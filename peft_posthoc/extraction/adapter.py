@@ -28,7 +28,7 @@ from peft_posthoc.extraction.sizing import FoundSizing
 from peft_posthoc.extraction.spool import finished_layers
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.ranks.rules import Allocation, Rank, as_rule, describe
-from peft_posthoc.text import as_html
+from peft_posthoc.text import as_html, counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -168,7 +168,8 @@ def _nothing(others: Iterable[Skipped | Kept], plan: Plan, base: str, tuned: str
     worst = max(changed, key=lambda row: row.delta_norm or 0.0)
     fate = plan.fates[worst.weight]
     why = fate.hint if isinstance(fate, LeftOut) else "PEFT keeps it only beside a layer with factors"
+    number = counted(len(changed), "other does", "others do")
     return (
-        f"No weight that is carried differs between `{base}` and `{tuned}`. {len(changed)} others do; the largest "
+        f"No weight that is carried differs between `{base}` and `{tuned}`. {number}; the largest "
         f"change is in `{worst.weight}`: {why}."
     )

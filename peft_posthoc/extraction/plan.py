@@ -21,7 +21,7 @@ from peft_posthoc.models.part import Part
 from peft_posthoc.models.slots import Slot, slots_of
 from peft_posthoc.pairing.vocabulary import resized, way_out
 from peft_posthoc.patterns import asked_for
-from peft_posthoc.text import asked
+from peft_posthoc.text import asked, counted
 
 Choice = Callable[[Sequence[Place]], "tuple[Place, ...] | LeftOut"]
 """Of the places a weight lives in, those to adapt; or why none is."""
@@ -233,8 +233,9 @@ def _same_shapes(base: Checkpoint, tuned: Checkpoint, layout: Layout, excluded: 
         raise MismatchError(way_out(names, rows[names[0]]))
     wrong = [f"`{name}` {list(before[name].shape)} against {list(after[name].shape)}" for name in names]
     if wrong:
+        number = counted(len(wrong), "tensor has another shape", "tensors have other shapes")
         raise MismatchError(
-            f"{len(wrong)} tensors have other shapes in base and tuned: {'; '.join(wrong)}. Give the base that the "
+            f"{number} in tuned than in base: {'; '.join(wrong)}. Give the base that the "
             f"fine-tune started from, or leave these out with `{asked('exclude', None)}`."
         )
 

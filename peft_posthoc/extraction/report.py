@@ -17,7 +17,7 @@ from peft_posthoc.extraction.row import Row, energies, energy_of, is_of_tuned, i
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
-from peft_posthoc.text import as_html, percent, share_of_all, shorten, size
+from peft_posthoc.text import as_html, counted, percent, share_of_all, shorten, size
 
 # Shares of the whole delta's energy from which leaving something out is worth a warning.
 MATERIAL = 0.01
@@ -140,8 +140,10 @@ class Report:
         rank = f"{totals.rank} (padded to {totals.file_rank} in the file)" if padded else f"{totals.rank}"
         if self.provenance["options"].get("form") == "peft" and len({row.rank for row in self.rows if row.rank}) > 1:
             rank = f"up to {totals.rank}"
+        held = counted(totals.extracted, f"weight at rank {rank} holds", f"weights at rank {rank} hold")
+        their = "its delta's" if totals.extracted == 1 else "their deltas'"
         lines = [
-            f"{totals.extracted} weights at rank {rank} hold {percent(totals.energy)} of their deltas' energy, "
+            f"{held} {percent(totals.energy)} of {their} energy, "
             f"{totals.of_all} of the whole fine-tune's; {size(totals.bytes)} on disk.",
         ]
         if totals.padding >= MATERIAL * totals.bytes:
@@ -296,7 +298,8 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
     for reason, (group, share) in left_out(rows).items():
         if share >= MATERIAL:
             about = "About " if any(map(is_unknown, group)) else ""
-            yield f"{about}{percent(share)} of the fine-tune's energy is left out in {len(group)} tensors: {reason}."
+            number = counted(len(group), "tensor")
+            yield f"{about}{percent(share)} of the fine-tune's energy is left out in {number}: {reason}."
     if totals.unknown >= MATERIAL:
         yield (
             f"{percent(totals.unknown)} of the fine-tune's values have nothing in the base to be compared with: of the "
@@ -310,10 +313,12 @@ def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
         if only:
             norms = [f"{row.weight} (norm {row.base_norm or row.tuned_norm or 0:.3g})" for row in only[:3]]
             names = ", ".join(norms) + (", ..." if len(only) > 3 else "")
-            yield f"{len(only)} tensors are only in {side}, not in {other}, and not carried: {names}."
+            number = counted(len(only), "tensor is", "tensors are")
+            yield f"{number} only in {side}, not in {other}, and not carried: {names}."
     apart = [row for row in rows if row.cause is Reason.OTHER_SHAPE]
     if apart:
-        yield f"{len(apart)} tensors have other shapes in base and tuned and are not carried: {apart[0].weight}."
+        number = counted(len(apart), "tensor has another shape", "tensors have other shapes")
+        yield f"{number} in tuned than in base, and not carried: {apart[0].weight}."
     tied = [row for row in rows if row.status == "extracted" and len(row.modules) > 1]
     if tied:
         yield (

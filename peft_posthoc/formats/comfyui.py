@@ -16,6 +16,7 @@ from peft_posthoc.formats.result import Exported, Out
 from peft_posthoc.formats.single_file import account, metadata_of, write_file
 from peft_posthoc.models.original_modules import swapped
 from peft_posthoc.progress import progress_bar
+from peft_posthoc.text import counted
 
 
 def write(
@@ -55,7 +56,10 @@ def write(
 
 def _notes(tensors: dict[str, Tensor]) -> list[str]:
     count = sum(name.endswith((".diff", ".diff_b")) for name in tensors)
-    return [f"{count} tensors without factors are in it as differences, which ComfyUI alone reads."] if count else []
+    number = counted(
+        count, "tensor without factors is in it as a difference", "tensors without factors are in it as differences"
+    )
+    return [f"{number}, which ComfyUI alone reads."] if count else []
 
 
 def _tensors(part: Component, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:

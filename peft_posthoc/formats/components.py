@@ -150,7 +150,8 @@ def _name(deltas: AdapterOnModel) -> str:
     if found is None or not (of_diffusers or found.startswith("text_encoder")):
         raise AdapterError(
             f"The base `{deltas.base.label}` ({named or 'of no known class'}) is no component of a diffusers pipeline: "
-            f"its folder is called none of {', '.join(COMPONENTS)}."
+            f"its folder is called none of {', '.join(COMPONENTS)}. Any other model's adapter goes "
+            f"without `{asked('to', None)}`."
         )
     return found
 

@@ -18,6 +18,7 @@ from peft_posthoc.adapters.writer import check_target
 from peft_posthoc.formats.open import open_deltas
 from peft_posthoc.formats.result import Exported, Out, check_place
 from peft_posthoc.sources import Source, sides
+from peft_posthoc.text import asked
 
 To = Literal["gguf", "mlx", "diffusers", "comfyui", "kohya", "vllm-moe", "peft-moe", "merged"]
 
@@ -124,11 +125,11 @@ def check_out(to: str, out: str | os.PathLike[str], *, force: bool) -> Target:
     """
     target = TARGETS.get(to)
     if target is None:
-        raise ValueError(f"`export(to=...)` must be one of {', '.join(TARGETS)}. Got {to!r}.")
+        raise ValueError(f"`{asked('to', None)}` must be one of {', '.join(TARGETS)}. Got {to!r}.")
     of_tensors = Path(out).suffix == SAFETENSORS
     is_file = target.shape == "file" or (target.shape == "either" and of_tensors)
     if target.several and is_file and not of_tensors:
-        raise ValueError(f"`export(to={to!r})` writes one file, NAME{SAFETENSORS}. Got {str(out)!r}.")
+        raise ValueError(f"`{asked('to', to)}` writes one file, NAME{SAFETENSORS}. Got {str(out)!r}.")
     if target.shape == "adapter":
         check_target(out, force=force)
     else:

@@ -19,7 +19,7 @@ from peft_posthoc.inspection.curves import Curves
 from peft_posthoc.inspection.shares import Share, shares
 from peft_posthoc.models.grid import Cell, cells
 from peft_posthoc.ranks.rules import fixed
-from peft_posthoc.text import percent, sized
+from peft_posthoc.text import counted, percent, sized
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -109,7 +109,7 @@ class Found:
     def kept(self) -> str:
         """What the answer keeps and takes, as a sentence."""
         one, kinds = self.answer, self.report.by_kind
-        size, weights = self.bytes(one), "1 weight" if len(self.spectra) == 1 else f"{len(self.spectra)} weights"
+        size, weights = self.bytes(one), counted(len(self.spectra), "weight")
         called = {fixed: f"Rank {one.flags.split()[-1]}", type(None): f"The adapter ({one.flags})"}
         of_all = sum(kind.of_all * (one.energy if kind.rank else 1) for kind in kinds)
         larger = f", more than the fine-tune itself ({sized(self.tuned_bytes)})" if self.is_larger(size) else ""

@@ -13,7 +13,7 @@ from peft_posthoc.checkpoints.hub import fetch_beside, is_repo_id
 from peft_posthoc.files import regular
 from peft_posthoc.json_file import LARGEST, read_json
 from peft_posthoc.pairing.difference import Difference, alike
-from peft_posthoc.text import shorten
+from peft_posthoc.text import counted, shorten
 
 _CONFIG, _SPECIAL, _WHOLE = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
 _MORE = "additional_chat_templates"
@@ -145,7 +145,9 @@ def _in_whole(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[Dif
     for one, other, side in ((after, before, "tuned"), (before, after, "base")):
         if only := [token for token in one if token not in other]:
             names = ", ".join(f"`{shorten(token, 30).replace('`', chr(39))}`" for token in only[:_NAMED])
-            said.append(f"{len(only)} tokens that only {side} has ({names}{', ...' if len(only) > _NAMED else ''})")
+            said.append(
+                f"{counted(len(only), 'token')} that only {side} has ({names}{', ...' if len(only) > _NAMED else ''})"
+            )
     if moved := sum(before[token] != after[token] for token in before.keys() & after.keys()):
         said.append(f"other ids of {moved} tokens")
     if not said and _merges(base) != _merges(tuned):

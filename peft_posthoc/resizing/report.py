@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_posthoc.adapters.module import Kind
 from peft_posthoc.models.grid import cells
-from peft_posthoc.text import percent, shorten, size
+from peft_posthoc.text import counted, percent, shorten, size
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,19 @@ class ResizeReport:
         totals = self.totals
         padded = f" (padded to {totals.file_rank} in the file)" if totals.file_rank > totals.rank else ""
         up_to = "up to " if len({row.rank for row in self.rows if row.rank}) > 1 else ""
+        at = f"at rank {up_to}{totals.rank}{padded}"
+        held = counted(totals.modules, f"module {at} holds", f"modules {at} hold")
+        their = "its delta's" if totals.modules == 1 else "their deltas'"
         lines = [
-            f"{totals.modules} modules at rank {up_to}{totals.rank}{padded} hold {percent(totals.energy)} of their "
-            f"deltas' energy; {size(totals.bytes)} on disk, of {size(totals.bytes_before)}."
+            f"{held} {percent(totals.energy)} of {their} energy; "
+            f"{size(totals.bytes)} on disk, of {size(totals.bytes_before)}."
         ]
         if totals.zero:
-            lines.append(f"{totals.zero} modules have no delta and are there as zeros.")
+            lines.append(
+                f"{counted(totals.zero, 'module has no delta and is', 'modules have no delta and are')} there as zeros."
+            )
         if totals.whole:
-            lines.append(f"{totals.whole} tensors are there whole, as they were.")
+            lines.append(f"{counted(totals.whole, 'tensor is', 'tensors are')} there whole, unchanged.")
         return lines
 
     def _kinds(self) -> list[str]:

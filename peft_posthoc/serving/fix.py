@@ -31,7 +31,7 @@ from peft_posthoc.serving.rules.adapter_files import unknown_keys
 from peft_posthoc.serving.rules.names import named_after_adapter, strangers, unfitting, without_prefix
 from peft_posthoc.serving.rules.scale import misranked
 from peft_posthoc.serving.subject import Subject
-from peft_posthoc.text import as_flag, size
+from peft_posthoc.text import as_flag, counted, size
 
 
 @dataclass(frozen=True)
@@ -278,11 +278,12 @@ def _told(
     if {*ranks} != {rank}:
         yield f"rank {_range(ranks)} padded with zeros to {rank}"
     if added:
-        yield f"added as zeros, as engines expect them: {len(added)} modules, of which the first is {next(iter(added))}"
+        number = counted(len(added), "module")
+        yield f"added as zeros, as engines expect them: {number}, of which the first is {next(iter(added))}"
     if without_prefix(subject):
-        yield f"{PREFIX} put before {len(without_prefix(subject))} names"
+        yield f"{PREFIX} put before {counted(len(without_prefix(subject)), 'name')}"
     if named_after_adapter(subject):
-        yield f"the adapter's name taken out of {len(named_after_adapter(subject))} names"
+        yield f"the adapter's name taken out of {counted(len(named_after_adapter(subject)), 'name')}"
     if not subject.weights_name.endswith(".safetensors"):
         yield f"{subject.weights_name} as safetensors"
     if behind := [*subject.others, *(["added_tokens.json"] if subject.added_tokens else [])]:

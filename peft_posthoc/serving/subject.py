@@ -63,7 +63,8 @@ class Subject:
         where = Path(folder)
         refuse_foreign(where)
         if not where.is_dir():
-            raise AdapterError(f"`{where}` is no folder. Give the folder of a PEFT adapter.")
+            what = "is no folder" if where.exists() else "does not exist"
+            raise AdapterError(f"`{where}` {what}. Give the folder of a PEFT adapter.")
         config = read_config(where)
         name = next((name for name in (WEIGHTS, PICKLE) if (where / name).exists()), None)
         if name is None:

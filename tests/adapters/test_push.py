@@ -66,7 +66,7 @@ def test_the_adapter_goes_there_and_nothing_else_of_its_folder(pushed):
     assert repository.private
     for name in OURS - {"README.md"}:
         assert repository.files[name] == (adapter / name).read_bytes()
-    assert [result[0] for result in results] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert [result[0] for result in results] == [0, 0, 0, 0, 0, 2, 1, 1]
     assert "Adapter pushed to http" in results[0][1]
 
 

@@ -172,7 +172,7 @@ def test_no_weights_are_fetched_of_two_that_do_not_fit(hub, phlora, pair, work):
     save_file({"layers.0.proj.weight": torch.zeros(9, 9)}, pair[1] / "model.safetensors")
     for path in pair:
         hub.repository(f"apart/{path.name}").commit(path, "main")
-    refused(phlora("extract", "apart/base", "apart/tuned", work / "out"), work, "other shapes")
+    refused(phlora("extract", "apart/base", "apart/tuned", work / "out"), work, "in tuned than in base")
     assert hub.fetched == []
 
 
@@ -180,7 +180,7 @@ def test_a_configuration_of_two_that_do_not_fit_fetches_none_either(hub, phlora,
     save_file({"layers.0.proj.weight": torch.zeros(9, 9)}, pair[1] / "model.safetensors")
     for path in pair:
         hub.repository(f"config/{path.name}").commit(path, "main")
-    refused(phlora("from-delta", "config/base", "config/tuned"), work, "other shapes")
+    refused(phlora("from-delta", "config/base", "config/tuned"), work, "in tuned than in base")
     assert hub.fetched == []
 
 

@@ -57,3 +57,29 @@ def test_many_options_stand_in_groups_and_each_once():
     options = [one.opts[0] for one in main.get_command(None, "extract").params if isinstance(one, click.Option)]
     assert sorted(shown) == sorted(options)
     assert text.index("Ranks:") < text.index("--energy") < text.index("What is carried:") < text.index("--head")
+
+
+def test_the_list_of_commands_has_whole_sentences():
+    text = CliRunner().invoke(main, ["--help"], prog_name="phlora").stdout
+    listed = text.partition("Commands:")[2]
+    assert all(command in listed for command in COMMANDS)
+    assert "..." not in listed
+
+
+def test_the_name_alone_shows_the_help():
+    result = CliRunner().invoke(main, [], prog_name="phlora")
+    assert result.exit_code == 2
+    assert "Commands:" in result.output
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("extrct", "extract"), ("catchup", "catch-up")])
+def test_a_misspelt_command_is_answered_with_the_one_that_was_meant(typed, meant):
+    result = CliRunner().invoke(main, [typed, "base", "tuned", "out"], prog_name="phlora")
+    assert result.exit_code == 2
+    assert f"No such command '{typed}'. Did you mean `phlora {meant}`?" in result.stderr
+
+
+def test_a_command_that_is_like_none_is_not_guessed_at():
+    result = CliRunner().invoke(main, ["xyz"], prog_name="phlora")
+    assert result.exit_code == 2
+    assert "Did you mean" not in result.stderr

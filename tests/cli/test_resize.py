@@ -123,7 +123,10 @@ def test_an_adapter_can_be_replaced_by_its_smaller_self(work):
 
 
 BAD = {
-    "no such folder": (["resize", "nowhere", "out"], "`nowhere` is not a readable LoRA adapter"),
+    "no such folder": (
+        ["resize", "nowhere", "out"],
+        "`nowhere` is not a readable LoRA adapter: it does not exist. Give the folder",
+    ),
     "no rank": (["resize", "a", "out", "--rank", "0"], "A rank must be a whole number of at least 1. Got 0."),
     "two rules": (["resize", "a", "out", "--rank", "2", "--error", "0.1"], "Give --rank or --error, not both."),
     "energy": (["resize", "a", "out", "--energy", "1.5"], "An energy share must lie above 0"),

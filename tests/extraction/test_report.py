@@ -70,14 +70,14 @@ def test_what_is_left_out_is_warned_of_with_its_share_and_the_flag_that_carries_
     deltas = {"a.weight": diagonal(1.0), "lm_head.weight": diagonal(3.0), "a.bias": torch.tensor([0.01, 0, 0])}
     report = extract(*pair_with(deltas), 1).report
     (warning,) = report.warnings
-    assert warning.startswith("90.0% of the fine-tune's energy is left out in 1 tensors: head (carried with --head)")
+    assert warning.startswith("90.0% of the fine-tune's energy is left out in 1 tensor: head (carried with --head)")
     assert extract(*pair_with(deltas), 1, head=True).report.warnings == ()
 
 
 def test_tensors_on_one_side_only_are_warned_of():
     warnings = extract(*pair_with({"a.weight": diagonal(1.0)}, ["old"], ["new", "newer"]), 1).report.warnings
     assert any(
-        "1 tensors are only in base, not in tuned, and not carried: old (norm 1.73)" in warning for warning in warnings
+        "1 tensor is only in base, not in tuned, and not carried: old (norm 1.73)" in warning for warning in warnings
     )
     assert any(
         "2 tensors are only in tuned, not in base, and not carried: new (norm 1.73), newer (norm 1.73)" in warning
@@ -99,7 +99,7 @@ def test_excluded_tensors_of_other_shapes_are_rows_without_a_size():
     report = extract(base, tuned, 1, exclude=["b"]).report
     row = next(row for row in report.rows if row.weight == "b.weight")
     assert (row.status, row.reason, row.delta_norm) == ("left out", "shapes differ (--exclude)", None)
-    assert any("other shapes" in warning for warning in report.warnings)
+    assert any("another shape" in warning for warning in report.warnings)
 
 
 def test_the_table_shows_what_is_kept_then_what_is_lost_then_a_row_for_each_kind_of_module():
@@ -118,7 +118,7 @@ def test_what_a_prompt_and_a_notebook_show_is_short_and_says_what_is_kept():
     adapter = extract(*pair_with(deltas), 1, exact=True)
     for one in (adapter, adapter.report):
         assert len(repr(one)) < 250
-        assert "hold 64.0% of their deltas' energy, 32.0% of the whole" in repr(one)
+        assert "holds 64.0% of its delta's energy, 32.0% of the whole" in repr(one)
         assert "head (carried with --head): 50.0%" in one._repr_html_()
     for one in (Series({"r1": adapter}), Inspection.of(adapter)):
         assert len(repr(one)) < 100

@@ -132,7 +132,7 @@ BAD = {
     "no target": (["adapter", "out"], 2, "Missing option '--to'"),
     "an unknown target": (["adapter", "out", "--to", "onnx"], 2, "is not one of"),
     "no adapter": (["nowhere", "out", "--to", "mlx"], 1, "not a readable LoRA adapter"),
-    "a model for an adapter": (["base", "out", "--to", "mlx"], 1, "not a readable LoRA adapter"),
+    "a model for an adapter": (["base", "out", "--to", "mlx"], 1, "it has no adapter_config.json. Give the folder"),
     "no base": (["adapter", "out", "--to", "mlx", "--base", "nowhere"], 1, "neither a folder nor a hub id"),
     "no base's weights": (["adapter", "out", "--to", "merged", "--base", "nowhere"], 1, "does not exist"),
     "a base without a class": (["adapter", "out", "--to", "mlx", "--base", "unknown"], 1, "has no class for"),

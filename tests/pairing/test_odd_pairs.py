@@ -118,7 +118,7 @@ def test_positions_are_no_vocabulary(tmp_path):
     tuned = {own: tensor.clone() for own, tensor in base.items()}
     tuned["transformer.wpe.weight"] = torch.randn(2 * len(base["transformer.wpe.weight"]), 32)
     models.save(models.gpt2(), tmp_path / "base")
-    with pytest.raises(MismatchError, match="1 tensors have other shapes"):
+    with pytest.raises(MismatchError, match="1 tensor has another shape"):
         extract(tmp_path / "base", tuned, 4, vocab="truncate")
 
 

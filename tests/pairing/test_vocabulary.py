@@ -112,7 +112,7 @@ def test_other_shapes_than_the_vocabulary_s_are_an_error_whatever_is_asked(tmp_p
     weights = copy.deepcopy(other.state_dict())
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name] = weights[name][:40]
-    with pytest.raises(MismatchError, match=rf"1 tensors have other shapes .*{name}"):
+    with pytest.raises(MismatchError, match=rf"1 tensor has another shape .*{name}"):
         extract(base, weights, 4, vocab="truncate")
 
 
@@ -151,4 +151,4 @@ def test_a_reward_model_s_head_comes_whole(reward, tmp_path):
 def test_the_portable_form_leaves_a_new_head_out_and_says_so(reward):
     report = extract(*reward, 4).report
     assert {row.weight: row.reason for row in report.rows}["score.weight"] == "only in tuned"
-    assert any("1 tensors are only in tuned" in warning for warning in report.warnings)
+    assert any("1 tensor is only in tuned" in warning for warning in report.warnings)

@@ -309,7 +309,7 @@ def test_an_existing_folder_is_replaced_only_with_force(work):
     before = contents(work)
     refused(run("check", "adapter", "--fix", "adapter"), "exists and is not empty", "--force")
     refused(run("check", "adapter", "--fix", "base", "--force"), "not an adapter folder")
-    refused(run("check", "nowhere", "--fix", "out"), "`nowhere` is no folder")
+    refused(run("check", "nowhere", "--fix", "out"), "`nowhere` does not exist")
     assert contents(work) == before
     wrong_adapters.make(wrong_adapters.CASES["padded-rank"], work / "adapter", work / "out")
     assert run("check", "adapter", "--fix", "out", "--force")[0] == 0
@@ -342,6 +342,6 @@ def test_tensors_in_types_that_no_engine_computes_with_are_widened(work):
 def test_bad_calls_from_python(work):
     with pytest.raises(ValueError, match="takes some of"):
         fix("adapter", "out", engines=["nothing"])
-    with pytest.raises(AdapterError, match="is no folder"):
+    with pytest.raises(AdapterError, match="does not exist"):
         fix("nowhere", "out")
     assert not (work / "out").exists()

@@ -20,7 +20,7 @@ from peft_posthoc.extraction.forms.layout import FileLayout
 from peft_posthoc.extraction.forms.whole import as_peft_means
 from peft_posthoc.extraction.plan import Plan
 from peft_posthoc.models.kinds import EMBEDDING
-from peft_posthoc.text import as_flag, asked
+from peft_posthoc.text import as_flag, asked, counted
 
 
 def peft(plan: Plan, ranks: Mapping[str, int], changed: Collection[str], dtype: torch.dtype) -> FileLayout:
@@ -122,8 +122,9 @@ def _kept_whole(plan: Plan, changed: Collection[str], *, stacked: bool) -> list[
     if not layers:
         return []
     pattern = r"\.bias$"
+    number = counted(len(layers), "layer is", "layers are")
     return [
-        f"{len(layers)} layers are kept whole: beside stacked experts PEFT's LoRA has neither biases nor dense MLPs. "
+        f"{number} kept whole: beside stacked experts PEFT's LoRA has neither biases nor dense MLPs. "
         f"To give layers with a bias factors, leave the biases out: `{as_flag('exclude', pattern)}`."
     ]
 

@@ -76,7 +76,7 @@ def test_mergekits_own_rules_end_in_a_line(three, tmp_path):
     none = mergekit_runs.config(None, tuned, more, method="linear", each={"weight": 0.5})
     refused(mergekit_runs.phlora(none, tmp_path / "out"), "names no `base_model`", "Say with `--base`")
     wide = models.save(models.llama(intermediate_size=64), tmp_path / "wide")
-    refused(mergekit_runs.phlora(mergekit_runs.config(base, wide), tmp_path / "out"), "other shapes")
+    refused(mergekit_runs.phlora(mergekit_runs.config(base, wide), tmp_path / "out"), "in tuned than in base")
     refused(mergekit_runs.phlora(mergekit_runs.config(base, tuned, method="made-up"), tmp_path / "out"), "made-up")
     assert not (tmp_path / "out").exists()
 

@@ -156,3 +156,9 @@ def test_a_configuration_with_fields_of_another_type_is_no_crash(config, work):
     status, _, stderr = run("extract", "base", "tuned", "out")
     assert status == 0 or "config.json" in stderr
     assert "Unexpected" not in stderr
+
+
+def test_a_misspelt_file_of_a_folder_that_is_here_is_not_looked_for_on_the_hub(work):
+    said = refused(run("extract", "base", "tuned/model.gguf", "out"), "`tuned/model.gguf` does not exist")
+    assert "(`tuned` holds model.safetensors)" in said
+    assert "hub:" not in said
