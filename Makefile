@@ -12,9 +12,14 @@ LOWEST := .work/lowest
 # A few minutes of tests that reach through the whole.
 SHORT := tests/cli/test_output.py tests/extraction/test_extract.py tests/hosts/test_lora_config.py tests/verification/test_verdict.py
 PAPER ?= smollm2-tatqa
+# Other trainers, as serving engines.
+export PHLORA_TRAINERS ?= $(CURDIR)/.work/trainers
+TRAINERS := $(PHLORA_TRAINERS)
+TRAINER_INSTALL = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check uv
+TRAINER_NEEDS = $(@D)/bin/uv pip install -q -p $(@D) --override tests/trainers/without.txt -e .
 LLAMA_CPP := llama-cpp-python==0.3.36
 
-.PHONY: demo test docs test-distributed test-engines sweep engines bench bench-serving paper lint wheel sdist lowest clean
+.PHONY: demo test docs test-distributed test-engines test-trainers sweep engines bench bench-serving paper lint wheel sdist lowest clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
@@ -66,6 +71,24 @@ $(ENGINES)/llamacpp/.ready:  # With its converter, which only the sources have.
 
 $(ENGINES)/mlx/.ready:
 	$(ENGINE_INSTALL) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	touch $@
+
+test-trainers: $(READY) $(foreach name,axolotl llamafactory swift,$(TRAINERS)/$(name)/.ready)  ## docs/trainers.md; 10 GB.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainers
+
+$(TRAINERS)/axolotl/.ready:
+	$(TRAINER_INSTALL) torch==2.13.0
+	$(TRAINER_NEEDS) axolotl==0.19.0
+	touch $@
+
+$(TRAINERS)/llamafactory/.ready:  # torchaudio is built for one PyTorch, with CUDA.
+	$(TRAINER_INSTALL) torch==2.7.0 torchaudio==2.7.0 torchvision==0.22.0
+	$(TRAINER_NEEDS) llamafactory==0.9.5
+	touch $@
+
+$(TRAINERS)/swift/.ready:
+	$(TRAINER_INSTALL) torch==2.13.0
+	$(TRAINER_NEEDS) ms-swift==4.6.0
 	touch $@
 
 bench: $(READY)  ## Side by side with the other extractors, the callback's cost, merges; writes benchmarks/*.md.

@@ -1,6 +1,6 @@
 """Easy-VQA (Zhou, 2019): questions on a coloured shape, in images of 64 by 64 that arrive with a package.
 
-The base is trained on colours, the fine-tune on shapes. Those with yes and no are left alone: 82.5 % of those in
+The base is trained on shapes, the fine-tune on colours. Those with yes and no are left alone: 82.5 % of those in
 the test set are right by the question alone, the image unseen.
 """
 
@@ -19,23 +19,23 @@ _COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
 
 class EasyVQA:
-    """Which shape an image shows."""
+    """Which colour an image shows."""
 
-    about = "Easy-VQA (Zhou, 2019), https://github.com/vzhou842/easy-VQA, MIT, its questions for a shape"
+    about = "Easy-VQA (Zhou, 2019), https://github.com/vzhou842/easy-VQA, MIT, its questions for a colour"
     metrics = ("accuracy",)
     kind = "images"
     home = None
 
     def load(self, source: Path) -> Sets:
-        return Sets(*([one for one in read(source, part) if one.answer in _SHAPES] for part in ("train", "test")))
+        return Sets(*([one for one in read(source, part) if one.answer in _COLOURS] for part in ("train", "test")))
 
     def score(self, question: Question, said: str) -> Mapping[str, float]:
         return {"accuracy": float(said == question.answer)}
 
 
-def colours(source: Path) -> list[Question]:
+def shapes(source: Path) -> list[Question]:
     """What the base is trained on."""
-    return [one for one in read(source, "train") if one.answer in _COLOURS]
+    return [one for one in read(source, "train") if one.answer in _SHAPES]
 
 
 def read(source: Path, part: str) -> Iterator[Question]:

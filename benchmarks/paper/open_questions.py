@@ -16,7 +16,7 @@ _FEW = 3
 def lines(found: Sequence[Sequence[Run]]) -> list[str]:
     """A section for each question of which there are rows."""
     runs = [run for one in found for run in one]
-    return [*_prediction(runs), *_at_32(runs), *_preferences(runs), *_refinement(runs)]
+    return [*_prediction(runs), *_left_out(runs), *_at_32(runs), *_preferences(runs), *_refinement(runs)]
 
 
 def _prediction(runs: Sequence[Run]) -> list[str]:
@@ -28,7 +28,8 @@ def _prediction(runs: Sequence[Run]) -> list[str]:
         "",
         "Within a fine-tune E_r and rank have one order, so that a correlation over ranks says no more of the one than",
         "of the other. Over all fine-tunes the score is the share of the fine-tune's gain that an adapter has:",
-        "(adapter - base) / (fine-tune - base); of fine-tunes that gained less than a point there is none.",
+        "(adapter - base) / (fine-tune - base); of fine-tunes that gained less than a point there is none. Seeds count",
+        "as fine-tunes of their own, though they are alike.",
         "",
         "| pair | seed | ranks | Spearman's, E_r and score |",
         "|---|--:|--:|--:|",
@@ -84,6 +85,33 @@ def _of_the_paper() -> list[str]:
         f"throughout, {len(found) - len(ordered)} stay the same; the mean of Spearman's is "
         f"{sum(ordered) / len(ordered):.2f}. Of E_32 and the share of the fine-tune's score at 32, over all series: "
         f"{_told(rank_correlation(*zip(*at_32, strict=True)))}.",
+    ]
+
+
+def _left_out(runs: Sequence[Run]) -> list[str]:
+    """Of adapters with nearly all energy of what they carry, what is lost is what they do not carry."""
+    text = []
+    for run in runs:
+        full, whole = run.row("full fine-tune"), max(run.extracted, key=lambda row: row["rank"], default=None)
+        if full is not None and whole is not None and whole["energy"] > 0.995:
+            metric = run.metrics[0]
+            lost, scale = mean(whole, metric) - mean(full, metric), 1 if metric in PLAIN else 100
+            text.append(
+                f"| {run.config} | {run.settings.seed} | {whole['rank']} | {100 * whole['energy']:.1f} | "
+                f"{100 * whole['of all']:.1f} | {metric} | {scale * lost:+.1f} |"
+            )
+    if not text:
+        return []
+    return [
+        "## What is lost with what an adapter does not carry?",
+        "",
+        "Adapters that keep all but 0.5 % of the energy of the layers that they carry. What they are short of the",
+        "fine-tune is lost with the rest: embeddings, the head, norms, convolutions, which E_r does not count.",
+        "",
+        "| pair | seed | rank | E_r | of all that changed | metric | to the fine-tune |",
+        "|---|--:|--:|--:|--:|---|--:|",
+        *text,
+        "",
     ]
 
 

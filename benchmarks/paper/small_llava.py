@@ -1,4 +1,4 @@
-"""A small vision-language model, trained from a configuration on the colours of Easy-VQA's shapes."""
+"""A small vision-language model, trained from a configuration on what shapes Easy-VQA's images have."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make(folder: Path, data: Path) -> None:
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    Images().trainer(model, arguments, sample(easyvqa.colours(data), QUESTIONS), processor).train()
+    Images().trainer(model, arguments, sample(easyvqa.shapes(data), QUESTIONS), processor).train()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

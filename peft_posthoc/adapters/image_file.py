@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -18,24 +18,26 @@ from peft_posthoc.adapters.cast import widest
 from peft_posthoc.adapters.config import adapter_config
 from peft_posthoc.adapters.image_metadata import config_in
 from peft_posthoc.adapters.image_names import Named, of_model, read_name
+from peft_posthoc.adapters.lycoris import as_differences, in_shape
 from peft_posthoc.adapters.module import Kind, Module
 from peft_posthoc.adapters.names import PREFIX, patterns
 from peft_posthoc.adapters.plain import not_plain
 from peft_posthoc.adapters.reader import LoraFolder
 from peft_posthoc.adapters.scale import settings
 from peft_posthoc.adapters.tensors import factored
-from peft_posthoc.checkpoints.checkpoint import Header
+from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.folder import File
 from peft_posthoc.checkpoints.view import Piece, View, same
 from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.models.original_modules import SWAPPED, TURNED, family_of, swapped
 
+# Refused; LoHa and LoKr are differences by now (`lycoris`), where they are nothing more.
 _OTHERS = {
-    "hada_": "LoHa, whose deltas are products of two matrices element by element",
-    "lokr_": "LoKr, whose deltas are Kronecker products",
-    "oft_": "OFT, which turns the base's weights",
     "dora_scale": "DoRA, which also rescales the base's weights",
     "lora_magnitude_vector": "DoRA, which also rescales the base's weights",
+    "oft_": "OFT, which turns the base's weights",
+    "hada_": "LoHa in Tucker's form, or DoRA with it",
+    "lokr_": "LoKr in Tucker's form, or DoRA with it",
 }
 # Of no module, or not its weight.
 _PARAMETERS = ("scale_shift_table", "_pad_token", "pos_embed")
@@ -47,25 +49,27 @@ class ImageFile(LoraFolder):
     Args:
         path: The file.
         component: One of those in it; None for the only one.
-        known: The names of the model's tensors, if it is known: they tell what a name in the file means.
+        known: The headers of the model's tensors, if it is known: they tell what a name in the file means.
 
     Raises:
         AdapterError: It cannot be read, has several components, or is more than factors, differences and whole weights.
     """
 
-    def __init__(self, path: Path, component: str | None = None, known: Iterable[str] = ()) -> None:
+    def __init__(self, path: Path, component: str | None = None, known: Mapping[str, Header] = {}) -> None:
         self.label = str(path) if component is None else f"{path}:{component}"
         self.place, self.files = path.absolute().parent, (path,)
         try:
             file = File(path, label=self.label)
         except CheckpointError as error:
             raise AdapterError(f"`{path}` is not a readable LoRA file: {str(error).removesuffix('.')}.") from error
-        self._own = file
-        named = _named(file, self.label)
-        family = _family(named, file)
-        self._known = {*known}
+        self._own, self._metadata = as_differences(file), file.metadata
+        named = _named(self._own, self.label)
+        family = _family(named, self._own)
+        self._known = known
         own = of_model(self._known)
-        self._turned = {name for name in _turned(named, family, file) if own.keys().isdisjoint(named[name].flat_names)}
+        self._turned = {
+            name for name in _turned(named, family, self._own) if own.keys().isdisjoint(named[name].flat_names)
+        }
         by_component = _sorted(named, family, own, self.label)
         if component not in (by_component if component else (None,)):
             raise AdapterError(f"`{path}` has nothing for `{component}`; it has {', '.join(by_component)}.")
@@ -79,7 +83,7 @@ class ImageFile(LoraFolder):
         self._added: dict[str, str] = {}
         self.added = self._added
         pieces = dict(self._pieces())
-        self._file = View(file, pieces)
+        self._file = View(self._own, pieces)
         self.config: Mapping[str, Any] = self._config()
         self._sort()
 
@@ -103,8 +107,10 @@ class ImageFile(LoraFolder):
             yield f"{own}.weight", self._cut(parts["set_weight"], rows)
         for part, leaf in (("diff", "weight"), ("diff_b", "bias")):
             if part in parts:
-                self._added[self._tensor_of(module, leaf)] = key = f"{own}.{part}"
-                yield key, self._cut(parts[part], rows)
+                key, name = f"{own}.{part}", self._tensor_of(module, leaf)
+                piece = self._cut(parts[part], rows)
+                self._added[name] = key
+                yield key, in_shape(piece, self._known[name].shape) if name in self._known else piece
 
     def _tensor_of(self, module: str, leaf: str) -> str:
         if module in self._known or (not self._known and module.endswith(_PARAMETERS)):
@@ -140,7 +146,7 @@ class ImageFile(LoraFolder):
     def _modules(self) -> Iterator[Module]:
         biased = {name.removeprefix(PREFIX) for name in self.headers}
         found = factored(self.headers, self.label)
-        told = config_in(self._own.metadata, self.component)
+        told = config_in(self._metadata, self.component)
         if told and (why := not_plain(told)) is not None:
             raise AdapterError(f"`{self.label}` is no plain LoRA delta: {why}.")
         scales = {name: one.scale for name, one in settings(told, found, self.label).items()} if told else {}
@@ -207,7 +213,7 @@ def _set(name: str) -> bool:
     return name.endswith(".weight") and ".lora_" not in name
 
 
-def _named(file: File, label: str) -> dict[str, Named]:
+def _named(file: Checkpoint, label: str) -> dict[str, Named]:
     """What the names of the tensors say.
 
     Raises:
@@ -226,14 +232,14 @@ def _named(file: File, label: str) -> dict[str, Named]:
     return found
 
 
-def _family(named: Mapping[str, Named], file: File) -> str | None:
+def _family(named: Mapping[str, Named], file: Checkpoint) -> str | None:
     """The class that the UNet or transformer is of by its author's names; None where it has those of diffusers."""
     first = re.compile(r"single_blocks.\d+.linear1|double_blocks.\d+.(img|txt)_mlp.0")
     widths = (width for module, width in _widening(named, file).items() if first.fullmatch(module))
     return family_of({one.module: one.underscored for one in named.values() if one.original}, next(widths, None))
 
 
-def _widening(named: Mapping[str, Named], file: File) -> dict[str, int]:
+def _widening(named: Mapping[str, Named], file: Checkpoint) -> dict[str, int]:
     """How many times as many rows as columns modules have."""
     sizes: dict[str, dict[str, int]] = defaultdict(dict)
     for name, one in named.items():
@@ -242,7 +248,7 @@ def _widening(named: Mapping[str, Named], file: File) -> dict[str, int]:
     return {name: own["up"] // own["down"] for name, own in sizes.items() if len(own) == 2 and own["down"]}
 
 
-def _turned(named: Mapping[str, Named], family: str | None, file: File) -> set[str]:
+def _turned(named: Mapping[str, Named], family: str | None, file: Checkpoint) -> set[str]:
     """The tensors that have their halves the other way round by their authors' names."""
     if family not in TURNED:
         return set()

@@ -68,11 +68,13 @@ def base_of(config: Mapping[str, Any]) -> NamedBase | None:
 
 def _in_card(card: Path) -> list[str]:
     """The models that a model's card says it was made from; none where it cannot be read: it is for people."""
+    if not exists(card):
+        return []
     import yaml
     from huggingface_hub import metadata_load
 
     try:
-        small = card.exists() and regular(card).stat().st_size <= _LARGEST_CARD
+        small = regular(card).stat().st_size <= _LARGEST_CARD
         told: Any = (metadata_load(card) or {}).get("base_model") if small else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []

@@ -9,9 +9,10 @@ from peft_posthoc.errors import MismatchError
 from peft_posthoc.lineage.compared import cosine, on_grid
 from peft_posthoc.text import asked
 
-# Cosines of independent values are this many times their deviation at most; and how many values, of how many weights,
-# make sure of it: embeddings and heads, which are read first, may be new in a fine-tune.
-_CHANCE, _MANY, _WEIGHTS = 5.0, 16_000, 8
+# Cosines of independent values are this many times their deviation at most; above what cosine that says nothing, as of
+# few values; and how many values, of how many weights, make sure of it: embeddings and heads, which are read first, may
+# be new in a fine-tune.
+_CHANCE, _SAYS_NOTHING, _MANY, _WEIGHTS = 5.0, 0.25, 16_000, 8
 
 
 class Kin:
@@ -62,9 +63,10 @@ class Kin:
 
     def _are_strangers(self, before: Tensor, after: Tensor, strange: list[int]) -> None:
         x, y = before.double().flatten(), after.double().flatten()
-        if not (x.any() and y.any()):
+        chance = _CHANCE / len(x) ** 0.5
+        if chance > _SAYS_NOTHING or not (x.any() and y.any()):
             return
-        if not abs(cosine(x, y)) <= _CHANCE / len(x) ** 0.5:
+        if not abs(cosine(x, y)) <= chance:
             self._strange = None
             return
         strange.append(len(x))

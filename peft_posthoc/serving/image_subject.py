@@ -68,13 +68,17 @@ class ImageSubject:
         """The tensors that are these parts of modules."""
         return tuple(name for name, said in self.named.items() if said.part in kinds)
 
+    def called(self, part: str) -> tuple[str, ...]:
+        """The tensors with this in their names."""
+        return tuple(name for name in self.headers if part in name)
+
     def without_alpha(self) -> tuple[str, ...]:
         """Factors of modules that say no alpha."""
-        said = {(one.component, one.modules) for one in self.named.values() if one.part == "alpha"}
+        said = {(one.component, one.module) for one in self.named.values() if one.part == "alpha"}
         return tuple(
             name
             for name, one in self.named.items()
-            if one.part == "down" and (one.component, one.modules) not in said and not self.has_configs
+            if one.part == "down" and (one.component, one.module) not in said and not self.has_configs
         )
 
     def ranks(self) -> set[int]:

@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from peft_posthoc import AdapterError, CheckpointError, extract, open_checkpoint, resize
+from peft_posthoc import AdapterError, CheckpointError, MismatchError, extract, open_checkpoint, resize
 from peft_posthoc.adapters.foreign import format_of
 from peft_posthoc.cli.main import main
 from tests.make import models
@@ -38,7 +38,8 @@ READ = ("kohya's scripts (sd-scripts, musubi-tuner)", "diffusers", "ComfyUI")
 
 
 def saved(program, folder):
-    save_file({name: torch.ones(4, 4) for name in FILES[program]}, folder / "one.safetensors")
+    tensors = {name: torch.ones(() if name.endswith(".alpha") else (4, 4)) for name in FILES[program]}
+    save_file(tensors, folder / "one.safetensors")
     return program, folder / "one.safetensors"
 
 
@@ -52,9 +53,9 @@ def refused(request, tmp_path):
     return saved(request.param, tmp_path)
 
 
-def test_loha_is_refused_with_the_reason(tmp_path):
+def test_loha_has_no_factors_to_resize(tmp_path):
     _, path = saved("LyCORIS", tmp_path)
-    with pytest.raises(AdapterError, match="is LoHa, whose deltas are products of two matrices element by element"):
+    with pytest.raises(MismatchError, match=r"by no factors.* Extract from BASE and BASE\+ADAPTER"):
         resize(path, 2)
 
 

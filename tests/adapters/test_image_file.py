@@ -182,7 +182,7 @@ def test_of_several_components_one_is_named(base, tmp_path):
     ("tensors", "told"),
     [
         ({"dora_scale": (32, 1)}, "is DoRA, which also rescales the base's weights"),
-        ({"lokr_w1": (2, 2)}, "is LoKr, whose deltas are Kronecker products"),
+        ({"lokr_w1": (2, 2)}, "is LoKr in Tucker's form, or DoRA with it"),
         ({"alpha": (2,)}, "which is no finite number"),
     ],
 )

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.easyvqa import EasyVQA, colours
+from benchmarks.paper.easyvqa import EasyVQA, shapes
 from benchmarks.paper.preferring import Preferences
 from benchmarks.paper.retrieving import Retrieval
 from benchmarks.paper.task import Question
@@ -141,11 +141,11 @@ def test_a_model_that_sees(tmp_path):
         told += [["is there a red shape?", ["yes", "no"][i % 2], i] for i in range(count)]
         (tmp_path / part / "questions.json").write_text(json.dumps(told * (20 if part == "train" else 1)))
     train, test = EasyVQA().load(tmp_path)
-    assert [one.answer for one in (*train[:4], *test)] == ["circle", "triangle"] * 3
-    assert {one.answer for one in colours(tmp_path)} == {"red", "blue"}
+    assert [one.answer for one in (*train[:4], *test)] == ["red", "blue"] * 3
+    assert {one.answer for one in shapes(tmp_path)} == {"circle", "triangle"}
     base, full, *_ = run(
         tmp_path,
         {"model": "small-llava", "task": "easy-vqa", "zero_ranks": [], "lr": 1e-3, "answer_tokens": 2},
     )
-    assert metric(base, "accuracy") == 0  # It has learnt colours.
+    assert metric(base, "accuracy") == 0  # It has learnt shapes.
     assert metric(full, "accuracy") == 1

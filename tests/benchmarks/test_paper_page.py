@@ -68,6 +68,14 @@ def test_gains_are_compared_over_fine_tunes_and_scores_within_one(tmp_path):
     assert "Over all 6 adapters together: of E_r and gain 0.00, of rank and gain 0.00." in text
 
 
+def test_what_is_lost_at_full_energy_is_lost_with_what_is_not_carried(tmp_path):
+    scores = {"full fine-tune": [1, 1], "PHLoRA r=32": [0, 0], "PHLoRA r=64": [1, 0]}
+    write(tmp_path / "a", scores, energies={"PHLoRA r=32": 0.99, "PHLoRA r=64": 1.0})
+    text = "\n".join(open_questions.lines(list(read(tmp_path))))
+    assert "| a | 42 | 64 | 100.0 | 50.0 | exact match | -50.0 |" in text
+    assert "| a | 42 | 32 |" not in text
+
+
 def test_what_refinement_changes_is_counted_by_question(tmp_path):
     write(
         tmp_path / "a",

@@ -165,3 +165,9 @@ def test_a_fine_tune_whose_first_weights_are_new_is_no_stranger():
     root = trees.model(0, columns=256, layers=9)
     new = {**root, **{name: torch.randn(64, 256) for name in list(root)[:7]}}
     assert extract(root, trees.tune(new, 1), 1).report.notes == ()
+
+
+def test_of_few_values_chance_says_nothing():
+    base = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(4, 4) for i in range(1200)}
+    tuned = {name: weight + 0.01 * torch.randn_like(weight) for name, weight in base.items()}
+    assert extract(base, tuned, 1).report.notes == ()

@@ -30,6 +30,8 @@ WRONG = {
     "no-alpha-wan": kohya(WAN) | kohya(WAN.replace("_q", "_k"), alpha=False),
     "alphas-of-qwen": kohya("transformer.transformer_blocks.0.txt_mod.1"),
     "differences": kohya(KOHYA) | {"lora_unet_conv_norm_out.diff": (8,)},
+    "loha": {f"{KOHYA}.hada_w{side}": (8, 8) for side in ("1_a", "1_b", "2_a", "2_b")},
+    "lokr": {f"{KOHYA}.lokr_w1": (2, 2), f"{KOHYA}.lokr_w2": (4, 4)},
     "set-weight": kohya(KOHYA) | {"lora_unet_conv_norm_out.set_weight": (8,)},
     "set-weight-strength": kohya(KOHYA) | {"lora_unet_conv_norm_out.set_weight": (8,)},
     "lora-bias": factors(Q) | {f"{Q}.lora_B.bias": (8,)},
@@ -70,3 +72,9 @@ def test_a_file_of_kohya_is_right_everywhere_and_those_engines_are_all(tmp_path)
 def test_engines_for_text_do_not_take_a_file(tmp_path):
     with pytest.raises(AdapterError, match="in the format of diffusers, not a PEFT LoRA folder"):
         check(save(factors(Q), tmp_path), engines=["vllm"])
+
+
+def test_a_bias_of_qwen_image_is_no_part_of_a_fused_one(tmp_path):
+    mlp = "transformer.transformer_blocks.0.txt_mlp.net.2"
+    place = save(factors(Q) | {f"{Q}.diff_b": (8,)} | factors(mlp), tmp_path)
+    assert "bias-of-a-part" not in rules(place, ["comfyui"])

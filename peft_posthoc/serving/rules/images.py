@@ -7,16 +7,20 @@ from peft_posthoc.serving.rules.rule import REFUSED, WARNING, WRONG, Rule
 
 _COMFY = "read: ComfyUI's comfy/lora.py"
 _A1111 = "read: A1111's extensions-builtin/Lora/networks.py"
+_OF_QWEN = (".txt_mlp.", ".txt_mod.", ".img_mlp.", ".img_mod.")
 # By diffusers' names, modules that ComfyUI has as rows of a fused one.
 _OF_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp")
 
 
 def of_parts(subject: ImageSubject) -> tuple[str, ...]:
     """Differences for biases of modules that ComfyUI has as a part of another one, or with its halves swapped."""
+    of_qwen = any(part in name for name in subject.headers for part in _OF_QWEN)  # It has them apart.
     return tuple(
         name
         for name in subject.parts("diff_b")
-        if name.startswith("transformer.") and name.removesuffix(".diff_b").endswith((*_OF_FUSED, "norm_out.linear"))
+        if name.startswith("transformer.")
+        and not of_qwen
+        and name.removesuffix(".diff_b").endswith((*_OF_FUSED, "norm_out.linear"))
     )
 
 
@@ -125,6 +129,24 @@ RULES: tuple[Rule, ...] = (
         message="drops what has no factors, such as norms, in silence (Wan), or refuses the file",
         way_out="`phlora export FILE OUT --to merged --base BASE`, and load that",
         source="run: loaders/lora_conversion_utils.py",
+    ),
+    Rule(
+        name="loha",
+        engines=("diffusers",),
+        severity=REFUSED,
+        finds=lambda s: s.called(".hada_"),
+        message="refuses LoHa, whose deltas are products of two matrices element by element, or finds nothing in it",
+        way_out="`phlora extract BASE BASE+FILE OUT --to diffusers --rank R`",
+        source="run: loaders/lora_conversion_utils.py",
+    ),
+    Rule(
+        name="lokr",
+        engines=("diffusers",),
+        severity=WARNING,
+        finds=lambda s: s.called(".lokr_"),
+        message="reads LoKr, whose deltas are Kronecker products, of Flux.2 and Z-Image alone",
+        way_out="`phlora extract BASE BASE+FILE OUT --to diffusers --rank R`, for other models",
+        source="read: loaders/lora_pipeline.py (ZImageLoraLoaderMixin, Flux2LoraLoaderMixin)",
     ),
     Rule(
         name="set-weight",
