@@ -43,14 +43,20 @@ NAMES = (
     "engines",
     type=click.Choice(NAMES),
     multiple=True,
-    help="Once or more.  [default: all, of text or of images]",
+    help="An engine; may be given more than once.  [default: all, of text or of images]",
 )
-@click.option("--base", metavar="BASE", help="Folder of the model to be served: hold names and shapes against it.")
-@click.option("--fix", "out", type=click.Path(path_type=Path), metavar="OUT", help="Write it as all engines read it.")
+@click.option("--base", metavar="BASE", help="Folder of the model to be served: names and shapes are compared with it.")
+@click.option(
+    "--fix",
+    "out",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Write the adapter here as all engines read it.",
+)
 @click.option(
     "--dtype",
     type=TYPE,
-    help="Of the factors in OUT.  [default: ADAPTER's]",
+    help="Type of the factors in OUT.  [default: ADAPTER's]",
 )
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
 @OUTPUT

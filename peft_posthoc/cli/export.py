@@ -38,7 +38,7 @@ TO = ("gguf", "mlx", *IMAGES, "vllm-moe", "peft-moe", "merged")
 @click.option(
     "--dtype",
     type=TYPE,
-    help="Of what is written.  [default: the adapter's; merged: the base's]",
+    help="Type of what is written.  [default: the adapter's; merged: the base's]",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier export that is at OUT; what else lies there stays.")
 @OUTPUT

@@ -24,7 +24,9 @@ from peft_posthoc.errors import noting
 )
 @click.argument("base")
 @click.argument("tuned")
-@click.option("--max-rank", type=click.IntRange(min=1), default=512, show_default=True, help="Where the curves end.")
+@click.option(
+    "--max-rank", type=click.IntRange(min=1), default=512, show_default=True, help="The rank at which the curves end."
+)
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -52,7 +54,7 @@ def inspect(
     json_to: str | None,
     **options: Any,
 ) -> None:
-    """Show what every rank and every rank rule would keep of each delta, and take; write no adapter."""
+    """Show how much of each delta every rank and rank rule would keep, and in how many bytes; write no adapter."""
     check_file(json_to, "--json")
     check_drawing(plot, "--plot")
     check_drawing(html, "--html")

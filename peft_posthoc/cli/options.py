@@ -83,7 +83,7 @@ HTML = click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write a page with drawings and tables that can be sorted, for a browser.",
+    help="Write a page for a browser, with drawings and sortable tables.",
 )
 LAYERS = click.option("--layers", is_flag=True, help="Show a row for every weight, not for every kind of module.")
 OUTPUT = together(

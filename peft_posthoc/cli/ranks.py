@@ -28,7 +28,7 @@ _OPTIONS = (
     click.option(
         "--weighting",
         metavar="NAME",
-        help="Of a budget: balanced, early, uniform, energy, relative.  [default: balanced]",
+        help="How a budget is shared out: balanced, early, uniform, energy, relative.  [default: balanced]",
     ),
     click.option("--max-rank", type=int, metavar="R", help="No layer gets more."),
     click.option("--min-rank", type=int, metavar="R", help="No layer gets less, if it is large enough."),
@@ -46,7 +46,7 @@ def ranks(default: str) -> Callable[[F], F]:
     Args:
         default: The rank that the command keeps where none is asked for, in words.
     """
-    text = f"Singular triplets to keep; auto: above the noise.  [default: {default}]"
+    text = f"Singular triplets to keep; auto: those above the noise.  [default: {default}]"
 
     def decorate(command: F) -> F:
         @functools.wraps(command)

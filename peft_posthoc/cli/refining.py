@@ -63,8 +63,8 @@ REFINING = together(
         type=_POSITIVE,
         help="compensated: how strongly layers are drawn to the tuned weights where text says little.  [default: 0.03]",
     ),
-    click.option("--minutes", type=_POSITIVE, help="How long refining may take, loading and judging included."),
-    click.option("--seed", default=0, show_default=True, help="Of all that is drawn."),
+    click.option("--minutes", type=_POSITIVE, help="How long refining may take, with loading and judging."),
+    click.option("--seed", default=0, show_default=True, help="Of everything that is drawn at random."),
 )
 _OWN = (
     "prompts",

@@ -21,7 +21,7 @@ _SHARED = together(
     click.option(
         "--dtype",
         type=TYPE,
-        help="Of the new adapter.  [default: that of the old ones]",
+        help="Type of the new adapter.  [default: that of the old ones]",
     ),
     click.option(
         "--form",
@@ -57,7 +57,7 @@ def resize(adapter: Path, out: Path, rank: Asked, **options: Any) -> None:
 )
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--weights", metavar="W,W,...", help="What each adapter's delta is multiplied with.  [default: 1 each]")
+@click.option("--weights", metavar="W,W,...", help="What each adapter's delta is multiplied by.  [default: 1 each]")
 @ranks("all: the sum is exact")
 @_SHARED
 def combine(adapters: tuple[Path, ...], out: Path, weights: str | None, rank: Asked, **options: Any) -> None:

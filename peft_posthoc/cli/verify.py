@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 @click.option("--prompt", multiple=True, metavar="TEXT", help="Compare the models' outputs on this text.")
 @click.option("--token-ids", multiple=True, metavar="'1 2 3'", help="The same, already tokenized.")
 @click.option("--weights-only", is_flag=True, help="Do not load the models to compare outputs.")
-@click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below.")
-@click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above.")
+@click.option("--min-cosine", type=float, help="Fail if the adapter's cosine with the whole delta is below this.")
+@click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above this.")
 @NAMES
 @MODELS
 @OUTPUT

@@ -14,7 +14,7 @@ from peft_posthoc.cli.output import check_file, show
 @click.argument("candidates", nargs=-1, metavar="[CANDIDATE...]")
 @OUTPUT
 def whose(tuned: str, candidates: tuple[str, ...], quiet: bool, json_to: str | None) -> None:
-    """Tell which CANDIDATE is the base of TUNED, from a few kilobytes of each; unsure is said, never guessed.
+    """Tell which CANDIDATE is the base of TUNED, from a few kilobytes of each; where it is unsure it says so.
 
     Without one these are what TUNED's card and configuration name, what those name in turn, and the models of its kind
     in the hub's local cache.

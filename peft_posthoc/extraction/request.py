@@ -126,7 +126,10 @@ class Options(TypedDict, total=False):
     device: Annotated[str, Option("Where to compute: cpu, cuda (all GPUs), cuda:N or auto.", "cpu")]
     dtype: Annotated[
         "torch.dtype | str | None",
-        Option("Of the adapter.  [default: the tuned checkpoint's]", choices=("float32", "bfloat16", "float16")),
+        Option(
+            "Type of the adapter's values.  [default: the tuned checkpoint's]",
+            choices=("float32", "bfloat16", "float16"),
+        ),
     ]
     unrelated: Annotated[bool, Option("Go on where BASE and TUNED have nothing in common.", False)]
     min_energy: Annotated[

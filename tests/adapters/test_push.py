@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from peft_posthoc import extract
+from peft_posthoc.cli.main import main
 from tests.make.fake_hub import FakeHub, environment
 from tests.make.hub_session import SESSION
 from tests.make.limits import HANG
@@ -98,3 +100,12 @@ def test_python_pushes_what_it_extracted(pushed):
     repository = pushed[0].repositories["me/python"]
     assert repository.private
     assert set(repository.files) == OURS
+
+
+def test_offline_nobody_is_sent_to_look_for_rights(pushed):
+    result = CliRunner().invoke(main, ["push", str(pushed[1]), "me/offline"], prog_name="phlora")
+    assert result.exit_code == 1
+    assert "`me/offline` on the hub did not take the adapter: " in result.stderr
+    assert "offline mode" in result.stderr
+    assert "rights" not in result.stderr
+    assert ".." not in result.stderr

@@ -40,6 +40,12 @@ def test_a_share_given_as_a_rank_is_answered_with_the_option_that_takes_it(text)
     assert f"`--energy {text}`" in result.stderr
 
 
+def test_a_name_that_a_format_does_not_take_is_answered_as_it_was_typed():
+    result = run("extract", "base", "tuned", "out", "--to", "comfyui")
+    assert result.exit_code == 2
+    assert "`--to comfyui` writes one file, NAME.safetensors. Got 'out'." in result.stderr
+
+
 @pytest.mark.parametrize(
     ("written", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("half", torch.float16)]
 )

@@ -261,3 +261,11 @@ def test_the_blocks_of_the_page_about_it(rounded_pair, tmp_path, monkeypatch):
         run(*shlex.split(line, comments=True)[1:])
     assert {path.name for path in tmp_path.iterdir()} >= {"ranks.json", "energy.png", "energy.html", "adapter.html"}
     exec(python, {})
+
+
+def test_the_command_ends_with_what_it_wrote_and_what_comes_next(rounded_pair, tmp_path):
+    base, tuned = map(str, rounded_pair)
+    page = tmp_path / "page.html"
+    lines = run("inspect", base, tuned, "--max-rank", 8, "--html", page).splitlines()
+    assert lines[-2] == f"Written: {page}"
+    assert lines[-1].startswith(f"To make an adapter: phlora extract {base} {tuned} adapter --rank ")

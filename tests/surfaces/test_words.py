@@ -91,7 +91,7 @@ def test_the_command_line_is_told_in_flags(name, llama_pair, taken):
 
 
 def test_after_a_command_python_speaks_python_again(llama_pair, tmp_path):
-    refused(run("extract", *llama_pair, tmp_path / "out", "--include", "nowhere"), "--include nowhere")
+    refused(run("extract", *llama_pair, tmp_path / "out", "--include", "nowhere"), "--include nowhere", status=2)
     with pytest.raises(ValueError, match="include='nowhere'"):
         extract(*llama_pair, 4, include="nowhere")
 
