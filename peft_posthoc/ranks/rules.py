@@ -82,7 +82,8 @@ class keep_energy:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"An energy share must lie above 0 and be at most 1. Got {self.share!r}.")
+            meant = f" For {self.share:g} percent, give {self.share / 100:g}." if 2 <= self.share <= 100 else ""
+            raise ValueError(f"An energy share must lie above 0 and be at most 1. Got {self.share!r}.{meant}")
 
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to keep; one more than is known, if that does not hold enough."""
