@@ -86,7 +86,7 @@ def test_refine(here):
     (here / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": one}) for one in texts.PROMPTS))
     (here / "task.txt").write_text("\n".join(texts.PROMPTS))
     refined = [line for line in lines_of("refine") if line.startswith("phlora refine")]
-    both, verified = (line for line in lines_of("refine") if not line.startswith("phlora refine"))
+    both, verified = (line for line in lines_of("refine") if line.startswith(("phlora extract", "phlora verify")))
     assert len(refined) == 4
     for line in refined:
         run(f"{line.partition('#')[0]} --sequences 16 --length 16 --passes 1 --force")
