@@ -89,5 +89,14 @@ def page(results: Path, out: Path) -> None:
     draw(list(read(results)), out.with_name(FIGURE))
 
 
+@main.command()
+@click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
+def headline(results: Path) -> None:
+    """Print the README's table."""
+    from .headline import headline as made
+
+    click.echo(made(results))
+
+
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks.paper")

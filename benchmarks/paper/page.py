@@ -19,7 +19,8 @@ Made by `python -m benchmarks.paper page` of the files in `benchmarks/paper/resu
 test questions, in percent (CIDEr from 0 to 10, a margin in nats); in brackets 95 % of bootstrap samples of the
 questions, or, where there are several seeds, the least and the most of these. *To the fine-tune*: the difference of the
 two, question by question, with the same brackets. E_r is of the carried layers, weighted by energy, in brackets of
-everything that changed.
+everything that changed. CPU seconds are of the last process that worked on a row: what ran before an interruption is
+not counted.
 
 PEFT's `convert_to_lora` has no row: it takes layers of PEFT that hold a delta, not two checkpoints. A full delta, put
 into such layers by hand, it would factor by the same truncated SVD that PHLoRA's rows are made by.

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.paper.__main__ import HERE, main
+from benchmarks.paper.headline import headline
 from benchmarks.paper.intervals import interval, rank_correlation
 from benchmarks.paper.page import page as made
 from benchmarks.paper.settings import TASKS, Settings
@@ -103,6 +104,10 @@ def test_every_set_of_the_paper_has_a_loader_and_every_configuration_a_set():
 
 def test_the_page_is_what_the_command_makes_of_the_results():
     assert (HERE.parent / "PAPER.md").read_text(encoding="utf-8") == made(HERE / "results")
+
+
+def test_the_readme_has_the_numbers_of_the_real_model():
+    assert headline(HERE / "results") in (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_row_that_is_none_and_data_that_are_not_there_are_a_line(toy, tmp_path):
