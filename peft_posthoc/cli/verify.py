@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_posthoc.cli.command import Command
-from peft_posthoc.cli.options import MODELS, NAMES, OUTPUT
+from peft_posthoc.cli.options import LAYERS, MODELS, NAMES, OUTPUT
 from peft_posthoc.cli.output import check_file, quiet_hosts, show
 from peft_posthoc.cli.refining import TEXTS, texts_of
 from peft_posthoc.errors import PosthocError
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--max-kl", type=float, help="Fail if KL(tuned || base + adapter) per token, in nats, is above this.")
 @NAMES
 @MODELS
+@LAYERS
 @OUTPUT
 def verify(
     out: Path,
@@ -48,6 +49,7 @@ def verify(
     field: str | None,
     token_ids: tuple[str, ...],
     weights_only: bool,
+    layers: bool,
     min_cosine: float | None,
     max_kl: float | None,
     quiet: bool,
@@ -73,7 +75,7 @@ def verify(
 
     def show_weights(found: Verification) -> None:
         if json_to != "-":
-            show(found, json_to, quiet=quiet, table=found.weights())
+            show(found, json_to, quiet=quiet, table=found.weights(layers=layers))
 
     options |= {"outputs": not weights_only, "progress": not quiet, "weights_done": show_weights}
     result = run(out, base, tuned, prompts=prompt, texts=given, token_ids=ids, **options)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from peft_posthoc.models.grid import cells
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
 from peft_posthoc.text import shorten
@@ -16,6 +17,7 @@ from peft_posthoc.verification.weights import WeightRow
 
 # A distance of outputs that rounding alone makes.
 _SAME = 1e-6
+_COLUMNS = f"{'cos(ba,d)':>10} {'err(ba,d)':>10} {'cos(w,tuned)':>13} {'err(w,tuned)':>13}"
 
 
 @dataclass(frozen=True)
@@ -68,27 +70,32 @@ class Verification:
             found += [] if adapted < alone or adapted <= _SAME else ["outputs"]
         return found
 
-    def table(self) -> str:
-        """The findings for a terminal."""
-        return f"{self.weights()}\n{self.rest()}"
+    def table(self, *, layers: bool = False) -> str:
+        """The findings for a terminal; with `layers` a row for every weight."""
+        return f"{self.weights(layers=layers)}\n{self.rest()}"
 
-    def weights(self) -> str:
-        """The weights, a line each, and what they are together."""
-        lines = [f"{'weight':<52} {'cos(ba,d)':>10} {'err(ba,d)':>10} {'cos(w,tuned)':>13} {'err(w,tuned)':>13}"]
-        lines += [
-            f"{shorten(row.weight):<52} {_number(row.delta_cosine):>10} {_number(row.delta_relative_error):>10} "
-            f"{_number(row.cosine, 6):>13} {_number(row.relative_error, 6):>13}"
-            for row in self.rows
-            if row.delta_cosine
-        ]
-        lines += [
-            "",
+    def weights(self, *, layers: bool = False) -> str:
+        """What the weights are together, and a row for each kind of module, the worst one's, or for every weight."""
+        carried = [row for row in self.rows if row.delta_cosine]
+        lines = [
             f"Weights: the adapter has cosine {self.cosine:.4f} with the whole delta and explains {self.energy:.1%} "
             f"of its energy; of what it carries, `{self.worst}` comes out worst.",
+            "",
+        ]
+        if layers:
+            shown = [(shorten(row.weight), row) for row in carried]
+            lines.append(f"{'weight':<52} {_COLUMNS}")
+        else:
+            shown = [(f"{kind} ({len(rows)})", min(rows, key=_nearness)) for kind, rows in _by_kind(carried).items()]
+            lines.append(f"{'the worst of each kind':<52} {_COLUMNS}")
+        lines += [
+            f"{name:<52} {_number(row.delta_cosine):>10} {_number(row.delta_relative_error):>10} "
+            f"{_number(row.cosine, 6):>13} {_number(row.relative_error, 6):>13}"
+            for name, row in shown
         ]
         if self.uncompared:
             some = ", ".join(self.uncompared[:3]) + (", ..." if len(self.uncompared) > 3 else "")
-            lines.append(f"Not compared, as base and tuned hold them differently: {len(self.uncompared)} ({some}).")
+            lines += ["", f"Not compared, as base and tuned hold them differently: {len(self.uncompared)} ({some})."]
         return "\n".join(lines)
 
     def rest(self) -> str:
@@ -107,6 +114,20 @@ class Verification:
             lines.append(f"({self.outputs_note})")
         warnings = [f"Warning: {warning}" for warning in told_as_warnings(self.differences)]
         return "\n".join([*lines, *self.notes, *told_as_notes(self.differences), *warnings, self.verdict()])
+
+
+def _by_kind(rows: Iterable[WeightRow]) -> dict[str, list[WeightRow]]:
+    """The rows of modules that are called alike, in the order of the rows."""
+    rows = list(rows)
+    places = cells(row.weight.partition("[")[0] for row in rows)
+    found: dict[str, list[WeightRow]] = {}
+    for row in rows:
+        found.setdefault(places[row.weight.partition("[")[0]].module, []).append(row)
+    return found
+
+
+def _nearness(row: WeightRow) -> float:
+    return row.delta_cosine or 0.0
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -112,6 +112,17 @@ def test_tensors_that_cannot_be_compared_are_named(place):
     assert "Not compared, as base and tuned hold them differently: 1 (extra.weight)." in found.weights()
 
 
+def test_there_is_a_row_for_the_worst_of_each_kind_or_for_every_weight(place):
+    found = verify("adapter", "base", "tuned", outputs=False)
+    queries = {row.weight: row.delta_cosine for row in found.rows if row.weight.endswith("q_proj.weight")}
+    first, *rows = found.weights().splitlines()
+    assert first.startswith(f"Weights: the adapter has cosine {found.cosine:.4f} with the whole delta")
+    (row,) = [row for row in rows if row.startswith("q_proj ")]
+    assert row.split()[:3] == ["q_proj", f"({len(queries)})", f"{min(queries.values()):.4f}"]
+    assert [name for name in queries if name in found.weights()] in ([], [found.worst])
+    assert all(name in found.weights(layers=True) for name in queries)
+
+
 def doubts(named, given):
     config = Path("adapter/adapter_config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(named)}))
