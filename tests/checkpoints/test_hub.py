@@ -217,7 +217,7 @@ def test_a_repository_without_the_default_branch_is_told_so(hub, phlora, pair, w
 
 def test_a_revision_of_a_folder_is_refused(hub, phlora, pair, work):
     ran = phlora("extract", *pair, work / "out", "--tuned-revision", "v1")
-    refused(ran, work, "'v1'", "tuned", "hub id")
+    refused(ran, work, "'v1'", "tuned", "hub id", status=2)
 
 
 def test_an_adapter_on_the_hub_is_read_on_its_base(hub, phlora, pair, tmp_path, work):

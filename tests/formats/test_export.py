@@ -160,7 +160,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(case, work):
 
 
 def test_bad_arguments_in_python(work):
-    with pytest.raises(ValueError, match=r"`export\(to=\.\.\.\)` must be one of gguf, mlx"):
+    with pytest.raises(ValueError, match=r"`to=\.\.\.` must be one of gguf, mlx"):
         export("adapter", "out", "onnx")
     with pytest.raises(ValueError, match=r"`export\(dtype=\.\.\.\)` must be float32"):
         export("adapter", "out", "mlx", dtype=torch.int8)

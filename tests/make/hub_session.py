@@ -35,9 +35,9 @@ def adapter_of(folder):
     return load_file(folder / "adapter_model.safetensors"), config, report["provenance"]
 
 
-def refused(ran, out_parent, *fragments):
-    status, stdout, stderr = ran
-    assert status == 1
+def refused(ran, out_parent, *fragments, status=1):
+    code, stdout, stderr = ran
+    assert code == status
     assert stdout == ""
     last = stderr.splitlines()[-1]
     assert last.startswith("phlora: error: "), stderr
