@@ -235,7 +235,7 @@ def test_a_rank_pattern_that_matches_nothing_is_named(llama_pair, tmp_path):
         assert str(refused.value).startswith(f"`{pattern}` in `rank_pattern=...`")
         text = json.dumps({pattern: 4})
         done = run("extract", *llama_pair, tmp_path / "out", "--rank", "2", "--rank-pattern", text)
-        assert (done.exit_code, list(tmp_path.iterdir())) == (1, [])
+        assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
         assert f"`{pattern}` in `--rank-pattern` ends the name" in done.output
 
 
