@@ -122,7 +122,14 @@ def metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise AdapterError(
+            f"`{path.name}` would hold NaN or an infinity, which JSON has no word for. Mend the configuration that it "
+            "is from."
+        ) from error
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def sort_metadata(path: Path) -> None:

@@ -10,61 +10,20 @@ from typing import Any
 from peft_posthoc.checkpoints.mean import stand_in
 from peft_posthoc.extraction.findings import Findings
 from peft_posthoc.extraction.kinds import Carried, Left, by_kind, by_reason
-from peft_posthoc.extraction.meaning import meaning, norms
+from peft_posthoc.extraction.meaning import meaning
 from peft_posthoc.extraction.outcomes import Kept, Layer, Outcome, Skipped
 from peft_posthoc.extraction.reasons import LeftOut, Reason
-from peft_posthoc.extraction.row import Row, energies, energy_of, is_of_tuned, is_unknown, left_out, values
+from peft_posthoc.extraction.row import Row, energies, energy_of, is_unknown, left_out
+from peft_posthoc.extraction.totals import Totals, powers_below, ratio, totals_of
 from peft_posthoc.models.layout import GUESSED
 from peft_posthoc.pairing.difference import Difference
 from peft_posthoc.pairing.differences import told_as_notes, told_as_warnings
-from peft_posthoc.text import as_html, counted, percent, share_of_all, shorten, size
+from peft_posthoc.text import as_html, counted, percent, shorten, size
 
 # Shares of the whole delta's energy from which leaving something out is worth a warning.
 MATERIAL = 0.01
 # ||delta|| / ||base|| over all matrices. Two unrelated models give 1.4; fine-tunes stay well below 0.3.
 IMPLAUSIBLE = 0.5
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over all rows; shares are weighted by energy."""
-
-    energy: float
-    """Kept, as a share of the energy of the deltas that were factored: the paper's E_r for the whole model."""
-    energy_of_all: float
-    """Kept, as a share of the energy of every delta, left-out ones included. What has no delta (`unknown`) counts as
-    changed like the other values."""
-    energy_at: Mapping[int, float]
-    """`energy` for the powers of two below `rank`, if the adapter were cut to them."""
-    relative_error: float
-    relative_delta: float | None
-    rank: int
-    """The largest that a layer keeps."""
-    file_rank: int
-    """`r` of the file: what all are padded to in the portable form, what most have in the `peft` form."""
-    bytes: int
-    padding: int
-    """Of these bytes, zeros that bring layers to the file's one rank, or stand for unchanged layers: none in the `peft`
-    form."""
-    seconds: float
-    extracted: int
-    whole: int
-    """Kept without factors: norms, biases and the like, in the `peft` form."""
-    unchanged: int
-    left_out: int
-    unknown: float = 0.0
-    """Of the fine-tune's values, the share in tensors with nothing in base to compare them with."""
-    grid: tuple[float, float] | None = None
-    """`||error||` that the grids of base and tuned are expected to have put on the deltas, where one is quantised."""
-    served_error: float | None = None
-    """`||served - base||`, where the adapter is served on another form of the base."""
-    served_delta: float | None = None
-    """`||tuned - served||`."""
-
-    @property
-    def of_all(self) -> str:
-        """For people: `energy_of_all`, and how far it is known."""
-        return share_of_all(self.energy_of_all, self.unknown)
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +47,7 @@ class Report:
     def of(cls, adapter: Findings) -> Report:
         """Account for an adapter."""
         rows = tuple(_rows(adapter))
-        totals = _totals(rows, adapter.file.rank, adapter.file.padding)
+        totals = totals_of(rows, adapter.file.rank, adapter.file.padding)
         beside = adapter.differences
         said, warned = meaning(rows, adapter.provenance)
         if (mean := stand_in(str(adapter.provenance["base"]))) is not None:
@@ -194,7 +153,7 @@ def _known(adapter: Findings, found: Outcome, **more: Any) -> Row:
     shown = {
         "modules": modules,
         "base_norm": found.base_norm,
-        "relative_delta": _ratio(more["delta_norm"], found.base_norm),
+        "relative_delta": ratio(more["delta_norm"], found.base_norm),
         "bytes": sum(file.bytes_by_module[module] for module in modules),
         "seconds": found.seconds,
     }
@@ -210,7 +169,7 @@ def _extracted(adapter: Findings, layer: Layer) -> Row:
         status="extracted",
         rank=len(factors.s),
         energy=factors.energy,
-        energy_at={rank: factors.cut(rank).energy for rank in _powers_below(len(factors.s))},
+        energy_at={rank: factors.cut(rank).energy for rank in powers_below(len(factors.s))},
         relative_error=math.sqrt(max(0.0, 1 - factors.energy)),
         delta_norm=factors.norm,
         shortfall=factors.shortfall,
@@ -253,45 +212,6 @@ def _skipped(adapter: Findings, skipped: Skipped) -> Row:
         delta_norm=skipped.delta_norm,
         tuned_norm=skipped.tuned_norm,
     )
-
-
-def _totals(rows: Iterable[Row], file_rank: int, padding: int) -> Totals:
-    rows = list(rows)
-    extracted = [row for row in rows if row.status == "extracted"]
-    kept = sum((row.energy or 0.0) * energy_of(row) for row in extracted)
-    carried = sum(map(energy_of, extracted))
-    whole_energy = sum(energies(rows).values())
-    whole = sum(energy_of(row) for row in rows if row.status == "whole")
-    # Beyond its own rank a layer holds what it holds.
-    at = {
-        rank: sum((row.energy_at.get(rank, row.energy) or 0.0) * energy_of(row) for row in extracted)
-        for rank in _powers_below(max(row.rank for row in rows))
-    }
-    # Of matrices only: norms and biases are few and would hide a wrong base.
-    matrices = [row for row in rows if len(row.shape) > 1 and row.relative_delta is not None]
-    moved = math.sqrt(sum(map(energy_of, matrices)))
-    return Totals(
-        energy=kept / carried if carried else 1.0,
-        energy_of_all=(kept + whole) / whole_energy,
-        energy_at={rank: held / carried for rank, held in at.items() if carried},
-        relative_error=math.sqrt(max(0.0, 1 - kept / carried)) if carried else 0.0,
-        relative_delta=_ratio(moved, math.sqrt(sum((row.base_norm or 0.0) ** 2 for row in matrices))),
-        rank=max((row.rank for row in rows), default=0),
-        file_rank=file_rank,
-        bytes=sum(row.bytes for row in rows),
-        padding=padding,
-        seconds=sum(row.seconds for row in rows),
-        extracted=len(extracted),
-        whole=sum(row.status == "whole" for row in rows),
-        unchanged=sum(row.status == "unchanged" for row in rows),
-        left_out=sum(row.status == "left out" for row in rows),
-        unknown=values(row for row in rows if is_unknown(row)) / values(row for row in rows if is_of_tuned(row)),
-        **norms(rows),
-    )
-
-
-def _powers_below(rank: int) -> list[int]:
-    return [2**i for i in range(max(rank - 1, 0).bit_length())]
 
 
 def _warnings(rows: tuple[Row, ...], totals: Totals) -> Iterable[str]:
@@ -345,7 +265,3 @@ def _left_out_lines(rows: tuple[Row, ...]) -> list[str]:
         lines.append(f"left out: {len(group):>4} x {reason}: {about}{percent(share)} of the fine-tune's energy")
     unchanged = sum(row.status == "unchanged" for row in rows)
     return [*lines, *([f"unchanged: {unchanged:>3}"] if unchanged else [])]
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.checkpoints.model_files import config_of
+from peft_posthoc.errors import CheckpointError
 from peft_posthoc.models.config import architecture
 from peft_posthoc.models.layout import Layout
 from peft_posthoc.models.remote_code import not_run
@@ -23,6 +24,7 @@ def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, di
         *checkpoints: Those that are compared.
 
     Raises:
+        CheckpointError: The folder's class is none of transformers'.
         ValueError: There is no such class, or no configuration for it.
     """
     from peft_posthoc.models.by_class import build
@@ -35,7 +37,7 @@ def layout_to_serve(serve_as: str, *checkpoints: Checkpoint) -> tuple[Layout, di
     model = build(config)
     if model is None:
         name = architecture(config) or "without a configuration"
-        raise ValueError(f"`{asked('serve_as', serve_as)}`: transformers has no class {name}{not_run(config)}.")
+        raise CheckpointError(f"`{asked('serve_as', serve_as)}`: transformers has no class {name}{not_run(config)}.")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return layout_of_module(model, type(model).__name__, [one.headers for one in checkpoints]), shapes
 

@@ -27,7 +27,7 @@ def told(provenance, **more):
 def test_the_head_names_the_base_of_the_hub_as_the_hub_reads_it():
     head = ModelCard(card(CONFIG, told(OF_THE_HUB))).data
     assert (head.base_model, head.base_model_relation) == ("org/base", "adapter")
-    assert (head.library_name, head.pipeline_tag) == ("peft", "text-generation")
+    assert (head["library_name"], head.pipeline_tag) == ("peft", "text-generation")
     assert {"lora", "phlora"} <= set(head.tags)
 
 

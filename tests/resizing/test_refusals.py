@@ -67,3 +67,11 @@ def test_values_that_are_not_finite_and_dtypes_that_are_too_small_are_told(patte
     save_file(weights, patterned / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"`model\.layers\.1\.mlp\.down_proj` cannot be resized.*NaN or infinity"):
         resize(patterned)
+
+
+def test_a_number_that_json_has_no_word_for_is_not_written(patterned, tmp_path):
+    config = config_of(patterned) | {"base_model_name_or_path": float("nan")}
+    (patterned / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"`adapter_config\.json` would hold NaN or an infinity"):
+        resize(patterned).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
