@@ -40,9 +40,9 @@ def all_of(device: torch.device) -> list[torch.device]:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. A GPU copies it whole, from memory that it reads by itself, and nobody waits for that."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Devices:

@@ -31,7 +31,7 @@ def load_sharded(
         AdapterError: PEFT cannot load the adapter.
         CheckpointError: A model cannot be built, or is none that says next tokens.
         MismatchError: They are of two classes.
-        PosthocError: PyTorch is too old, or a model has no list of blocks.
+        PosthocError: A model has no list of blocks.
     """
     found = load_empty(base, tuned, adapter, file, device=device, tokenizer=tokenizer)
     for model, own in zip((found.model, found.tuned), found.weights, strict=True):
@@ -56,8 +56,6 @@ def check_processes(count: int) -> None:
 @torch.no_grad()
 def _split(model: Any, weights: Weights, device: torch.device) -> None:
     """Give a model without weights a part of each."""
-    if torch.__version__ < "2.7":
-        raise PosthocError(f"Models are split by PyTorch 2.7 or newer. This is {torch.__version__}.")
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -67,6 +67,17 @@ def test_what_comes_back_is_what_the_cpu_makes(what, monkeypatch):
         assert torch.equal(found.value, expected.value)
 
 
+def test_a_live_model_there_is_worked_on_here_when_it_has_come():
+    torch.manual_seed(0)
+    pair = a_pair()
+    expected = outcome_of(pair, FATES["factored"])
+    with PretendedGPU() as gpu:
+        far = pair._replace(base=pair.base.to(GPU), tuned=pair.tuned.to(GPU))
+        found = outcome_of(far, FATES["factored"], device=torch.device("cpu"))
+    assert gpu.back == [VALUES, VALUES]
+    assert torch.equal(found.factors.a, expected.factors.a)
+
+
 def test_an_adapter_is_verified_there_as_on_the_cpu(llama_pair, tmp_path):
     adapter = extract(*llama_pair, 4).save(tmp_path / "adapter")
     expected = verify(adapter, *llama_pair, outputs=False)

@@ -87,6 +87,8 @@ class PretendedGPU(TorchDispatchMode):
         return tree_map(lambda one: own.get(id(one), _Far(one)) if isinstance(one, Tensor) else one, found)
 
     def _count(self, tensor: Tensor, there: bool, kwargs: Any) -> None:
+        if not there and kwargs.get("non_blocking"):
+            raise RuntimeError("What is copied from a GPU may be read before it is there.")
         pinned = any(tensor is one for one in self._pinned)
         (self.there if there else self.back).append(tensor.numel())
         self.waits += not (there and pinned and kwargs.get("non_blocking"))
