@@ -35,7 +35,7 @@ def summary(
     rows = [(step, folder, read_report(folder)) for step, folder in sorted(adapters.items())]
     if final is not None:
         report = read_report(final)
-        saved = re.search(r"checkpoint-(\d+)$", str(report["provenance"].get("tuned")))
+        saved = re.search(r"checkpoint-(\d{1,18})$", str(report["provenance"].get("tuned")))
         rows.append((int(saved[1]) if saved else None, final, report))
     names = list(dict.fromkeys(name for found in (losses or {}).values() for name in found))
     heads = [*_HEADS[:3], *names, *_HEADS[3:]]

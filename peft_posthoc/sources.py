@@ -36,7 +36,7 @@ from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.models.from_gguf import as_model_of_gguf
 
 # One of several files of a model: `model-00002-of-00004.safetensors`.
-_SHARD = re.compile(r"-\d+-of-(\d+)\b")
+_SHARD = re.compile(r"-\d+-of-(\d{1,18})\b")
 
 
 def is_adapter(folder: Path) -> bool:

@@ -65,7 +65,7 @@ _SGM_ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_BLOCK = re.compile(r"(?P<side>input_blocks|output_blocks)\.(?P<block>\d+)\.(?P<inner>\d+)\.(?P<rest>.+)")
+_BLOCK = re.compile(r"(?P<side>input_blocks|output_blocks)\.(?P<block>\d{1,3})\.(?P<inner>[0-2])\.(?P<rest>.+)")
 
 
 class Named(NamedTuple):
@@ -150,6 +150,8 @@ def of_sgm(module: str) -> str:
         return module
     down, inner, rest = found["side"] == "input_blocks", int(found["inner"]), found["rest"]
     block, layer = divmod(int(found["block"]) - down, 3)
+    if block < 0 or (inner == 2 and rest != "conv"):
+        return module
     if rest in ("op", "conv"):
         return f"{'down' if down else 'up'}_blocks.{block}.{'down' if down else 'up'}samplers.0.conv"
     return (

@@ -13,6 +13,7 @@ from peft_posthoc.errors import AdapterError, one_line
 from peft_posthoc.fleet.compare import Comparison
 from peft_posthoc.fleet.member import Member
 from peft_posthoc.models.grid import cells
+from peft_posthoc.models.order import index, natural
 from peft_posthoc.text import percent, shorten, size
 
 _WIDTH = 32
@@ -106,7 +107,7 @@ class Found:
     def layers(self) -> list[str]:
         """The numbered layers of all, and `other`."""
         found = {layer for one in self.members for layer in one.changed()}
-        return sorted(found, key=lambda layer: (not layer.isdecimal(), layer.isdecimal() and int(layer)))
+        return sorted(found, key=lambda layer: (index(layer) is None, natural(layer)))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; each report lies beside its adapter."""

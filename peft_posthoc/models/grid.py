@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from peft_posthoc.models.order import index
+
 
 class Cell(NamedTuple):
     """Where a weight is."""
@@ -26,7 +28,7 @@ def cells(weights: Iterable[str]) -> dict[str, Cell]:
     paths: dict[str, tuple[str, ...]] = {}
     for weight in weights:
         parts = weight.removesuffix(".weight").split(".")
-        numbers[weight] = next((int(part) for part in parts if part.isdecimal()), None)
+        numbers[weight] = next((number for part in parts if (number := index(part)) is not None), None)
         paths[weight] = tuple(part for part in parts if not part.isdecimal()) or tuple(parts)
     alike = defaultdict(set)
     for path in paths.values():

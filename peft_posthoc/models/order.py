@@ -13,6 +13,8 @@ _PARTS = (
     *("mlp", "gate_proj", "up_proj", "down_proj", "", "input_layernorm", "post_attention_layernorm", "norm", "lm_head"),
 )
 
+_DIGITS = 18  # What 64 bits hold. Python reads 4300 and no more.
+
 
 def in_order(names: Iterable[str], layout: Layout) -> list[str]:
     """The weights as the model's class has its modules, or as names tell; layer 2 before layer 10 in either case."""
@@ -30,7 +32,13 @@ def in_order(names: Iterable[str], layout: Layout) -> list[str]:
 
 def natural(name: str) -> tuple[tuple[int, str], ...]:
     """A key that sorts numbers in names as numbers."""
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name))
+    parts = ((index(part), part) for part in re.split(r"(\d+)", name))
+    return tuple((-1, part) if number is None else (number, "") for number, part in parts)
+
+
+def index(part: str) -> int | None:
+    """The number that a part of a name is; None if it is a word, or digits that can count nothing."""
+    return int(part) if part.isdecimal() and len(part) <= _DIGITS else None
 
 
 def _key(part: str) -> tuple[int, tuple[tuple[int, str], ...]]:

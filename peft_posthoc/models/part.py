@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_SPELLED = re.compile(r"(.+)\[(\d+)(:?)\]", re.DOTALL)
+_SPELLED = re.compile(r"(.+)\[(\d{1,18})(:?)\]", re.DOTALL)
 
 
 class Part(NamedTuple):

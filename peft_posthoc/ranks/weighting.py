@@ -75,7 +75,7 @@ def depth(names: Mapping[str, object]) -> dict[str, float]:
     The first number of a name counts, among those with the same beginning. Heads and the like are last; what else has
     no number, such as embeddings, is first.
     """
-    found = {name: re.match(r"(.*?)(?<![^.])(\d+)(?![^.])", name) for name in names}
+    found = {name: re.match(r"(.*?)(?<![^.])(\d{1,18})(?![^.])", name) for name in names}
     last: dict[str, int] = {}
     for match in found.values():
         if match is not None:

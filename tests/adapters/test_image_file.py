@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_posthoc import AdapterError, CheckpointError, MismatchError, export, open_checkpoint, resize
-from peft_posthoc.adapters.image_names import read_name
+from peft_posthoc.adapters.image_names import of_sgm, read_name
 from peft_posthoc.adapters.open import open_adapter
 from peft_posthoc.models.original_modules import family_of
 from tests.make import diffusion
@@ -71,6 +71,11 @@ def added(base, file, module, leaf="weight"):
 def test_a_name_of_any_program_leads_to_diffusers_module(name):
     named = read_name(name)
     assert named.modules(family_of({named.module: named.underscored}, None)) == NAMES[name]
+
+
+@pytest.mark.parametrize("odd", ["output_blocks.2.2.in_layers.0", "input_blocks.0.0.conv", "input_blocks.1.5.op"])
+def test_a_block_that_no_unet_has_keeps_its_name(odd):
+    assert of_sgm(odd) == odd
 
 
 # What a file holds beside: the same name is another module in another model.

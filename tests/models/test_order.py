@@ -3,13 +3,18 @@
 import pytest
 
 from peft_posthoc import preflight
-from peft_posthoc.models.order import natural
+from peft_posthoc.models.order import index, natural
 from tests.make import models
 
 
 def test_numbers_in_names_sort_as_numbers():
     names = ["layers.10.a", "layers.2.b", "layers.2.a", "x[10]", "x[9]", "layers"]
     assert sorted(names, key=natural) == ["layers", "layers.2.a", "layers.2.b", "layers.10.a", "x[9]", "x[10]"]
+
+
+def test_digits_that_can_count_nothing_are_a_word():
+    assert [index(part) for part in ("7", "9" * 5000, "q_proj")] == [7, None, None]
+    assert sorted([f"layers.{'9' * 5000}", "layers.2"], key=natural) == [f"layers.{'9' * 5000}", "layers.2"]
 
 
 @pytest.mark.parametrize("known", [True, False])

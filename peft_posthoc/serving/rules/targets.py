@@ -12,7 +12,7 @@ from peft_posthoc.serving.rules.rule import BOTH_READ, FIX, FIX_BASE, REFUSED, S
 from peft_posthoc.serving.rules.scale import ranked
 from peft_posthoc.serving.subject import Subject, leaf_of
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])\d{1,18}(?![^.])")
 # Layers that are told as missing.
 _MOST = 10_000
 # How SGLang 0.5.23 calls what it fuses (`srt/lora/utils.py`, `get_normalized_target_modules`).
