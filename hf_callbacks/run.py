@@ -317,7 +317,7 @@ def _name(step: int) -> str:
 
 
 def _by_step(word: str, folders: Iterable[Path]) -> dict[int, Path]:
-    matches = ((re.fullmatch(rf"{word}-(\d{1, 18})", path.name), path) for path in folders if path.is_dir())
+    matches = ((re.fullmatch(rf"{word}-(\d{{1,18}})", path.name), path) for path in folders if path.is_dir())
     return {int(match[1]): path for match, path in matches if match}
 
 
