@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .results import SPECTRUM
+from .results import LAYERS, SPECTRUM
 from .settings import TASKS, Settings
 from .task import fetched
 
@@ -54,6 +54,7 @@ def run(config: Path, data: Path | None, work: Path, only: int | None, chosen: t
 
 def _rows(made: Experiment, chosen: tuple[str, ...], results: Path) -> None:
     from .experiment import measured, rows, where
+    from .layers import by_layer
 
     made.work.mkdir(parents=True, exist_ok=True)
     for place, (name, row) in enumerate(rows(made.settings).items()):
@@ -68,6 +69,9 @@ def _rows(made: Experiment, chosen: tuple[str, ...], results: Path) -> None:
     largest = made.work / f"svd-{max(made.settings.ranks)}"
     if not (results / SPECTRUM).is_file() and largest.is_dir():
         _write(results / SPECTRUM, made.spectrum() | where())
+    rank = made.settings.layer_rank
+    if rank is not None and not chosen and not (results / LAYERS).is_file():
+        _write(results / LAYERS, by_layer(made, rank) | where())
 
 
 def _write(file: Path, told: Any) -> None:

@@ -16,7 +16,14 @@ _FEW = 3
 def lines(found: Sequence[Sequence[Run]]) -> list[str]:
     """A section for each question of which there are rows."""
     runs = [run for one in found for run in one]
-    return [*_prediction(runs), *_left_out(runs), *_at_32(runs), *_preferences(runs), *_refinement(runs)]
+    return [
+        *_prediction(runs),
+        *_by_layer(runs),
+        *_left_out(runs),
+        *_at_32(runs),
+        *_preferences(runs),
+        *_refinement(runs),
+    ]
 
 
 def _prediction(runs: Sequence[Run]) -> list[str]:
@@ -52,6 +59,36 @@ def _prediction(runs: Sequence[Run]) -> list[str]:
             rho = rank_correlation(*zip(*alike, strict=True))
             text.append(f"At rank {rank:g} alone, over {len(alike)} fine-tunes: {_told(rho)}.")
     return [*text, "", *_of_the_paper(), ""]
+
+
+def _by_layer(runs: Sequence[Run]) -> list[str]:
+    """Whether a layer's own energy tells what is lost when it alone is at a low rank."""
+    text = []
+    for run in runs:
+        for metric in run.metrics if run.layers else []:
+            told = run.layers or {}
+            layers, scale = list(told["layers"].values()), 1 if metric in PLAIN else 100
+            drops = [told["tuned"][metric] - layer["metrics"][metric] for layer in layers]
+            kept, lost = ([layer[name] for layer in layers] for name in ("energy", "lost"))
+            text.append(
+                f"| {run.config} | {run.settings.seed} | {told['rank']} | {len(layers)} | {metric} | "
+                f"{scale * max(drops):.1f} | {_told(-rank_correlation(kept, drops))} | "
+                f"{_told(rank_correlation(lost, drops))} |"
+            )
+    if not text:
+        return []
+    return [
+        "## Does a layer's E_r predict what it costs?",
+        "",
+        "The fine-tune with one weight at the rank told and all others whole, for each weight that an adapter carries.",
+        "Spearman's over the layers: of the layer's own E_r and the score; and of the energy that it loses, as a share",
+        "of all energy, and what the score falls by. *Worst*: the largest fall.",
+        "",
+        "| pair | seed | rank | layers | metric | worst | E_r and score | lost energy and fall |",
+        "|---|--:|--:|--:|---|--:|--:|--:|",
+        *text,
+        "",
+    ]
 
 
 def _spearman(run: Run, metric: str) -> float:

@@ -22,6 +22,10 @@ two, question by question, with the same brackets. E_r is of the carried layers,
 everything that changed. CPU seconds are of the last process that worked on a row: what ran before an interruption is
 not counted.
 
+Changed after a look at first results: which of Easy-VQA's questions are asked (those for yes or no, then for shapes,
+at last for colours), how many questions MiniLM and the preferences are trained on (so that a run takes minutes), and
+the texts that refining takes (160). Nothing was changed to favour a row over another.
+
 PEFT's `convert_to_lora` has no row: it takes layers of PEFT that hold a delta, not two checkpoints. A full delta, put
 into such layers by hand, it would factor by the same truncated SVD that PHLoRA's rows are made by.
 """

@@ -11,6 +11,7 @@ from typing import Any
 from .settings import Settings
 
 SPECTRUM = "spectrum.json"
+LAYERS = "layers.json"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Run:
     config: str
     rows: tuple[dict[str, Any], ...]
     spectrum: dict[str, Any] | None
+    layers: dict[str, Any] | None
 
     @property
     def settings(self) -> Settings:
@@ -64,5 +66,5 @@ def differences(row: dict[str, Any], other: dict[str, Any], metric: str) -> list
 
 def _run(config: str, folder: Path) -> Run:
     rows = tuple(json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("[0-9]*.json")))
-    file = folder / SPECTRUM
-    return Run(config, rows, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
+    files = [folder / name for name in (SPECTRUM, LAYERS)]
+    return Run(config, rows, *(json.loads(one.read_text(encoding="utf-8")) if one.is_file() else None for one in files))

@@ -58,6 +58,8 @@ class Settings:
     prompts: int = 64
     """Unlabelled, of the training questions, for the refined adapter that has some; 0 for none."""
     refine_sequences: int | None = None
+    layer_rank: int | None = None
+    """At which each layer is tried alone, the others whole; None for no layer."""
     answer_batch: int = 16
     answer_tokens: int = 48
     mergekit: bool = True

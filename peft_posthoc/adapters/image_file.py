@@ -85,7 +85,7 @@ class ImageFile(LoraFolder):
         pieces = dict(self._pieces())
         self._file = View(self._own, pieces)
         self.config: Mapping[str, Any] = self._config()
-        self._sort()
+        self._sort(self._file.headers)
 
     def _pieces(self) -> Iterator[tuple[str, Piece]]:
         """The tensors by PEFT's names, and in `added` what is added to the model's own by no factors."""
@@ -164,8 +164,8 @@ class ImageFile(LoraFolder):
             raise AdapterError(f"`{self.label}` holds `{name}` as {list(value.shape)}, which is no finite number.")
         return number
 
-    def _sort(self) -> None:
-        self.headers = self._file.headers
+    def _sort(self, headers: Mapping[str, Header]) -> None:
+        self.headers = headers
         self.modules = {module.name: module for module in self._modules()}
         taken = {key for module in self.modules.values() for key in module.tensor_names()}
         taken |= {module.bias_name for module in self.modules.values() if module.bias} | {*self.added.values()}

@@ -85,11 +85,11 @@ class LoraFolder:
             self._file: Checkpoint = File(where / WEIGHTS, label=self.label)
         except CheckpointError as error:
             raise AdapterError(f"`{where}` is not a readable LoRA adapter: {str(error).removesuffix('.')}.") from error
-        self._sort()
+        self._sort(self._file.headers)
 
-    def _sort(self) -> None:
+    def _sort(self, headers: Mapping[str, Header]) -> None:
         """Sort the file's tensors into modules with factors and what is kept whole."""
-        self.headers: Mapping[str, Header] = self._file.headers
+        self.headers = headers
         self.modules: Mapping[str, Module] = {module.name: module for module in self._modules()}
         taken = {key for module in self.modules.values() for key in module.tensor_names()}
         taken |= {module.bias_name for module in self.modules.values() if module.bias}

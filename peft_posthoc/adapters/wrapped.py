@@ -41,7 +41,7 @@ class _Within(LoraFolder):
         if (why := not_plain({**self.config, "init_lora_weights": True})) is not None:
             raise CheckpointError(f"The adapter in `{self.label}` is no plain LoRA delta: {why}. {_MERGE}")
         self._file = View(checkpoint, {peft: same(checkpoint, own) for peft, own in names.items()})
-        self._sort()
+        self._sort(self._file.headers)
 
 
 _MERGE = "Give the model that `merge_and_unload()` makes of it."

@@ -173,7 +173,8 @@ def _one(
     else:
         check_target(out, force=force)
     if dry_run:
-        show(preflight(base, tuned, rule or 32, out=out, **options), json_to, quiet=quiet)
+        see = preflight if asked is None else asked.preflights
+        show(see(base, tuned, rule or 32, out=out, **options), json_to, quiet=quiet)
         return
     if asked is not None:
         revisions = {name: options[name] for name in ("base_revision", "tuned_revision")}

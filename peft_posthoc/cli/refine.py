@@ -60,11 +60,7 @@ def refine(
     if dry_run:
         if processes.rank:
             return
-        from peft_posthoc.refinement.preflight import refine_preflight
-
-        how = {name: getattr(asked, name) for name in ("method", "sequences", "length")}
-        found = refine_preflight(adapter, out=out, processes=processes.size, **how, **options)
-        show(found, json_to, quiet=quiet)
+        show(asked.preflight(adapter, out=out, processes=processes.size, **options), json_to, quiet=quiet)
         return
     try:
         refined = run(

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from peft_posthoc.adapters.planned import Planned
 from peft_posthoc.checkpoints.checkpoint import Checkpoint, Header
 from peft_posthoc.checkpoints.hub import check_room
 from peft_posthoc.checkpoints.mean import members, stand_in
@@ -156,7 +157,11 @@ def preflight(
         NothingToCarryError: No weight can be carried.
         ValueError: An argument makes no sense.
     """
-    prepared = prepare(base, tuned, Request.of(rank, **options))
+    return timed(prepare(base, tuned, Request.of(rank, **options)), out)
+
+
+def timed(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
+    """What `check` sees, and about how long the work takes."""
     return replace(check(prepared, out), seconds=seconds(prepared))
 
 
@@ -180,6 +185,13 @@ def check(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     return found
 
 
+def planned(prepared: Prepared, out: str | PathLike[str]) -> Planned:
+    """The adapter that the prepared work would write: at the ranks that it has at most, or those that are assumed."""
+    file = _file(prepared, _ranks(prepared))
+    served = prepared.served or prepared.base
+    return Planned(Path(out), file.config({"base": served.label, "base_revision": served.revision}), file.tensors)
+
+
 def streamed() -> str:
     """The way out where weights have no room on the disk, for an error."""
     return f"keep none there (`{asked('stream')}`)"
@@ -187,8 +199,7 @@ def streamed() -> str:
 
 def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
     plan, ranks = prepared.plan, _ranks(prepared)
-    # Names that PEFT would misunderstand are found here.
-    file = lay_out(prepared.form, plan, ranks, plan.kept.keys(), prepared.dtype)
+    file = _file(prepared, ranks)
     rows = tuple(_rows(plan, ranks, file))
     size = sum(row.bytes for row in rows)
     sides = {name: sum(plan.slot(name)[1:]) for name in ranks}
@@ -219,6 +230,11 @@ def _found(prepared: Prepared, out: str | PathLike[str] | None) -> Preflight:
         notes=(*prepared.notes, *filter(None, (stand_in(prepared.base.label),))),
         differences=prepared.differences,
     )
+
+
+def _file(prepared: Prepared, ranks: Mapping[str, int]) -> FileLayout:
+    """What is in it. Names that PEFT would misunderstand are found here."""
+    return lay_out(prepared.form, prepared.plan, ranks, prepared.plan.kept.keys(), prepared.dtype)
 
 
 def _ranks(prepared: Prepared) -> dict[str, int]:

@@ -93,7 +93,7 @@ class RefinePreflight:
 
 
 def refine_preflight(
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | AdapterFile,
     base: Source,
     tuned: Source,
     *,
@@ -109,7 +109,7 @@ def refine_preflight(
     """See what `refine` with the same arguments will do and need; no tensor is read.
 
     Args:
-        adapter: A PEFT LoRA folder of `base`.
+        adapter: A PEFT LoRA folder of `base`; or the plan of one that is not extracted yet.
         base: The model before.
         tuned: The model after.
         method: As in `refine`.
@@ -126,7 +126,8 @@ def refine_preflight(
         CheckpointError: A model cannot be read, or is of no class that is known.
         MismatchError: The two are not of one class.
     """
-    file, where = open_adapter(adapter), pick_device(device)
+    file: AdapterFile = open_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
+    where = pick_device(device)
     pair = open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     chosen = method or Usual()
     if isinstance(chosen, Usual):

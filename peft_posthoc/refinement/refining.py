@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from peft_posthoc.adapters.reader import AdapterFile
+from peft_posthoc.extraction.preflight import Preflight, planned, timed
+from peft_posthoc.extraction.prepare import prepare
+from peft_posthoc.extraction.request import Request
 from peft_posthoc.refinement.blocks import blocks
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.method import Method
 from peft_posthoc.refinement.opened import Refinable
+from peft_posthoc.refinement.preflight import RefinePreflight, refine_preflight
 from peft_posthoc.refinement.refine import check_numbers, refine
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.usual import Usual
@@ -23,6 +28,22 @@ from peft_posthoc.texts.texts import Given, Prompts, Sampled, Texts
 _KINDS: dict[str, type] = {
     kind.__name__: kind for kind in (Sampled, Prompts, Given, Usual, distil, compensated, blocks)
 }
+
+
+@dataclass(frozen=True)
+class Preflights:
+    """What an extraction and the fit after it will do and need: one after the other."""
+
+    extraction: Preflight
+    refine: RefinePreflight
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values: those of the extraction, and the fit's under `refine`."""
+        return self.extraction.to_dict() | {"refine": self.refine.to_dict()}
+
+    def table(self) -> str:
+        """For a terminal."""
+        return f"{self.extraction.table()}\n\nAnd then, to refine it:\n{self.refine.table()}"
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,26 @@ class Refining:
             MismatchError: They are of two classes.
         """
         check_sides(*open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision))
+
+    def preflight(
+        self,
+        adapter: str | os.PathLike[str] | AdapterFile,
+        base: Source,
+        tuned: Source,
+        **where: Any,
+    ) -> RefinePreflight:
+        """See what a fit will do and need, as `refine_preflight` does."""
+        return refine_preflight(
+            adapter, base, tuned, method=self.method, sequences=self.sequences, length=self.length, **where
+        )
+
+    def preflights(
+        self, base: Source, tuned: Source, rank: Any, *, out: str | os.PathLike[str], **options: Any
+    ) -> Preflights:
+        """See what an extraction and the fit after it will do and need; `options` are the extraction's."""
+        prepared = prepare(base, tuned, Request.of(rank, **options))
+        where = {name: options[name] for name in ("base_revision", "tuned_revision", "device") if name in options}
+        return Preflights(timed(prepared, out), self.preflight(planned(prepared, out), base, tuned, out=out, **where))
 
     def to_json(self) -> dict[str, Any]:
         """It as plain JSON values.

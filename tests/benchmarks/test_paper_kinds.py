@@ -103,7 +103,7 @@ def test_an_encoder_and_each_of_its_seeds(tmp_path):
     assert [(one.prompt, one.answer) for one in train[:2]] == [("w01 w2", "w0 w20"), ("w11 w2", "w1 w21")]
     torch.manual_seed(0)
     save(models.bert(), tmp_path / "base")
-    settings = {"model": str(tmp_path / "base"), "task": "tatqa-retrieval", "seeds": [1, 2]}
+    settings = {"model": str(tmp_path / "base"), "task": "tatqa-retrieval", "seeds": [1, 2], "layer_rank": 2}
     files = run(tmp_path, settings)
     names = [file.relative_to(tmp_path / "results/toy").as_posix() for file in files]
     assert names == [
@@ -111,11 +111,15 @@ def test_an_encoder_and_each_of_its_seeds(tmp_path):
         for seed in (1, 2)
         for name in (
             *("00-base", "01-full-fine-tune", "02-PHLoRA-r=2", "03-PHLoRA-r=8", "04-LoRA-from-zero-r=2"),
-            "spectrum",
+            *("layers", "spectrum"),
         )
     ]
-    assert metric(files[0], "first") == metric(files[6], "first")  # the base has no seed
-    assert json.loads(files[7].read_text())["settings"]["seed"] == 2
+    assert metric(files[0], "first") == metric(files[7], "first")  # the base has no seed
+    assert json.loads(files[8].read_text())["settings"]["seed"] == 2
+    told, whole = json.loads(files[5].read_text()), json.loads(files[2].read_text())["energy"]
+    assert len(told["layers"]) == 12  # six matrices in each of two layers
+    assert 1 - sum(one["lost"] for one in told["layers"].values()) == pytest.approx(whole, abs=1e-5)
+    assert told["tuned"] == {name: metric(files[1], name) for name in ("first", "reciprocal rank")}
 
 
 def test_the_place_of_what_is_found():

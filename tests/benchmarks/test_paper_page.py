@@ -76,6 +76,18 @@ def test_what_is_lost_at_full_energy_is_lost_with_what_is_not_carried(tmp_path):
     assert "| a | 42 | 32 |" not in text
 
 
+def test_of_each_layer_the_energy_stands_against_what_it_costs(tmp_path):
+    write(tmp_path / "a", {"base": [0], "full fine-tune": [1]})
+    told = {  # E_r and the score have opposite orders, what is lost and the fall the same.
+        name: {"energy": energy, "lost": lost, "metrics": {"exact match": score}}
+        for name, energy, lost, score in (("q", 0.9, 0.3, 0.2), ("k", 0.5, 0.2, 0.4), ("v", 0.1, 0.1, 0.7))
+    }
+    layers = {"rank": 2, "tuned": {"exact match": 0.8}, "layers": told}
+    (tmp_path / "a" / "layers.json").write_text(json.dumps(layers))
+    text = "\n".join(open_questions.lines(list(read(tmp_path))))
+    assert "| a | 42 | 2 | 3 | exact match | 60.0 | -1.00 | 1.00 |" in text
+
+
 def test_what_refinement_changes_is_counted_by_question(tmp_path):
     write(
         tmp_path / "a",

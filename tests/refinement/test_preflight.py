@@ -84,6 +84,28 @@ def test_numbers_texts_and_steps_are_told(tmp_path: Path, make: object) -> None:
     assert told["disk_bytes"] > 16 * told["factors"]
 
 
+@pytest.mark.parametrize("form", ["portable", "peft"])
+@pytest.mark.parametrize("make", [models.gpt2, models.llama, models.mixtral])
+def test_before_an_extraction_the_fit_is_told_as_after_it(tmp_path: Path, make: Any, form: str) -> None:
+    pair = models.save_pair(make(), tmp_path)
+    out, asked = str(tmp_path / "svd"), ["--sequences", "80", "--dry-run", "--json"]
+    extracting = ["extract", *pair, out, "--rank", "2", "--form", form]
+    ran = CliRunner().invoke(main, [*extracting, "--refine", "--method", "blocks", *asked])
+    assert ran.exit_code == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert not Path(out).exists()
+    assert told["adapter_bytes"] > 0
+    shown = CliRunner().invoke(main, [*extracting, "--refine", "--dry-run"]).stdout
+    assert "And then, to refine it:\nAt most 960 texts" in shown
+    extract(*pair, 2, form=form).save(out)
+    refining = ["refine", out, str(tmp_path / "out"), "--base", pair[0], "--tuned", pair[1], "--method", "blocks"]
+    after = json.loads(CliRunner().invoke(main, [*refining, *asked]).stdout)
+    free = {"disk_free", "temporary_free"}
+    assert {name: one for name, one in told["refine"].items() if name not in free} == {
+        name: one for name, one in after.items() if name not in free
+    }
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("make", [models.llama, models.mixtral, models.gpt2])
 @pytest.mark.filterwarnings("ignore")  # What PEFT says of tied heads.
