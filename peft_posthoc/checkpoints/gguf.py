@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from peft_posthoc.checkpoints.gguf_blocks import decode
 from peft_posthoc.checkpoints.gguf_header import header_alone
 from peft_posthoc.checkpoints.gguf_steps import beside, gaps
 from peft_posthoc.checkpoints.model_files import state_of
+from peft_posthoc.compute.workers import Workers
 from peft_posthoc.errors import CheckpointError, MissingExtraError
 from peft_posthoc.files import regular
 
@@ -23,8 +23,8 @@ SUFFIX = ".gguf"
 # One file of several: `model-00002-of-00003.gguf`.
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MODEL = re.compile(r"(?!mmproj|.*imatrix)[^/]+\.gguf")
-# Values that are decoded at a time, which stay in the processor's cache.
-_AT_A_TIME = 1 << 17
+# Values that are decoded at a time: where they are fewer, threads wait for each other's Python.
+_AT_A_TIME = 1 << 19
 # What numpy has no word for is handed over as bytes.
 _PLAIN = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -175,8 +175,8 @@ class Gguf(Checkpoint):
             for at in starts[first::threads]:
                 decode(stored[at : at + step], kind, values[at : at + step])
 
-        with ThreadPoolExecutor(threads) as pool:  # NumPy works on one core.
-            list(pool.map(some, range(threads)))
+        with Workers(threads, torch_threads=1) as workers:  # NumPy works on one core.
+            list(workers.map(some, range(threads)))
         return found
 
     def _scaled(self, name: str, values: Tensor) -> Tensor:

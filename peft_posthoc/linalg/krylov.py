@@ -104,8 +104,8 @@ def block_krylov(
         # that is left of them. So all of more equal singular values than a block has columns are found.
         rest += noise(rest.shape[1]) * torch.finfo(z.dtype).eps
         new = rest if rest.shape[1] == width else torch.cat([rest, noise(width - rest.shape[1])], dim=1)
-        for _ in range(2):  # Twice is enough (Giraud et al., 2005).
-            new = _orthonormal(new - basis @ (basis.mT @ new))
+        new = _orthonormal(new)
+        new = _orthonormal(new - basis @ (basis.mT @ new))  # With `rest` twice, which is enough (Giraud et al., 2005).
         if due:
             checked = basis.shape[1]
             coupling = new.mT @ z

@@ -48,7 +48,7 @@ def random_blocks(kind, rows):
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
 def test_every_type_is_decoded_as_gguf_does_to_the_last_bit(kind, tmp_path):
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    stored = np.random.default_rng(0).integers(0, 256, (1 + 2 * (1 << 17) // block // 3, 3 * size), dtype=np.uint8)
+    stored = np.random.default_rng(0).integers(0, 256, (1 + 2 * (1 << 19) // block // 3, 3 * size), dtype=np.uint8)
     file = Gguf(written(tmp_path / "a.gguf", {"w.weight": (stored, kind)}), label="a")
     found, wanted = file.read("w.weight"), gguf.dequantize(stored, kind).astype(np.float32)
     assert (file.types["w.weight"], file.headers["w.weight"].dtype) == (kind.name, torch.float32)

@@ -87,7 +87,7 @@ def test_without_a_checkpoint_the_live_model_is_what_it_is_fitted_to(base, tmp_p
 
 def test_where_the_fit_fails_final_is_as_it_was_extracted_and_the_reason_is_told(base, tmp_path, log):
     callback = PosthocLoraCallback(2, refine={"texts": Given([[1, 2, 3]])})  # one text, and none to judge by
-    train(base, tmp_path, callback)
+    train(base, tmp_path, callback, save_steps=6)
     assert same_factors(tmp_path / "phlora/final", tmp_path / "phlora/step-6")
     assert "refined" not in report(tmp_path / "phlora/final")
     assert len(log.of("`final`", "not refined", "too few")) == 1
@@ -96,7 +96,7 @@ def test_where_the_fit_fails_final_is_as_it_was_extracted_and_the_reason_is_told
 def test_a_model_that_says_no_next_tokens_keeps_its_final(tmp_path, log):
     base = models.save(models.t5(), tmp_path / "base")
     refine = {"sequences": 8}
-    run = trainer(models.load(base), tmp_path / "run", PosthocLoraCallback(2, base=base, refine=refine))
+    run = trainer(models.load(base), tmp_path / "run", PosthocLoraCallback(2, base=base, refine=refine), save_steps=6)
     run.train()
     assert "final" in adapters(tmp_path / "run/phlora")
     assert len(log.of("`final`", "not refined")) == 1
