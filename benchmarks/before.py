@@ -29,8 +29,11 @@ def rounds(base: Path, tuned: Path, before: Path, count: int) -> Found:
         for rank in RANKS:
             options = ["--rank", str(rank), "--quiet", "--force"]
             command = [sys.executable, "-m", "peft_posthoc", "extract", base, tuned, out, *options]
-            trees = ({"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"} for tree in (before, HERE.parent))
-            found[rank].append([measure(command, env).cpu for env in trees])
+            # Not the folder that this runs in: that is this tree.
+            same = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+            found[rank].append(
+                [measure(command, {"PYTHONPATH": str(tree), **same}).cpu for tree in (before, HERE.parent)]
+            )
     return found
 
 

@@ -74,7 +74,7 @@ def _nonlinear(blocks: Tensor, out: Tensor) -> None:
 
 def _nonlinear_of_256(blocks: Tensor, out: Tensor) -> None:
     """IQ4_XS: a scale, upper two bits of eight more scales, lower four bits of them, and as in IQ4_NL."""
-    upper = blocks[:, 2:4].contiguous().view(torch.int16) >> torch.arange(0, 16, 2, dtype=torch.int16)
+    upper = _apart(blocks[:, 2:4]).view(torch.int16) >> torch.arange(0, 16, 2, dtype=torch.int16)
     lower = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], 2).flatten(1)
     scales = _float(blocks[:, :2]) * ((lower | ((upper & 3) << 4)) - 32)
     torch.mul(_looked_up(blocks[:, 8:], 16, "IQ4_NL").view(-1, 8, 32), scales.unsqueeze(-1), out=out.view(-1, 8, 32))
@@ -95,7 +95,7 @@ def _microscaled_of_64(blocks: Tensor, out: Tensor) -> None:
 
 def _looked_up(stored: Tensor, together: int, kind: str) -> Tensor:
     """What halves of bytes stand for, int8: of so many bytes the lower ones, then their upper ones."""
-    pairs = stored.contiguous().view(torch.int16).flatten().int() & 0xFFFF
+    pairs = _apart(stored).view(torch.int16).flatten().int() & 0xFFFF
     found = [half.index_select(0, pairs).view(-1, together // 2) for half in _pairs(kind)]
     return torch.stack(found, 1).view(torch.int8).view(len(stored), -1)
 
@@ -144,7 +144,7 @@ def _six(blocks: Tensor, out: Tensor) -> None:
     codes = _halves(words[:, :16].unflatten(1, (2, 8)))
     for codes_of, bits in zip(codes.flatten(2).unflatten(2, (4, 4)).unbind(1), words[:, 16:].split(4, 1), strict=True):
         _add_bits(codes_of, bits, each=2)
-    scales = _float(blocks[:, 208:]) * blocks[:, 192:208].contiguous().view(torch.int8)
+    scales = _float(blocks[:, 208:]) * _apart(blocks[:, 192:208]).view(torch.int8)
     signed = codes.view(torch.int8).view(-1, 16, 16).sub_(32)
     torch.mul(signed, scales.unsqueeze(-1), out=out.view(-1, 16, 16))
 
@@ -159,7 +159,7 @@ _OWN: dict[str, Callable[[Tensor, Tensor], None]] = {
 
 def _words(stored: Tensor) -> Tensor:
     """Eight bytes each."""
-    return stored.contiguous().view(torch.int64)
+    return _apart(stored).view(torch.int64)
 
 
 def _halves(words: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def _add_bits(codes: Tensor, bits: Tensor, *, each: int) -> None:
 
 def _times(codes: Tensor, blocks: Tensor, out: Tensor) -> None:
     """Scale x code - offset, with both, of six bits for each 32 values, from the first 16 bytes of a block."""
-    first, second, both = blocks[:, 4:16].contiguous().view(torch.int32).unbind(1)
+    first, second, both = _apart(blocks[:, 4:16]).view(torch.int32).unbind(1)
     six, low, upper = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030
     scales = [first & six, (both & low) | ((first >> 2) & upper)]
     offsets = [second & six, ((both >> 4) & low) | ((second >> 2) & upper)]
@@ -187,4 +187,9 @@ def _times(codes: Tensor, blocks: Tensor, out: Tensor) -> None:
 
 
 def _float(halves: Tensor) -> Tensor:
-    return halves.contiguous().view(torch.float16).float()
+    return _apart(halves).view(torch.float16).float()
+
+
+def _apart(stored: Tensor) -> Tensor:
+    """A copy, which begins where wider types may: of one block `contiguous` makes none."""
+    return stored.clone(memory_format=torch.contiguous_format)

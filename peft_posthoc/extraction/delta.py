@@ -58,12 +58,13 @@ def difference(pair: Pair) -> Delta:
     dtype = torch.promote_types(torch.float32, torch.promote_types(base.dtype, tuned.dtype))
     values = torch.empty(tuned.shape, dtype=dtype, device=tuned.device)
 
-    def subtract(before: Tensor, after: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        wide = before.to(out)
-        torch.sub(after.to(out), wide, out=out)
-        return norm_of(out), norm_of(wide)
+    def subtract(before: Tensor, after: Tensor, out: Tensor, wide: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        wide.copy_(before)
+        out.copy_(after).sub_(wide)
+        return norm_of(out, room), norm_of(wide, room)
 
-    delta_energy, base_energy = map(sum_of_squares, zip(*by_chunks(subtract, base, tuned, values), strict=True))
+    norms = by_chunks(subtract, base, tuned, values, rooms=[dtype, torch.float64])
+    delta_energy, base_energy = map(sum_of_squares, zip(*norms, strict=True))
     if not (math.isfinite(delta_energy) and math.isfinite(base_energy)):
         if not _same(base, tuned):
             raise CheckpointError(not_finite(pair))

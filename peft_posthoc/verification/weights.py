@@ -150,7 +150,7 @@ def _compare(
     direct = None if added is None else as_matrix(added.to(delta.values))
     factors = None if factors is None else factors.to(delta.values)
     rows = max(1, _BLOCK // max(1, delta.values[0].numel() if delta.values.ndim else 1))
-    sums = torch.zeros(6, dtype=torch.float64, device=delta.values.device)
+    sums = torch.zeros(7, dtype=torch.float64, device=delta.values.device)
     for start, (change, base, tuned) in enumerate(
         zip(*(torch.split(as_matrix(x), rows) for x in (delta.values, pair.base, pair.tuned)), strict=True)
     ):
@@ -159,9 +159,10 @@ def _compare(
         if direct is not None:
             product += direct[block]
         after, merged = tuned.to(change), base.to(change) + product
-        squares = [norm_of(x).square() for x in (product, change - product, after, merged)]
+        # The delta's again, to the same bits as what is left of it where nothing is added.
+        squares = [norm_of(x).square() for x in (change, product, change - product, after, merged)]
         sums += torch.stack([*squares, _inner(product, change), _inner(merged, after)])
-    return Sums(delta.norm**2, *sums.cpu().tolist())
+    return Sums(*sums.cpu().tolist())
 
 
 def _cosine(inner: float, one: float, other: float) -> float | None:
