@@ -84,7 +84,7 @@ def ours(base: Path, tuned: Path, out: Path, rank: int) -> list[str | Path]:
 
 
 def torchrun(base: Path, tuned: Path, out: Path, rank: int) -> list[str | Path]:
-    launcher = [BIN / "torchrun", "--nproc-per-node=2", "-m", "peft_posthoc"]
+    launcher: list[str | Path] = [BIN / "torchrun", "--nproc-per-node=2", "-m", "peft_posthoc"]
     return [*launcher, *ours(base, tuned, out, rank)[1:]]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rank_pairs import Pair, make_pairs
+from rank_pairs import Batch, Pair, make_pairs
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -111,7 +111,7 @@ def sizes(adapter: Adapter) -> dict[int, int]:
 
 
 @torch.no_grad()
-def loss(model: PreTrainedModel, batches: Sequence[object]) -> float:
+def loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     """Of a batch, on average."""
     return statistics.mean(float(model(**batch._asdict()).loss) for batch in batches)
 
@@ -171,8 +171,8 @@ def automatic(pair: Pair) -> Iterable[str]:
     worst, best = loss(before, pair.test), loss(model, pair.test)
     base, tuned = before.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        saved = [{name: value.to(dtype) for name, value in load_file(path / FILE).items()} for path in pair[3:5]]
-        adapter = extract(*saved, "auto", form="peft")
+        one, other = ({name: value.to(dtype) for name, value in load_file(path / FILE).items()} for path in pair[3:5])
+        adapter = extract(one, other, "auto", form="peft")
         put(model, adapter, base)
         lost = 100 * (loss(model, pair.test) - best) / (worst - best)
         model.load_state_dict(tuned)

@@ -57,7 +57,7 @@ class Models:
         draw = random.Random(SEED_OF_GENERAL)
         with torch.random.fork_rng():
             torch.manual_seed(SEED_OF_GENERAL)
-            return writers.general([writers.opening(draw) for _ in range(GENERAL)], 128, None)
+            return writers.general(writers.openings(GENERAL, draw), 128, None)
 
     def start(self, rank: int) -> Path:
         """The truncated SVD's adapter, of the linear layers and the head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from peft_posthoc.cli.fleet import of_many
 from peft_posthoc.cli.options import CHOICE, HTML, LAYERS, MODELS, NAMES, OUTPUT, option
 from peft_posthoc.cli.output import check_drawing, check_file, quiet_hosts, show
 from peft_posthoc.cli.ranks import RANK, Asked
-from peft_posthoc.cli.refining import AND_REFINE, refining_if_asked
+from peft_posthoc.cli.refining import AND_REFINE, SHARD, refining_if_asked
 from peft_posthoc.cli.write_as import write_as
 from peft_posthoc.errors import ShareDone, noting
+
+_AS_EXTRACTED = "Nothing was written. The same command without `--refine` writes the adapter as it was extracted."
 
 
 @click.command(
@@ -45,6 +48,7 @@ from peft_posthoc.errors import ShareDone, noting
 @click.option("--dry-run", is_flag=True, help="Read headers only, show what would be done, and write nothing.")
 @LAYERS
 @AND_REFINE
+@SHARD
 @HTML
 @click.option(
     "--to",
@@ -172,22 +176,45 @@ def _one(
         check_targets(out, dict(rule.named), force=force)
     else:
         check_target(out, force=force)
+    processes = Processes.from_environment()
     if dry_run:
-        see = preflight if asked is None else asked.preflights
+        if processes.rank:
+            return
+        see = preflight if asked is None else partial(asked.preflights, processes=processes.size)
         show(see(base, tuned, rule or 32, out=out, **options), json_to, quiet=quiet)
         return
     if asked is not None:
         revisions = {name: options[name] for name in ("base_revision", "tuned_revision")}
         asked.check(base, tuned, **revisions)
         quiet_hosts()
-    processes = Processes.from_environment()
     try:
-        adapter = run(base, tuned, rule or 32, out=out, processes=processes, progress=not quiet, **options)
+        adapter = run(
+            base,
+            tuned,
+            rule or 32,
+            out=out,
+            processes=processes,
+            everywhere=asked is not None,
+            progress=not quiet,
+            **options,
+        )
+        if asked is not None:
+            with noting(_AS_EXTRACTED):
+                refined = asked(
+                    adapter,
+                    base,
+                    tuned,
+                    **revisions,
+                    device=options["device"],
+                    out=out,
+                    processes=processes,
+                    progress=not quiet and not processes.rank,
+                )
     except ShareDone:
         return
+    if processes.rank:
+        return
     if asked is not None:
-        with noting("Nothing was written. The same command without `--refine` writes the adapter as it was extracted."):
-            refined = asked(adapter, base, tuned, **revisions, device=options["device"], out=out, progress=not quiet)
         with finished_layers(out.absolute(), {out.absolute(): adapter.provenance}):
             refined.save(out, force=force)
         with noting(f"The adapter is at `{out}`."):

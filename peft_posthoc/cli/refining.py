@@ -87,7 +87,7 @@ SHARD = click.option(
     default=None,
     help="distil: split both models among the processes that torchrun started.  [default: if no GPU holds them]",
 )
-"""Of the one command that has several processes for a fit."""
+"""Of commands that several processes may do."""
 AND_REFINE = together(
     click.option(
         "--refine",

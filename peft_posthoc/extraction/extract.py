@@ -13,7 +13,7 @@ from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.begun import Begun, begin, losses
 from peft_posthoc.extraction.estimate import costs
 from peft_posthoc.extraction.outcomes import Layer, Outcome
-from peft_posthoc.extraction.processes import ALONE, Processes
+from peft_posthoc.extraction.processes import ALONE, Processes, told_by_first
 from peft_posthoc.extraction.read import read_pairs
 from peft_posthoc.extraction.report import MATERIAL
 from peft_posthoc.extraction.request import Options, Request, takes_options
@@ -32,6 +32,7 @@ def extract(
     *,
     out: str | PathLike[str] | None = None,
     processes: Processes = ALONE,
+    everywhere: bool = False,
     progress: bool = False,
     keep_factors: bool = True,
     **options: Unpack[Options],
@@ -48,6 +49,7 @@ def extract(
         out: Where the adapter will be saved. Finished layers are kept beside it until it is: an interrupted run with
             the same inputs and options goes on from there, but for a rule that is a function.
         processes: Those that share the work, as `Processes.from_environment()` finds them.
+        everywhere: Give the adapter to each of them, and not to the first alone.
         progress: Show a progress bar on stderr.
         keep_factors: Without them the adapter can be looked at, not saved: of every layer only the spectrum is held.
         **options: As `Options` has them.
@@ -63,7 +65,7 @@ def extract(
         CheckpointError: A checkpoint cannot be read, or holds NaN or infinity.
         MismatchError: The two are not states of one model.
         NothingToCarryError: Nothing changed that LoRA can carry.
-        ShareDone: This is not the first of several processes, and its share is done.
+        ShareDone: This is not the first of several processes, and its share is done, or the first tells what is wrong.
         ValueError: An argument makes no sense.
     """
     if out is not None and not keep_factors:
@@ -71,7 +73,10 @@ def extract(
     begun = begin(base, tuned, Request.of(rank, **options), out=out, shared=processes.size > 1)
     with begun.kept():
         outcomes = _outcomes(begun, processes, progress=progress, keep_factors=keep_factors)
-        adapter = begun.finish(begun.all(outcomes))
+        if processes.rank and not everywhere:
+            raise ShareDone("This process has done its share; the first one has the adapter.")
+        with told_by_first(processes):
+            adapter = begun.finish(begun.all(outcomes))
         if keep_factors and surface() == "python":
             _warn_of_losses(adapter)
         return adapter
@@ -84,11 +89,7 @@ def _warn_of_losses(adapter: Adapter) -> None:
 
 
 def _outcomes(begun: Begun, processes: Processes, *, progress: bool, keep_factors: bool) -> list[Outcome]:
-    """What is known of this process' share of the weights: from an earlier run, and from this one.
-
-    Raises:
-        ShareDone: This is not the first of several processes.
-    """
+    """What is known of this process' share of the weights: from an earlier run, and from this one."""
     prepared, plan, spool = begun.prepared, begun.prepared.plan, begun.spool
     share = processes.share(costs(prepared))
     if prepared.tuned.sequential:
@@ -121,6 +122,4 @@ def _outcomes(begun: Begun, processes: Processes, *, progress: bool, keep_factor
             if spool is not None:
                 spool.put(outcome)
             bar.update(begun.bytes(outcome.weight))
-    if processes.rank > 0:
-        raise ShareDone("This process has done its share; the first one has the adapter.")
     return outcomes

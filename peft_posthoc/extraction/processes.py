@@ -1,14 +1,17 @@
 """The processes that torchrun, or any other launcher, started: they share the weights out among themselves.
 
 They never talk to one another. Each knows its share from its rank alone, and leaves what it did in the spool beside the
-adapter; the first one waits until all is there. A launcher that restarts them restarts nothing that is done.
+adapter; the first one, or each, waits until all is there. A launcher that restarts them restarts nothing that is done.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
+
+from peft_posthoc.errors import PosthocError, ShareDone
 
 
 class Processes(NamedTuple):
@@ -35,3 +38,18 @@ class Processes(NamedTuple):
 
 
 ALONE = Processes()
+
+
+@contextmanager
+def told_by_first(processes: Processes) -> Iterator[None]:
+    """What goes wrong in the `with` block, which does the same in every process, is told by the first.
+
+    Raises:
+        ShareDone: It went wrong, and this is another.
+    """
+    try:
+        yield
+    except (PosthocError, ValueError) as error:
+        if processes.rank:
+            raise ShareDone("The first process tells what went wrong.") from error
+        raise

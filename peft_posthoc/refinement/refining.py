@@ -10,6 +10,7 @@ from typing import Any
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.extraction.preflight import Preflight, planned, timed
 from peft_posthoc.extraction.prepare import prepare
+from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.extraction.request import Request
 from peft_posthoc.refinement.blocks import blocks
 from peft_posthoc.refinement.compensated import compensated
@@ -87,6 +88,7 @@ class Refining:
         tuned_revision: str | None = None,
         device: str = "cpu",
         out: str | os.PathLike[str] | None = None,
+        processes: Processes = ALONE,
         progress: bool = False,
     ) -> Refined:
         """Refine an adapter, as `refine` does."""
@@ -98,6 +100,7 @@ class Refining:
             tuned_revision=tuned_revision,
             device=device,
             out=out,
+            processes=processes,
             progress=progress,
             **vars(self),
         )
@@ -126,12 +129,13 @@ class Refining:
         )
 
     def preflights(
-        self, base: Source, tuned: Source, rank: Any, *, out: str | os.PathLike[str], **options: Any
+        self, base: Source, tuned: Source, rank: Any, *, out: str | os.PathLike[str], processes: int = 1, **options: Any
     ) -> Preflights:
         """See what an extraction and the fit after it will do and need; `options` are the extraction's."""
         prepared = prepare(base, tuned, Request.of(rank, **options))
         where = {name: options[name] for name in ("base_revision", "tuned_revision", "device") if name in options}
-        return Preflights(timed(prepared, out), self.preflight(planned(prepared, out), base, tuned, out=out, **where))
+        fit = self.preflight(planned(prepared, out), base, tuned, out=out, processes=processes, **where)
+        return Preflights(timed(prepared, out), fit)
 
     def to_json(self) -> dict[str, Any]:
         """It as plain JSON values.

@@ -18,7 +18,7 @@ from tests.make.limits import HANG
 def _torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*launcher, "-m", "tests.make.refine_run", "refine", *map(str, arguments)],
+        [*launcher, "-m", "tests.make.refine_run", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -32,14 +32,17 @@ def adapter(llama_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactor
     return extract(*llama_pair, 2, dtype=torch.float32).save(tmp_path_factory.mktemp("together") / "svd")
 
 
-def test_two_processes_find_what_one_does(llama_pair: tuple[str, str], adapter: Path, tmp_path: Path) -> None:
-    models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
+def test_two_processes_extract_and_refine_what_one_does(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
+) -> None:
     # A last batch of one text: one of them has nothing to do.
-    ran = _torchrun(adapter, tmp_path / "out", *models, "--sequences", 45, "--length", 12, "--quiet")
+    text = ["--refine", "--sequences", 45, "--length", 12]
+    ran = _torchrun("extract", *llama_pair, tmp_path / "out", "--rank", 2, "--dtype", "float32", *text)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = sorted(line for line in ran.stdout.splitlines() if line.startswith("found"))
     assert len(found) == 2
     assert found[0] == found[1]
+    assert ran.stdout.count("Adapter written") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     alone = refine(adapter, *llama_pair, sequences=45, length=12)
     assert not alone.kept
@@ -55,8 +58,9 @@ def test_the_first_one_s_clock_is_that_of_both(
     llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, method: str
 ) -> None:
     """The second one would judge less often, or not fit at all: each would wait for what the other never says."""
-    models = ["--base", llama_pair[0], "--tuned", llama_pair[1], "--method", method, "--minutes", "2"]
-    ran = _torchrun(adapter, tmp_path / "out", *models, "--sequences", 45, "--length", 12, "--quiet", LATE="1")
+    models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
+    options = ["--method", method, "--minutes", "2", "--sequences", 45, "--length", 12, "--quiet"]
+    ran = _torchrun("refine", adapter, tmp_path / "out", *models, *options, LATE="1")
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = sorted(line for line in ran.stdout.splitlines() if line.startswith("found"))
     assert len(found) == 2
@@ -78,7 +82,7 @@ def test_what_goes_wrong_ends_both_with_one_line(
 ) -> None:
     models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
     options = ["--sequences", 32, "--length", 12, "--quiet", *more]
-    ran = _torchrun(adapter, tmp_path / "out", *models, *options, FAIL=fail)
+    ran = _torchrun("refine", adapter, tmp_path / "out", *models, *options, FAIL=fail)
     assert ran.returncode != 0
     lines = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
     assert len(lines) == 1
