@@ -28,6 +28,9 @@ if __name__ == "__main__":
         os.nice(19)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
+    from peft_posthoc.compute.own_process import import_torch
+
+    import_torch()
     from hf_callbacks.task import Task
     from peft_posthoc.errors import one_line
 

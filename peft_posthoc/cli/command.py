@@ -7,13 +7,15 @@ from typing import Any
 
 import click
 
+from peft_posthoc.compute.own_process import import_torch
+
 # Of options that several commands have; what is in none stands first.
 _GROUPS = {
     "Ranks": "rank energy error budget params weighting max-rank min-rank round-to rank-pattern conv-rank min-energy",
     "What is carried": "include exclude embeddings head conv experts form for-base vocab with-tokenizer component",
     "Names": "map serve-as tuned-name",
     "Models": "base-revision tuned-revision device stream exact",
-    "Refining": "refine prompts texts field prefix sequences length method passes lr damping minutes seed",
+    "Refining": "refine prompts texts field prefix sequences length method passes lr damping shard minutes seed",
     "Output": "dry-run layers html plot quiet json debug help",
 }
 # Fewer are read at a glance.
@@ -31,6 +33,11 @@ class Command(click.Command):
     def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any) -> None:
         super().__init__(*args, **options)
         self.examples = examples
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Do what is asked for. Help is not done here, and needs no tensors."""
+        import_torch()
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, where they are many with a heading for each group."""

@@ -42,6 +42,12 @@ def test_the_probe_can_see_an_import():
     assert {"peft", "torch"} <= set(loaded_by("from peft_posthoc import LoraConfig"))
 
 
+def test_a_command_takes_what_pytorch_s_import_makes_out_of_every_search_for_garbage():
+    told = "import gc, sys; print('torch' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    run = [sys.executable, "-c", f"{HELP.format(['inspect', 'a', 'b'])}; {told}"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.split() == ["True"] * 3
+
+
 def test_functions_are_not_shadowed_by_the_modules_they_live_in():
     import peft_posthoc.cli.main
     import peft_posthoc.extraction.extract
