@@ -30,8 +30,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Train, fine-tune, extract, verify: the main job on real weights, offline.
 	$(BIN)/python examples/demo.py
 
+# What the tests of one file share is made once: they go to one process.
 test: lint $(READY)  ## What the CI runs: two processes, a thread each.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	$(MAKE) docs wheel
 
 docs: $(READY)  ## The site of docs/ into .work/site; a dead link or a warning ends it.

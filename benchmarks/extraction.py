@@ -1,7 +1,8 @@
 """Extraction side by side: time, memory and energy of ours and of the usual ways, in one run. Writes RESULTS.md.
 
 Every command is a whole process, with its imports. Rounds alternate between the commands, and what is quoted is the
-median, or the median of the ratios within a round: the machines that this runs on are shared.
+median, or the median of the ratios within a round: the machines that this runs on are shared. Of each run of phlora
+0.3 s are saved by not searching for garbage in what importing PyTorch makes; the others, and the floor, search it.
 """
 
 from __future__ import annotations
