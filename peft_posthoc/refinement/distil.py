@@ -23,9 +23,16 @@ from peft_posthoc.texts.distance import Distance, Model, Score, divergence
 from peft_posthoc.texts.sequences import Split, Tokens, batches, shuffled
 
 
+# Of a rate that led away, what is tried next.
+_BACK = 0.25
+
+
 @dataclass(frozen=True)
 class distil:
     """Minimise KL(tuned || base + adapter) over the factors, with Adam; the best by held-out text is kept.
+
+    While nothing is better than the start, as where base + adapter is near to the tuned model already and steps are too
+    large for that, it goes on from the start in smaller ones.
 
     Args:
         lr: Step relative to the root mean square of each factor, so that it does not depend on the size of a delta.
@@ -60,12 +67,12 @@ class distil:
 
         before = finite(judge())
         judging = together.first(time.monotonic() - start)
-        best, best_factors, kept, interrupted, at = before, copies(factors), True, False, At()
+        best, best_factors, kept, interrupted, at, lr = before, copies(factors), True, False, At(), self.lr
         steps = max(1, math.ceil(self.passes * len(texts.fitted) / self.size))
-        optimizer = Steps(factors, self.lr, together)
+        optimizer = Steps(factors, lr, together)
         found = together.first(None if state is None else state.fit())
         if found is not None:
-            at, best, kept = _restored(*found, factors, best_factors, optimizer)
+            at, best, kept, lr = _restored(*found, factors, best_factors, optimizer)
         pace = Pace(at, seconds and seconds - judging, judging)
         bar = progress_bar(total=steps, initial=at.done, desc="Fitting", unit=" steps", progress=progress)
         try:
@@ -77,10 +84,14 @@ class distil:
                     at = at._replace(judged=due)
                     if better(now := judge(), best, before):
                         best, best_factors, kept = now, copies(factors), False
+                    elif kept:
+                        put(factors, best_factors)
+                        lr = lr * _BACK
+                        optimizer = Steps(factors, lr, together)
                 if at.share >= 1:
                     break
                 if state is not None and state.is_due:
-                    state.keep(*_parts(at, best, kept, factors, best_factors, optimizer))
+                    state.keep(*_parts(at, best, kept, lr, factors, best_factors, optimizer))
                 with together.agreed():
                     own = together.share(part)
                     # Who has none runs the models all the same: others may need its parts of them.
@@ -117,6 +128,7 @@ def _parts(
     at: At,
     best: Score,
     kept: bool,
+    lr: float,
     factors: Mapping[str, Parameter],
     best_factors: Mapping[str, Tensor],
     optimizer: Steps,
@@ -127,7 +139,7 @@ def _parts(
         **{f"best.{name}": own for name, own in best_factors.items()},
         **{f"adam.{name}": own for name, own in optimizer.tensors().items()},
     }
-    return tensors, {"at": at, "best": {kind: asdict(one) for kind, one in best.items()}, "kept": kept}
+    return tensors, {"at": at, "best": {kind: asdict(one) for kind, one in best.items()}, "kept": kept, "lr": lr}
 
 
 def _restored(
@@ -136,7 +148,7 @@ def _restored(
     factors: Mapping[str, Parameter],
     best_factors: Mapping[str, Tensor],
     optimizer: Steps,
-) -> tuple[At, Score, bool]:
+) -> tuple[At, Score, bool, float]:
     """Put all that into its place again; the numbers come back."""
     groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "adam": {}}
     for name, value in tensors.items():
@@ -145,6 +157,6 @@ def _restored(
     put(factors, groups["now"])
     for name, value in groups["best"].items():
         best_factors[name].copy_(value)
-    optimizer.restore(groups["adam"])
+    optimizer.restore(groups["adam"], numbers["lr"])
     best = {kind: Distance(**one) for kind, one in numbers["best"].items()}
-    return At(*numbers["at"]), best, numbers["kept"]
+    return At(*numbers["at"]), best, numbers["kept"], numbers["lr"]

@@ -46,8 +46,9 @@ class Steps:
         known = self._adam.state_dict()["state"]
         return {f"{i}.{key}": value for i, one in known.items() for key, value in one.items()}
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what it knew."""
+    def restore(self, tensors: Mapping[str, Tensor], lr: float) -> None:
+        """Go on from what it knew, at the rate that it had."""
+        self._lr = lr
         known: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             i, key = name.split(".", 1)

@@ -125,9 +125,19 @@ def test_what_is_exact_already_stays_as_it_is(pair: tuple[Path, Path], tmp_path:
         torch.testing.assert_close(refined.tensors[name], x, rtol=0.05, atol=1e-3)
 
 
+@pytest.mark.parametrize("lr", [0.5, 50.0])
+def test_where_steps_lead_away_smaller_ones_follow_from_the_start(
+    pair: tuple[Path, Path], tmp_path: Path, lr: float
+) -> None:
+    """At neither rate alone is anything ever nearer than the start."""
+    refined = refine(_adapter(pair, tmp_path / "svd"), *pair, method=distil(lr=lr), **SMALL)
+    assert not refined.kept
+    assert all(refined.after[kind].kl < 0.9 * refined.before[kind].kl for kind in ("task", "general"))
+
+
 def test_steps_that_lead_away_are_not_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = _adapter(pair, tmp_path / "svd")
-    refined = refine(adapter, *pair, method=distil(lr=50.0), **SMALL)
+    refined = refine(adapter, *pair, method=distil(lr=1e6), **SMALL)
     before = load_file(adapter / "adapter_model.safetensors")
     assert refined.kept
     assert refined.after == refined.before

@@ -99,14 +99,17 @@ def _same(one: Any, other: Any) -> bool:
     return one.after == other.after and all(torch.equal(x, other.tensors[name]) for name, x in one.tensors.items())
 
 
+@pytest.mark.parametrize("lr", [0.05, 50.0], ids=["usual", "leads away at first"])
 def test_a_fit_that_broke_off_goes_on_to_the_same_bits(
-    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, lr: float
 ) -> None:
-    whole, out = refine(adapter, *llama_pair, texts=Counted(), **QUICK), tmp_path / "out"
+    options, out = {"texts": Counted(), "method": distil(lr=lr), **QUICK}, tmp_path / "out"
+    Counted.times.clear()
+    whole = refine(adapter, *llama_pair, **options)
     assert not whole.kept
-    for step in (4, 6):
-        _breaks_off(step, adapter, *llama_pair, texts=Counted(), out=out, **QUICK)
-    again = refine(adapter, *llama_pair, texts=Counted(), out=out, **QUICK)
+    for step in (4, 6, 20):
+        _breaks_off(step, adapter, *llama_pair, out=out, **options)
+    again = refine(adapter, *llama_pair, out=out, **options)
     assert len(Counted.times) == 2
     assert again.steps == whole.steps
     assert _same(again, whole)
