@@ -22,7 +22,6 @@ from peft_posthoc.running.live import Live, says
 from peft_posthoc.texts.distance import Distance, Model, Score, divergence
 from peft_posthoc.texts.sequences import Split, Tokens, batches, shuffled
 
-
 # Of a rate that led away, what is tried next.
 _BACK = 0.25
 
