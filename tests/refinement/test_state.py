@@ -99,7 +99,7 @@ def _same(one: Any, other: Any) -> bool:
     return one.after == other.after and all(torch.equal(x, other.tensors[name]) for name, x in one.tensors.items())
 
 
-@pytest.mark.parametrize("lr", [0.05, 50.0], ids=["usual", "leads away at first"])
+@pytest.mark.parametrize("lr", [0.05, 1.0], ids=["usual", "leads away at first"])
 def test_a_fit_that_broke_off_goes_on_to_the_same_bits(
     llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, lr: float
 ) -> None:
