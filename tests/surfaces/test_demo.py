@@ -111,3 +111,22 @@ def test_score_counts_keys_and_exact_values(monkeypatch):
     assert score([report.answer for report in truth], truth) == Score(1.0, 1.0)
     assert score(['{"module": "json", "error": "OSError"}', "not JSON"], truth) == Score(0.5, 0.25)
     assert score(["[1]", '{"error": "KeyError"}'], truth) == Score(0.25, 0.25)
+
+
+def test_the_real_base_learns_from_a_step_of_reports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DEMO.parent)
+    from demo import real_base
+    from demo_model import SMOLLM2, collate, train
+    from demo_task import train_and_test
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    real_base(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    assert tokenizer.pad_token_id is not None
+    # Padding is on the left: the last token of every row is the end of its answer.
+    batch = collate(train_and_test(8, 1)[0][:2], tokenizer)
+    assert (batch.input_ids[:, -1] == tokenizer.eos_token_id).all()
+    before = model(**batch._asdict()).loss.item()
+    train(model, [batch] * 2, steps=2, lr=SMOLLM2.tune_lr, title="")
+    assert model(**batch._asdict()).loss.item() < before
