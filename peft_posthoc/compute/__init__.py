@@ -1,1 +1,1 @@
-"""The ground: device and its memory, float32 that is float32, threads, and processes that work together."""
+"""The ground: device and its memory, float32 that is float32, threads, processes that work together or start."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from peft_posthoc.progress import progress_bar
-from peft_posthoc.refinement.method import Fit, better, finite
+from peft_posthoc.refinement.method import Fit, better, finite, nearer
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, put, still
@@ -30,8 +30,8 @@ _BACK = 0.25
 class distil:
     """Minimise KL(tuned || base + adapter) over the factors, with Adam; the best by held-out text is kept.
 
-    While nothing is better than the start, as where base + adapter is near to the tuned model already and steps are too
-    large for that, it goes on from the start in smaller ones.
+    While it only leads away from the start, as where base + adapter is near to the tuned model already and steps are
+    too large for that, it goes on from the start in smaller ones.
 
     Args:
         lr: Step relative to the root mean square of each factor, so that it does not depend on the size of a delta.
@@ -83,7 +83,7 @@ class distil:
                     at = at._replace(judged=due)
                     if better(now := judge(), best, before):
                         best, best_factors, kept = now, copies(factors), False
-                    elif kept:
+                    elif kept and not nearer(now, before, before):
                         put(factors, best_factors)
                         lr = lr * _BACK
                         optimizer = Steps(factors, lr, together)

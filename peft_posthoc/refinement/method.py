@@ -110,6 +110,11 @@ def better(now: Score, best: Score, start: Score) -> bool:
     """Whether no kind of text is further off than at the start, and all together are nearer than the best."""
     if any(not now[kind].kl <= start[kind].kl for kind in start):
         return False
+    return nearer(now, best, start)
+
+
+def nearer(now: Score, best: Score, start: Score) -> bool:
+    """Whether all kinds of text together are nearer than the best."""
     return _mean(now, start) < _mean(best, start)
 
 
