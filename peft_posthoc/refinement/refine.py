@@ -200,7 +200,7 @@ def refine(
             "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
-        notes=tuple(_notes(state, fit, clock)),
+        notes=tuple(_notes(given, state, fit, clock)),
     )
 
 
@@ -271,9 +271,16 @@ class _Work:
         return found, time.monotonic() - start
 
 
-def _notes(state: State | None, fit: Fit, clock: Clock) -> Iterator[str]:
+def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock) -> Iterator[str]:
+    on_command_line = asked("force").startswith("-")
+    if given == Sampled():
+        prompts = asked("prompts", None) if on_command_line else "texts=Prompts([...])"
+        yield (
+            "Fitted to, and judged by, text that the models wrote. That may not be your task's, which may come out worse. "
+            f"A few dozen prompts of it are better: `{prompts}`."
+        )
     if state is not None and fit.interrupted:
-        again = f"The same command with `{asked('force')}`" if asked("force").startswith("-") else "The same call"
+        again = f"The same command with `{asked('force')}`" if on_command_line else "The same call"
         yield f"What it goes on from is kept in `{state.folder}`. {again} goes on from there."
     if state is not None and state.others:
         yield "What an interrupted run with other options or models had kept for this place was not used."

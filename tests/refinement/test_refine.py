@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_posthoc import MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.refinement.method import Fit
 from peft_posthoc.texts.sequences import Tokens
+from tests.make.texts import tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=48,
@@ -133,6 +134,13 @@ def test_where_steps_lead_away_smaller_ones_follow_from_the_start(
     refined = refine(_adapter(pair, tmp_path / "svd"), *pair, method=distil(lr=lr), **SMALL)
     assert not refined.kept
     assert all(refined.after[kind].kl < 0.9 * refined.before[kind].kl for kind in ("task", "general"))
+
+
+def test_without_prompts_it_says_that_the_task_was_not_seen(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "svd")
+    for texts, said in ((None, True), (Sampled("a"), False)):
+        refined = refine(adapter, *pair, texts=texts, tokenizer=tokenizer(), sequences=16, length=8)
+        assert ("`texts=Prompts([...])`" in refined.table()) == said
 
 
 def test_steps_that_lead_away_are_not_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
