@@ -276,7 +276,7 @@ def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock) -> Iterato
     if given == Sampled():
         prompts = asked("prompts", None) if on_command_line else "texts=Prompts([...])"
         yield (
-            "Fitted to, and judged by, text that the models wrote. That may not be your task's, which may come out worse. "
+            "Fitted to text that the models wrote, and judged by it. Your task may be another, and come out worse. "
             f"A few dozen prompts of it are better: `{prompts}`."
         )
     if state is not None and fit.interrupted:
