@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from .experiment import Experiment
 
 
-@torch.no_grad()
 def by_layer(made: Experiment, rank: int) -> dict[str, Any]:
     """Of each weight that an adapter carries: its E_r, its part in all energy that is lost, and the scores without it.
 
@@ -20,7 +20,12 @@ def by_layer(made: Experiment, rank: int) -> dict[str, Any]:
         `rank`, `tuned` (the means of the fine-tune's scores) and `layers`: by name `energy`, `lost` (of the energy of
         all carried weights, what this one loses) and `metrics` (the means).
     """
-    folder, _ = made.extracted(rank)
+    folder, _ = made.extracted(rank)  # which may train the fine-tune first
+    with torch.no_grad():
+        return _by_layer(made, folder, rank)
+
+
+def _by_layer(made: Experiment, folder: Path, rank: int) -> dict[str, Any]:
     base = dict(made.kind.load(made.base).named_parameters())
     adapted = dict(PeftModel.from_pretrained(made.kind.load(made.base), folder).merge_and_unload().named_parameters())
     tuned = made.kind.load(made.tuned)

@@ -1,6 +1,7 @@
 """The paper's experiment on a model that prefers, one that finds and one that sees, each on a toy."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,11 @@ def test_an_encoder_and_each_of_its_seeds(tmp_path):
     assert len(told["layers"]) == 12  # six matrices in each of two layers
     assert 1 - sum(one["lost"] for one in told["layers"].values()) == pytest.approx(whole, abs=1e-5)
     assert told["tuned"] == {name: metric(files[1], name) for name in ("first", "reciprocal rank")}
+    # Layers alone: what they are of is made anew.
+    files[5].unlink()
+    shutil.rmtree(tmp_path / "work/toy/seed-1")
+    assert run(tmp_path, settings) == files
+    assert json.loads(files[5].read_text()) == told
 
 
 def test_the_place_of_what_is_found():
