@@ -57,7 +57,11 @@ REFINING = together(
         "one block of each model in memory at a time.  [default: distil, or blocks if two models do not fit]",
     ),
     click.option("--passes", type=_POSITIVE, help="distil, blocks: over the texts.  [default: 4; 2]"),
-    click.option("--lr", type=_POSITIVE, help="distil, blocks: step, relative to a factor's size.  [default: 0.05]"),
+    click.option(
+        "--lr",
+        type=_POSITIVE,
+        help="distil, blocks: step, relative to a factor's size.  [default: 0.05; of distil without data 0.02]",
+    ),
     click.option(
         "--damping",
         type=_POSITIVE,

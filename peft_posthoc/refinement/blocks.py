@@ -59,7 +59,7 @@ class blocks:
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
         # The last judging takes as long as the first.
         end = math.inf if seconds is None else 2 * began + seconds - time.monotonic()
-        sides = [sorted(own, key=lambda text: len(text.ids)) for own in texts]
+        sides = [sorted(own, key=lambda text: len(text.ids)) for own in (texts.fitted, texts.held_out)]
         fitted, held_out = (list(batches(own, self.size, device=live.device)) for own in sides)
         places = range(len(fitted)), range(len(fitted), len(fitted) + len(held_out))
         steps = max(1, math.ceil(self.passes * len(fitted)))

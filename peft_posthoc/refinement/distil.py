@@ -22,6 +22,8 @@ from peft_posthoc.running.live import Live, says
 from peft_posthoc.texts.distance import Distance, Model, Score, divergence
 from peft_posthoc.texts.sequences import Split, Tokens, batches, shuffled
 
+# Of steps on the task's text; and where the task is only guessed at, so that nearer to the text may be further from it.
+_RATE, _GUESSING = 0.05, 0.02
 # Of a rate that led away, what is tried next.
 _BACK = 0.25
 
@@ -35,12 +37,13 @@ class distil:
 
     Args:
         lr: Step relative to the root mean square of each factor, so that it does not depend on the size of a delta.
+            None is 0.05, or 0.02 where the models wrote the prompts.
         size: Texts in a batch.
         passes: Over the texts.
         shard: Split both models among the processes (PyTorch's FSDP), which then hold a part and a block at a time.
     """
 
-    lr: float = 0.05
+    lr: float | None = None
     size: int = 4
     passes: float = 4.0
     shard: bool = False
@@ -67,6 +70,8 @@ class distil:
         before = finite(judge())
         judging = together.first(time.monotonic() - start)
         best, best_factors, kept, interrupted, at, lr = before, copies(factors), True, False, At(), self.lr
+        if lr is None:
+            lr = _GUESSING if texts.guessed else _RATE
         steps = max(1, math.ceil(self.passes * len(texts.fitted) / self.size))
         optimizer = Steps(factors, lr, together)
         found = together.first(None if state is None else state.fit())

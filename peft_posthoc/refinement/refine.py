@@ -38,6 +38,8 @@ from peft_posthoc.texts.texts import Sampled, Texts, Writers, usual_length
 
 _WRITING = 0.5
 """Of the time that is left after loading, what may go into text."""
+_GUESSED = Sampled()
+"""Text that nobody said anything of: the task may be another."""
 
 
 def refine(
@@ -251,7 +253,7 @@ class _Work:
                 f"Of {len(written)} texts too few differ, and have two tokens or more, to fit on some and judge by "
                 f"others of each kind. {more}"
             )
-        return parts
+        return parts._replace(guessed=self.given == _GUESSED)
 
     def _written(self, sequences: int, length: int | None) -> list[Tokens]:
         live = self.live
@@ -273,7 +275,7 @@ class _Work:
 
 def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock) -> Iterator[str]:
     on_command_line = asked("force").startswith("-")
-    if given == Sampled():
+    if given == _GUESSED:
         prompts = asked("prompts", None) if on_command_line else "texts=Prompts([...])"
         yield (
             "Fitted to text that the models wrote, and judged by it. Your task may be another, and come out worse. "

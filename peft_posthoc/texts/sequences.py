@@ -35,6 +35,8 @@ class Split(NamedTuple):
 
     fitted: list[Tokens]
     held_out: list[Tokens]
+    guessed: bool = False
+    """Whether the models wrote the prompts themselves, so that the task may be another."""
 
 
 def split(texts: Sequence[Tokens], share: float = 0.1) -> Split:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_posthoc import MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
+from peft_posthoc import Given, MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.refinement.method import Fit
 from peft_posthoc.texts.sequences import Tokens
 from tests.make.texts import tokenizer
@@ -141,6 +141,14 @@ def test_without_prompts_it_says_that_the_task_was_not_seen(pair: tuple[Path, Pa
     for texts, said in ((None, True), (Sampled("a"), False)):
         refined = refine(adapter, *pair, texts=texts, tokenizer=tokenizer(), sequences=16, length=8)
         assert ("`texts=Prompts([...])`" in refined.table()) == said
+
+
+def test_steps_are_smaller_where_the_task_is_guessed_at(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, options = _adapter(pair, tmp_path / "svd"), {"tokenizer": tokenizer(), **SMALL}
+    for texts, lr in ((None, 0.02), (Sampled("a"), 0.05), (Given([[i, i + 1] for i in range(20)]), 0.05)):
+        usual, same = (refine(adapter, *pair, texts=texts, method=distil(lr=one), **options) for one in (None, lr))
+        assert not usual.kept
+        assert all(torch.equal(x, same.tensors[name]) for name, x in usual.tensors.items())
 
 
 def test_steps_that_lead_away_are_not_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
