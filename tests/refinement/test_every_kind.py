@@ -22,7 +22,7 @@ MAKES: dict[str, Any] = {
     "mixtral": models.mixtral,  # experts as PEFT's target_parameters
     "laguna": models.laguna,  # PEFT renames what it loads
 }
-QUICK: dict[str, Any] = {"sequences": 64, "length": 12, "method": distil(passes=4)}
+QUICK: dict[str, Any] = {"sequences": 64, "length": 12, "method": distil(lr=0.05)}
 
 
 @pytest.fixture(scope="module", params=MAKES)
