@@ -37,7 +37,7 @@ class distil:
 
     Args:
         lr: Step relative to the root mean square of each factor, so that it does not depend on the size of a delta.
-            None is 0.05, or 0.02 where the models wrote the prompts.
+            None is 0.05, or 0.02 where nothing is said of the task (`Sampled()`).
         size: Texts in a batch.
         passes: Over the texts.
         shard: Split both models among the processes (PyTorch's FSDP), which then hold a part and a block at a time.

@@ -36,7 +36,7 @@ class Split(NamedTuple):
     fitted: list[Tokens]
     held_out: list[Tokens]
     guessed: bool = False
-    """Whether the models wrote the prompts themselves, so that the task may be another."""
+    """Whether nothing was said of the task: the models wrote the prompts, and what they wrote may be another."""
 
 
 def split(texts: Sequence[Tokens], share: float = 0.1) -> Split:
