@@ -103,7 +103,7 @@ class blocks:
         others = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in factors.keys() - moved}
         why = "its turn did not come" if reached < walk.count else "it comes before the blocks"
         unmoved = still(factors) | dict.fromkeys(sorted(others), why)
-        return Fit(before, after, kept, done, earlier + time.monotonic() - began, interrupted, unmoved)
+        return Fit(before, after, kept, done, earlier + time.monotonic() - began, interrupted, unmoved, self.lr)
 
     def _fit(
         self,

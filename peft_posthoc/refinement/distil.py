@@ -117,7 +117,7 @@ class distil:
         finally:
             bar.close()
             put(factors, best_factors)
-        return Fit(before, best, kept, at.done, at.seconds, interrupted, still(factors))
+        return Fit(before, best, kept, at.done, at.seconds, interrupted, still(factors), lr)
 
 
 def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,8 @@ class Fit:
     """Whether Ctrl-C ended it; what was best by then is in the model."""
     unmoved: Mapping[str, str] = field(default_factory=dict)
     """Modules that the method cannot fit, and why: their factors are as they were."""
+    lr: float | None = None
+    """Of the last steps: as asked for, the default, or less where that led away. A closed form has none."""
 
 
 class Method(Protocol):

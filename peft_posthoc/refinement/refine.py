@@ -187,6 +187,7 @@ def refine(
         kept=kept,
         interrupted=fit.interrupted,
         steps=fit.steps,
+        lr=fit.lr,
         unmoved=fit.unmoved,
         texts=Counter(text.kind for text in parts.fitted),
         seconds=fit.seconds,

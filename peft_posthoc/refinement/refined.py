@@ -35,6 +35,8 @@ class Refined(CanPush):
     """Whether the factors are as they were, because nothing that was tried was better on both kinds of text."""
     interrupted: bool
     steps: int
+    lr: float | None
+    """Of the last steps: as asked for, the default, or less where that led away. A closed form has none."""
     unmoved: Mapping[str, str]
     """Modules that the method could not fit, and why: their factors are as they were."""
     texts: Mapping[Kind, int]
@@ -58,7 +60,7 @@ class Refined(CanPush):
             name: {kind: asdict(distance) for kind, distance in score.items()}
             for name, score in (("base", self.base), ("before", self.before), ("after", self.after))
         }
-        plain = ("adapter", "kept", "interrupted", "steps", "unmoved", "texts", "seconds", "options")
+        plain = ("adapter", "kept", "interrupted", "steps", "lr", "unmoved", "texts", "seconds", "options")
         return {"format": 1, **{name: getattr(self, name) for name in plain}, **scores}
 
     def table(self) -> str:

@@ -148,6 +148,7 @@ def test_steps_are_smaller_where_the_task_is_guessed_at(pair: tuple[Path, Path],
     for texts, lr in ((None, 0.02), (Sampled("a"), 0.05), (Given([[i, i + 1] for i in range(20)]), 0.05)):
         usual, same = (refine(adapter, *pair, texts=texts, method=distil(lr=one), **options) for one in (None, lr))
         assert not usual.kept
+        assert usual.to_dict()["lr"] == lr
         assert all(torch.equal(x, same.tensors[name]) for name, x in usual.tensors.items())
 
 
