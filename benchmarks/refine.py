@@ -6,9 +6,10 @@ an answer's token, and how many answers are right in every token (the true token
 KL(tuned || adapted) on general text that the base wrote and nothing was fitted on. Seconds are the processor's, writing
 the text and judging included.
 
-Every row is a file in WORK/rows. Rows that are there are not made again, and the table is of those that are there, so
-that the script may be stopped, and called again for other ranks, methods, seeds or pairs. The pair of real weights is
-among them where `TATQA` is set (`smollm2_pair.py`).
+Every row is a file in `refine_rows`. Rows that are there are not made again, and the table is of those that are there,
+so that the script may be stopped, and called again for other ranks, methods, seeds or pairs. An empty WORK trains the
+models anew, which come out a little different on another machine: it needs `--rows` of its own. The pair of real
+weights is among them where `TATQA` is set (`smollm2_pair.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rank_pairs import Pair, make_pairs
 from refine_models import Models
 from refine_rivals import Text, from_start, whitened
-from refine_table import table
+from refine_table import ROWS, rows_in, table
 from smollm2_pair import make_pair
 
 from peft_posthoc import refine
@@ -96,7 +98,8 @@ def pairs(work: Path) -> Iterator[Pair]:
 def main() -> None:
     """Make the rows that are asked for and not there yet, then print all that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, help="where models and adapters are kept")
+    parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--ranks", type=int, nargs="*", default=[4, 8, 16, 32])
     parser.add_argument("--methods", nargs="*", default=[*METHODS], choices=[*METHODS])
     parser.add_argument("--prompts", type=int, nargs="*", default=[0, PROMPTS])
@@ -113,14 +116,14 @@ def main() -> None:
         cases = [Case("base"), Case("tuned"), *(Case("SVD", rank) for rank in asked.ranks)]
         cases += itertools.starmap(Case, itertools.product(asked.methods, asked.ranks, asked.prompts, asked.seeds))
         for case in sorted(cases, key=lambda case: case.seed):
-            file = asked.work / "rows" / models.name / f"{'-'.join(map(str, case)).replace(' ', '-')}.json"
+            file = asked.rows / models.name / f"{'-'.join(map(str, case)).replace(' ', '-')}.json"
             if not file.exists():
                 row = {"pair": f"{pair.title}, {pair.task}, {pair.lr:g}", **case._asdict(), **text.options()}
-                row |= measured(models, case, text)
+                row |= measured(models, case, text) | {"date": datetime.now(UTC).date().isoformat()}
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(row))
+                file.write_text(json.dumps(row) + "\n", encoding="utf-8")
                 print(row, flush=True)
-    print("\n".join(table(json.loads(file.read_text()) for file in sorted((asked.work / "rows").glob("*/*.json")))))
+    print("\n".join(table(rows_in(asked.rows))))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,29 @@
-"""The table of docs/refine.md, out of the rows that `refine.py` has made."""
+"""`refine_table.py` puts the table into docs/refine.md, out of the rows that `refine.py` has made."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import ceil, floor
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 Row = Mapping[str, Any]
+ROWS = Path(__file__).parent / "refine_rows"
+PAGE = Path(__file__).parents[1] / "docs" / "refine.md"
+_HEAD = "| pair | rank | adapter | seeds | task loss | of the gap closed | exact match | general KL | CPU seconds |"
+
+
+def rows_in(folder: Path) -> list[Row]:
+    """A file each, in a folder for each pair."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
     """A row for every adapter; of several seeds the mean, and the least and the most in brackets."""
     found = list(rows)
-    yield "| pair | rank | adapter | seeds | task loss | of the gap closed | exact match | general KL | CPU seconds |"
+    yield _HEAD
     yield "|---|--:|---|--:|--:|--:|--:|--:|--:|"
     for pair in dict.fromkeys(row["pair"] for row in found):
         own = [row for row in found if row["pair"] == pair]
@@ -48,3 +58,14 @@ def _cell(values: Sequence[float], digits: int, to: Callable[[float], int], unit
         f"{to(x * 10**digits) / 10**digits:.{digits}f}" for x in (min(values), mean(values), max(values))
     )
     return f"{middle}{unit}" if len(values) == 1 else f"{middle}{unit} ({least} to {most})"
+
+
+def put(lines: Iterable[str], page: Path) -> None:
+    """Write the table into the place of the first one on the page."""
+    above, _, below = page.read_text(encoding="utf-8").partition(_HEAD)
+    _, blank, below = below.partition("\n\n")
+    page.write_text(above + "\n".join(lines) + blank + below, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    put(table(rows_in(ROWS)), PAGE)
