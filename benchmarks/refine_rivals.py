@@ -92,7 +92,7 @@ def from_start(start: bool | str, models: Models, rank: int, prompts: int, seed:
         (batch,) = batches(part, method.size, device=CPU)
         with torch.no_grad():
             theirs = says(models.tuned)(batch)
-        loss = divergence(says(adapted)(batch), theirs, batch.mask) / batch.mask.sum()
+        loss = divergence(says(adapted)(batch), theirs, batch.counted) / batch.counted.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

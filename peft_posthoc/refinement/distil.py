@@ -121,11 +121,11 @@ class distil:
 
 
 def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The divergence on some texts, a sum over their tokens, and how many these are."""
+    """The divergence on some texts, a sum over the tokens that count, and how many these are."""
     (batch,) = batches(texts, len(texts), device=device)
     with torch.no_grad():
         theirs = wanted(batch)
-    return divergence(model(batch), theirs, batch.mask), batch.mask.sum().float()
+    return divergence(model(batch), theirs, batch.counted), batch.counted.sum().float()
 
 
 def _parts(

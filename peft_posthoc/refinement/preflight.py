@@ -26,10 +26,10 @@ from peft_posthoc.refinement.method import Method
 from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.refinement.walk import AT_ONCE
-from peft_posthoc.running.live import check_sides
+from peft_posthoc.running.live import check_sides, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
-from peft_posthoc.texts.texts import USUAL_LENGTH
+from peft_posthoc.texts.texts import usual_sampled
 
 # Python, PyTorch, transformers and PEFT alone.
 _PROCESS = 480e6
@@ -114,7 +114,7 @@ def refine_preflight(
         tuned: The model after.
         method: As in `refine`.
         sequences: How many texts.
-        length: How many tokens each has at most; 128 if None, which longer prompts exceed.
+        length: How many tokens each has at most; what is taken without prompts if None, which longer ones exceed.
         out: Where the adapter would be written.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
@@ -135,7 +135,8 @@ def refine_preflight(
     check_sides(*pair)
     models = [_built(one) for one in pair]
     places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
-    length = min(length or USUAL_LENGTH, places or length or USUAL_LENGTH)
+    length = length or usual_sampled(tokenizer_beside(None, *reversed(pair)))
+    length = min(length, places or length)
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
     models_bytes, temporary = sum(map(_bytes, models)), 0

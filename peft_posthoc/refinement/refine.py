@@ -79,8 +79,8 @@ def refine(
             model in memory at a time, unless models are alive. By default `distil`; where both models do not fit into
             memory at once, `blocks`, or `distil` that splits them among several GPUs.
         sequences: How many texts.
-        length: How many tokens each has at most; by default 128, and with longer prompts 64 more than the longest has,
-            but no more than 1024.
+        length: How many tokens each has at most; by default 128 (without data a chat template's come on top), and with
+            longer prompts 64 more than the longest has, but no more than 1024.
         minutes: How long all of it may take, from loading to the last judging. Text takes half of what is left after
             loading at most, and stops in time; the fit has the rest.
         seed: Of all that is drawn.

@@ -52,8 +52,8 @@ class State:
             return None
         tensors, rest = found
         return [
-            Tokens(tuple(ids.tolist()), *more)
-            for ids, more in zip(tensors["ids"].split(tensors["lengths"].tolist()), rest, strict=True)
+            Tokens(tuple(ids.tolist()), kind, tuple(fixed))
+            for ids, (kind, fixed) in zip(tensors["ids"].split(tensors["lengths"].tolist()), rest, strict=True)
         ]
 
     def keep_texts(self, texts: Sequence[Tokens]) -> None:

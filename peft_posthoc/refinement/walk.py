@@ -101,7 +101,7 @@ class Walk:
         return Stretch("entry" if index < 0 else "block", pieces, partial(self._held, index))
 
     def _ends(self, place: int) -> list[Piece]:
-        mask = self.batches[place].mask.bool()
+        mask = self.batches[place].counted.bool()
         parts = [self._read(side, place)[mask].split(min(AT_ONCE, mask.shape[1])) for side in SIDES]
         leave = [chain.leave for chain in self._chains]
         return [

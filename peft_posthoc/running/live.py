@@ -236,7 +236,7 @@ def check_finite(name: str, model: Any, vocabulary: int) -> None:
         PosthocError: The model's outputs are no numbers.
     """
     ids = torch.arange(min(vocabulary, 8), device=model.device)[None]
-    if not torch.isfinite(says(model)(Batch(ids, torch.ones_like(ids)))).all():
+    if not torch.isfinite(says(model)(Batch(ids, ones := torch.ones_like(ids), ones))).all():
         raise PosthocError(f"The {name} says what is no number: there is nothing to fit to.")
 
 

@@ -79,7 +79,7 @@ def distances(
         for (kind, batch), counts in together.turns(parts):
             said, asked = model(batch), wanted(batch)
             if counts:
-                sums[kind].add(said, asked, batch.mask)
+                sums[kind].add(said, asked, batch.counted)
     for total in sums.values():
         together.sum([summed := total.values.to(device)])
         total.values = summed

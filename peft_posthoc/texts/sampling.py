@@ -32,6 +32,7 @@ def write_on(
     tokens: Sequence[int],
     *,
     ends: Sequence[int],
+    never: Sequence[int] = (),
     size: int = 32,
     temperature: float = 1.0,
     until: float = math.inf,
@@ -47,6 +48,7 @@ def write_on(
         starts: Token ids to go on from, at least one each.
         tokens: How many each may add. Together with its start that is no more than the model can read.
         ends: Tokens that end a text.
+        never: Tokens that are not drawn; with those of `ends` among them each text is as long as it may be.
         size: How many are written at a time.
         temperature: Of that distribution; 1 is as it is.
         until: When to stop, as `time.monotonic()` tells.
@@ -71,7 +73,7 @@ def write_on(
                 if time.monotonic() >= until:
                     break
                 torch.manual_seed(seed + at)
-                written += _written(model, part, ends, temperature, until)
+                written += _written(model, part, ends, never, temperature, until)
                 if progress is not None:
                     progress.update(sum(row.done for row in written[-len(part) :]))
         rows, seed = [], seed + len(parts)
@@ -82,7 +84,9 @@ def write_on(
 
 
 @torch.no_grad()
-def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature: float, until: float) -> list[_Row]:
+def _written(
+    model: Any, rows: Sequence[_Row], ends: Sequence[int], never: Sequence[int], temperature: float, until: float
+) -> list[_Row]:
     """A batch of texts, gone on with as far as it goes."""
     from transformers import GenerationConfig
 
@@ -103,6 +107,7 @@ def _written(model: Any, rows: Sequence[_Row], ends: Sequence[int], temperature:
         max_new_tokens=most,
         max_time=None if math.isinf(until) else max(until - time.monotonic(), 0.0),
         eos_token_id=list(ends) or None,
+        suppress_tokens=list(never) or None,
         pad_token_id=0,
     )
     device = next(model.parameters()).device

@@ -19,6 +19,8 @@ class Tokens(NamedTuple):
     ids: tuple[int, ...]
     kind: Kind
     """Whether it looks like the task's, or is there to keep everything else as it is."""
+    fixed: tuple[int, ...] = ()
+    """Places of tokens that stand in every text, as a chat template's do: no model ever has to say them."""
 
 
 class Batch(NamedTuple):
@@ -28,6 +30,8 @@ class Batch(NamedTuple):
     """`texts x tokens`, int64."""
     mask: Tensor
     """1 where there is a token, 0 where there is padding."""
+    counted: Tensor
+    """1 where what comes next counts, 0 before a fixed token and where there is padding."""
 
 
 class Split(NamedTuple):
@@ -66,7 +70,10 @@ def batches(texts: Iterable[Tokens], size: int, *, device: torch.device) -> Iter
         for row, text in enumerate(part):
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
             mask[row, : len(text.ids)] = 1
-        yield Batch(ids.to(device), mask.to(device))
+        counted = mask.clone()
+        for row, text in enumerate(part):
+            counted[row, [place - 1 for place in text.fixed if place > 0]] = 0
+        yield Batch(ids.to(device), mask.to(device), counted.to(device))
 
 
 def shuffled(texts: Sequence[Tokens], size: int, seed: int) -> Iterator[list[Tokens]]:

@@ -21,7 +21,7 @@ from peft_posthoc.texts.chat import Turn, turn_of
 from peft_posthoc.texts.sampling import without_end, write_on
 from peft_posthoc.texts.sequences import Tokens
 
-USUAL_LENGTH, _ANSWER, _MOST = 128, 64, 1024
+_LENGTH, _ANSWER, _MOST = 128, 64, 1024
 """Tokens of a text, of an answer behind a long prompt, and of both."""
 _LOW = 0.7
 """The temperature at which the tuned model writes prompts: at 1 what it was tuned on is rare behind a random token."""
@@ -48,6 +48,7 @@ class Writers:
         room: Sequence[int],
         *,
         ends: Sequence[int],
+        never: Sequence[int] = (),
         progress: Any,
         share: float = 1.0,
         temperature: float = 1.0,
@@ -65,17 +66,22 @@ class Writers:
             starts,
             room,
             ends=ends,
+            never=never,
             temperature=temperature,
             until=until,
             together=self.together,
             progress=progress,
         )
 
-    def general(self, openings: Sequence[list[int]], length: int, bar: Any) -> list[Tokens]:
+    def general(self, openings: Sequence[list[int]], length: int, bar: Any, share: float = 1.0) -> list[Tokens]:
         """What the base makes of texts of no subject."""
         room = [max(1, length - len(opening)) for opening in openings]
-        written = self.write_on(self.base, openings, room, ends=self.ends, progress=bar)
-        return _general(openings, written, self.ends)
+        written = self.write_on(self.base, openings, room, ends=self.ends, progress=bar, share=share)
+        return [
+            Tokens((*opening, *without_end(more, self.ends)), "general")
+            for opening, more in zip(openings, written, strict=True)
+            if more is not None
+        ]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """A text as token ids.
@@ -94,6 +100,17 @@ class Writers:
         told.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({i for one in told if one is not None for i in (one if isinstance(one, list) else [one])})
 
+    @property
+    def special(self) -> set[int]:
+        """Tokens that are no text; none where that would be all."""
+        special = set(getattr(self.tokenizer, "all_special_ids", None) or self.ends)
+        return set() if special.issuperset(range(self._words)) else special
+
+    @property
+    def _words(self) -> int:
+        """Tokens that the tokenizer knows too."""
+        return self.vocabulary if self.tokenizer is None else min(self.vocabulary, len(self.tokenizer))
+
     def check(self, texts: Sequence[Sequence[int]]) -> None:
         """See that both models know every token.
 
@@ -106,13 +123,9 @@ class Writers:
 
     def openings(self, count: int, draw: random.Random) -> list[list[int]]:
         """What texts of no subject start with: what the tokenizer puts before every text, then any token."""
-        ends, vocabulary, before = self.ends, self.vocabulary, list[int]()
-        special = set(getattr(self.tokenizer, "all_special_ids", None) or ends)
+        ends, vocabulary, special, before = self.ends, self._words, self.special, list[int]()
         if self.tokenizer is not None:
             before = [i for i in self.encode("") if i not in ends or i == getattr(self.tokenizer, "bos_token_id", None)]
-            vocabulary = min(vocabulary, len(self.tokenizer))
-        if special.issuperset(range(vocabulary)):
-            special = set()
 
         def token() -> int:
             while (found := draw.randrange(vocabulary)) in special:
@@ -136,6 +149,8 @@ class Sampled:
     A quarter is general: the base goes on from a random token. The rest looks like the task's: a turn of the user
     (behind the chat template's opening, or `prefix`, or a random token), then the answer of the tuned model. Half of
     these turns the base writes, half the tuned model at a low temperature: what it says then is what it was tuned on.
+    How long a turn is, is drawn. Behind a chat template it does not end sooner: by themselves models ask short
+    questions there, and many a task has a page before its question.
 
     Args:
         prefix: What a prompt starts with, where there is no chat template.
@@ -148,36 +163,42 @@ class Sampled:
         draw = random.Random(seed)
         general, turn = max(2, count // 4), None if self.prefix is not None else turn_of(writers.tokenizer)
         openings = writers.openings(count, draw)
+        of_no_subject, openings = openings[:general], openings[general:]
         if turn is not None:
-            openings[general:] = [list(turn.before)] * (count - general)
+            openings = [list(turn.before)] * len(openings)
         elif self.prefix is not None:
-            openings[general:] = [writers.encode(self.prefix)] * (count - general)
-        if (taken := len(openings[-1]) + (len(turn.after) if turn is not None else 0)) + 1 >= length:
+            openings = [writers.encode(self.prefix)] * len(openings)
+        after = () if turn is None else turn.after
+        if (taken := len(openings[-1]) + len(after)) + 1 >= length:
             raise PosthocError(
                 f"What stands around a prompt has {taken} tokens, which leaves no room in texts of {length} tokens for "
                 f"a prompt and its answer. Allow longer texts (`{asked('length', None)}`)."
             )
-        room = [max(1, length - len(opening)) for opening in openings]
         # How long a prompt is, nobody knows: anything up to three quarters of the text.
-        room[general:] = [draw.randint(1, max(1, 3 * free // 4)) for free in room[general:]]
-        ends = [*writers.ends, *(turn.after[:1] if turn is not None else ())]
-        own = (general + count) // 2
+        room = [draw.randint(1, max(1, 3 * (length - len(opening) - len(after)) // 4)) for opening in openings]
+        ends, never = writers.ends, list[int]()
+        if turn is not None:
+            ends, never = [], sorted({*writers.ends, *writers.special, *after[:1]})
+        half = len(openings) // 2
         with _seeded(seed), progress_bar(total=2 * count - general, desc="Writing text", progress=progress) as bar:
-            # Each of the three parts, and the answers, takes about as long as it has texts.
-            written = writers.write_on(writers.base, openings[:own], room[:own], ends=ends, progress=bar, share=0.4)
+            # Each of the parts, and the answers, takes about as long as it has texts.
+            texts = writers.general(of_no_subject, length, bar, share=1 / 7)
+            written = writers.write_on(
+                writers.base, openings[:half], room[:half], ends=ends, never=never, progress=bar, share=1 / 4
+            )
             written += writers.write_on(
                 writers.tuned,
-                openings[own:],
-                room[own:],
+                openings[half:],
+                room[half:],
                 ends=ends,
+                never=never,
                 progress=bar,
-                share=0.4,
+                share=1 / 3,
                 temperature=_LOW,
             )
-            texts = _general(openings[:general], written[:general], ends)
             starts = [
-                [*opening, *without_end(more, ends), *(turn.after if turn is not None else ())]
-                for opening, more in zip(openings[general:], written[general:], strict=True)
+                [*opening, *without_end(more, ends), *after]
+                for opening, more in zip(openings, written, strict=True)
                 if more is not None
             ]
             return texts + _answered(writers, starts, length, bar)
@@ -245,7 +266,8 @@ class Given:
         openings = writers.openings(general, draw)
         with _seeded(seed), progress_bar(total=general, desc="Writing text", progress=progress) as bar:
             written = writers.general(openings, length, bar)
-        return [*(Tokens(tuple(ids), "task") for ids in own[: count - general]), *written]
+        task = [Tokens(tuple(ids), "task", fixed) for ids, fixed in zip(own, _fixed(own), strict=True)]
+        return [*task[: count - general], *written]
 
 
 def _check_list(texts: Sequence[Any]) -> None:
@@ -255,11 +277,19 @@ def _check_list(texts: Sequence[Any]) -> None:
 
 def usual_length(texts: Texts, writers: Writers) -> int:
     """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason."""
+    if isinstance(texts, Sampled) and texts.prefix is None:
+        return usual_sampled(writers.tokenizer)
     if not isinstance(texts, Prompts):
-        return USUAL_LENGTH
+        return _LENGTH
     turn = turn_of(writers.tokenizer)
     longest = max((len(_encoded(writers, prompt, turn)) for prompt in texts.prompts), default=0)
-    return max(USUAL_LENGTH, min(longest + _ANSWER, _MOST))
+    return max(_LENGTH, min(longest + _ANSWER, _MOST))
+
+
+def usual_sampled(tokenizer: Any) -> int:
+    """The same where nothing is given: what the chat template puts around a turn takes no room from it."""
+    turn = turn_of(tokenizer)
+    return _LENGTH + (0 if turn is None else len(turn.before) + len(turn.after))
 
 
 def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any, share: float = 1.0) -> list[Tokens]:
@@ -267,15 +297,27 @@ def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: A
     starts = [start[: length - 1] for start in starts]
     room = [length - len(start) for start in starts]
     written = writers.write_on(writers.tuned, starts, room, ends=writers.ends, progress=bar, share=share)
-    return [Tokens((*start, *more), "task") for start, more in zip(starts, written, strict=True) if more is not None]
-
-
-def _general(openings: Sequence[list[int]], written: Sequence[list[int] | None], ends: Sequence[int]) -> list[Tokens]:
     return [
-        Tokens((*opening, *without_end(more, ends)), "general")
-        for opening, more in zip(openings, written, strict=True)
+        Tokens((*start, *more), "task", fixed)
+        for start, more, fixed in zip(starts, written, _fixed(starts, ends=True), strict=True)
         if more is not None
     ]
+
+
+def _fixed(texts: Sequence[Sequence[int]], *, ends: bool = False) -> list[tuple[int, ...]]:
+    """Places of the tokens that all texts start with, and with `ends` of those that all end with: they are starts."""
+    if not texts or (not ends and all(text == texts[0] for text in texts)):
+        return [()] * len(texts)
+    first = _alike(texts)
+    last = _alike([list(text)[::-1] for text in texts]) if ends else 0
+    return [(*range(first), *range(max(first, len(text) - last), len(text))) for text in texts]
+
+
+def _alike(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts start with."""
+    in_order = sorted(list(text) for text in texts)
+    first, last = in_order[0], in_order[-1]
+    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
 def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]], turn: Turn | None) -> list[int]:

@@ -75,7 +75,7 @@ def test_a_refined_adapter_is_nearer_on_text_it_has_not_seen(
     assert not refined.kept
     for kind in ("task", "general"):
         assert refined.after[kind].kl < refined.before[kind].kl
-    assert refined.before["task"].kl < refined.base["task"].kl
+    assert refined.after["task"].kl < refined.base["task"].kl
     assert _distance(pair, tmp_path / "refined") < 0.85 * _distance(pair, adapter)
 
 
@@ -155,7 +155,7 @@ def test_steps_are_smaller_where_the_task_is_guessed_at(pair: tuple[Path, Path],
 
 def test_steps_that_lead_away_are_not_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = _adapter(pair, tmp_path / "svd")
-    refined = refine(adapter, *pair, method=distil(lr=1e6), **SMALL)
+    refined = refine(adapter, *pair, method=distil(lr=1e12), **SMALL)
     before = load_file(adapter / "adapter_model.safetensors")
     assert refined.kept
     assert refined.after == refined.before

@@ -255,3 +255,9 @@ def test_time_leaves_room_for_the_last_step_and_the_last_judging(monkeypatch: py
     assert pace.due(at) == 0  # Judging takes long: once, at the end.
     now[0] += 20
     assert pace.at(2, 1000, 0).share == 1
+
+
+def test_texts_that_are_kept_come_back_as_they_were(tmp_path: Path) -> None:
+    texts = [Tokens((1, 2, 3), "task", (0, 2)), Tokens((4,), "general")]
+    State(tmp_path / "out", "of one run").keep_texts(texts)
+    assert State(tmp_path / "out", "of one run").texts() == texts

@@ -88,6 +88,47 @@ def test_prompts_stand_behind_the_chat_template_s_opening() -> None:
             assert "<bot> b" in said
 
 
+def test_behind_a_chat_template_a_turn_is_as_long_as_is_drawn_whatever_the_models_like_best() -> None:
+    """Both end at once if they may, or open another turn, which no person types."""
+    tokenizer = _tokenizer(TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
+    writers = replace(_writers(), base=_says("</s>"), tuned=_says("<user>"), tokenizer=tokenizer)
+    with torch.no_grad():
+        writers.base.lm_head.weight[WORDS.index("c")] = writers.tuned.lm_head.weight[WORDS.index("d")] = 5.0
+    written = _written(Sampled(), writers, count=64, length=32)
+    turns = [_text(text).removeprefix("<s> <user> ").partition(" <bot> ")[0].split() for text in written[16:]]
+    assert {word for turn in turns[:24] for word in turn} == {"c"}
+    assert {word for turn in turns[24:] for word in turn} == {"d"}
+    lengths = {len(turn) for turn in turns}
+    assert min(lengths) <= 3
+    assert max(lengths) >= 19
+
+
+def test_a_template_s_tokens_do_not_count() -> None:
+    """What comes next counts from the template's last token before the turn on, and from its last one after it on."""
+    for text in _written(Sampled(), _writers(TEMPLATE)):
+        bot = text.ids.index(WORDS.index("<bot>")) if text.kind == "task" else None
+        assert text.fixed == (() if bot is None else (0, 1, bot))
+    for text in _written(Prompts(["c", [{"role": "user", "content": "d e"}]]), _writers(TEMPLATE)):
+        if text.kind == "task":
+            assert text.fixed == (0, 1, text.ids.index(WORDS.index("<bot>")))
+
+
+def test_of_one_prompt_only_the_answer_counts() -> None:
+    written = [text for text in _written(Prompts(["c d"])) if text.kind == "task"]
+    assert {text.fixed for text in written} == {(0, 1)}
+
+
+def test_what_all_given_texts_start_with_does_not_count_but_their_ends_do() -> None:
+    def fixed(*texts: str) -> list[tuple[int, ...]]:
+        return [text.fixed for text in _written(Given(texts)) if text.kind == "task"]
+
+    assert fixed("a b c </s>", "a b d e </s>") == [(0, 1), (0, 1)]
+    assert fixed("a b", "a b c") == [(0, 1), (0, 1)]
+    assert fixed("a b", "c b") == [(), ()]
+    assert fixed("a b") == fixed("a b", "a b")[:1] == [()]
+
+
 def test_prompts_stand_behind_a_prefix() -> None:
     said = [_text(text) for text in _written(Sampled("c d")) if text.kind == "task"]
     assert all(one.startswith(("c d a", "c d b")) for one in said)
@@ -173,6 +214,8 @@ def test_one_text_is_no_list_of_its_letters(kind: Any) -> None:
 def test_where_nobody_says_how_long_texts_are_every_prompt_has_room_with_an_answer() -> None:
     long = Prompts(["c", "c " * 100])
     assert [usual_length(one, _writers()) for one in (Sampled(), Prompts(["c"]), long)] == [128, 128, 164]
+    assert usual_length(Sampled(), _writers(TEMPLATE)) == 131
+    assert usual_length(Sampled("c"), _writers(TEMPLATE)) == 128
     assert usual_length(Prompts(["c " * 5000]), _writers()) == 1024
 
 
@@ -185,6 +228,13 @@ def test_prompts_that_are_left_out_are_told_of() -> None:
 def test_a_text_ends_where_the_model_ends_it() -> None:
     assert write_on(_says("</s>"), [[5], [6, 7]], [4, 4], ends=[1, 2]) == [[2], [2]]
     assert write_on(_says("a"), [[5], [6, 7]], [4, 2], ends=[2]) == [[5] * 4, [5] * 2]
+
+
+def test_a_token_that_is_never_drawn_ends_nothing() -> None:
+    model = _says("</s>")
+    with torch.no_grad():
+        model.lm_head.weight[WORDS.index("a")] = 5.0
+    assert write_on(model, [[5], [6, 7]], [4, 2], ends=[2], never=[2]) == [[5] * 4, [5] * 2]
 
 
 def test_texts_of_different_lengths_stay_within_what_a_model_can_read() -> None:
@@ -279,3 +329,20 @@ def test_distances_are_per_token_and_kind() -> None:
     found = distances(of(uniform), of(sure), texts, size=2, device=torch.device("cpu"))
     assert found["task"] == Distance(pytest.approx(torch.tensor(4.0).log().item(), rel=1e-4), 0.0, 4)
     assert found["general"].tokens == 1
+
+
+def test_nothing_counts_before_a_fixed_token() -> None:
+    """Models that are apart only in what they say after the first token, which a template's second one follows."""
+
+    def of(first: float) -> Any:
+        def model(batch: Batch) -> torch.Tensor:
+            logits = torch.zeros(*batch.ids.shape, 4)
+            logits[:, 0, 0] = first
+            return logits
+
+        return model
+
+    texts = [Tokens((1, 2, 3), "task", (0, 1)), Tokens((1, 2), "task", (0, 1)), Tokens((1, 2, 3), "general")]
+    found = distances(of(0.0), of(20.0), texts, size=2, device=torch.device("cpu"))
+    assert found["task"] == Distance(0.0, 1.0, 3)
+    assert found["general"] == Distance(pytest.approx(torch.tensor(4.0).log().item() / 3, rel=1e-4), 1.0, 3)
