@@ -29,7 +29,11 @@ from peft_posthoc.errors import ShareDone, noting
 @REFINING
 @SHARD
 @click.option("--force", is_flag=True, help="Replace an adapter that is at OUT; what else lies there stays.")
-@click.option("--dry-run", is_flag=True, help="Read headers only, show what it would do and need, and write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Read headers and the tokenizer only, show what it would do and need, and write nothing.",
+)
 @MODELS
 @OUTPUT
 def refine(

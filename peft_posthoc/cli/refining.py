@@ -48,8 +48,8 @@ REFINING = together(
     click.option(
         "--length",
         type=click.IntRange(2),
-        help="Tokens of a text at most.  [default: 128, and without a file those of a chat template; with longer "
-        "prompts room for them and an answer, up to 1024]",
+        help="Tokens of a text at most.  [default: 128, beside a chat template that text is sampled behind; with "
+        "longer prompts room for them and an answer, up to 1024]",
     ),
     click.option(
         "--method",

@@ -29,7 +29,7 @@ from peft_posthoc.refinement.walk import AT_ONCE
 from peft_posthoc.running.live import check_sides, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
-from peft_posthoc.texts.texts import usual_sampled
+from peft_posthoc.texts.texts import Sampled, Texts, Writers, usual_length
 
 # Python, PyTorch, transformers and PEFT alone.
 _PROCESS = 480e6
@@ -97,6 +97,7 @@ def refine_preflight(
     base: Source,
     tuned: Source,
     *,
+    texts: Texts | None = None,
     method: Method | Usual | None = None,
     sequences: int = 960,
     length: int | None = None,
@@ -112,9 +113,10 @@ def refine_preflight(
         adapter: A PEFT LoRA folder of `base`; or the plan of one that is not extracted yet.
         base: The model before.
         tuned: The model after.
+        texts: As in `refine`; none is written.
         method: As in `refine`.
         sequences: How many texts.
-        length: How many tokens each has at most; what is taken without prompts if None, which longer ones exceed.
+        length: How many tokens each has at most; by default as `refine` takes it, by the tokenizer.
         out: Where the adapter would be written.
         base_revision: Branch, tag or commit, where `base` is a hub id.
         tuned_revision: The same for `tuned`.
@@ -135,7 +137,8 @@ def refine_preflight(
     check_sides(*pair)
     models = [_built(one) for one in pair]
     places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
-    length = length or usual_sampled(tokenizer_beside(None, *reversed(pair)))
+    if length is None:
+        length = usual_length(texts or Sampled(), Writers(None, None, tokenizer_beside(None, *reversed(pair)), 0))
     length = min(length, places or length)
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)

@@ -125,7 +125,14 @@ class Refining:
     ) -> RefinePreflight:
         """See what a fit will do and need, as `refine_preflight` does."""
         return refine_preflight(
-            adapter, base, tuned, method=self.method, sequences=self.sequences, length=self.length, **where
+            adapter,
+            base,
+            tuned,
+            texts=self.texts,
+            method=self.method,
+            sequences=self.sequences,
+            length=self.length,
+            **where,
         )
 
     def preflights(

@@ -22,6 +22,8 @@ from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.texts.sequences import Tokens
 
 _TEXTS, _FIT = "texts.safetensors", "fit.safetensors"
+_FORM = 2
+"""Of what is kept, and of what its numbers mean: those of another form are not gone on from."""
 
 
 class State:
@@ -37,7 +39,7 @@ class State:
 
     def __init__(self, out: str | os.PathLike[str], identity: Any) -> None:
         self._out = Path(out).absolute()
-        key = hashlib.sha256(json.dumps([identity, torch.__version__], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([identity, torch.__version__, _FORM], sort_keys=True).encode()).hexdigest()
         self.folder = self._out.parent / f"{_prefix(self._out)}{key[:16]}"
         self._written = time.monotonic()
 

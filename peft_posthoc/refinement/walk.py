@@ -29,7 +29,8 @@ class Piece(NamedTuple):
     run: tuple[Callable[[], Tensor], Callable[[], Tensor]]
     """What comes out, of either side: hidden states, or at the end logits."""
     counted: Tensor
-    """Of the tokens, one after the other, those that are no padding."""
+    """Of the tokens, one after the other, those that are no padding; at the end all, of those after which what comes
+    next counts."""
 
 
 class Stretch(NamedTuple):

@@ -52,11 +52,11 @@ def split(texts: Sequence[Tokens], share: float = 0.1) -> Split:
     """
     held_out: list[Tokens] = []
     for kind in KINDS:
-        own = [text for text in dict.fromkeys(texts) if text.kind == kind]
+        own = list({text.ids: text for text in texts if text.kind == kind}.values())
         count = max(1, round(share * len(own))) if len(own) > 1 else 0
         held_out += [own[i * len(own) // count] for i in range(count)]
-    judges = set(held_out)
-    return Split([text for text in texts if text not in judges], held_out)
+    judges = {(text.ids, text.kind) for text in held_out}
+    return Split([text for text in texts if (text.ids, text.kind) not in judges], held_out)
 
 
 def batches(texts: Iterable[Tokens], size: int, *, device: torch.device) -> Iterator[Batch]:

@@ -6,9 +6,11 @@ import math
 import random
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -103,7 +105,9 @@ class Writers:
     @property
     def special(self) -> set[int]:
         """Tokens that are no text; none where that would be all."""
-        special = set(getattr(self.tokenizer, "all_special_ids", None) or self.ends)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {*(getattr(self.tokenizer, "all_special_ids", None) or self.ends)}
+        special |= {i for i, token in added.items() if token.special}
         return set() if special.issuperset(range(self._words)) else special
 
     @property
@@ -161,10 +165,10 @@ class Sampled:
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         draw = random.Random(seed)
-        general, turn = max(2, count // 4), None if self.prefix is not None else turn_of(writers.tokenizer)
+        general, turn = max(2, count // 4), _turn(self, writers.tokenizer)
         openings = writers.openings(count, draw)
         of_no_subject, openings = openings[:general], openings[general:]
-        if turn is not None:
+        if turn is not None and turn.before:
             openings = [list(turn.before)] * len(openings)
         elif self.prefix is not None:
             openings = [writers.encode(self.prefix)] * len(openings)
@@ -178,7 +182,10 @@ class Sampled:
         room = [draw.randint(1, max(1, 3 * (length - len(opening) - len(after)) // 4)) for opening in openings]
         ends, never = writers.ends, list[int]()
         if turn is not None:
-            ends, never = [], sorted({*writers.ends, *writers.special, *after[:1]})
+            special = writers.special
+            # What a template of plain text goes on with, such as a line's end, may be text, and ends a turn.
+            ends = [i for i in after[:1] if i not in special]
+            never = sorted({*special, *(i for i in writers.ends if i not in ends)} if special else ())
         half = len(openings) // 2
         with _seeded(seed), progress_bar(total=2 * count - general, desc="Writing text", progress=progress) as bar:
             # Each of the parts, and the answers, takes about as long as it has texts.
@@ -266,8 +273,8 @@ class Given:
         openings = writers.openings(general, draw)
         with _seeded(seed), progress_bar(total=general, desc="Writing text", progress=progress) as bar:
             written = writers.general(openings, length, bar)
-        task = [Tokens(tuple(ids), "task", fixed) for ids, fixed in zip(own, _fixed(own), strict=True)]
-        return [*task[: count - general], *written]
+        own = own[: count - general]
+        return [*(Tokens(tuple(ids), "task", fixed) for ids, fixed in zip(own, _fixed(own), strict=True)), *written]
 
 
 def _check_list(texts: Sequence[Any]) -> None:
@@ -276,9 +283,12 @@ def _check_list(texts: Sequence[Any]) -> None:
 
 
 def usual_length(texts: Texts, writers: Writers) -> int:
-    """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason."""
-    if isinstance(texts, Sampled) and texts.prefix is None:
-        return usual_sampled(writers.tokenizer)
+    """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason.
+
+    What a chat template puts around a turn that is sampled takes no room from it.
+    """
+    if isinstance(texts, Sampled) and (turn := _turn(texts, writers.tokenizer)) is not None:
+        return min(_LENGTH + len(turn.before) + len(turn.after), _MOST)
     if not isinstance(texts, Prompts):
         return _LENGTH
     turn = turn_of(writers.tokenizer)
@@ -286,10 +296,9 @@ def usual_length(texts: Texts, writers: Writers) -> int:
     return max(_LENGTH, min(longest + _ANSWER, _MOST))
 
 
-def usual_sampled(tokenizer: Any) -> int:
-    """The same where nothing is given: what the chat template puts around a turn takes no room from it."""
-    turn = turn_of(tokenizer)
-    return _LENGTH + (0 if turn is None else len(turn.before) + len(turn.after))
+def _turn(sampled: Sampled, tokenizer: Any) -> Turn | None:
+    """What stands around a sampled turn; None if that is not a template."""
+    return None if sampled.prefix is not None else turn_of(tokenizer)
 
 
 def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: Any, share: float = 1.0) -> list[Tokens]:
@@ -299,25 +308,36 @@ def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: A
     written = writers.write_on(writers.tuned, starts, room, ends=writers.ends, progress=bar, share=share)
     return [
         Tokens((*start, *more), "task", fixed)
-        for start, more, fixed in zip(starts, written, _fixed(starts, ends=True), strict=True)
+        for start, more, fixed in zip(starts, written, _fixed(starts, starts=True), strict=True)
         if more is not None
     ]
 
 
-def _fixed(texts: Sequence[Sequence[int]], *, ends: bool = False) -> list[tuple[int, ...]]:
-    """Places of the tokens that all texts start with, and with `ends` of those that all end with: they are starts."""
-    if not texts or (not ends and all(text == texts[0] for text in texts)):
+def _fixed(texts: Sequence[Sequence[int]], *, starts: bool = False) -> list[tuple[int, ...]]:
+    """Places of the tokens that most texts start with; where they are starts of texts, of those that most end with too.
+
+    A text that stands there alone is no start, but all that there is.
+    """
+    if not starts and all(text == texts[0] for text in texts):
         return [()] * len(texts)
-    first = _alike(texts)
-    last = _alike([list(text)[::-1] for text in texts]) if ends else 0
-    return [(*range(first), *range(max(first, len(text) - last), len(text))) for text in texts]
+    first, last = _alike(texts), _alike([text[::-1] for text in texts]) if starts else [0] * len(texts)
+    return [
+        (*range(one), *range(max(one, len(text) - other), len(text)))
+        for text, one, other in zip(texts, first, last, strict=True)
+    ]
 
 
-def _alike(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts start with."""
-    in_order = sorted(list(text) for text in texts)
-    first, last = in_order[0], in_order[-1]
-    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+def _alike(texts: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens each text has in common with what more than half of the different ones start with."""
+    left, most = {tuple(text) for text in texts}, list[int]()
+    half = len(left) / 2
+    while True:
+        found = Counter(text[len(most)] for text in left if len(text) > len(most)).most_common(1)
+        if not found or found[0][1] <= half:
+            break
+        left = {text for text in left if text[len(most) : len(most) + 1] == found[0][:1]}
+        most.append(found[0][0])
+    return [sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(text, most, strict=False))) for text in texts]
 
 
 def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]], turn: Turn | None) -> list[int]:

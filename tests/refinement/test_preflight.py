@@ -13,12 +13,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from peft_posthoc import Given, blocks, compensated, distil, extract, refine
+from peft_posthoc import Given, Prompts, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.cli.main import main
 from peft_posthoc.refinement.preflight import refine_preflight
 from peft_posthoc.refinement.walk import Walk
 from tests.make import models
 from tests.make.limits import HANG
+from tests.make.texts import tokenizer
 
 METHODS: list[Any] = [distil(), blocks(), compensated()]
 MEASURED = r"""
@@ -128,3 +129,21 @@ def test_steps_and_temporary_files_are_those_of_the_fit(tmp_path: Path, make: An
     assert bool(told.temporary_bytes) == method.streams
     if method == blocks():
         assert 0.8 * told.temporary_bytes < max(taken) < 1.2 * told.temporary_bytes + 2000 * len(taken)
+
+
+def test_the_length_is_what_the_fit_will_take(tmp_path: Path) -> None:
+    """By the tokenizer beside the tuned model, whose template puts three tokens around a turn."""
+    pair = models.save_pair(models.llama(max_position_embeddings=512), tmp_path)
+    own = tokenizer()
+    own.chat_template = "w1 w2 {{ messages[0].content }} w3"
+    own.save_pretrained(pair[1])
+    extract(*pair, 2).save(tmp_path / "svd")
+    for texts, length in (
+        (None, 131),
+        (Sampled(), 131),
+        (Sampled("w5"), 128),
+        (Given(["w6"]), 128),
+        (Prompts(["w7 " * 197]), 264),
+    ):
+        assert refine_preflight(tmp_path / "svd", *pair, texts=texts).length == length
+    assert refine_preflight(tmp_path / "svd", *pair, length=20).length == 20

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_posthoc import Given, MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
+from peft_posthoc.refinement.distil import _loss as loss_of
 from peft_posthoc.refinement.method import Fit
 from peft_posthoc.texts.sequences import Tokens
 from tests.make.texts import tokenizer
@@ -265,3 +266,18 @@ def test_factors_that_are_zero_and_stay_so_are_told_of(pair: tuple[Path, Path], 
         assert list(found.unmoved) == ["model.layers.1.self_attn.q_proj"]
         assert "is zero" in found.table()
     assert not refine(tmp_path, *pair, method=compensated(), sequences=64, length=8).unmoved
+
+
+def test_steps_are_not_for_what_comes_before_a_fixed_token() -> None:
+    """A model and another one that are apart in what they say after the first token alone."""
+    ids = [(1, 2, 3), (1, 2)]
+    logits = torch.zeros(2, 3, 4, requires_grad=True)
+    wanted = torch.zeros(2, 3, 4)
+    wanted[:, 0, 0] = 20.0
+    for fixed, count in (((), 5), ((0, 1), 3)):
+        texts = [Tokens(own, "task", fixed) for own in ids]
+        loss, tokens = loss_of(lambda _: logits, lambda _: wanted, texts, torch.device("cpu"))
+        assert tokens == count
+        assert (loss.item() > 2) == (not fixed)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert bool(gradient[:, 0].any()) == (not fixed)

@@ -20,6 +20,7 @@ from peft_posthoc.cli.main import main
 from peft_posthoc.refinement import blocks as blocks_module
 from peft_posthoc.refinement import compensated as compensated_module
 from peft_posthoc.refinement import distil as distil_module
+from peft_posthoc.refinement import state as state_module
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
 from peft_posthoc.texts.sequences import Tokens
@@ -261,3 +262,11 @@ def test_texts_that_are_kept_come_back_as_they_were(tmp_path: Path) -> None:
     texts = [Tokens((1, 2, 3), "task", (0, 2)), Tokens((4,), "general")]
     State(tmp_path / "out", "of one run").keep_texts(texts)
     assert State(tmp_path / "out", "of one run").texts() == texts
+
+
+def test_what_counted_otherwise_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    State(tmp_path / "out", "of one run").keep_texts([Tokens((1, 2), "task")])
+    monkeypatch.setattr(state_module, "_FORM", state_module._FORM + 1)
+    later = State(tmp_path / "out", "of one run")
+    assert later.texts() is None
+    assert len(later.others) == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peft_posthoc import Given, LeftOutWarning, PosthocError, Prompts, Sampled
@@ -89,19 +89,31 @@ def test_prompts_stand_behind_the_chat_template_s_opening() -> None:
 
 
 def test_behind_a_chat_template_a_turn_is_as_long_as_is_drawn_whatever_the_models_like_best() -> None:
-    """Both end at once if they may, or open another turn, which no person types."""
-    tokenizer = _tokenizer(TEMPLATE)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
-    writers = replace(_writers(), base=_says("</s>"), tuned=_says("<user>"), tokenizer=tokenizer)
+    """They would rather end at once, by a token of the tokenizer or of the configuration; open another turn, which no
+    person types; or close this one."""
+    for liked in ("</s>", "f", "<user>", "<bot>"):
+        tokenizer = _tokenizer(TEMPLATE.replace("<bot>", "<bot> h h h h h"))
+        tokenizer.add_tokens([AddedToken("<user>", special=True), AddedToken("<bot>", special=True)])
+        assert not {"<user>", "<bot>"} & set(tokenizer.all_special_tokens)
+        writers = replace(_writers(), base=_says(liked), tuned=_says(liked), tokenizer=tokenizer)
+        writers.tuned.generation_config.eos_token_id = WORDS.index("f")
+        with torch.no_grad():
+            writers.base.lm_head.weight[WORDS.index("c")] = writers.tuned.lm_head.weight[WORDS.index("d")] = 5.0
+        written = _written(Sampled(), writers, count=128, length=32)[32:]
+        turns = [_text(text).removeprefix("<s> <user> ").partition(" <bot> ")[0].split() for text in written]
+        assert {word for turn in turns[:48] for word in turn} == {"c"}
+        assert {word for turn in turns[48:] for word in turn} == {"d"}
+        # Three quarters of what the template leaves, 24 tokens: there is room to answer.
+        assert {len(turn) for turn in turns} == set(range(1, 19))
+
+
+def test_what_a_plain_template_goes_on_with_is_text_too_and_ends_a_turn() -> None:
+    writers = replace(_writers(TEMPLATE.replace("<bot>", "e")), base=_says("e"), tuned=_says("e"))
     with torch.no_grad():
-        writers.base.lm_head.weight[WORDS.index("c")] = writers.tuned.lm_head.weight[WORDS.index("d")] = 5.0
-    written = _written(Sampled(), writers, count=64, length=32)
-    turns = [_text(text).removeprefix("<s> <user> ").partition(" <bot> ")[0].split() for text in written[16:]]
-    assert {word for turn in turns[:24] for word in turn} == {"c"}
-    assert {word for turn in turns[24:] for word in turn} == {"d"}
-    lengths = {len(turn) for turn in turns}
-    assert min(lengths) <= 3
-    assert max(lengths) >= 19
+        writers.base.lm_head.weight[WORDS.index("c")] = writers.tuned.lm_head.weight[WORDS.index("c")] = 9.99
+    turns = [_text(text).removeprefix("<s> <user> ").partition("e")[0] for text in _written(Sampled(), writers)[4:]]
+    assert {word for turn in turns for word in turn.split()} == {"c"}
+    assert "" in turns
 
 
 def test_a_template_s_tokens_do_not_count() -> None:
@@ -112,6 +124,18 @@ def test_a_template_s_tokens_do_not_count() -> None:
     for text in _written(Prompts(["c", [{"role": "user", "content": "d e"}]]), _writers(TEMPLATE)):
         if text.kind == "task":
             assert text.fixed == (0, 1, text.ids.index(WORDS.index("<bot>")))
+
+
+def test_a_prompt_of_another_kind_changes_nothing_for_the_others() -> None:
+    odd = [{"role": "user", "content": "c"}, {"role": "user", "content": "d"}]
+    for text in _written(Prompts(["c", "d", "e", odd]), _writers("{{ messages | length }} " + TEMPLATE)):
+        if text.kind == "task" and text.ids.count(WORDS.index("<user>")) == 1:
+            assert text.fixed == (0, 1, 2, text.ids.index(WORDS.index("<bot>")))
+
+
+def test_a_template_with_nothing_before_the_turn_has_openings_of_any_token() -> None:
+    written = _written(Sampled(), _writers("{{ messages[0].content }} <bot>"))
+    assert len({text.ids[0] for text in written if text.kind == "task"}) > 3
 
 
 def test_of_one_prompt_only_the_answer_counts() -> None:
@@ -126,6 +150,8 @@ def test_what_all_given_texts_start_with_does_not_count_but_their_ends_do() -> N
     assert fixed("a b c </s>", "a b d e </s>") == [(0, 1), (0, 1)]
     assert fixed("a b", "a b c") == [(0, 1), (0, 1)]
     assert fixed("a b", "c b") == [(), ()]
+    assert fixed("a b c", "a b d", "a e", "f") == [(0,), (0,), (0,), ()]
+    assert fixed("a b c d", "a b d", "a b e", "f") == [(0, 1), (0, 1), (0, 1), ()]
     assert fixed("a b") == fixed("a b", "a b")[:1] == [()]
 
 
@@ -216,6 +242,7 @@ def test_where_nobody_says_how_long_texts_are_every_prompt_has_room_with_an_answ
     assert [usual_length(one, _writers()) for one in (Sampled(), Prompts(["c"]), long)] == [128, 128, 164]
     assert usual_length(Sampled(), _writers(TEMPLATE)) == 131
     assert usual_length(Sampled("c"), _writers(TEMPLATE)) == 128
+    assert usual_length(Sampled(), _writers("c " * 2000 + TEMPLATE)) == 1024
     assert usual_length(Prompts(["c " * 5000]), _writers()) == 1024
 
 
@@ -291,6 +318,12 @@ def test_no_text_is_on_both_sides() -> None:
     assert Counter(text.kind for text in parts.held_out) == {"task": 1, "general": 3}
     assert len(parts.fitted) == 60 + 27
     assert parts == split(texts)
+
+
+def test_a_text_is_the_same_whatever_of_it_counts() -> None:
+    texts = [Tokens((1, 2), "task", (0,)), Tokens((1, 2), "task"), *(Tokens((i,), "general") for i in range(2))]
+    parts = split([Tokens((3,), "task"), *texts])
+    assert not {text.ids for text in parts.fitted} & {text.ids for text in parts.held_out}
 
 
 def test_each_round_has_every_text_once() -> None:
