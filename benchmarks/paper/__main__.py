@@ -80,6 +80,23 @@ def _write(file: Path, told: Any) -> None:
 
 
 @main.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The task's local folder.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where `run` left its models.")
+@click.option(
+    "--every", type=click.IntRange(1), default=3, show_default=True, help="Of the test's questions; 1 is all."
+)
+def nearness(config: Path, adapters: tuple[Path, ...], data: Path, work: Path, every: int) -> None:
+    """Print how near ADAPTERS are to the tuned model on the test's answers, and to what is right."""
+    from .experiment import Experiment
+    from .nearness import nearness as made
+
+    for line in made(Experiment(Settings.read(config), data, work / config.stem), adapters, every):
+        click.echo(line)
+
+
+@main.command()
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE.parent / "PAPER.md", show_default=True)
 def page(results: Path, out: Path) -> None:

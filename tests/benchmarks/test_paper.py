@@ -3,14 +3,20 @@
 import json
 import re
 
+import peft
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from benchmarks.paper.__main__ import HERE, main
+from benchmarks.paper.answering import tokens
+from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.headline import headline
 from benchmarks.paper.intervals import interval, rank_correlation
 from benchmarks.paper.page import page as made
 from benchmarks.paper.settings import TASKS, Settings
+from peft_posthoc import extract
 from tests.make import models, texts
 
 
@@ -95,6 +101,37 @@ def test_every_row_is_made_once_and_stands_on_the_page(toy):
     assert page.with_name("PAPER-energy.svg").is_file()
     assert "said" not in row
     assert len(list((toy / "work/toy/said").iterdir())) == len(files)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_nothing_is_as_far_from_the_tuned_model_as_the_base(toy):
+    """And one that holds all that changed is where the tuned model is."""
+    base, tuned = toy / "base", toy / "work/toy/full/tuned"
+    assert run(toy, "--row", "full fine-tune").exit_code == 0
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=2)).save_pretrained(
+        toy / "nothing"
+    )
+    extract(base, tuned, 1.0, form="peft", embeddings=True, head=True, dtype=torch.float32).save(toy / "whole")
+    places = ["--data", toy / "data", "--work", toy / "work", "--every", "1"]
+    done = CliRunner().invoke(
+        main, [*map(str, ["nearness", toy / "toy.json", toy / "nothing", toy / "whole", *places])]
+    )
+    assert done.exit_code == 0, done.output
+    lines = ([cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("| "))
+    rows = {name: cells for _, name, *cells, _ in lines}
+    assert rows["whole"] == rows["tuned"]
+    assert rows["tuned"][:2] == ["0.0000", "100.0 %"]
+    made = Experiment(Settings.read(toy / "toy.json"), toy / "data", toy / "work/toy")
+    by_hand, said = [], {}
+    for question in made.sets.test:
+        row = tokens(question, made.processor)
+        place = len(row["input_ids"]) - sum(label != -100 for label in row["labels"])
+        for folder in (base, tuned):
+            with torch.no_grad():
+                logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([row["input_ids"]])).logits
+            said[folder] = torch.distributions.Categorical(logits=logits[0, place - 1 : -1])
+        by_hand += torch.distributions.kl_divergence(said[tuned], said[base]).tolist()
+    assert float(rows["nothing"][0]) == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
 
 
 def test_every_set_of_the_paper_has_a_loader_and_every_configuration_a_set():
