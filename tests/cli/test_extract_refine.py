@@ -15,7 +15,7 @@ from peft_posthoc.cli.main import main
 from peft_posthoc.extraction.read import read_pairs
 from tests.make import models
 
-FEW = ("--sequences", "48", "--length", "8")
+FEW = ("--sequences", "96", "--length", "8")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_it_is_the_extraction_and_then_the_refinement(pair: tuple[str, str], tmp
     done = _run(pair, tmp_path / "out", "--refine", *FEW, "--seed", "3", "--json", str(tmp_path / "told.json"))
     assert done.exit_code == 0, done.output
     extract(*pair, 2).save(tmp_path / "svd")
-    refine(tmp_path / "svd", *pair, sequences=48, length=8, seed=3).save(tmp_path / "by-hand")
+    refine(tmp_path / "svd", *pair, sequences=96, length=8, seed=3).save(tmp_path / "by-hand")
     assert _same(_factors(tmp_path / "out"), _factors(tmp_path / "by-hand"))
     assert not _same(_factors(tmp_path / "out"), _factors(tmp_path / "svd"))
     report = json.loads((tmp_path / "out" / "phlora_report.json").read_text())
@@ -97,7 +97,7 @@ def test_the_tokenizer_that_is_copied_beside_the_adapter_is_beside_the_refined_o
     assert _run((pair[0], str(tuned)), tmp_path / "svd", "--with-tokenizer").exit_code == 0
     done = _run((pair[0], str(tuned)), tmp_path / "out", "--with-tokenizer", "--refine", *FEW)
     assert done.exit_code == 0, done.output
-    refine(tmp_path / "svd", pair[0], tuned, sequences=48, length=8).save(tmp_path / "of-folder")
+    refine(tmp_path / "svd", pair[0], tuned, sequences=96, length=8).save(tmp_path / "of-folder")
     for made in ("out", "of-folder"):
         assert (tmp_path / made / "chat_template.jinja").read_text() == "{{ messages }}"
 
