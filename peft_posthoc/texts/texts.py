@@ -6,11 +6,9 @@ import math
 import random
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +18,7 @@ from peft_posthoc.errors import LeftOutWarning, PosthocError, one_line
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
 from peft_posthoc.texts.chat import Turn, turn_of
+from peft_posthoc.texts.fixed import fixed_places
 from peft_posthoc.texts.sampling import without_end, write_on
 from peft_posthoc.texts.sequences import Tokens
 
@@ -274,7 +273,10 @@ class Given:
         with _seeded(seed), progress_bar(total=general, desc="Writing text", progress=progress) as bar:
             written = writers.general(openings, length, bar)
         own = own[: count - general]
-        return [*(Tokens(tuple(ids), "task", fixed) for ids, fixed in zip(own, _fixed(own), strict=True)), *written]
+        return [
+            *(Tokens(tuple(ids), "task", fixed) for ids, fixed in zip(own, fixed_places(own), strict=True)),
+            *written,
+        ]
 
 
 def _check_list(texts: Sequence[Any]) -> None:
@@ -308,36 +310,9 @@ def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: A
     written = writers.write_on(writers.tuned, starts, room, ends=writers.ends, progress=bar, share=share)
     return [
         Tokens((*start, *more), "task", fixed)
-        for start, more, fixed in zip(starts, written, _fixed(starts, starts=True), strict=True)
+        for start, more, fixed in zip(starts, written, fixed_places(starts, starts=True), strict=True)
         if more is not None
     ]
-
-
-def _fixed(texts: Sequence[Sequence[int]], *, starts: bool = False) -> list[tuple[int, ...]]:
-    """Places of the tokens that most texts start with; where they are starts of texts, of those that most end with too.
-
-    A text that stands there alone is no start, but all that there is.
-    """
-    if not starts and all(text == texts[0] for text in texts):
-        return [()] * len(texts)
-    first, last = _alike(texts), _alike([text[::-1] for text in texts]) if starts else [0] * len(texts)
-    return [
-        (*range(one), *range(max(one, len(text) - other), len(text)))
-        for text, one, other in zip(texts, first, last, strict=True)
-    ]
-
-
-def _alike(texts: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens each text has in common with what more than half of the different ones start with."""
-    left, most = {tuple(text) for text in texts}, list[int]()
-    half = len(left) / 2
-    while True:
-        found = Counter(text[len(most)] for text in left if len(text) > len(most)).most_common(1)
-        if not found or found[0][1] <= half:
-            break
-        left = {text for text in left if text[len(most) : len(most) + 1] == found[0][:1]}
-        most.append(found[0][0])
-    return [sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(text, most, strict=False))) for text in texts]
 
 
 def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]], turn: Turn | None) -> list[int]:
