@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
-from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
+from peft_posthoc.refinement.method import UNREAD, Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
-from peft_posthoc.refinement.steps import Steps, copies, put, still
+from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
 from peft_posthoc.refinement.walk import Stretch, Walk
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.distance import divergence
@@ -63,14 +62,14 @@ class blocks:
         fitted, held_out = (list(batches(own, self.size, device=live.device)) for own in sides)
         places = range(len(fitted)), range(len(fitted), len(fitted) + len(held_out))
         steps = max(1, math.ceil(self.passes * len(fitted)))
-        moved, reached = set[str](), 0
+        moved, entering, reached = set[str](), set[str](), 0
         walk = Walk(chains_of(live), [*fitted, *held_out])
         found = live.together.first(None if state is None else state.fit())
         if found is not None:
             tensors, numbers = found
             put(factors, tensors)
-            moved, reached, done = set(numbers["moved"]), numbers["reached"], numbers["done"]
-            earlier = numbers["seconds"]
+            moved, entering = set(numbers["moved"]), set(numbers["entering"])
+            reached, done, earlier = numbers["reached"], numbers["done"], numbers["seconds"]
         try:
             with walk:
                 total = steps * walk.count
@@ -80,7 +79,9 @@ class blocks:
                         if number < reached:
                             continue
                         left = live.together.first(end - time.monotonic())
-                        own = _used(stretch, factors) if stretch.role != "entry" else {}
+                        own = _used(stretch, factors)
+                        if stretch.role == "entry":
+                            entering, own = {*own}, {}
                         if left <= 0:
                             break
                         if own:
@@ -90,8 +91,8 @@ class blocks:
                         reached = number + 1
                         if state is not None and state.is_due:
                             taken = earlier + time.monotonic() - began
-                            numbers = {"moved": sorted(moved), "reached": reached, "done": done, "seconds": taken}
-                            state.keep(copies(factors), numbers)
+                            numbers = {"moved": sorted(moved), "entering": sorted(entering), "reached": reached}
+                            state.keep(copies(factors), {**numbers, "done": done, "seconds": taken})
         except KeyboardInterrupt:
             if live.together.size > 1:
                 raise  # The others may be elsewhere.
@@ -100,9 +101,14 @@ class blocks:
             put(factors, start)
             raise
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
-        others = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in factors.keys() - moved}
-        why = "its turn did not come" if reached < walk.count else "it comes before the blocks"
-        unmoved = still(factors) | dict.fromkeys(sorted(others), why)
+        alike = set[str]() if kept else {name for name in moved if torch.equal(factors[name], start[name])}
+        late = reached < walk.count
+        reasons = {
+            "no step brought its block nearer": alike,
+            "its turn did not come" if late else UNREAD: factors.keys() - moved - entering,
+            "it comes before the blocks": entering - moved,
+        }
+        unmoved = {name: why for why, names in reasons.items() for name in modules_of(names)} | still(factors)
         return Fit(before, after, kept, done, earlier + time.monotonic() - began, interrupted, unmoved, self.lr)
 
     def _fit(

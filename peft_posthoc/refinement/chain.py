@@ -139,11 +139,14 @@ class Chain:
                     raise _Enough
                 return call.hidden
 
-            with suppress(_Enough, _Apart), self._in_place(passing):
+            # Of blocks that give several things, a model takes one for none.
+            with suppress(_Enough, _Apart, TypeError, ValueError), self._in_place(passing):
                 self.model(**inputs, use_cache=False)
             if len(calls) == len(self.blocks):
                 return calls
-        raise PosthocError(f"The blocks of {type(self.model).__name__} do not run one after the other.")
+        raise PosthocError(
+            f"The blocks of {type(self.model).__name__} do not run one after the other; `distil` refines it as a whole."
+        )
 
     @contextmanager
     def _in_place(self, passing: Callable[[int, Call], Tensor]) -> Iterator[None]:

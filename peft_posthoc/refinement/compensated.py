@@ -15,7 +15,7 @@ from peft_posthoc.linalg.regression import damp, regress, root_of
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
-from peft_posthoc.refinement.method import Fit, finite, kept_or_put_back
+from peft_posthoc.refinement.method import UNREAD, Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
 from peft_posthoc.refinement.walk import Stretch, Walk
@@ -52,7 +52,7 @@ class compensated:
         state: State | None = None,
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
-        began, interrupted, earlier = time.monotonic(), False, 0.0
+        began, interrupted, late, earlier = time.monotonic(), False, False, 0.0
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
         judging = time.monotonic() - began
         layers = layers_of(live, factors)
@@ -74,10 +74,8 @@ class compensated:
                     groups, odd = _groups(stretch, waiting) if waiting else ([], {})
                     unmoved |= odd
                     for group in groups:
-                        if seconds is not None:
-                            late = time.monotonic() - began > seconds - judging
-                            if live.together.first(late):
-                                raise _OutOfTime
+                        if seconds is not None and live.together.first(time.monotonic() - began > seconds - judging):
+                            raise _OutOfTime
                         if self._fit(stretch, len(parts), group):
                             fitted |= {one.name for one in group}
                         else:
@@ -88,7 +86,7 @@ class compensated:
                             numbers = {"fitted": sorted(fitted), "unmoved": unmoved, "seconds": taken}
                             state.keep(copies(factors), numbers)
         except _OutOfTime:
-            pass
+            late = True
         except KeyboardInterrupt:
             if live.together.size > 1:
                 raise  # The others may be elsewhere.
@@ -98,7 +96,8 @@ class compensated:
             raise
         finally:
             bar.close()
-        unmoved |= dict.fromkeys(layers.linear.keys() - fitted - unmoved.keys(), "its turn did not come")
+        why = "its turn did not come" if late or interrupted else UNREAD
+        unmoved |= dict.fromkeys(sorted(layers.linear.keys() - fitted - unmoved.keys()), why)
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         taken = earlier + time.monotonic() - began
         return Fit(before, after, kept, len(fitted), taken, interrupted, unmoved)

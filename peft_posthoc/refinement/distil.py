@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from peft_posthoc.progress import progress_bar
-from peft_posthoc.refinement.method import Fit, better, finite, nearer
+from peft_posthoc.refinement.method import UNREAD, Fit, better, finite, nearer
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
-from peft_posthoc.refinement.steps import Steps, copies, put, still
+from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
 from peft_posthoc.running.live import Live, says
 from peft_posthoc.texts.distance import Distance, Model, Score, divergence
 from peft_posthoc.texts.sequences import Split, Tokens, batches, shuffled
@@ -117,7 +117,10 @@ class distil:
         finally:
             bar.close()
             put(factors, best_factors)
-        return Fit(before, best, kept, at.done, at.seconds, interrupted, still(factors), lr)
+        unread = modules_of(optimizer.unread() if at.done else ())
+        return Fit(
+            before, best, kept, at.done, at.seconds, interrupted, dict.fromkeys(unread, UNREAD) | still(factors), lr
+        )
 
 
 def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:

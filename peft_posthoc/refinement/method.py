@@ -17,6 +17,10 @@ from peft_posthoc.running.live import Live
 from peft_posthoc.texts.distance import Score
 from peft_posthoc.texts.sequences import Split, Tokens
 
+UNREAD = "no text comes to it"
+"""Why factors stay as they are, of what models do without where they read: of images, say, or of tokens that are not in
+any text."""
+
 
 @dataclass(frozen=True)
 class Fit:

@@ -20,6 +20,7 @@ from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import free_at
 from peft_posthoc.models.by_class import build
+from peft_posthoc.models.config import places_of
 from peft_posthoc.refinement.chain import blocks_of
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.method import Method
@@ -29,7 +30,8 @@ from peft_posthoc.refinement.walk import AT_ONCE
 from peft_posthoc.running.live import check_sides, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
-from peft_posthoc.texts.texts import Sampled, Texts, Writers, usual_length
+from peft_posthoc.texts.sequences import held_out_of
+from peft_posthoc.texts.texts import Sampled, Texts, Writers, shares, usual_length
 
 # Python, PyTorch, transformers and PEFT alone.
 _PROCESS = 480e6
@@ -136,10 +138,11 @@ def refine_preflight(
         chosen = chosen.method(*pair, device=where, processes=processes)
     check_sides(*pair)
     models = [_built(one) for one in pair]
-    places = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
+    places, given = places_of(models[0].config), texts or Sampled()
     if length is None:
-        length = usual_length(texts or Sampled(), Writers(None, None, tokenizer_beside(None, *reversed(pair)), 0))
+        length = usual_length(given, Writers(None, None, tokenizer_beside(None, *reversed(pair)), 0))
     length = min(length, places or length)
+    sequences = sum(kinds := shares(given, sequences))
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
     models_bytes, temporary = sum(map(_bytes, models)), 0
@@ -153,7 +156,7 @@ def refine_preflight(
         config = models[0].config.get_text_config()
         hidden = getattr(config, "hidden_size", None) or models[0].get_input_embeddings().weight.shape[1]
         temporary = 8 * hidden * sequences * length
-    fitted = sequences - max(2, round(0.1 * sequences))
+    fitted = sum(count - held_out_of(count) for count in kinds)
     if isinstance(chosen, compensated):
         steps, work = _closed_form(models[0], file, chosen.size * length, models_bytes)
     else:
@@ -250,6 +253,15 @@ def _activations(model: Any, texts: int, length: int, part: nn.Module) -> int:
         return x
 
     ids = torch.zeros(texts, length, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    def step(mask: Tensor) -> None:
+        kept.clear()
+        inside[:] = [False]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    try:
+        step(torch.ones_like(ids))
+    except RuntimeError:  # Convolutions along the text look for padding in it.
+        step(torch.ones(ids.shape, dtype=torch.int64))
     return sum(x.untyped_storage().nbytes() * (2 if x.dtype == torch.bfloat16 else 1) for x in kept.values())

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from peft_posthoc.adapters.card import REPORT
@@ -106,7 +107,7 @@ def refine(
         PosthocError: There is no text to fit on, or the models' outputs are no numbers.
         ValueError: An argument makes no sense.
     """
-    check_numbers(sequences, length, minutes)
+    check_numbers(sequences, length, minutes, seed)
     if tuned is None:
         raise ValueError("`refine(tuned=...)` is the model to come near to; it has no default.")
     if isinstance(method, str):
@@ -203,16 +204,18 @@ def refine(
             "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
-        notes=tuple(_notes(given, state, fit, clock)),
+        notes=tuple(_notes(given, state, fit, clock, in_place=not kept and _is_in_place(adapter, out))),
     )
 
 
-def check_numbers(sequences: int, length: int | None, minutes: float | None) -> None:
+def check_numbers(sequences: int, length: int | None, minutes: float | None, seed: int) -> None:
     """See that a fit can be had of them.
 
     Raises:
-        ValueError: One is too small.
+        ValueError: One is too small, or the seed is none.
     """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"`seed` must be an integer of 64 bits. Got {seed}.")
     for name, value, least in (("sequences", sequences, 4), ("length", length, 2)):
         if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
@@ -274,7 +277,12 @@ class _Work:
         return found, time.monotonic() - start
 
 
-def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock) -> Iterator[str]:
+def _is_in_place(adapter: Refinable, out: str | os.PathLike[str] | None) -> bool:
+    """Whether what is written takes the place of what the fit began with."""
+    return out is not None and isinstance(adapter, str | os.PathLike) and Path(adapter).resolve() == Path(out).resolve()
+
+
+def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock, *, in_place: bool) -> Iterator[str]:
     on_command_line = asked("force").startswith("-")
     if given == _GUESSED:
         prompts = asked("prompts", None) if on_command_line else "texts=Prompts([...])"
@@ -282,7 +290,10 @@ def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock) -> Iterato
             "Fitted to text that the models wrote, and judged by it. Your task may be another, and come out worse. "
             f"A few dozen prompts of it are better: `{prompts}`."
         )
-    if state is not None and fit.interrupted:
+    if state is not None and fit.interrupted and in_place:
+        state.remove()
+        yield "It takes the place of what the fit began with: the same again starts from here, and does not go on."
+    elif state is not None and fit.interrupted:
         again = f"The same command with `{asked('force')}`" if on_command_line else "The same call"
         yield f"What it goes on from is kept in `{state.folder}`. {again} goes on from there."
     if state is not None and state.others:

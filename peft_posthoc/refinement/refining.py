@@ -75,7 +75,7 @@ class Refining:
         if unknown := sorted(given.keys() - (names := [field.name for field in fields(cls)])):
             raise TypeError(f"Refining takes no `{unknown[0]}`. It takes {', '.join(names)}.")
         made = cls(**given)
-        check_numbers(made.sequences, made.length, made.minutes)
+        check_numbers(made.sequences, made.length, made.minutes, made.seed)
         return made
 
     def __call__(

@@ -22,7 +22,7 @@ from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.texts.sequences import Tokens
 
 _TEXTS, _FIT = "texts.safetensors", "fit.safetensors"
-_FORM = 2
+_FORM = 3
 """Of what is kept, and of what its numbers mean: those of another form are not gone on from."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Steps:
 
     def __init__(self, factors: Mapping[str, Parameter], lr: float, together: Together = ALONE) -> None:
         self._lr, self._together = lr, together
-        groups = [{"params": [own], "size": _size(own)} for own in factors.values() if own.any()]
+        self._moved = {name: own for name, own in factors.items() if own.any()}
+        groups = [{"params": [own], "size": _size(own)} for own in self._moved.values()]
         self._adam = torch.optim.Adam(groups, lr=0.0)
 
     def step(self, loss: Tensor, share: float) -> None:
@@ -35,11 +36,17 @@ class Steps:
         with self._together.agreed():
             loss.backward()
         if self._together.size > 1:
-            moved = [own for group in self._adam.param_groups for own in group["params"]]
-            for own in moved:
+            grads = []
+            for own in self._moved.values():
                 own.grad = torch.zeros_like(own) if own.grad is None else own.grad
-            self._together.sum([own.grad for own in moved])
+                grads.append(own.grad)
+            self._together.sum(grads)
         self._adam.step()
+
+    def unread(self) -> list[str]:
+        """The factors that no loss has depended on so far."""
+        known = self._adam.state
+        return [name for name, own in self._moved.items() if own not in known or not known[own]["exp_avg_sq"].any()]
 
     def tensors(self) -> dict[str, Tensor]:
         """What Adam knows of the steps so far."""
@@ -58,9 +65,13 @@ class Steps:
 
 def still(factors: Mapping[str, Parameter]) -> dict[str, str]:
     """Modules with a factor that no step moves, and why."""
-    zero = (name for name, own in factors.items() if not own.any())
-    modules = sorted({name.partition(".lora_")[0].removeprefix(PREFIX) for name in zero})
-    return dict.fromkeys(modules, "one of the two is zero, and steps are relative to its size")
+    zero = [name for name, own in factors.items() if not own.any()]
+    return dict.fromkeys(modules_of(zero), "one of the two is zero, and steps are relative to its size")
+
+
+def modules_of(factors: Iterable[str]) -> list[str]:
+    """The modules that factors belong to, by the model's names."""
+    return sorted({name.partition(".lora_")[0].removeprefix(PREFIX) for name in factors})
 
 
 def _size(factor: Tensor) -> float:

@@ -18,7 +18,7 @@ from peft_posthoc.checkpoints.memory import loaded_from
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.models.by_class import class_of
-from peft_posthoc.models.config import architecture
+from peft_posthoc.models.config import architecture, places_of
 from peft_posthoc.running.empty import Weights
 from peft_posthoc.running.inputs import tokenizer_of
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
@@ -64,8 +64,7 @@ class Live:
     @property
     def longest(self) -> int | None:
         """Tokens of the longest text that both models can read; None where their configurations do not say."""
-        configs = [model.config.get_text_config() for model in (self.adapted, self.tuned)]
-        told = [getattr(config, "max_position_embeddings", None) for config in configs]
+        told = [places_of(model.config) for model in (self.adapted, self.tuned)]
         return min((most for most in told if most), default=None)
 
     def distances(self, texts: Sequence[Tokens], *, size: int) -> Score:

@@ -40,7 +40,7 @@ def read_prompts(path: str | Path, field: str | None = None) -> list[Any]:
         elif regular(file).stat().st_size > _LARGEST:
             raise PosthocError(f"`{path}` has more than {_LARGEST >> 30} GiB. Give a part of it.")
         else:
-            found = list(_records(file))
+            found = list(_records(file, field))
     except (OSError, ValueError) as error:
         raise PosthocError(f"`{path}` cannot be read: {error}") from error
     prompts = [_prompt(record, field, f"`{path}`, record {i + 1}") for i, record in enumerate(found)]
@@ -90,7 +90,7 @@ def _of_data_set(name: str) -> list[Any]:
         raise PosthocError(f"`{name}` is no file, and `datasets` cannot read it: {one_line(error)}") from error
 
 
-def _records(file: Path) -> Iterable[Any]:
+def _records(file: Path, field: str | None) -> Iterable[Any]:
     match file.suffix.lower():
         case ".jsonl" | ".ndjson":
             with file.open(encoding="utf-8-sig") as lines:
@@ -99,7 +99,7 @@ def _records(file: Path) -> Iterable[Any]:
                         yield _of_line(line, i + 1)
         case ".json":
             content = read_json(file)
-            if isinstance(content, Mapping):  # {"data": [...]}, as some tools write.
+            if isinstance(content, Mapping) and not {field, *FIELDS} & content.keys():  # {"data": [...]}
                 content = next((value for value in content.values() if isinstance(value, list)), [content])
             yield from content if isinstance(content, list) else [content]
         case ".parquet":
@@ -151,6 +151,8 @@ def _messages(turns: list[Any], where: str) -> list[dict[str, str]]:
         ]
     except (AttributeError, KeyError, TypeError) as error:
         raise PosthocError(f"{where} is no list of messages with role and content.") from error
+    if any(turn["role"] is None for turn in said):
+        raise PosthocError(f"{where} is no list of messages with role and content.")
     while said and said[-1]["role"] != "user":
         said.pop()
-    return said
+    return said if said and said[-1]["content"] else []

@@ -13,6 +13,7 @@ import torch
 
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import PosthocError
+from peft_posthoc.models.config import places_of
 
 
 class _Row(NamedTuple):
@@ -58,10 +59,10 @@ def write_on(
     Returns:
         What was added to each, the end that it came to included; None where there was no time to begin.
     """
+    seed = int(torch.randint(1 << 62, ()))  # Before the model: some draw as they are loaded.
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     added: list[list[int] | None] = [None] * len(starts)
     rows = [_Row(i, list(start), [], tokens[i]) for i, start in enumerate(starts)]
-    seed = int(torch.randint(1 << 62, ()))
     while rows:
         rows.sort(key=lambda row: (len(row.start), row.most))
         parts = list(enumerate(rows[first : first + size] for first in range(0, len(rows), size)))
@@ -93,7 +94,7 @@ def _written(
     longest = max(len(row.start) for row in rows)
     most = max(row.most for row in rows)
     # What is padded takes places too; who has room left goes on in another batch.
-    if places := getattr(model.config.get_text_config(), "max_position_embeddings", None):
+    if places := places_of(model.config):
         most = max(1, min(most, places - longest))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)

@@ -43,17 +43,21 @@ class Split(NamedTuple):
     """Whether nothing was said of the task: the models wrote the prompts, and what they wrote may be another."""
 
 
-def split(texts: Sequence[Tokens], share: float = 0.1) -> Split:
+def held_out_of(count: int) -> int:
+    """How many of so many different texts of a kind are held out: a tenth, and at least one."""
+    return max(1, round(0.1 * count)) if count > 1 else 0
+
+
+def split(texts: Sequence[Tokens]) -> Split:
     """Hold out every tenth text of each kind, and at least one; the same text is never on both sides.
 
     Args:
         texts: In any order; a text may stand there more than once.
-        share: How many are held out.
     """
     held_out: list[Tokens] = []
     for kind in KINDS:
         own = list({text.ids: text for text in texts if text.kind == kind}.values())
-        count = max(1, round(share * len(own))) if len(own) > 1 else 0
+        count = held_out_of(len(own))
         held_out += [own[i * len(own) // count] for i in range(count)]
     judges = {(text.ids, text.kind) for text in held_out}
     return Split([text for text in texts if (text.ids, text.kind) not in judges], held_out)

@@ -17,7 +17,7 @@ from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import LeftOutWarning, PosthocError, one_line
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
-from peft_posthoc.texts.chat import Turn, turn_of
+from peft_posthoc.texts.chat import Turn, has_template, turn_of, written
 from peft_posthoc.texts.fixed import fixed_places
 from peft_posthoc.texts.sampling import without_end, write_on
 from peft_posthoc.texts.sequences import Tokens
@@ -84,20 +84,31 @@ class Writers:
             if more is not None
         ]
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """A text as token ids.
+    def encode(self, text: str, *, whole: bool = False) -> list[int]:
+        """A text as token ids, with what the tokenizer puts before every text; none where the text itself has none.
+
+        Args:
+            text: That a model goes on from.
+            whole: With what the tokenizer puts behind every text, too.
 
         Raises:
             PosthocError: There is no tokenizer.
         """
         if self.tokenizer is None:
             raise PosthocError("Neither the tuned model nor the base has a tokenizer beside it; text needs one.")
-        return list(self.tokenizer.encode(text, add_special_tokens=special))
+        found = list(self.tokenizer.encode(text))
+        if whole:
+            return found
+        own = list(self.tokenizer.encode(text, add_special_tokens=False))
+        last = next((i for i in range(len(own), len(found) + 1) if found[i - len(own) : i] == own), len(found))
+        return found[:last] if own else []
 
     @property
     def ends(self) -> list[int]:
         """Tokens that end a text, of the tuned model's configuration and of the tokenizer."""
-        told = [getattr(self.tuned.generation_config, "eos_token_id", None), self.tuned.config.eos_token_id]
+        config = self.tuned.config  # Of several models, such as one that sees and one that says, the last knows.
+        told = [getattr(own, "eos_token_id", None) for own in (config, config.get_text_config())]
+        told.append(getattr(self.tuned.generation_config, "eos_token_id", None))
         told.append(getattr(self.tokenizer, "eos_token_id", None))
         return sorted({i for one in told if one is not None for i in (one if isinstance(one, list) else [one])})
 
@@ -128,7 +139,8 @@ class Writers:
         """What texts of no subject start with: what the tokenizer puts before every text, then any token."""
         ends, vocabulary, special, before = self.ends, self._words, self.special, list[int]()
         if self.tokenizer is not None:
-            before = [i for i in self.encode("") if i not in ends or i == getattr(self.tokenizer, "bos_token_id", None)]
+            start = getattr(self.tokenizer, "bos_token_id", None)
+            before = [i for i in self.encode("", whole=True) if i not in ends or i == start]
 
         def token() -> int:
             while (found := draw.randrange(vocabulary)) in special:
@@ -163,14 +175,24 @@ class Sampled:
 
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
-        draw = random.Random(seed)
-        general, turn = max(2, count // 4), _turn(self, writers.tokenizer)
+        draw, turn = random.Random(seed), _turn(self, writers.tokenizer)
+        if self.prefix is None and turn is None and has_template(writers.tokenizer):
+            warnings.warn(
+                "The chat template takes no turn of a user alone: text is written without it. Give conversations as it "
+                f"wants them (`{asked('prompts', None)}`).",
+                LeftOutWarning,
+                stacklevel=2,
+            )
+        _, general = shares(self, count)
         openings = writers.openings(count, draw)
         of_no_subject, openings = openings[:general], openings[general:]
         if turn is not None and turn.before:
             openings = [list(turn.before)] * len(openings)
         elif self.prefix is not None:
-            openings = [writers.encode(self.prefix)] * len(openings)
+            # Most tokenizers have a space before a word as a part of it: the models write it.
+            openings = [writers.encode(self.prefix.rstrip(" "))] * len(openings)
+            if not openings[0]:
+                raise PosthocError(f"The tokenizer makes no token of the prefix {self.prefix!r:.40}.")
         after = () if turn is None else turn.after
         if (taken := len(openings[-1]) + len(after)) + 1 >= length:
             raise PosthocError(
@@ -227,8 +249,8 @@ class Prompts:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
         if not self.prompts:
             raise PosthocError("There are no prompts.")
-        draw, turn, general = random.Random(seed), turn_of(writers.tokenizer), max(2, count // 8)
-        own = [ids for prompt in self.prompts if (ids := _encoded(writers, prompt, turn))]
+        draw, (task, general) = random.Random(seed), shares(self, count)
+        own = [ids for prompt in self.prompts if (ids := _encoded(writers, prompt))]
         if not own:
             raise PosthocError("The tokenizer knows nothing of any prompt: there are no prompts.")
         too_long = sum(len(ids) >= length for ids in own)
@@ -241,7 +263,7 @@ class Prompts:
             warnings.warn(f"{left} Allow longer texts (`{asked('length', None)}`).", LeftOutWarning, stacklevel=2)
         own = [ids for ids in own if len(ids) < length]
         # Each prompt is answered as often as it takes; another answer is another text.
-        starts = [own[i % len(own)] for i in range(count - general)]
+        starts = [own[i % len(own)] for i in range(task)]
         openings = writers.openings(general, draw)
         with _seeded(seed), progress_bar(total=count, desc="Writing text", progress=progress) as bar:
             answered = _answered(writers, starts, length, bar, share=7 / 8)
@@ -263,16 +285,16 @@ class Given:
 
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
-        read = (writers.encode(text) if isinstance(text, str) else list(text) for text in self.texts)
+        read = (writers.encode(text, whole=True) if isinstance(text, str) else list(text) for text in self.texts)
         own = [ids[:length] for ids in read if ids]
         if not own:
             raise PosthocError("There are no texts.")
         writers.check(own)
-        draw, general = random.Random(seed), max(2, count // 8)
+        draw, (task, general) = random.Random(seed), shares(self, count)
         openings = writers.openings(general, draw)
         with _seeded(seed), progress_bar(total=general, desc="Writing text", progress=progress) as bar:
             written = writers.general(openings, length, bar)
-        own = own[: count - general]
+        own = own[:task]
         return [
             *(Tokens(tuple(ids), "task", fixed) for ids, fixed in zip(own, fixed_places(own), strict=True)),
             *written,
@@ -284,6 +306,13 @@ def _check_list(texts: Sequence[Any]) -> None:
         raise ValueError(f"One text where a list of them belongs: `[{texts!r:.40}]` is one.")
 
 
+def shares(texts: Texts, count: int) -> tuple[int, int]:
+    """Of some `count` texts, those like the task's, and the general ones."""
+    general = max(2, count // (4 if isinstance(texts, Sampled) else 8))
+    task = count - general
+    return min(task, len(texts.texts)) if isinstance(texts, Given) else task, general
+
+
 def usual_length(texts: Texts, writers: Writers) -> int:
     """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason.
 
@@ -293,8 +322,7 @@ def usual_length(texts: Texts, writers: Writers) -> int:
         return min(_LENGTH + len(turn.before) + len(turn.after), _MOST)
     if not isinstance(texts, Prompts):
         return _LENGTH
-    turn = turn_of(writers.tokenizer)
-    longest = max((len(_encoded(writers, prompt, turn)) for prompt in texts.prompts), default=0)
+    longest = max((len(_encoded(writers, prompt)) for prompt in texts.prompts), default=0)
     return max(_LENGTH, min(longest + _ANSWER, _MOST))
 
 
@@ -315,17 +343,16 @@ def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: A
     ]
 
 
-def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]], turn: Turn | None) -> list[int]:
-    if isinstance(prompt, str):
-        if turn is None:
+def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+    if not has_template(writers.tokenizer):
+        if isinstance(prompt, str):
             return writers.encode(prompt)
-        return [*turn.before, *writers.encode(prompt, special=False), *turn.after]
-    if turn is None:
         raise PosthocError("Prompts that are lists of messages need a tokenizer with a chat template.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        return list(writers.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
+        return written(writers.tokenizer, messages)
     except Exception as error:  # Templates are programs; some refuse roles, or an order of them.
-        roles = ", ".join(str(turn["role"]) for turn in prompt)
+        roles = ", ".join(str(message["role"]) for message in messages)
         raise PosthocError(f"The chat template refuses a prompt ({roles}): {one_line(error)}") from error
 
 

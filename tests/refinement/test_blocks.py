@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import RwkvConfig, RwkvForCausalLM
 
-from peft_posthoc import blocks, refine
+from peft_posthoc import PosthocError, blocks, compensated, refine
 from peft_posthoc.refinement import blocks as module
 from peft_posthoc.refinement.steps import Steps
+from tests.make import models
 from tests.refinement.test_compensated import SMALL, _adapter, _pair
 
 
@@ -36,6 +38,30 @@ def test_factors_before_the_blocks_stay_and_are_told(tmp_path: Path) -> None:
     refined = refine(_adapter(pair, tmp_path / "svd"), *pair, method=blocks(passes=0.5), **SMALL)
     assert refined.unmoved == {"model.decoder.project_in": "it comes before the blocks"}
     assert "1 module keeps its factors: it comes before the blocks." in refined.table()
+
+
+@pytest.mark.parametrize("method", [blocks(), compensated()])
+def test_a_model_that_is_no_chain_of_blocks_is_one_clear_line(tmp_path: Path, method: Any) -> None:
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, context_length=16)
+    pair = models.save_pair(RwkvForCausalLM(config), tmp_path)
+    with pytest.raises(PosthocError, match=r"Rwkv.* do not run one after the other; `distil` refines it as a whole"):
+        refine(_adapter(pair, tmp_path / "svd"), *pair, method=method, **SMALL)
+
+
+def test_a_block_that_no_step_brings_nearer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = module._judged, list[None]()
+
+    def judged(*args: Any) -> float:
+        calls.append(None)
+        return 1.0 if len(calls) > 2 else real(*args)
+
+    monkeypatch.setattr(module, "_judged", judged)
+    pair = _pair(tmp_path)
+    refined = refine(_adapter(pair, tmp_path / "svd"), *pair, method=blocks(), **SMALL)
+    assert not refined.kept
+    assert {name.split(".")[2] for name in refined.unmoved} == {"1"}
+    assert {*refined.unmoved.values()} == {"no step brought its block nearer"}
 
 
 def test_steps_that_lead_away_are_not_kept(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import MptConfig, MptForCausalLM
 
 from peft_posthoc import Given, Prompts, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.cli.main import main
-from peft_posthoc.refinement.preflight import refine_preflight
+from peft_posthoc.refinement.preflight import _COPIES, _LOGITS, refine_preflight
 from peft_posthoc.refinement.walk import Walk
 from tests.make import models
+from tests.make.architectures import ARCHITECTURES
 from tests.make.limits import HANG
 from tests.make.texts import tokenizer
 
@@ -129,6 +131,35 @@ def test_steps_and_temporary_files_are_those_of_the_fit(tmp_path: Path, make: An
     assert bool(told.temporary_bytes) == method.streams
     if method == blocks():
         assert 0.8 * told.temporary_bytes < max(taken) < 1.2 * told.temporary_bytes + 2000 * len(taken)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba2"])
+def test_models_that_look_for_padding_in_a_mask_are_told_too(tmp_path: Path, name: str) -> None:
+    pair = models.save_pair(ARCHITECTURES[name].make(), tmp_path)
+    extract(*pair, 2).save(tmp_path / "svd")
+    told = refine_preflight(tmp_path / "svd", *pair, sequences=24, length=8)
+    logits, factors = _LOGITS * 4 * 4 * 8 * 96, _COPIES * 4 * told.factors
+    # Of 32 tokens each of two layers keeps what it read, of 32 features, and more.
+    assert told.work_bytes - logits - factors > 2 * 4 * 32 * 32
+    assert told.steps == refine(tmp_path / "svd", *pair, sequences=24, length=8).steps
+
+
+def test_whatever_a_configuration_calls_the_longest_text_it_is_no_longer(tmp_path: Path) -> None:
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=16, vocab_size=96)
+    pair = models.save_pair(MptForCausalLM(config), tmp_path)
+    extract(*pair, 2).save(tmp_path / "svd")
+    assert refine_preflight(tmp_path / "svd", *pair, sequences=24, length=40).length == 16
+    assert refine(tmp_path / "svd", *pair, sequences=24, length=40).steps
+
+
+def test_fewer_texts_than_are_asked_for_are_told(tmp_path: Path) -> None:
+    pair = models.save_pair(models.llama(), tmp_path)
+    extract(*pair, 2).save(tmp_path / "svd")
+    texts = Given([[i, *range(1, 8)] for i in range(20)])
+    for method in (distil(), blocks()):
+        told = refine_preflight(tmp_path / "svd", *pair, method=method, texts=texts, sequences=160, length=8)
+        assert told.sequences == 40
+        assert told.steps == refine(tmp_path / "svd", *pair, method=method, texts=texts, sequences=160, length=8).steps
 
 
 def test_the_length_is_what_the_fit_will_take(tmp_path: Path) -> None:

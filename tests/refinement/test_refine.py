@@ -233,7 +233,7 @@ def test_a_prefix_without_a_tokenizer_is_refused(pair: tuple[Path, Path], tmp_pa
         refine(adapter, *pair, texts=Sampled("Report:"), **SMALL)
 
 
-@pytest.mark.parametrize("wrong", [{"sequences": 3}, {"length": 1}, {"minutes": 0.0}])
+@pytest.mark.parametrize("wrong", [{"sequences": 3}, {"length": 1}, {"minutes": 0.0}, {"seed": 2**64}])
 def test_senseless_numbers_are_refused(pair: tuple[Path, Path], tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         refine(tmp_path, *pair, **{**SMALL, **wrong})

@@ -192,6 +192,18 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_rest_can_be_done_later(
     assert _same(rest, refine(adapter, *llama_pair, **QUICK))
 
 
+def test_what_was_refined_in_place_is_not_gone_on_from(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors that the fit began with are no more."""
+    with monkeypatch.context() as patched:
+        _fails_at(9, KeyboardInterrupt(), patched)
+        stopped = refine(adapter, *llama_pair, out=adapter, **QUICK)
+    assert not stopped.kept
+    assert "the same again starts from here" in stopped.table()
+    assert not _kept(tmp_path)
+
+
 def test_ctrl_c_before_the_fit_tells_what_is_kept(
     llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

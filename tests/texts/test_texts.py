@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peft_posthoc import Given, LeftOutWarning, PosthocError, Prompts, Sampled
@@ -18,7 +18,8 @@ from peft_posthoc.texts.chat import turn_of
 from peft_posthoc.texts.distance import Distance, distances, divergence
 from peft_posthoc.texts.sampling import write_on
 from peft_posthoc.texts.sequences import Batch, Tokens, batches, shuffled, split
-from peft_posthoc.texts.texts import Writers, usual_length
+from peft_posthoc.texts.texts import Writers, shares, usual_length
+from tests.make import multimodal
 
 WORDS = ["[UNK]", "<s>", "</s>", "<user>", "<bot>", *"abcdefgh"]
 TEMPLATE = "<s> {% for m in messages %}<user> {{ m.content }} <bot> {% endfor %}"
@@ -300,6 +301,119 @@ def test_draws_are_from_the_model_s_own_distribution() -> None:
     written = write_on(model, [[3]] * 2000, [1] * 2000, ends=[], size=500)
     said = Counter(ids[0] for ids in written if ids is not None)
     assert said[WORDS.index("b")] / 2000 == pytest.approx(0.25, abs=0.04)
+
+
+def _in_bytes(template: str | None = None) -> PreTrainedTokenizerFast:
+    """Most tokenizers are of this kind: a space is a part of the word behind it."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=own.pre_tokenizer.alphabet(), show_progress=False
+    )
+    own.train_from_iterator(["User: what is one? Bot: what one is. User: is one what?"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>", chat_template=template)
+
+
+SPACED = "{% for m in messages %}User: {{ m.content }} Bot:{% endfor %}"
+
+
+def test_a_prompt_has_the_tokens_that_the_template_gives_it() -> None:
+    """A space before the content and the word behind it are one token: the two encoded by themselves are others."""
+    tokenizer, asked = _in_bytes(SPACED), [{"role": "user", "content": "what is"}]
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1)).eval()
+    writers = Writers(model, model, tokenizer, len(tokenizer))
+    wanted = tokenizer.encode("User: what is Bot:")
+    assert "\u0120what" in tokenizer.convert_ids_to_tokens(wanted)
+    for prompt in ("what is", asked):
+        for text in _written(Prompts([prompt]), writers, length=32):
+            assert text.kind == "general" or list(text.ids[: len(wanted)]) == wanted
+
+
+def test_a_turn_that_is_sampled_starts_with_what_any_turn_starts_with() -> None:
+    tokenizer = _in_bytes(SPACED)
+    turn = turn_of(tokenizer)
+    assert turn is not None
+    assert [tokenizer.decode(ids) for ids in turn] == ["User:", " Bot:"]
+    shouted = turn_of(_in_bytes(SPACED.replace("m.content", "m.content | upper")))
+    assert shouted is not None
+    assert [tokenizer.decode(ids).strip() for ids in shouted] == ["User:", "Bot:"]
+    open_ended = turn_of(_tokenizer("<user> {{ messages[0].content }}"))
+    assert open_ended == ((WORDS.index("<user>"),), ())
+
+
+def test_a_prefix_is_gone_on_from_in_whole_words() -> None:
+    tokenizer = _in_bytes()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1)).eval()
+    writers = Writers(model, model, tokenizer, len(tokenizer))
+    start = tokenizer.encode("User:")
+    assert tokenizer.encode("User: ") != start
+    for text in _written(Sampled("User: "), writers, length=16):
+        assert text.kind == "general" or list(text.ids[: len(start)]) == start
+    for nothing in ("", "  "):
+        with pytest.raises(PosthocError, match=f"makes no token of the prefix '{nothing}'"):
+            _written(Sampled(nothing), writers)
+
+
+def test_what_a_tokenizer_ends_texts_with_is_no_part_of_a_prompt() -> None:
+    """It stands behind texts that are given as they are."""
+    tokenizer = _tokenizer()
+    around = [("<s>", WORDS.index("<s>")), ("</s>", WORDS.index("</s>"))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=around)
+    writers = replace(_writers(), tokenizer=tokenizer)
+
+    def said(texts: Any) -> set[str]:
+        return {_text(text) for text in _written(texts, writers, length=6) if text.kind == "task"}
+
+    assert said(Prompts(["c d"])) == {"<s> c d b b b"}
+    assert all(text.startswith(("<s> c a", "<s> c b")) for text in said(Sampled("c")))
+    assert said(Given(["c d"])) == {"<s> c d </s>"}
+
+
+SYSTEM_FIRST = "{% if messages[0].role != 'system' %}{{ raise_exception('first must be system') }}{% endif %}"
+
+
+def test_a_template_that_wants_more_than_a_user_s_turn_takes_conversations() -> None:
+    writers = _writers(SYSTEM_FIRST + TEMPLATE)
+    asked = [{"role": "system", "content": "g"}, {"role": "user", "content": "c"}]
+    written = [_text(text) for text in _written(Prompts([asked]), writers) if text.kind == "task"]
+    assert {one.partition(" b")[0] for one in written} == {"<s> <user> g <bot> <user> c <bot>"}
+    with pytest.raises(PosthocError, match=r"refuses a prompt \(user\): first must be system"):
+        _written(Prompts(["c"]), writers)
+    with pytest.warns(LeftOutWarning, match="takes no turn of a user alone: text is written without it"):
+        _written(Sampled(), writers)
+    with pytest.raises(PosthocError, match="need a tokenizer with a chat template"):
+        _written(Prompts([asked]))
+
+
+def test_the_draws_are_the_same_for_a_model_that_draws_as_it_is_loaded() -> None:
+    class Drawing:
+        def get_base_model(self) -> GPT2LMHeadModel:
+            torch.rand(9)
+            return model
+
+    model = _says("a")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    drawn = []
+    for one in (model, Drawing()):
+        torch.manual_seed(0)
+        drawn.append(write_on(one, [[5]] * 8, [8] * 8, ends=[]))
+    assert drawn[0] == drawn[1]
+
+
+def test_of_a_model_of_several_parts_the_one_that_says_the_text_ends_it() -> None:
+    writers = replace(_writers(), tuned=multimodal.gemma3(), tokenizer=None)
+    assert not hasattr(writers.tuned.config, "eos_token_id")
+    writers.tuned.config.get_text_config().eos_token_id = 7
+    writers.tuned.generation_config.eos_token_id = None
+    assert writers.ends == [7]
+
+
+def test_texts_are_told_before_they_are_written() -> None:
+    for texts in (Sampled(), Prompts(["c", "d"]), Given(["c", "d e"]), Given(["c"] * 99)):
+        written = Counter(text.kind for text in _written(texts))
+        assert shares(texts, 16) == (written["task"], written["general"])
 
 
 def test_a_template_of_another_kind_is_none() -> None:
