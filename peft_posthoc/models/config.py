@@ -32,13 +32,3 @@ def of_plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in ("quantization_config", "compression_config")
     }
-
-
-def places_of(config: Any) -> int | None:
-    """Tokens of the longest text that a language model can read; None where its configuration does not say.
-
-    Args:
-        config: transformers', of the whole model.
-    """
-    own = config.get_text_config()
-    return getattr(own, "max_position_embeddings", None) or getattr(own, "max_seq_len", None)

@@ -20,7 +20,6 @@ from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import CheckpointError
 from peft_posthoc.files import free_at
 from peft_posthoc.models.by_class import build
-from peft_posthoc.models.config import places_of
 from peft_posthoc.refinement.chain import blocks_of
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.method import Method
@@ -30,7 +29,7 @@ from peft_posthoc.refinement.walk import AT_ONCE
 from peft_posthoc.running.live import check_sides, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
-from peft_posthoc.texts.sequences import held_out_of
+from peft_posthoc.texts.sequences import held_out_of, places_of
 from peft_posthoc.texts.texts import Sampled, Texts, Writers, shares, usual_length
 
 # Python, PyTorch, transformers and PEFT alone.

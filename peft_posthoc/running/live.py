@@ -18,12 +18,12 @@ from peft_posthoc.checkpoints.memory import loaded_from
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import CheckpointError, MismatchError, PosthocError
 from peft_posthoc.models.by_class import class_of
-from peft_posthoc.models.config import architecture, places_of
+from peft_posthoc.models.config import architecture
 from peft_posthoc.running.empty import Weights
 from peft_posthoc.running.inputs import tokenizer_of
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 from peft_posthoc.texts.distance import Model, Score, distances
-from peft_posthoc.texts.sequences import Batch, Tokens
+from peft_posthoc.texts.sequences import Batch, Tokens, places_of
 
 Side = Checkpoint | nn.Module
 """A model that is to be loaded, or one that is alive."""

@@ -13,7 +13,7 @@ import torch
 
 from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import PosthocError
-from peft_posthoc.models.config import places_of
+from peft_posthoc.texts.sequences import places_of
 
 
 class _Row(NamedTuple):
@@ -59,8 +59,10 @@ def write_on(
     Returns:
         What was added to each, the end that it came to included; None where there was no time to begin.
     """
-    seed = int(torch.randint(1 << 62, ()))  # Before the model: some draw as they are loaded.
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        with torch.random.fork_rng():  # Some draw as they are loaded.
+            model = model.get_base_model()
+    seed = int(torch.randint(1 << 62, ()))
     added: list[list[int] | None] = [None] * len(starts)
     rows = [_Row(i, list(start), [], tokens[i]) for i, start in enumerate(starts)]
     while rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,16 @@ class Split(NamedTuple):
     held_out: list[Tokens]
     guessed: bool = False
     """Whether nothing was said of the task: the models wrote the prompts, and what they wrote may be another."""
+
+
+def places_of(config: Any) -> int | None:
+    """Tokens of the longest text that a language model can read; None where its configuration does not say.
+
+    Args:
+        config: transformers', of the whole model.
+    """
+    own = config.get_text_config()
+    return getattr(own, "max_position_embeddings", None) or getattr(own, "max_seq_len", None)
 
 
 def held_out_of(count: int) -> int:
