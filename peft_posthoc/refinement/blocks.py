@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
-from peft_posthoc.refinement.method import UNREAD, Fit, finite, kept_or_put_back
+from peft_posthoc.refinement.method import LATE, UNREAD, Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
 from peft_posthoc.refinement.walk import Stretch, Walk
@@ -102,10 +102,9 @@ class blocks:
             raise
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         alike = set[str]() if kept else {name for name in moved if torch.equal(factors[name], start[name])}
-        late = reached < walk.count
         reasons = {
             "no step brought its block nearer": alike,
-            "its turn did not come" if late else UNREAD: factors.keys() - moved - entering,
+            LATE if reached < walk.count else UNREAD: factors.keys() - moved - entering,
             "it comes before the blocks": entering - moved,
         }
         unmoved = {name: why for why, names in reasons.items() for name in modules_of(names)} | still(factors)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_posthoc.errors import PosthocError
+from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.running.empty import Weights
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.sequences import Batch
@@ -128,6 +128,7 @@ class Chain:
         return torch.zeros(*shape, weight.shape[1], dtype=weight.dtype, device=self._device)
 
     def _calls(self, **inputs: Tensor) -> list[Call]:
+        odd: Exception | None = None
         for tuples in (self._tuples, not self._tuples):
             self._tuples, calls = tuples, list[Call]()
 
@@ -139,14 +140,18 @@ class Chain:
                     raise _Enough
                 return call.hidden
 
-            # Of blocks that give several things, a model takes one for none.
-            with suppress(_Enough, _Apart, TypeError, ValueError), self._in_place(passing):
-                self.model(**inputs, use_cache=False)
+            try:
+                with suppress(_Enough, _Apart), self._in_place(passing):
+                    self.model(**inputs, use_cache=False)
+            except (TypeError, ValueError) as error:  # As where a model takes several things from a block.
+                odd = error
             if len(calls) == len(self.blocks):
                 return calls
+        why = "" if odd is None else f" ({one_line(odd)})"
         raise PosthocError(
-            f"The blocks of {type(self.model).__name__} do not run one after the other; `distil` refines it as a whole."
-        )
+            f"The blocks of {type(self.model).__name__} do not run one after the other{why}; `distil` refines it as a "
+            "whole."
+        ) from odd
 
     @contextmanager
     def _in_place(self, passing: Callable[[int, Call], Tensor]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from peft_posthoc.linalg.regression import damp, regress, root_of
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
-from peft_posthoc.refinement.method import UNREAD, Fit, finite, kept_or_put_back
+from peft_posthoc.refinement.method import LATE, UNREAD, Fit, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
 from peft_posthoc.refinement.walk import Stretch, Walk
@@ -96,7 +96,7 @@ class compensated:
             raise
         finally:
             bar.close()
-        why = "its turn did not come" if late or interrupted else UNREAD
+        why = LATE if late or interrupted else UNREAD
         unmoved |= dict.fromkeys(sorted(layers.linear.keys() - fitted - unmoved.keys()), why)
         after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         taken = earlier + time.monotonic() - began

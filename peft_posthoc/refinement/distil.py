@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from peft_posthoc.progress import progress_bar
-from peft_posthoc.refinement.method import UNREAD, Fit, better, finite, nearer
+from peft_posthoc.refinement.method import LATE, UNREAD, Fit, better, finite, nearer
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
@@ -72,7 +72,7 @@ class distil:
         best, best_factors, kept, interrupted, at, lr = before, copies(factors), True, False, At(), self.lr
         if lr is None:
             lr = _GUESSING if texts.guessed else _RATE
-        steps = max(1, math.ceil(self.passes * len(texts.fitted) / self.size))
+        steps, unread = max(1, math.ceil(self.passes * len(texts.fitted) / self.size)), {*factors}
         optimizer = Steps(factors, lr, together)
         found = together.first(None if state is None else state.fit())
         if found is not None:
@@ -90,7 +90,7 @@ class distil:
                         best, best_factors, kept = now, copies(factors), False
                     elif kept and not nearer(now, before, before):
                         put(factors, best_factors)
-                        lr = lr * _BACK
+                        lr, unread = lr * _BACK, unread & {*optimizer.unread()}
                         optimizer = Steps(factors, lr, together)
                 if at.share >= 1:
                     break
@@ -117,10 +117,9 @@ class distil:
         finally:
             bar.close()
             put(factors, best_factors)
-        unread = modules_of(optimizer.unread() if at.done else ())
-        return Fit(
-            before, best, kept, at.done, at.seconds, interrupted, dict.fromkeys(unread, UNREAD) | still(factors), lr
-        )
+        why = UNREAD if at.done * self.size >= len(texts.fitted) else LATE
+        unmoved = dict.fromkeys(modules_of(unread & {*optimizer.unread()}), why) | still(factors)
+        return Fit(before, best, kept, at.done, at.seconds, interrupted, unmoved, lr)
 
 
 def _loss(model: Model, wanted: Model, texts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:

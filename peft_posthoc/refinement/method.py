@@ -17,9 +17,9 @@ from peft_posthoc.running.live import Live
 from peft_posthoc.texts.distance import Score
 from peft_posthoc.texts.sequences import Split, Tokens
 
-UNREAD = "no text comes to it"
-"""Why factors stay as they are, of what models do without where they read: of images, say, or of tokens that are not in
-any text."""
+UNREAD, LATE = "no text comes to it", "its turn did not come"
+"""Why factors stay as they are: of what models do without where they read, such as what sees images; and where the time
+was over first."""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def refine_preflight(
     if length is None:
         length = usual_length(given, Writers(None, None, tokenizer_beside(None, *reversed(pair)), 0))
     length = min(length, places or length)
-    sequences = sum(kinds := shares(given, sequences))
+    kinds = shares(given, sequences)
+    sequences = sum(kinds)
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
     models_bytes, temporary = sum(map(_bytes, models)), 0

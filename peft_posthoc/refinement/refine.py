@@ -291,7 +291,6 @@ def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock, *, in_plac
             f"A few dozen prompts of it are better: `{prompts}`."
         )
     if state is not None and fit.interrupted and in_place:
-        state.remove()
         yield "It takes the place of what the fit began with: the same again starts from here, and does not go on."
     elif state is not None and fit.interrupted:
         again = f"The same command with `{asked('force')}`" if on_command_line else "The same call"

@@ -108,5 +108,6 @@ class Refined(CanPush):
         """
         report = {"refined": self.to_dict(), "start": self.start}
         write_folder(folder, Contents(self.tensors, self.config, report, self.provenance, self.beside), force=force)
-        if not self.interrupted:
+        # What an interrupted fit goes on from is of no use where what it began with is replaced.
+        if not self.interrupted or (not self.kept and Path(self.adapter).resolve() == Path(folder).resolve()):
             clear(folder)

@@ -44,8 +44,10 @@ class Steps:
         self._adam.step()
 
     def unread(self) -> list[str]:
-        """The factors that no loss has depended on so far."""
+        """The factors that no loss has depended on so far; none before the first step."""
         known = self._adam.state
+        if not known:
+            return []
         return [name for name, own in self._moved.items() if own not in known or not known[own]["exp_avg_sq"].any()]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-_WORDS, _TRIED = 8, 512
-"""Words that a template is tried with, and tokens that they are looked for among."""
+_TRIED = ("a", "one", "what", "Zebra", "7", "Hello")
+"""Words that a template is tried with."""
+_DRAWN = 512
+"""Tokens among which others are looked for, where the tokenizer knows too few of these."""
 
 
 class Turn(NamedTuple):
@@ -24,17 +26,33 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, parts: bool = False) -> list[int]:
     """A conversation as the tokenizer's chat template writes it, up to where the answer starts.
+
+    Args:
+        tokenizer: transformers'.
+        messages: With `role` and `content`.
+        parts: Give contents that are texts as lists of one part (see `takes_parts`).
 
     Raises:
         Exception: Of any kind: templates are programs, and some refuse roles, or an order of them.
     """
-    return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+    given = [
+        {**one, "content": [{"type": "text", "text": one["content"]}]}
+        if parts and isinstance(one["content"], str)
+        else one
+        for one in messages
+    ]
+    return list(tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False))
+
+
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether a chat template wants contents as lists of parts, of text or images, and leaves out what is no list."""
+    return _turns(tokenizer, parts=False) is None and _turns(tokenizer, parts=True) is not None
 
 
 def turn_of(tokenizer: Any) -> Turn | None:
-    """What stands around a user's only turn, whatever it says; None without a template, or one that takes no such turn.
+    """What stands around what a user says, in turns that say a word; None without a template that takes such turns.
 
     A space before what is said is part of its first token for most tokenizers, and so it is none of the template's.
 
@@ -43,29 +61,37 @@ def turn_of(tokenizer: Any) -> Turn | None:
     """
     if not has_template(tokenizer):
         return None
-    try:
-        turns = [written(tokenizer, [{"role": "user", "content": word}]) for word in _words(tokenizer)]
-    except Exception:  # Some want other roles first, tools or images.
+    turns = _turns(tokenizer, parts=False) or _turns(tokenizer, parts=True)
+    if turns is None:
         return None
-    if len({*map(tuple, turns)}) < 2:
-        return None  # What is said does not stand in it.
     before = _shared(turns)
     after = _shared([turn[len(before) :][::-1] for turn in turns])[::-1]
     return Turn(before, after) if before or after else None
+
+
+def _turns(tokenizer: Any, *, parts: bool) -> list[list[int]] | None:
+    """Turns of a user that say a word each; None where the template takes none, or leaves the word out."""
+    try:
+        words = _words(tokenizer)
+        turns = [written(tokenizer, [{"role": "user", "content": word}], parts=parts) for word in words]
+    except Exception:  # Some want other roles first, tools or images.
+        return None
+    return turns if len({*map(tuple, turns)}) > 1 else None
+
+
+def _words(tokenizer: Any) -> list[str]:
+    """Words that the tokenizer tells apart."""
+    found = {tuple(tokenizer.encode(word, add_special_tokens=False)): word for word in _TRIED}
+    if len(found) < len(_TRIED):
+        special, known = {*tokenizer.all_special_ids}, sorted(tokenizer.get_vocab().values())
+        for token in random.Random(0).sample(known, min(len(known), _DRAWN)):
+            word = str(tokenizer.decode([token])).strip()
+            if token not in special and word.isalnum() and len(found) < len(_TRIED):
+                found.setdefault(tuple(tokenizer.encode(word, add_special_tokens=False)), word)
+    return list(found.values())
 
 
 def _shared(texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """What all of them start with."""
     alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*texts, strict=False))
     return tuple(tokens[0] for tokens in alike)
-
-
-def _words(tokenizer: Any) -> list[str]:
-    """Words that the tokenizer tells apart."""
-    found: dict[tuple[int, ...], str] = {}
-    special, count = {*tokenizer.all_special_ids}, len(tokenizer)
-    for token in random.Random(0).sample(range(count), min(count, _TRIED)):
-        word = str(tokenizer.decode([token])).strip()
-        if token not in special and word.isalnum() and len(found) < _WORDS:
-            found.setdefault(tuple(tokenizer.encode(word, add_special_tokens=False)), word)
-    return list(found.values())

@@ -99,9 +99,7 @@ def _records(file: Path, field: str | None) -> Iterable[Any]:
                         yield _of_line(line, i + 1)
         case ".json":
             content = read_json(file)
-            if isinstance(content, Mapping) and not {field, *FIELDS} & content.keys():  # {"data": [...]}
-                content = next((value for value in content.values() if isinstance(value, list)), [content])
-            yield from content if isinstance(content, list) else [content]
+            yield from content if isinstance(content, list) else _rows(content, field)
         case ".parquet":
             try:
                 from pyarrow import parquet  # type: ignore[import-untyped]
@@ -113,6 +111,26 @@ def _records(file: Path, field: str | None) -> Iterable[Any]:
                 yield from lines
         case _:
             raise PosthocError(f"`{file}` must end in .txt, .jsonl, .json or .parquet.")
+
+
+def _rows(content: Any, field: str | None) -> Iterable[Any]:
+    """The records in an object: `{"data": [...]}`, as some tools write, a column by itself, or one record."""
+    if not isinstance(content, Mapping):
+        return [content]
+    names = {field} if field else {*FIELDS}
+    lists = [value for value in content.values() if isinstance(value, list)]
+    for rows in lists:
+        if any(isinstance(row, Mapping) and names & row.keys() for row in rows):
+            return rows
+    if any(isinstance(value, str) or _is_conversation(value) for name, value in content.items() if name in names):
+        return [content]
+    return next(iter(lists), [content])
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and any(
+        isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in value
+    )
 
 
 def _of_line(line: str, number: int) -> Any:
@@ -155,4 +173,4 @@ def _messages(turns: list[Any], where: str) -> list[dict[str, str]]:
         raise PosthocError(f"{where} is no list of messages with role and content.")
     while said and said[-1]["role"] != "user":
         said.pop()
-    return said if said and said[-1]["content"] else []
+    return [] if any(turn["content"] is None for turn in said) else said

@@ -17,7 +17,7 @@ from peft_posthoc.compute.together import ALONE, Together
 from peft_posthoc.errors import LeftOutWarning, PosthocError, one_line
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.text import asked
-from peft_posthoc.texts.chat import Turn, has_template, turn_of, written
+from peft_posthoc.texts.chat import Turn, has_template, takes_parts, turn_of, written
 from peft_posthoc.texts.fixed import fixed_places
 from peft_posthoc.texts.sampling import without_end, write_on
 from peft_posthoc.texts.sequences import Tokens
@@ -168,7 +168,7 @@ class Sampled:
     questions there, and many a task has a page before its question.
 
     Args:
-        prefix: What a prompt starts with, where there is no chat template.
+        prefix: What a prompt starts with, where there is no chat template; if it is empty, any token does.
     """
 
     prefix: str | None = None
@@ -188,9 +188,8 @@ class Sampled:
         of_no_subject, openings = openings[:general], openings[general:]
         if turn is not None and turn.before:
             openings = [list(turn.before)] * len(openings)
-        elif self.prefix is not None:
-            # Most tokenizers have a space before a word as a part of it: the models write it.
-            openings = [writers.encode(self.prefix.rstrip(" "))] * len(openings)
+        elif self.prefix:  # Most tokenizers have a space before a word as a part of it: the models write it.
+            openings = [writers.encode(self.prefix.removesuffix(" "))] * len(openings)
             if not openings[0]:
                 raise PosthocError(f"The tokenizer makes no token of the prefix {self.prefix!r:.40}.")
         after = () if turn is None else turn.after
@@ -250,7 +249,7 @@ class Prompts:
         if not self.prompts:
             raise PosthocError("There are no prompts.")
         draw, (task, general) = random.Random(seed), shares(self, count)
-        own = [ids for prompt in self.prompts if (ids := _encoded(writers, prompt))]
+        own = [ids for ids in _encoded(writers, self.prompts) if ids]
         if not own:
             raise PosthocError("The tokenizer knows nothing of any prompt: there are no prompts.")
         too_long = sum(len(ids) >= length for ids in own)
@@ -322,7 +321,7 @@ def usual_length(texts: Texts, writers: Writers) -> int:
         return min(_LENGTH + len(turn.before) + len(turn.after), _MOST)
     if not isinstance(texts, Prompts):
         return _LENGTH
-    longest = max((len(_encoded(writers, prompt)) for prompt in texts.prompts), default=0)
+    longest = max(map(len, _encoded(writers, texts.prompts)), default=0)
     return max(_LENGTH, min(longest + _ANSWER, _MOST))
 
 
@@ -343,14 +342,28 @@ def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: A
     ]
 
 
-def _encoded(writers: Writers, prompt: str | Sequence[dict[str, str]]) -> list[int]:
-    if not has_template(writers.tokenizer):
-        if isinstance(prompt, str):
-            return writers.encode(prompt)
+def _encoded(writers: Writers, prompts: Sequence[str | Sequence[dict[str, str]]]) -> list[list[int]]:
+    """Each prompt as token ids, up to where its answer starts.
+
+    Raises:
+        PosthocError: There is no chat template for conversations, or it refuses one, or what is said is not in them.
+    """
+    if has_template(writers.tokenizer):
+        parts = takes_parts(writers.tokenizer)
+        found = [_by_template(writers.tokenizer, prompt, parts=parts) for prompt in prompts]
+    elif all(isinstance(prompt, str) for prompt in prompts):
+        found = [writers.encode(str(prompt)) for prompt in prompts]
+    else:
         raise PosthocError("Prompts that are lists of messages need a tokenizer with a chat template.")
+    if found and found[0] and len({*map(tuple, found)}) == 1 < len({*map(repr, prompts)}):
+        raise PosthocError("The chat template, or the tokenizer, makes the same tokens of every prompt.")
+    return found
+
+
+def _by_template(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, parts: bool) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        return written(writers.tokenizer, messages)
+        return written(tokenizer, messages, parts=parts)
     except Exception as error:  # Templates are programs; some refuse roles, or an order of them.
         roles = ", ".join(str(message["role"]) for message in messages)
         raise PosthocError(f"The chat template refuses a prompt ({roles}): {one_line(error)}") from error

@@ -134,6 +134,7 @@ def test_where_steps_lead_away_smaller_ones_follow_from_the_start(
     """At neither rate alone is anything ever nearer than the start."""
     refined = refine(_adapter(pair, tmp_path / "svd"), *pair, method=distil(lr=lr), **SMALL)
     assert not refined.kept
+    assert not refined.unmoved
     assert all(refined.after[kind].kl < 0.9 * refined.before[kind].kl for kind in ("task", "general"))
 
 
@@ -159,6 +160,7 @@ def test_steps_that_lead_away_are_not_kept(pair: tuple[Path, Path], tmp_path: Pa
     refined = refine(adapter, *pair, method=distil(lr=1e12), **SMALL)
     before = load_file(adapter / "adapter_model.safetensors")
     assert refined.kept
+    assert not refined.unmoved
     assert refined.after == refined.before
     assert all(torch.equal(refined.tensors[name], x) for name, x in before.items())
     assert "as it was" in refined.table()
@@ -233,7 +235,9 @@ def test_a_prefix_without_a_tokenizer_is_refused(pair: tuple[Path, Path], tmp_pa
         refine(adapter, *pair, texts=Sampled("Report:"), **SMALL)
 
 
-@pytest.mark.parametrize("wrong", [{"sequences": 3}, {"length": 1}, {"minutes": 0.0}, {"seed": 2**64}])
+@pytest.mark.parametrize(
+    "wrong", [{"sequences": 3}, {"length": 1}, {"minutes": 0.0}, {"seed": 2**64}, {"seed": -(2**63) - 1}]
+)
 def test_senseless_numbers_are_refused(pair: tuple[Path, Path], tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         refine(tmp_path, *pair, **{**SMALL, **wrong})

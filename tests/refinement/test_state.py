@@ -201,7 +201,10 @@ def test_what_was_refined_in_place_is_not_gone_on_from(
         stopped = refine(adapter, *llama_pair, out=adapter, **QUICK)
     assert not stopped.kept
     assert "the same again starts from here" in stopped.table()
+    assert _kept(tmp_path)  # Until it is written: the disk may be full.
+    stopped.save(adapter, force=True)
     assert not _kept(tmp_path)
+    assert "was not used" not in refine(adapter, *llama_pair, out=adapter, **QUICK).table()
 
 
 def test_ctrl_c_before_the_fit_tells_what_is_kept(

@@ -28,6 +28,15 @@ TURNS = [{"role": "user", "content": "Why?"}]
         ("a.json", json.dumps({"version": 1, "data": [{"text": "one"}]}), ["one"]),
         ("a.json", json.dumps({"prompt": "one", "tags": []}), ["one"]),
         ("a.json", json.dumps({"messages": TURNS}), [TURNS]),
+        ("a.json", json.dumps({"prompt": ["one", "two"]}), ["one", "two"]),
+        ("a.json", json.dumps({"messages": [TURNS, TURNS]}), [TURNS, TURNS]),
+        ("a.json", json.dumps({"conversations": [{"messages": TURNS}]}), [TURNS]),
+        ("a.json", json.dumps({"text": "about", "data": [{"prompt": "one"}]}), ["one"]),
+        (
+            "a.jsonl",
+            json.dumps({"messages": [*TURNS, {"role": "assistant", "content": None}, *TURNS]}) + '\n"1"',
+            ["1"],
+        ),
         ("a.jsonl", json.dumps({"messages": TURNS}), [TURNS]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}\n"one"', ["one"]),
         ("a.jsonl", json.dumps({"messages": [*TURNS, {"role": "assistant", "content": "So."}]}), [TURNS]),
@@ -50,6 +59,9 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 def test_a_field_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "no", "ask": "yes"}', encoding="utf-8")
     assert read_prompts(tmp_path / "a.jsonl", "ask") == ["yes"]
+    for content in ({"ask": "yes", "tags": ["no"]}, {"ask": ["yes"]}, {"prompt": "no", "data": [{"ask": "yes"}]}):
+        (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
+        assert read_prompts(tmp_path / "a.json", "ask") == ["yes"]
 
 
 @pytest.mark.parametrize(

@@ -350,9 +350,49 @@ def test_a_prefix_is_gone_on_from_in_whole_words() -> None:
     assert tokenizer.encode("User: ") != start
     for text in _written(Sampled("User: "), writers, length=16):
         assert text.kind == "general" or list(text.ids[: len(start)]) == start
-    for nothing in ("", "  "):
-        with pytest.raises(PosthocError, match=f"makes no token of the prefix '{nothing}'"):
-            _written(Sampled(nothing), writers)
+    code, before = "what is\n    ", tokenizer.encode("what is\n    what")[:-1]
+    for text in _written(Sampled(code), writers, length=32):
+        assert text.kind == "general" or list(text.ids[: len(before)]) == before
+
+
+def test_an_empty_prefix_is_no_template_and_no_prefix() -> None:
+    written = _written(Sampled(""), _writers(TEMPLATE))
+    assert not any({3, 4} <= {*text.ids} for text in written)
+    assert len({text.ids[0] for text in written if text.kind == "task"}) > 3
+    with pytest.raises(PosthocError, match="makes no token of the prefix '   '"):
+        _written(Sampled("   "))
+
+
+PARTS = "{% for m in messages %}<user> {% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}"
+PARTS += "{% endfor %} <bot> {% endfor %}"
+
+
+def test_a_template_of_parts_is_given_parts() -> None:
+    """As those of models that see images are written: a content that is no list is left out of them."""
+    writers = _writers(PARTS)
+    assert turn_of(writers.tokenizer) == ((WORDS.index("<user>"),), (WORDS.index("<bot>"),))
+    prompts = [
+        "c d",
+        [{"role": "user", "content": "e"}],
+        [{"role": "user", "content": [{"type": "text", "text": "f"}]}],
+    ]
+    said = {_text(text).partition(" b")[0] for text in _written(Prompts(prompts), writers) if text.kind == "task"}
+    assert said == {"<user> c d <bot>", "<user> e <bot>", "<user> f <bot>"}
+
+
+def test_prompts_that_all_come_to_the_same_are_refused() -> None:
+    for writers in (_writers("<user> x <bot>"), _writers()):
+        with pytest.raises(PosthocError, match="makes the same tokens of every prompt"):
+            _written(Prompts(["nobody", "knows"]), writers)
+
+
+def test_words_are_found_in_a_vocabulary_of_odd_numbers() -> None:
+    words = {"[UNK]": 0, "red": 10, "blue": 3000, "<user>": 20, "<bot>": 31}
+    own = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]")
+    tokenizer.chat_template = "<user> {{ messages[0].content }} <bot>"
+    assert turn_of(tokenizer) == ((20,), (31,))
 
 
 def test_what_a_tokenizer_ends_texts_with_is_no_part_of_a_prompt() -> None:
