@@ -14,6 +14,7 @@ from benchmarks.paper.answering import tokens
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.headline import headline
 from benchmarks.paper.intervals import interval, rank_correlation
+from benchmarks.paper.nearness import _with_error
 from benchmarks.paper.page import page as made
 from benchmarks.paper.settings import TASKS, Settings
 from peft_posthoc import extract
@@ -119,10 +120,13 @@ def test_an_adapter_of_nothing_is_as_far_from_the_tuned_model_as_the_base(toy):
     assert done.exit_code == 0, done.output
     lines = ([cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("| "))
     rows = {name: cells for _, name, *cells, _ in lines}
+    assert rows["nothing"][4] == "+0.0000 ± 0.0000"
+    against, _ = rows["whole"].pop(4).split(" ± ")
+    assert rows["tuned"].pop(4) == ""
     assert rows["whole"] == rows["tuned"]
     assert rows["tuned"][:2] == ["0.0000", "100.0 %"]
     made = Experiment(Settings.read(toy / "toy.json"), toy / "data", toy / "work/toy")
-    by_hand, said = [], {}
+    by_hand, less, said = [], [], {}
     for question in made.sets.test:
         row = tokens(question, made.processor)
         place = len(row["input_ids"]) - sum(label != -100 for label in row["labels"])
@@ -131,7 +135,15 @@ def test_an_adapter_of_nothing_is_as_far_from_the_tuned_model_as_the_base(toy):
                 logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([row["input_ids"]])).logits
             said[folder] = torch.distributions.Categorical(logits=logits[0, place - 1 : -1])
         by_hand += torch.distributions.kl_divergence(said[tuned], said[base]).tolist()
+        answer = torch.tensor(row["input_ids"][place:])
+        less += (said[base].log_prob(answer) - said[tuned].log_prob(answer)).tolist()
     assert float(rows["nothing"][0]) == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
+    assert float(against) == pytest.approx(sum(less) / len(less), abs=1e-4)
+
+
+def test_a_difference_of_losses_is_as_uncertain_as_the_questions_are_few():
+    """Two of two tokens and one of one: 1 and 2 below and above the mean of 2."""
+    assert _with_error(torch.tensor([1.0, 2.0, 3.0]), [2, 1]) == f"+2.0000 ± {2**0.5 / 3:.4f}"
 
 
 def test_every_set_of_the_paper_has_a_loader_and_every_configuration_a_set():
