@@ -35,6 +35,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def as_many_threads():
+    """What a test sets of threads ends with it: with more than cores are idle, later tests take many times as long."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def llama_pair(tmp_path_factory):
     """(base, tuned) folders of a tiny Llama of which every tensor changed."""

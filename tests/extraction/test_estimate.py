@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from peft_posthoc import extract, preflight, preflight_many
 from peft_posthoc.extraction import estimate
@@ -20,14 +21,15 @@ def clock(monkeypatch):
     monkeypatch.setattr(estimate, "outcome_of", lambda *_, **__: None)
 
 
-def test_it_is_what_a_weight_takes_times_how_much_work_there_is(clock, llama_pair, monkeypatch):
-    monkeypatch.setattr(estimate.torch, "get_num_threads", lambda: 2)
+def test_it_is_what_a_weight_takes_times_how_much_work_there_is(clock, llama_pair):
+    torch.set_num_threads(2)
     prepared = prepare(*llama_pair, Request.of(4))
     # The costliest are those of the MLP, small enough to be measured as they are.
     share = sum(estimate.costs(prepared).values()) / (1e3 * 48 * 32 + cost(48, 32, 4)) / 2
     assert estimate.seconds(prepared) == pytest.approx((2 * share, 5 * share))
     assert preflight(*llama_pair, 4).seconds == pytest.approx((2 * share, 5 * share))
     assert f"Time: {duration(2 * share)} to {duration(5 * share)}" in preflight(*llama_pair, 4).table()
+    assert torch.get_num_threads() == 2
 
 
 def test_a_fleet_takes_as_long_as_its_fine_tunes_together(clock, llama_pair, tmp_path):
