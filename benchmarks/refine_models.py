@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_posthoc import Prompts, Sampled, extract
 from peft_posthoc.running.live import says
 from peft_posthoc.texts.distance import distances
-from peft_posthoc.texts.texts import Texts, Writers
+from peft_posthoc.texts.texts import Texts
+from peft_posthoc.texts.writers import Writers
 
 GENERAL, SEED_OF_GENERAL = 32, 99
 CPU = torch.device("cpu")

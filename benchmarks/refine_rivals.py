@@ -20,7 +20,7 @@ from peft_posthoc.running.live import Live, says
 from peft_posthoc.running.load import with_adapter
 from peft_posthoc.texts.distance import divergence
 from peft_posthoc.texts.sequences import Tokens, batches, shuffled, split
-from peft_posthoc.texts.texts import Writers
+from peft_posthoc.texts.writers import Writers
 
 SEQUENCES = 960  # `refine`'s default
 DAMPING = 0.03  # as in `compensated`

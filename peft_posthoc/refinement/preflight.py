@@ -30,7 +30,8 @@ from peft_posthoc.running.live import check_sides, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
 from peft_posthoc.texts.sequences import held_out_of, places_of
-from peft_posthoc.texts.texts import Sampled, Texts, Writers, shares, usual_length
+from peft_posthoc.texts.texts import Sampled, Texts, shares, usual_length
+from peft_posthoc.texts.writers import Writers
 
 # Python, PyTorch, transformers and PEFT alone.
 _PROCESS = 480e6

@@ -35,7 +35,8 @@ from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
 from peft_posthoc.texts.distance import Score
 from peft_posthoc.texts.sequences import KINDS, Split, Tokens, split
-from peft_posthoc.texts.texts import Sampled, Texts, Writers, usual_length
+from peft_posthoc.texts.texts import Sampled, Texts, usual_length
+from peft_posthoc.texts.writers import Writers
 
 _WRITING = 0.5
 """Of the time that is left after loading, what may go into text."""

@@ -21,7 +21,8 @@ from peft_posthoc.running.inputs import inputs_for
 from peft_posthoc.running.live import load_live
 from peft_posthoc.running.load import is_loadable, load_model, rows_of, with_adapter
 from peft_posthoc.texts.distance import Score, Sum
-from peft_posthoc.texts.texts import Texts, Writers, usual_length
+from peft_posthoc.texts.texts import Texts, usual_length
+from peft_posthoc.texts.writers import Writers
 
 _SIZE = 8
 """Texts in a batch."""

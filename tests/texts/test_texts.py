@@ -18,7 +18,8 @@ from peft_posthoc.texts.chat import turn_of
 from peft_posthoc.texts.distance import Distance, distances, divergence
 from peft_posthoc.texts.sampling import write_on
 from peft_posthoc.texts.sequences import Batch, Tokens, batches, shuffled, split
-from peft_posthoc.texts.texts import Writers, shares, usual_length
+from peft_posthoc.texts.texts import shares, usual_length
+from peft_posthoc.texts.writers import Writers
 from tests.make import multimodal
 
 WORDS = ["[UNK]", "<s>", "</s>", "<user>", "<bot>", *"abcdefgh"]
