@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from peft_posthoc.adapters.card import REPORT
@@ -27,7 +26,7 @@ from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
 from peft_posthoc.refinement.sharded import check_processes
-from peft_posthoc.refinement.state import State, going_on, state_of
+from peft_posthoc.refinement.state import State, going_on, is_same, state_of
 from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.running.live import Live
@@ -205,7 +204,9 @@ def refine(
             "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
-        notes=tuple(_notes(given, state, fit, clock, in_place=not kept and _is_in_place(adapter, out))),
+        notes=tuple(
+            _notes(given, state, fit, clock, in_place=not kept and out is not None and is_same(found.called, out))
+        ),
     )
 
 
@@ -276,11 +277,6 @@ class _Work:
         with self.live.adapted.disable_adapter():
             found = self.live.distances(parts.held_out, size=self.method.size)
         return found, time.monotonic() - start
-
-
-def _is_in_place(adapter: Refinable, out: str | os.PathLike[str] | None) -> bool:
-    """Whether what is written takes the place of what the fit began with."""
-    return out is not None and isinstance(adapter, str | os.PathLike) and Path(adapter).resolve() == Path(out).resolve()
 
 
 def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock, *, in_place: bool) -> Iterator[str]:

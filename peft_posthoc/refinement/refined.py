@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_posthoc.adapters.card import KINDS
 from peft_posthoc.adapters.push import CanPush
 from peft_posthoc.adapters.writer import Contents, write_folder
-from peft_posthoc.refinement.state import clear
+from peft_posthoc.refinement.state import clear, is_same
 from peft_posthoc.texts.distance import Distance
 from peft_posthoc.texts.sequences import Kind
 
@@ -109,5 +109,5 @@ class Refined(CanPush):
         report = {"refined": self.to_dict(), "start": self.start}
         write_folder(folder, Contents(self.tensors, self.config, report, self.provenance, self.beside), force=force)
         # What an interrupted fit goes on from is of no use where what it began with is replaced.
-        if not self.interrupted or (not self.kept and Path(self.adapter).resolve() == Path(folder).resolve()):
+        if not self.interrupted or (not self.kept and is_same(self.adapter, folder)):
             clear(folder)

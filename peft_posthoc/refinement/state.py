@@ -156,6 +156,11 @@ def going_on(state: State | None) -> Iterator[None]:
         raise
 
 
+def is_same(adapter: str, out: str | os.PathLike[str]) -> bool:
+    """Whether what is written takes the place of the adapter that the fit began with, by what that is called."""
+    return Path(adapter).resolve() == Path(out).resolve()
+
+
 def clear(out: str | os.PathLike[str]) -> None:
     """Remove what fits, with these or other inputs, have kept beside an adapter, once it is written."""
     for folder in _beside(Path(out).absolute()):
