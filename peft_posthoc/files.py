@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from peft_posthoc.errors import AdapterError, CheckpointError, OutputError
+from peft_posthoc.room import OLD, room_beside
 from peft_posthoc.text import asked
 
 
@@ -47,35 +47,40 @@ def staged(
     """
     place, label = Path(os.path.realpath(target)), target if called is None else called
     missing = [path for path in place.parents if not path.exists()]
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    except OSError as error:
-        raise AdapterError(f"Cannot write to `{Path(label).parent}`: {error.strerror or error}.") from error
-    made, old = room / "new", room / "old"
-    try:
-        yield made
-        if force and place.is_dir():
-            _check_apart(place, made, ours)
-            made.chmod(place.stat().st_mode & 0o7777)
-            place.rename(old)
-        elif not force and place.is_file():
-            raise FileExistsError(0, "something is there by now")
-        made.rename(place)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterError(f"{what} could not be written to `{label}`: {reason}. Nothing was left there.") from error
-    finally:
+    with ExitStack() as stack:
+        stack.callback(_remove, missing, place)
         try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            room = stack.enter_context(room_beside(place))
+        except OSError as error:
+            raise AdapterError(f"Cannot write to `{Path(label).parent}`: {error.strerror or error}.") from error
+        made, old = room / "new", room / OLD
+        try:
+            yield made
+            if force and place.is_dir():
+                _check_apart(place, made, ours)
+                made.chmod(place.stat().st_mode & 0o7777)
+                place.rename(old)
+            elif not force and place.is_file():
+                raise FileExistsError(0, "something is there by now")
+            made.rename(place)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise AdapterError(
+                f"{what} could not be written to `{label}`: {reason}. Nothing was left there."
+            ) from error
+        finally:
             if old.exists() and not place.exists():
                 old.rename(place)
             elif old.exists():
                 _bring_back(old, place, ours)
-        finally:
-            if not old.exists():
-                shutil.rmtree(room, ignore_errors=True)
-        if not place.exists():
-            for path in missing:
+
+
+def _remove(folders: Collection[Path], place: Path) -> None:
+    """Remove the folders that were made for a place where nothing came to be."""
+    if not place.exists():
+        for path in folders:
+            with suppress(OSError):  # Not made, or another process has something there by now.
                 path.rmdir()
 
 
@@ -254,17 +259,12 @@ def _write(path: Path, content: bytes) -> None:
         path.write_bytes(content)  # There is nothing to move onto.
         return
     target = Path(os.path.realpath(path))
-    handle, partial = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # Some file systems tell only then that they are full.
-        os.chmod(partial, _mode(target))
-        os.replace(partial, target)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with room_beside(target) as room, (room / "new").open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # Some file systems tell only then that they are full.
+        os.chmod(room / "new", _mode(target))
+        os.replace(room / "new", target)
 
 
 def _mode(target: Path) -> int:

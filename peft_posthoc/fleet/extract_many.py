@@ -28,6 +28,7 @@ from peft_posthoc.fleet.member import Member
 from peft_posthoc.fleet.named import named
 from peft_posthoc.fleet.planned import Planned
 from peft_posthoc.ranks.rules import Rank, several
+from peft_posthoc.room import clear_beside
 from peft_posthoc.sources import Source, open_checkpoint
 from peft_posthoc.text import asked, size
 
@@ -73,6 +74,7 @@ def extract_many(
         with member.alone():
             if member.is_open and made.has(member):
                 member.state = "was there"
+                clear_beside(member.place)  # Of a run that was killed when all but this was done.
             elif member.is_open:
                 check_target(member.place, force=force)
     to_do = [member for member in members if member.is_open]

@@ -87,6 +87,23 @@ def test_a_fleet_that_is_killed_at_any_moment_goes_on(fleet, tmp_path: Path) -> 
     all_there(out, single)
 
 
+def test_what_is_left_beside_an_adapter_that_was_whole_goes_too(fleet, tmp_path: Path) -> None:
+    base, tuned, _ = fleet
+    extract_many(base, tuned[:1], 4, out=tmp_path / "all")
+    before = {path.name for path in (tmp_path / "all").iterdir()}
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from peft_posthoc.room import room_beside
+with room_beside(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "all" / "tuned-0")], check=False, timeout=HANG)
+    assert len(list((tmp_path / "all").iterdir())) == len(before) + 1
+    extract_many(base, tuned[:1], 4, out=tmp_path / "all")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == before
+
+
 def launched(*arguments: object, port: int = 0, node: int = 0, nodes: int = 1) -> subprocess.Popen[str]:
     where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node}", f"--master-port={port}"]
     where += [] if nodes == 1 else ["--master-addr=127.0.0.1"]
