@@ -15,7 +15,7 @@ _GROUPS = {
     "What is carried": "include exclude embeddings head conv experts form for-base vocab with-tokenizer component",
     "Names": "map serve-as tuned-name",
     "Models": "base-revision tuned-revision device stream exact",
-    "Refining": "refine prompts texts field prefix sequences length method passes lr damping shard minutes seed",
+    "Refining": "refine prompts texts field prefix sequences length method passes lr bf16 damping shard minutes seed",
     "Output": "dry-run layers html plot quiet json debug help",
 }
 # Fewer are read at a glance.

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from peft_posthoc.texts.texts import Texts
 
 _POSITIVE = click.FloatRange(0, min_open=True)
-_METHODS = {"distil": ("lr", "passes", "shard"), "compensated": ("damping",), "blocks": ("lr", "passes")}
+_METHODS = {
+    "distil": ("lr", "passes", "bf16", "shard"),
+    "compensated": ("damping",),
+    "blocks": ("lr", "passes", "bf16"),
+}
 """The ways to refine, with the options that are theirs."""
 
 
@@ -64,6 +68,12 @@ REFINING = together(
         help="distil, blocks: step, relative to a factor's size.  [default: 0.05; of distil without data 0.02]",
     ),
     click.option(
+        "--bf16",
+        is_flag=True,
+        default=None,
+        help="distil, blocks: multiply in bfloat16, on what is made for it; what is measured is in float32.",
+    ),
+    click.option(
         "--damping",
         type=_POSITIVE,
         help="compensated: how strongly layers are drawn to the tuned weights where text says little.  [default: 0.03]",
@@ -81,6 +91,7 @@ _OWN = (
     "method",
     "passes",
     "lr",
+    "bf16",
     "damping",
     "shard",
     "minutes",
@@ -127,7 +138,7 @@ def refining(options: dict[str, Any]) -> Refining:
     return Refining(given, chosen, **numbers)
 
 
-def _method(name: str | None, options: Mapping[str, float | None]) -> Method | Usual | None:
+def _method(name: str | None, options: Mapping[str, Any]) -> Method | Usual | None:
     import peft_posthoc
     from peft_posthoc.refinement.usual import Usual
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def in_bfloat16(device: torch.device, asked: bool = True) -> Any:
+    """A context that products of matrices are of bfloat16 in, if asked for; sums, norms and logarithms are not."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=asked)
 
 
 class Devices:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from peft_posthoc.compute.device import in_bfloat16
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.method import LATE, UNREAD, Fit, finite, kept_or_put_back
@@ -35,11 +36,13 @@ class blocks:
         lr: Step relative to the root mean square of each factor.
         size: Texts in a batch.
         passes: Over the texts, for each block.
+        bf16: Multiply in bfloat16 in the steps; judge in float32 all the same.
     """
 
     lr: float = 0.05
     size: int = 8
     passes: float = 2.0
+    bf16: bool = False
     streams: ClassVar[bool] = True
 
     def __call__(
@@ -132,7 +135,8 @@ class blocks:
                     share = live.together.first(max(done / steps, (time.monotonic() - began) / seconds))
                     if share >= 1:
                         break
-                    loss = _loss(stretch, order.pop())
+                    with in_bfloat16(live.device, self.bf16):
+                        loss = _loss(stretch, order.pop())
                     if not live.together.first(math.isfinite(loss.item())):
                         break
                     optimizer.step(loss, share)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from peft_posthoc.compute.device import in_bfloat16
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.method import LATE, UNREAD, Fit, better, finite, nearer
 from peft_posthoc.refinement.pace import At, Pace
@@ -41,12 +42,14 @@ class distil:
         size: Texts in a batch.
         passes: Over the texts.
         shard: Split both models among the processes (PyTorch's FSDP), which then hold a part and a block at a time.
+        bf16: Multiply in bfloat16 where text is written and in the steps; judge in float32 all the same.
     """
 
     lr: float | None = None
     size: int = 4
     passes: float = 4.0
     shard: bool = False
+    bf16: bool = False
     streams: ClassVar[bool] = False
 
     def __call__(
@@ -99,7 +102,8 @@ class distil:
                 with together.agreed():
                     own = together.share(part)
                     # Who has none runs the models all the same: others may need its parts of them.
-                    loss, tokens = _loss(model, wanted, own or part[:1], live.device)
+                    with in_bfloat16(live.device, self.bf16):
+                        loss, tokens = _loss(model, wanted, own or part[:1], live.device)
                     if not own:
                         loss, tokens = 0 * loss, 0 * tokens
                     summed = torch.stack([loss.detach(), tokens])

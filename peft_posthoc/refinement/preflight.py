@@ -208,11 +208,13 @@ def _closed_form(model: Any, file: AdapterFile, tokens: int, models_bytes: int) 
 def _by_gradients(model: Any, file: AdapterFile, chosen: Method, texts: int, length: int) -> tuple[int, int]:
     """Steps of an optimiser on so many texts, and the bytes that one takes."""
     passes, tokens = getattr(chosen, "passes", 1.0), chosen.size * length
+    part = max(blocks_of(model), key=_bytes) if chosen.streams else model
+    kept = _activations(model, chosen.size, length, part)
+    if getattr(chosen, "bf16", False):
+        kept += _bytes(part) // 2  # Gradients want the weights as they were multiplied.
     if not chosen.streams:
-        work = _activations(model, chosen.size, length, model) + _logits(model, tokens)
-        return max(1, math.ceil(passes * texts / chosen.size)), work
+        return max(1, math.ceil(passes * texts / chosen.size)), kept + _logits(model, tokens)
     parts, fits_head = _stretches(model, file.modules)
-    kept = _activations(model, chosen.size, length, max(blocks_of(model), key=_bytes))
     steps = max(1, math.ceil(passes * math.ceil(texts / chosen.size))) * (parts + fits_head)
     return steps, max(kept, _logits(model, tokens if fits_head else min(tokens, AT_ONCE)))
 

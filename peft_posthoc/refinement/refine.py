@@ -14,7 +14,7 @@ from typing import Any
 from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.writer import copied
-from peft_posthoc.compute.device import pick_device
+from peft_posthoc.compute.device import in_bfloat16, pick_device
 from peft_posthoc.compute.together import Together
 from peft_posthoc.errors import PosthocError
 from peft_posthoc.extraction.adapter import Adapter
@@ -268,7 +268,11 @@ class _Work:
             writers = Writers(*pair, live.tokenizer, live.vocabulary, until=until, together=live.together)
             length = length or usual_length(self.given, writers)
             length = min(length, live.longest or length)
-            written = self.given.write(writers, count=sequences, length=length, seed=self.seed, progress=self.progress)
+            # Models that are loaded to write are in the type of their files.
+            with in_bfloat16(live.device, getattr(self.method, "bf16", False) and not self.method.streams):
+                written = self.given.write(
+                    writers, count=sequences, length=length, seed=self.seed, progress=self.progress
+                )
         return live.together.first(written)
 
     def alone(self, parts: Split) -> tuple[Score, float]:

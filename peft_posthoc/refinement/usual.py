@@ -27,10 +27,12 @@ class Usual:
     Args:
         lr: Of whichever it is (see there); its own if None.
         passes: The same.
+        bf16: The same.
     """
 
     lr: float | None = None
     passes: float | None = None
+    bf16: bool | None = None
 
     def method(
         self,

@@ -46,6 +46,7 @@ def test_the_table_and_the_json_say_the_same(here: Path, llama_pair: tuple[str, 
         (["--damping", "0.1"], 1e9, "compensated"),  # No other has it.
         (["--method", "blocks", "--lr", "0.1"], 1e9, "blocks"),
         (["--lr", "0.1"], 1e9, "distil"),
+        (["--bf16", "--lr", "0.1"], 1e9, "distil"),
         (["--lr", "0.1"], 1e3, "blocks"),  # Both models do not fit.
     ],
 )
@@ -63,6 +64,7 @@ def test_the_method_is_chosen_with_its_options(
     told = json.loads((here / "told.json").read_text())["options"]["method"]
     assert told["kind"] == method
     assert told[options[-2].removeprefix("--")] == 0.1
+    assert told.get("bf16", False) == ("--bf16" in options)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,7 @@ def test_the_method_is_chosen_with_its_options(
         (["--lr", "0"], 2, "--lr"),
         (["--lr", "1", "--method", "compensated"], 2, "--lr does not belong to --method compensated"),
         (["--damping", "1", "--method", "distil"], 2, "--damping does not belong to --method distil"),
+        (["--bf16", "--method", "compensated"], 2, "--bf16 does not belong to --method compensated"),
         (["--damping", "1", "--lr", "1"], 2, "No method takes --damping and --lr together"),
     ],
 )

@@ -65,6 +65,10 @@ def test_a_block_at_a_time_needs_less_the_more_blocks_there_are(tmp_path: Path) 
     )
     for one in parts:
         assert one.models_bytes < 0.6 * whole.models_bytes
+    # In bfloat16 a step keeps weights for its gradients as they were multiplied: of both models half are the base's.
+    narrow, by_blocks = (refine_preflight(tmp_path / "svd", *pair, method=one(bf16=True)) for one in (distil, blocks))
+    assert narrow.work_bytes - whole.work_bytes == whole.models_bytes // 4
+    assert 0 < by_blocks.work_bytes - parts[1].work_bytes < whole.models_bytes // 4 / 16
 
 
 @pytest.mark.parametrize("make", [models.gpt2, models.llama, models.mixtral, models.laguna])

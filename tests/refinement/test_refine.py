@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_posthoc import Given, MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.refinement.distil import _loss as loss_of
 from peft_posthoc.refinement.method import Fit
+from peft_posthoc.refinement.streamed import Streamed
+from peft_posthoc.running.live import Live
 from peft_posthoc.texts.sequences import Tokens
 from tests.make.texts import tokenizer
 
@@ -285,3 +288,44 @@ def test_steps_are_not_for_what_comes_before_a_fixed_token() -> None:
         assert (loss.item() > 2) == (not fixed)
         (gradient,) = torch.autograd.grad(loss, logits)
         assert bool(gradient[:, 0].any()) == (not fixed)
+
+
+@pytest.mark.parametrize("method", [distil(bf16=True), blocks(bf16=True), distil()])
+def test_bf16_is_of_what_is_written_and_fitted_and_never_of_what_is_judged(
+    method: Any, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, found, phase = _adapter(pair, tmp_path / "svd"), defaultdict[str, set[torch.dtype]](set), ["opened"]
+
+    def within(name: str, call: Any) -> Any:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            phase.append(name)
+            try:
+                return call(*given, **named)
+            finally:
+                phase.pop()
+
+        return wrapped
+
+    def record(module: Any, _: Any, output: Any) -> None:
+        if isinstance(module, torch.nn.Linear):
+            found[phase[-1]].add(output.dtype)
+
+    monkeypatch.setattr(type(method), "__call__", within("fitted", type(method).__call__))
+    for live in (Live, Streamed):
+        monkeypatch.setattr(live, "distances", within("judged", live.distances))
+    monkeypatch.setattr(Sampled, "write", within("written", Sampled.write))
+    hook = torch.nn.modules.module.register_module_forward_hook(record)
+    try:
+        refined = refine(adapter, *pair, method=method, **SMALL)
+    finally:
+        hook.remove()
+    assert found["judged"] == {torch.float32}
+    narrow = {torch.bfloat16} if method.bf16 else {torch.float32}
+    if isinstance(method, distil):
+        assert found["written"] == found["fitted"] == narrow
+    else:  # The models that write are loaded in the files' type; whether a block came nearer is judged too.
+        assert found["written"] == {torch.float32}
+        assert found["fitted"] == {torch.float32, torch.bfloat16}
+    assert not refined.kept
+    assert refined.options["method"]["bf16"] is method.bf16
+    assert {x.dtype for x in refined.tensors.values()} == {torch.float32}
