@@ -15,6 +15,11 @@ from tests.make import models
 from tests.make.same import same
 
 
+@pytest.fixture(autouse=True)
+def compiles(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+
+
 def compiled_whole(model):
     # Nothing is run, so nothing is compiled; to import torch's own backend takes seconds.
     return torch.compile(model, backend="eager")
