@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from safetensors.torch import load_file
 
 from peft_posthoc import extract
 from tests.make import models
-from tests.make.limits import HANG
+from tests.make.launched import launched
 
 # The classes of the model and of its weights, and what accelerate says that it does.
 SETUPS = {
@@ -29,16 +26,8 @@ SETUPS = {
 }
 
 
-def torchrun(*arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*launcher, "-m", "tests.make.distributed_run", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+def trained(*arguments):
+    return launched("tests.make.distributed_run", *arguments, DS_ACCELERATOR="cpu")
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -46,7 +35,7 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
     if setup.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed.")
     base = llama_pair[0]
-    ran = torchrun(setup, tmp_path / "run", base)
+    ran = trained(setup, tmp_path / "run", base)
     assert ran.returncode == 0, ran.stderr[-3000:]
     # That it was what it is called: accelerate falls back to plain processes without a word.
     model, kind, weight = SETUPS[setup]
@@ -78,7 +67,7 @@ def test_every_checkpoint_of_two_processes_gets_its_adapter(setup, llama_pair, t
 
 def test_weights_that_are_spread_and_were_not_saved_are_told(llama_pair, tmp_path):
     # The first process alone must not wait for parts that only the others hold.
-    ran = torchrun("native-fsdp-unsaved", tmp_path / "run", llama_pair[0])
+    ran = trained("native-fsdp-unsaved", tmp_path / "run", llama_pair[0])
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "there is no adapter `final`: the weights are spread over processes, and were not saved" in ran.stderr
     assert not (tmp_path / "run/phlora").exists()
@@ -100,6 +89,6 @@ def energy_of_ddp(base, tmp_path):
     """The energy that the same run's adapter keeps without any sharding."""
     if "ddp" not in _known:
         folder = tmp_path / "run-ddp"
-        assert torchrun("ddp", folder, base).returncode == 0
+        assert trained("ddp", folder, base).returncode == 0
         _known["ddp"] = json.loads((folder / "phlora/final/phlora_report.json").read_text())["totals"]["energy"]
     return _known["ddp"]

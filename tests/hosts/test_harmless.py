@@ -1,14 +1,11 @@
 """A training run is what it is without the callback: losses, log, checkpoints, weights, random numbers, collectives."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.make import traces
-from tests.make.limits import HANG
+from tests.make.launched import launched
 
 WITHOUT_STEPS = ("silent", "at the end", "refined here")
 # Of two processes, those in which the callback does what only the first of them may: each way it works, once.
@@ -17,15 +14,7 @@ OF_TWO = ("steps", "best at the end", "here", "refined", "resumed")
 
 def _saw(count, names, base, folder):
     """What each of one or two processes saw of every run, with the callback and without it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    ran = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.make.traces", str(folder), str(base), ",".join(names)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+    ran = launched("tests.make.traces", folder, base, ",".join(names), count=count)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder, [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(count)]
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from peft_posthoc import PosthocError, distil, extract, refine
 from peft_posthoc.refinement.preflight import refine_preflight
 from tests.make import models
 from tests.make.coded_folders import fp8, quantise
-from tests.make.limits import HANG
+from tests.make.launched import launched
 from tests.make.shard_run import LENGTH, SEQUENCES
 
 MAKES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -27,18 +24,6 @@ MAKES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt2": (models.gpt2, {"embeddings": True}),  # tied; Conv1D
     "mixtral": (models.mixtral, {"form": "peft"}),  # experts as PEFT's target_parameters, norms kept whole
 }
-
-
-def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    return subprocess.run(
-        [*launcher, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +38,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
             shutil.rmtree(pair[0])
             (place / "codes").rename(pair[0])
         folders += [extract(*pair, 2, dtype=torch.float32, **options).save(place / name / "svd"), *pair]
-    found = torchrun("tests.make.shard_run", *folders)
+    found = launched("tests.make.shard_run", *folders)
     assert found.returncode == 0, found.stderr[-3000:]
     return place, [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
 
@@ -96,7 +81,7 @@ def test_what_goes_wrong_ends_both_with_one_line(
 ) -> None:
     adapter = extract(*llama_pair, 2).save(tmp_path / "svd")
     options = ["--base", llama_pair[0], "--tuned", llama_pair[1], "--shard", "--sequences", 32, "--length", 12, *more]
-    ran = torchrun("tests.make.refine_run", "refine", adapter, tmp_path / "out", *options, "--quiet", FAIL=fail)
+    ran = launched("tests.make.refine_run", "refine", adapter, tmp_path / "out", *options, "--quiet", FAIL=fail)
     assert ran.returncode != 0
     lines = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
     assert len(lines) == 1

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,19 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_posthoc import extract, refine
-from tests.make.limits import HANG
-
-
-def _torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*launcher, "-m", "tests.make.refine_run", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+from tests.make.launched import launched
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +22,9 @@ def test_two_processes_extract_and_refine_what_one_does(
 ) -> None:
     # A last batch of one text: one of them has nothing to do.
     text = ["--refine", "--sequences", 45, "--length", 12]
-    ran = _torchrun("extract", *llama_pair, tmp_path / "out", "--rank", 2, "--dtype", "float32", *text)
+    ran = launched(
+        "tests.make.refine_run", "extract", *llama_pair, tmp_path / "out", "--rank", 2, "--dtype", "float32", *text
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = sorted(line for line in ran.stdout.splitlines() if line.startswith("found"))
     assert len(found) == 2
@@ -60,7 +47,7 @@ def test_the_first_one_s_clock_is_that_of_both(
     """The second one would judge less often, or not fit at all: each would wait for what the other never says."""
     models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
     options = ["--method", method, "--minutes", "2", "--sequences", 45, "--length", 12, "--quiet"]
-    ran = _torchrun("refine", adapter, tmp_path / "out", *models, *options, LATE="1")
+    ran = launched("tests.make.refine_run", "refine", adapter, tmp_path / "out", *models, *options, LATE="1")
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = sorted(line for line in ran.stdout.splitlines() if line.startswith("found"))
     assert len(found) == 2
@@ -82,7 +69,7 @@ def test_what_goes_wrong_ends_both_with_one_line(
 ) -> None:
     models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
     options = ["--sequences", 32, "--length", 12, "--quiet", *more]
-    ran = _torchrun("refine", adapter, tmp_path / "out", *models, *options, FAIL=fail)
+    ran = launched("tests.make.refine_run", "refine", adapter, tmp_path / "out", *models, *options, FAIL=fail)
     assert ran.returncode != 0
     lines = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
     assert len(lines) == 1
