@@ -30,7 +30,7 @@ from peft_posthoc.running.live import check_sides, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
 from peft_posthoc.texts.sequences import held_out_of, places_of
-from peft_posthoc.texts.texts import Sampled, Texts, shares, usual_length
+from peft_posthoc.texts.texts import Sampled, Texts, check_room, shares, usual_length
 from peft_posthoc.texts.writers import Writers
 
 # Python, PyTorch, transformers and PEFT alone.
@@ -129,6 +129,7 @@ def refine_preflight(
         AdapterError: The folder is no plain LoRA adapter.
         CheckpointError: A model cannot be read, or is of no class that is known.
         MismatchError: The two are not of one class.
+        PosthocError: No text of that length has room for an answer.
     """
     file: AdapterFile = open_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
     where = pick_device(device)
@@ -139,9 +140,10 @@ def refine_preflight(
     check_sides(*pair)
     models = [_built(one) for one in pair]
     places, given = places_of(models[0].config), texts or Sampled()
-    if length is None:
-        length = usual_length(given, Writers(None, None, tokenizer_beside(None, *reversed(pair)), 0))
+    writers = Writers(None, None, tokenizer_beside(None, *reversed(pair)), 0)
+    length = length or usual_length(given, writers)
     length = min(length, places or length)
+    check_room(given, writers, length)
     kinds = shares(given, sequences)
     sequences = sum(kinds)
     names = [name for module in file.modules.values() for name in module.tensor_names()]

@@ -62,18 +62,9 @@ class Sampled:
         _, general = shares(self, count)
         openings = writers.openings(count, draw)
         of_no_subject, openings = openings[:general], openings[general:]
-        if turn is not None and turn.before:
-            openings = [list(turn.before)] * len(openings)
-        elif self.prefix:  # Most tokenizers have a space before a word as a part of it: the models write it.
-            openings = [writers.encode(self.prefix.removesuffix(" "))] * len(openings)
-            if not openings[0]:
-                raise PosthocError(f"The tokenizer makes no token of the prefix {self.prefix!r:.40}.")
-        after = () if turn is None else turn.after
-        if (taken := len(openings[-1]) + len(after)) + 1 >= length:
-            raise PosthocError(
-                f"What stands around a prompt has {taken} tokens, which leaves no room in texts of {length} tokens for "
-                f"a prompt and its answer. Allow longer texts (`{asked('length', None)}`)."
-            )
+        opening, after = self._around(writers, length)
+        if opening:
+            openings = [opening] * len(openings)
         # How long a prompt is, nobody knows: anything up to three quarters of the text.
         room = [draw.randint(1, max(1, 3 * (length - len(opening) - len(after)) // 4)) for opening in openings]
         ends, never = writers.ends, list[int]()
@@ -106,6 +97,25 @@ class Sampled:
             ]
             return texts + _answered(writers, starts, length, bar)
 
+    def _around(self, writers: Writers, length: int) -> tuple[list[int], list[int]]:
+        """What stands before a prompt, if that is no random token, and after it.
+
+        Raises:
+            PosthocError: It leaves no room for a prompt and its answer.
+        """
+        turn = _turn(self, writers.tokenizer)
+        before, after = ([], []) if turn is None else (list(turn.before), list(turn.after))
+        if self.prefix:  # Most tokenizers have a space before a word as a part of it: the models write it.
+            before = writers.encode(self.prefix.removesuffix(" "))
+            if not before:
+                raise PosthocError(f"The tokenizer makes no token of the prefix {self.prefix!r:.40}.")
+        if (taken := max(1, len(before)) + len(after)) + 1 >= length:
+            raise PosthocError(
+                f"What stands around a prompt has {taken} tokens, which leaves no room in texts of {length} tokens for "
+                f"a prompt and its answer. Allow longer texts (`{asked('length', None)}`)."
+            )
+        return before, after
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -125,24 +135,32 @@ class Prompts:
         if not self.prompts:
             raise PosthocError("There are no prompts.")
         draw, (task, general) = random.Random(seed), shares(self, count)
-        own = [ids for ids in _encoded(writers, self.prompts) if ids]
-        if not own:
-            raise PosthocError("The tokenizer knows nothing of any prompt: there are no prompts.")
-        too_long = sum(len(ids) >= length for ids in own)
-        if too_long == len(own):
-            raise PosthocError(
-                f"Every prompt has {length} tokens or more. Allow longer texts (`{asked('length', None)}`)."
-            )
+        own, too_long = self._starts(writers, length)
         if too_long:
-            left = f"{too_long} of {len(own)} prompts are left out: they have {length} tokens or more."
+            left = f"{too_long} of {len(own) + too_long} prompts are left out: they have {length} tokens or more."
             warnings.warn(f"{left} Allow longer texts (`{asked('length', None)}`).", LeftOutWarning, stacklevel=2)
-        own = [ids for ids in own if len(ids) < length]
         # Each prompt is answered as often as it takes; another answer is another text.
         starts = [own[i % len(own)] for i in range(task)]
         openings = writers.openings(general, draw)
         with _seeded(seed), progress_bar(total=count, desc="Writing text", progress=progress) as bar:
             answered = _answered(writers, starts, length, bar, share=7 / 8)
             return answered + writers.general(openings, length, bar)
+
+    def _starts(self, writers: Writers, length: int) -> tuple[list[list[int]], int]:
+        """The prompts that leave room for an answer, and how many leave none.
+
+        Raises:
+            PosthocError: No prompt leaves any, or none has tokens.
+        """
+        own = [ids for ids in _encoded(writers, self.prompts) if ids]
+        if not own:
+            raise PosthocError("The tokenizer knows nothing of any prompt: there are no prompts.")
+        short = [ids for ids in own if len(ids) < length]
+        if not short:
+            raise PosthocError(
+                f"Every prompt has {length} tokens or more. Allow longer texts (`{asked('length', None)}`)."
+            )
+        return short, len(own) - len(short)
 
 
 @dataclass(frozen=True)
@@ -199,6 +217,18 @@ def usual_length(texts: Texts, writers: Writers) -> int:
         return _LENGTH
     longest = max(map(len, _encoded(writers, texts.prompts)), default=0)
     return max(_LENGTH, min(longest + _ANSWER, _MOST))
+
+
+def check_room(texts: Texts, writers: Writers, length: int) -> None:
+    """See before any text is written that one of so many tokens has room for an answer.
+
+    Raises:
+        PosthocError: It has none, or the tokenizer makes nothing of prompts or prefix.
+    """
+    if isinstance(texts, Sampled):
+        texts._around(writers, length)
+    elif isinstance(texts, Prompts):
+        texts._starts(writers, length)
 
 
 def _turn(sampled: Sampled, tokenizer: Any) -> Turn | None:

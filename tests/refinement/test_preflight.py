@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from transformers import MptConfig, MptForCausalLM
 
-from peft_posthoc import Given, Prompts, Sampled, blocks, compensated, distil, extract, refine
+from peft_posthoc import Given, PosthocError, Prompts, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.cli.main import main
 from peft_posthoc.refinement.preflight import _COPIES, _LOGITS, refine_preflight
 from peft_posthoc.refinement.walk import Walk
@@ -182,3 +182,25 @@ def test_the_length_is_what_the_fit_will_take(tmp_path: Path) -> None:
     ):
         assert refine_preflight(tmp_path / "svd", *pair, texts=texts).length == length
     assert refine_preflight(tmp_path / "svd", *pair, length=20).length == 20
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "told"),
+    [
+        (None, 4, "What stands around a prompt has 3 tokens, which leaves no room in texts of 4 tokens"),
+        (Sampled("w1 w2 w4 w5"), 5, "What stands around a prompt has 4 tokens"),
+        (Prompts(["w7 w7 w7", "w8 w8 w8 w8"]), 6, "Every prompt has 6 tokens or more"),
+    ],
+)
+def test_what_has_no_room_for_an_answer_is_told_as_the_fit_tells_it(
+    tmp_path: Path, texts: Any, length: int, told: str
+) -> None:
+    pair = models.save_pair(models.llama(), tmp_path)
+    own = tokenizer()
+    own.chat_template = "w1 w2 {{ messages[0].content }} w3"
+    own.save_pretrained(pair[1])
+    extract(*pair, 2).save(tmp_path / "svd")
+    for run in (refine, refine_preflight):
+        with pytest.raises(PosthocError, match=told):
+            run(tmp_path / "svd", *pair, texts=texts, sequences=12, length=length)
+    refine_preflight(tmp_path / "svd", *pair, texts=texts, sequences=12, length=length + 1)
