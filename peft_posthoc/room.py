@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import os
+import platform
 import shutil
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+if sys.platform != "win32":
+    import fcntl
+
 OLD = "old"
 """In a room: what was at the output's place before. A room is never removed with it."""
 
-_END = ".phlora"
-_LOCK = "lock"
-# filelock's ways to say that a file cannot be locked, or is locked by another.
-_UNLOCKED = (OSError, NotImplementedError)
+# Some file systems keep locks to one machine: another one's rooms are nobody's to judge here.
+_END = f".{zlib.crc32(platform.node().encode()):08x}.phlora"
 
 
 @contextmanager
@@ -33,30 +39,74 @@ def room_beside(place: Path) -> Iterator[Path]:
     Raises:
         OSError: No folder can be made there.
     """
-    from filelock import FileLock  # What only reads need not wait for it.
-
     clear_beside(place)
-    room = Path(tempfile.mkdtemp(prefix=_start(place), suffix=_END, dir=place.parent))
-    lock = FileLock(room / _LOCK, blocking=False)
+    room, held = _new(place)
     try:
-        with suppress(*_UNLOCKED):  # Not every file system has locks: then a killed process' room stays.
-            lock.acquire()
         yield room
     finally:
         if not (room / OLD).exists():
             shutil.rmtree(room, ignore_errors=True)
-        lock.release()
+        _let_go(held)
 
 
 def clear_beside(place: Path) -> None:
-    """Remove what processes that were killed left beside a place."""
-    from filelock import FileLock
+    """Remove what processes of this machine that were killed left beside a place."""
+    place = Path(os.path.realpath(place))
+    for left in place.parent.glob(f"{glob.escape(_start(place))}????????{glob.escape(_END)}"):
+        with suppress(OSError):  # Of another user, or gone by now.
+            held = _lock(left)
+            try:
+                if held is not None and not (left / OLD).exists():
+                    shutil.rmtree(left)
+            finally:
+                _let_go(held)
 
-    for left in place.parent.glob(f"{glob.escape(_start(place))}????????{_END}"):
-        # One without a lock may have been made in this moment.
-        if (left / _LOCK).exists() and not (left / OLD).exists():
-            with suppress(*_UNLOCKED), FileLock(left / _LOCK, blocking=False):
-                shutil.rmtree(left)
+
+def _new(place: Path) -> tuple[Path, int | None]:
+    """A folder, and the lock on it; None where the file system has none: what is left of it then stays."""
+    while True:
+        room = Path(tempfile.mkdtemp(prefix=_start(place), suffix=_END, dir=place.parent))
+        try:
+            held = _lock(room)
+        except FileNotFoundError:
+            continue  # Another process took it for one that is left.
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                continue  # It is about to.
+            return room, None
+        if held is None or _is(room, held):
+            return room, held
+        _let_go(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder, until what comes back is let go; None on systems that have no such locks.
+
+    Raises:
+        OSError: Another process holds it, or the file system has no locks.
+    """
+    if sys.platform == "win32":
+        return None
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(held)
+        raise
+    return held
+
+
+def _let_go(held: int | None) -> None:
+    if held is not None:
+        with suppress(OSError):
+            os.close(held)
+
+
+def _is(folder: Path, held: int) -> bool:
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(held))
+    except FileNotFoundError:
+        return False
 
 
 def _start(place: Path) -> str:

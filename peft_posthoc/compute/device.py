@@ -47,7 +47,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def in_bfloat16(device: torch.device, asked: bool = True) -> Any:
-    """A context that products of matrices are of bfloat16 in, if asked for; sums, norms and logarithms are not."""
+    """A context that products of matrices are of bfloat16 in, if asked for; of what follows PyTorch decides."""
     return torch.autocast(device.type, torch.bfloat16, enabled=asked)
 
 

@@ -71,10 +71,10 @@ def extract_many(
     shared, members = _begun(base, tuned, Request.of(rank, **options), place, processes)
     made = Made(place)
     for member in members:
+        clear_beside(member.place)  # Before it is seen what room there is on the disk.
         with member.alone():
             if member.is_open and made.has(member):
                 member.state = "was there"
-                clear_beside(member.place)  # Of a run that was killed when all but this was done.
             elif member.is_open:
                 check_target(member.place, force=force)
     to_do = [member for member in members if member.is_open]

@@ -28,6 +28,7 @@ from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.files import free_at, staged
 from peft_posthoc.formats.result import Exported, Out, files_of, write_report
 from peft_posthoc.progress import progress_bar
+from peft_posthoc.room import clear_beside
 from peft_posthoc.sources import open_checkpoint
 from peft_posthoc.text import size
 
@@ -53,6 +54,7 @@ def write(deltas: AdapterOnModel, out: Out, *, dtype: torch.dtype | None, force:
     """
     merge = Merge(deltas, dtype, _served(deltas))
     total = sum(header.bytes for header in merge.headers.values())
+    clear_beside(out.place)
     # Before the base's weights are fetched, if it is on the hub.
     _room_for(total, deltas.base, out)
     shards, config = _shards(deltas, merge.headers), merge.config()

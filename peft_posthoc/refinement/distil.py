@@ -42,7 +42,8 @@ class distil:
         size: Texts in a batch.
         passes: Over the texts.
         shard: Split both models among the processes (PyTorch's FSDP), which then hold a part and a block at a time.
-        bf16: Multiply in bfloat16 where text is written and in the steps; judge in float32 all the same.
+        bf16: Multiply in bfloat16 where text is written and in the steps; judge in float32 all the same. A step keeps
+            the base's weights as they were multiplied, with `shard` too: half as much memory as the base takes.
     """
 
     lr: float | None = None

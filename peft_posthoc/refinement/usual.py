@@ -59,12 +59,13 @@ class Usual:
             return distil(**own)
         sides = open_checkpoint(base, revision=base_revision), open_checkpoint(tuned, revision=tuned_revision)
         taken, free = sum(map(_in_float32, sides)), _MODELS * free_memory(device)
+        narrow = _in_float32(sides[0]) / 2 if self.bf16 else 0  # The base's weights, as a step multiplies them.
         # A CPU has one memory for all, and nothing is won by splitting there; GPUs have one each.
-        if (processes * taken if device.type == "cpu" else taken) <= free:
+        if (processes if device.type == "cpu" else 1) * (taken + narrow) <= free:
             return distil(**own)
         splits = device.type != "cpu" and processes > 1
         part = taken / processes + max(sum(header.bytes for header in side.headers.values()) for side in sides)
-        return distil(shard=True, **own) if splits and part <= free else blocks(**own)
+        return distil(shard=True, **own) if splits and part + narrow <= free else blocks(**own)
 
 
 def _in_float32(checkpoint: Checkpoint) -> int:

@@ -109,7 +109,8 @@ class Sampled:
             before = writers.encode(self.prefix.removesuffix(" "))
             if not before:
                 raise PosthocError(f"The tokenizer makes no token of the prefix {self.prefix!r:.40}.")
-        if (taken := max(1, len(before)) + len(after)) + 1 >= length:
+        opening = len(before) or len(writers.before) + 1  # Any token stands there else.
+        if (taken := opening + len(after)) + 1 >= length:
             raise PosthocError(
                 f"What stands around a prompt has {taken} tokens, which leaves no room in texts of {length} tokens for "
                 f"a prompt and its answer. Allow longer texts (`{asked('length', None)}`)."

@@ -21,6 +21,7 @@ class Writers:
 
     base: Any
     tuned: Any
+    """None, as the base, where nothing is written."""
     tokenizer: Any
     vocabulary: int
     """Tokens that both models know."""
@@ -93,11 +94,20 @@ class Writers:
     @property
     def ends(self) -> list[int]:
         """Tokens that end a text, of the tuned model's configuration and of the tokenizer."""
-        config = self.tuned.config  # Of several models, such as one that sees and one that says, the last knows.
-        told = [getattr(own, "eos_token_id", None) for own in (config, config.get_text_config())]
-        told.append(getattr(self.tuned.generation_config, "eos_token_id", None))
-        told.append(getattr(self.tokenizer, "eos_token_id", None))
+        told = [getattr(self.tokenizer, "eos_token_id", None)]
+        if self.tuned is not None:
+            config = self.tuned.config  # Of several models, such as one that sees and one that says, the last knows.
+            places = config, config.get_text_config(), self.tuned.generation_config
+            told += [getattr(own, "eos_token_id", None) for own in places]
         return sorted({i for one in told if one is not None for i in (one if isinstance(one, list) else [one])})
+
+    @property
+    def before(self) -> list[int]:
+        """What the tokenizer puts before every text."""
+        if self.tokenizer is None:
+            return []
+        start = getattr(self.tokenizer, "bos_token_id", None)
+        return [i for i in self.encode("", whole=True) if i not in self.ends or i == start]
 
     @property
     def special(self) -> set[int]:
@@ -124,10 +134,7 @@ class Writers:
 
     def openings(self, count: int, draw: random.Random) -> list[list[int]]:
         """What texts of no subject start with: what the tokenizer puts before every text, then any token."""
-        ends, vocabulary, special, before = self.ends, self._words, self.special, list[int]()
-        if self.tokenizer is not None:
-            start = getattr(self.tokenizer, "bos_token_id", None)
-            before = [i for i in self.encode("", whole=True) if i not in ends or i == start]
+        vocabulary, special, before = self._words, self.special, self.before
 
         def token() -> int:
             while (found := draw.randrange(vocabulary)) in special:

@@ -70,7 +70,8 @@ def test_what_is_no_room_or_holds_what_was_there_before_stays(tmp_path):
     killed(begun(FOLDER, tmp_path))
     (left,) = tmp_path.iterdir()
     (left / "old").mkdir()
-    for name in (".out.settings", ".out.settings.phlora", ".out.12345678.phlora"):
+    elsewhere = left.name.replace(left.suffixes[-2], ".0123abcd")  # another machine's
+    for name in (".out.settings", ".out.settings.phlora", ".out.12345678.phlora", elsewhere):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("years of work")
     before = set(tmp_path.rglob("*"))
@@ -79,10 +80,26 @@ def test_what_is_no_room_or_holds_what_was_there_before_stays(tmp_path):
 
 
 def test_where_nothing_can_be_locked_writing_goes_on(tmp_path, monkeypatch):
-    def no_locks(self):
+    killed(begun(FOLDER, tmp_path))
+    (left,) = tmp_path.iterdir()
+
+    def no_locks(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("filelock.FileLock._acquire", no_locks)
-    write_whole(tmp_path / "file", "whole")
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    write_whole(tmp_path / "out", "whole")
     write_folder(tmp_path / "folder")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "folder", left.name}
+
+
+def test_processes_that_write_the_same_place_at_once_leave_each_other_their_rooms(tmp_path):
+    code = """
+import time
+from peft_posthoc.files import write_whole
+until = time.monotonic() + 2
+while time.monotonic() < until:
+    write_whole("out", "whole")
+"""
+    writing = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(4)]
+    assert [process.wait(HANG) for process in writing] == [0] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

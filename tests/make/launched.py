@@ -1,6 +1,6 @@
 """What `torchrun` does, with processes that have imported torch and the hosts already: to import them took most of it.
 
-Where the launcher itself is of interest (restarts, several nodes, its words to processes), tests call the real one.
+Where the launcher itself is of interest (restarts, several nodes, how it ends processes), tests call the real one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -62,6 +63,19 @@ def launched(module: str, *arguments: object, count: int = 2, **environment: str
     return CompletedProcess(line, next((code for code in codes if code > 0), min(codes)), *told)
 
 
+def torchrun(module: str, *arguments: object, **environment: str) -> CompletedProcess[str]:
+    """The same by the real one, with two processes."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
+        + [str(argument) for argument in arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+
+
 def _run(line: list[str], environment: dict[str, str], folder: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -69,6 +83,7 @@ def _run(line: list[str], environment: dict[str, str], folder: Path) -> None:
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
     sys.argv = line
+    assert "tests.make.imported" in sys.modules, "forkserver passes over what it cannot import"
     try:
         runpy.run_module(line[0], run_name="__main__", alter_sys=True)
     finally:

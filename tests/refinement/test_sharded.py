@@ -15,7 +15,7 @@ from peft_posthoc import PosthocError, distil, extract, refine
 from peft_posthoc.refinement.preflight import refine_preflight
 from tests.make import models
 from tests.make.coded_folders import fp8, quantise
-from tests.make.launched import launched
+from tests.make.launched import launched, torchrun
 from tests.make.shard_run import LENGTH, SEQUENCES
 
 MAKES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -69,19 +69,19 @@ def test_each_holds_half_and_no_more_than_a_block_and_what_is_around_blocks_as_a
 
 
 @pytest.mark.parametrize(
-    ("fail", "more", "told"),
+    ("run", "fail", "more", "told"),
     [
-        ("1", [], "It is too dark here."),
-        ("", ["--prefix", "a"], "Neither the tuned model nor the base has a tokenizer"),
+        (launched, "1", [], "It is too dark here."),
+        (torchrun, "", ["--prefix", "a"], "Neither the tuned model nor the base has a tokenizer"),
     ],
     ids=["in one", "in both"],
 )
 def test_what_goes_wrong_ends_both_with_one_line(
-    llama_pair: tuple[str, str], tmp_path: Path, fail: str, more: list[str], told: str
+    llama_pair: tuple[str, str], tmp_path: Path, run: Any, fail: str, more: list[str], told: str
 ) -> None:
     adapter = extract(*llama_pair, 2).save(tmp_path / "svd")
     options = ["--base", llama_pair[0], "--tuned", llama_pair[1], "--shard", "--sequences", 32, "--length", 12, *more]
-    ran = launched("tests.make.refine_run", "refine", adapter, tmp_path / "out", *options, "--quiet", FAIL=fail)
+    ran = run("tests.make.refine_run", "refine", adapter, tmp_path / "out", *options, "--quiet", FAIL=fail)
     assert ran.returncode != 0
     lines = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
     assert len(lines) == 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from peft_posthoc import extract, refine
-from tests.make.launched import launched
+from tests.make.launched import launched, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +57,20 @@ def test_the_first_one_s_clock_is_that_of_both(
 
 
 @pytest.mark.parametrize(
-    ("fail", "more", "told"),
+    ("run", "fail", "more", "told"),
     [
-        ("1", [], "It is too dark here. (In process 1 of 2.)"),
-        ("disk", [], "The disk is full."),
-        ("", ["--prefix", "a"], "Neither the tuned model nor the base has a tokenizer"),
+        (launched, "1", [], "It is too dark here. (In process 1 of 2.)"),
+        (torchrun, "disk", [], "The disk is full."),
+        (launched, "", ["--prefix", "a"], "Neither the tuned model nor the base has a tokenizer"),
     ],
     ids=["in one", "in the first, which alone keeps", "in both"],
 )
 def test_what_goes_wrong_ends_both_with_one_line(
-    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, fail: str, more: list[str], told: str
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, run: Any, fail: str, more: list[str], told: str
 ) -> None:
     models = ["--base", llama_pair[0], "--tuned", llama_pair[1]]
     options = ["--sequences", 32, "--length", 12, "--quiet", *more]
-    ran = launched("tests.make.refine_run", "refine", adapter, tmp_path / "out", *models, *options, FAIL=fail)
+    ran = run("tests.make.refine_run", "refine", adapter, tmp_path / "out", *models, *options, FAIL=fail)
     assert ran.returncode != 0
     lines = [line for line in ran.stderr.splitlines() if line.startswith("phlora:")]
     assert len(lines) == 1

@@ -17,6 +17,10 @@ def test_where_two_models_do_not_fit_they_are_fitted_a_block_at_a_time(monkeypat
     assert isinstance(Usual().method(base, tuned, device=CPU), distil)
     monkeypatch.setattr(usual, "free_memory", lambda device: 10_600)
     assert isinstance(Usual().method(base, tuned, device=CPU), blocks)
+    # In bfloat16, with half of the base on top: 10,000 bytes are three quarters of 13,334.
+    for free, found in ((13_340, distil(bf16=True)), (13_330, blocks(bf16=True))):
+        monkeypatch.setattr(usual, "free_memory", lambda device, free=free: free)
+        assert Usual(bf16=True).method(base, tuned, device=CPU) == found
 
 
 def test_gpus_of_which_none_holds_both_models_hold_a_part_each(monkeypatch):

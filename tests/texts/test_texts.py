@@ -18,7 +18,7 @@ from peft_posthoc.texts.chat import turn_of
 from peft_posthoc.texts.distance import Distance, distances, divergence
 from peft_posthoc.texts.sampling import write_on
 from peft_posthoc.texts.sequences import Batch, Tokens, batches, shuffled, split
-from peft_posthoc.texts.texts import shares, usual_length
+from peft_posthoc.texts.texts import check_room, shares, usual_length
 from peft_posthoc.texts.writers import Writers
 from tests.make import multimodal
 
@@ -290,6 +290,13 @@ def test_what_leaves_no_room_for_an_answer_is_told() -> None:
         _written(Sampled("c " * 10))
     with pytest.raises(PosthocError, match="3 tokens"):
         _written(Sampled(), _writers(TEMPLATE), length=3)
+    own = _tokenizer()  # It puts a token before every text, and then comes any.
+    start = [("<s>", WORDS.index("<s>"))]
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=start)
+    for writers in (replace(_writers(), tokenizer=own), Writers(None, None, own, 0)):
+        with pytest.raises(PosthocError, match="2 tokens"):
+            check_room(Sampled(), writers, 3)
+        check_room(Sampled(), writers, 4)
 
 
 def test_draws_are_from_the_model_s_own_distribution() -> None:
