@@ -85,8 +85,10 @@ def run(*line):
 
 @pytest.mark.parametrize(("command", "option"), [(command, one) for command in LINES for one in values_of(command)])
 def test_an_odd_value_of_an_option_is_no_crash(command, option, work):
+    names = [value for value in ODD.values() if value.isprintable() and "/" not in value and 0 < len(value) < 200]
     for value in ODD.values():
-        if option in ("--plot", "--html", "--json") and value.startswith("/dev"):
+        # To draw takes a while; one file name is like another.
+        if option in ("--plot", "--html", "--json") and (value.startswith("/dev") or value in names[1:]):
             continue
         if option == "--out" and value == "/":
             continue  # root may write there
