@@ -71,7 +71,8 @@ REFINING = together(
         "--bf16",
         is_flag=True,
         default=None,
-        help="distil, blocks: multiply in bfloat16, on what is made for it; what is measured is in float32.",
+        help="distil, blocks: multiply in bfloat16, for GPUs and CPUs with AMX or avx512_bf16; what is measured is in "
+        "float32.",
     ),
     click.option(
         "--damping",

@@ -46,7 +46,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def in_bfloat16(device: torch.device, asked: bool = True) -> Any:
+def in_bfloat16(device: torch.device, asked: bool) -> Any:
     """A context that products of matrices are of bfloat16 in, if asked for; of what follows PyTorch decides."""
     return torch.autocast(device.type, torch.bfloat16, enabled=asked)
 
