@@ -23,13 +23,16 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.make.imported"])
 
 
-def launched(module: str, *arguments: object, count: int = 2, **environment: str) -> CompletedProcess[str]:
+def launched(
+    module: str, *arguments: object, count: int = 2, cwd: Path | None = None, **environment: str
+) -> CompletedProcess[str]:
     """Run `python -m module arguments` in several processes of one group. If one fails, the others are ended.
 
     Args:
         module: By its name.
         *arguments: Its own.
         count: How many processes; of one there is no group.
+        cwd: The folder to run in, if not this one.
         **environment: More variables for each.
     """
     line = [module, *map(str, arguments)]
@@ -45,7 +48,8 @@ def launched(module: str, *arguments: object, count: int = 2, **environment: str
         processes = []
         for rank in range(count):
             own = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-            process = _PROCESSES.Process(target=_run, args=(line, {**os.environ, **own, **environment}, Path(folder)))
+            variables = {**os.environ, **own, **environment}
+            process = _PROCESSES.Process(target=_run, args=(line, cwd or Path.cwd(), variables, Path(folder)))
             process.start()
             processes.append(process)
         until = time.monotonic() + HANG
@@ -76,9 +80,10 @@ def torchrun(module: str, *arguments: object, **environment: str) -> CompletedPr
     )
 
 
-def _run(line: list[str], environment: dict[str, str], folder: Path) -> None:
+def _run(line: list[str], cwd: Path, environment: dict[str, str], folder: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

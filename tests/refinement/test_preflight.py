@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +17,10 @@ from peft_posthoc.refinement.preflight import _COPIES, _LOGITS, refine_preflight
 from peft_posthoc.refinement.walk import Walk
 from tests.make import models
 from tests.make.architectures import ARCHITECTURES
-from tests.make.limits import HANG
+from tests.make.launched import launched
 from tests.make.texts import tokenizer
 
 METHODS: list[Any] = [distil(), blocks(), compensated()]
-MEASURED = r"""
-import re, sys
-from pathlib import Path
-from peft_posthoc.cli.main import main
-main(sys.argv[1:], standalone_mode=False)
-# Of this program alone: `ru_maxrss` begins with what the process had that started it.
-print(1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]))
-"""
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda one: type(one).__name__)
@@ -41,14 +30,7 @@ def test_memory_is_told_within_a_third(tmp_path: Path, method: Any) -> None:
     extract(*pair, 8).save(tmp_path / "svd")
     command = ["refine", str(tmp_path / "svd"), str(tmp_path / "out"), "--base", pair[0], "--tuned", pair[1]]
     options = ["--sequences", "24", "--length", "128", "--quiet", "--method", type(method).__name__]
-    ran = subprocess.run(
-        [sys.executable, "-c", MEASURED, *command, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+    ran = launched("tests.make.peak", *command, *options, count=1, OMP_NUM_THREADS="1")
     assert ran.returncode == 0, ran.stderr
     told = refine_preflight(tmp_path / "svd", *pair, method=method, sequences=24, length=128)
     if method == distil():

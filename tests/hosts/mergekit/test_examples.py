@@ -8,6 +8,7 @@ import yaml
 
 import peft_posthoc
 from tests.make import mergekit_runs
+from tests.make.launched import launched
 from tests.make.mergekit_runs import EXAMPLES, same
 
 pytestmark = [
@@ -26,17 +27,11 @@ def here(three, tmp_path):
 
 
 EXAMPLE_COMMANDS = {
-    "phlora.yml": ["-m", "mergekit_plugin", "phlora.yml", "out"],
-    "layers.yml": ["-m", "mergekit_plugin", "layers.yml", "out", "--adapter-out", "out-adapter"],
-    "ties.yml": ["-m", "mergekit_plugin", "ties.yml", "out", "--no-model", "--rank", "16"],
-    "several.yml": ["-c", "{register}; {multi}", "several.yml", "-I", "./stages", "--out-path", "out"],
-    "passthrough.yml": ["-m", "mergekit.scripts.run_yaml", "passthrough.yml", "out", "--lora-merge-cache", "cache"],
-}
-
-
-INLINE = {
-    "register": "from mergekit_plugin import register; register()",
-    "multi": "from mergekit.scripts.multimerge import main; main()",
+    "phlora.yml": ["mergekit_plugin", "phlora.yml", "out"],
+    "layers.yml": ["mergekit_plugin", "layers.yml", "out", "--adapter-out", "out-adapter"],
+    "ties.yml": ["mergekit_plugin", "ties.yml", "out", "--no-model", "--rank", "16"],
+    "several.yml": ["tests.make.multimerge", "several.yml", "-I", "./stages", "--out-path", "out"],
+    "passthrough.yml": ["mergekit.scripts.run_yaml", "passthrough.yml", "out", "--lora-merge-cache", "cache"],
 }
 
 
@@ -48,7 +43,7 @@ def test_every_example_is_run():
 def test_an_example(name, here):
     if name == "passthrough.yml":
         peft_posthoc.extract(str(here / "base"), str(here / "tuned"), 8).save(here / "adapter")
-    ran = mergekit_runs.run(*(part.format(**INLINE) for part in EXAMPLE_COMMANDS[name]), cwd=here)
+    ran = launched(*EXAMPLE_COMMANDS[name], count=1, cwd=here)
     assert ran.returncode == 0, ran.stderr
     parts = list(yaml.safe_load_all((here / name).read_text()))
     if name == "ties.yml":
