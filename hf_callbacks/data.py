@@ -15,7 +15,7 @@ from transformers import Trainer
 from hf_callbacks.random_numbers import numbers_kept
 from peft_posthoc.errors import PosthocError, one_line
 from peft_posthoc.refinement.refining import Refining
-from peft_posthoc.texts.texts import Given
+from peft_posthoc.texts.texts import Given, of_data
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def on_data_of(trainer: Trainer | None, refining: Refining) -> Refining:
         if trainer is None:
             raise PosthocError("The trainer is not known.")
         with numbers_kept():  # A data set, and a collator, may draw.
-            texts = [ids for ids in _texts(trainer, refining.sequences, refining.seed) if len(ids) > 1]
+            texts = [ids for ids in _texts(trainer, of_data(refining.sequences), refining.seed) if len(ids) > 1]
         if not texts:
             raise PosthocError("The trainer's data set is empty.")
     except Exception as error:  # They are the user's own code.

@@ -48,12 +48,18 @@ REFINING = together(
         metavar="TEXT",
         help="Without a file: what a prompt of the task starts with.  [default: the chat template's]",
     ),
-    click.option("--sequences", default=960, show_default=True, type=click.IntRange(4), help="Texts to fit on."),
+    click.option(
+        "--sequences",
+        default=960,
+        show_default=True,
+        type=click.IntRange(4),
+        help="Texts; a tenth judge, and the others are fitted on.",
+    ),
     click.option(
         "--length",
         type=click.IntRange(2),
-        help="Tokens of a text at most.  [default: 128, beside a chat template that text is sampled behind; with "
-        "longer prompts room for them and an answer, up to 1024]",
+        help="Tokens of a text at most.  [default: 128, beside a chat template that text is sampled behind; up to 1024 "
+        "where texts, or prompts with room for an answer, are longer]",
     ),
     click.option(
         "--method",

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from peft_posthoc.compute.device import in_bfloat16
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
-from peft_posthoc.refinement.method import LATE, UNREAD, Fit, finite, kept_or_put_back
+from peft_posthoc.refinement.method import LATE, UNREAD, Fit, check_positive, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
 from peft_posthoc.refinement.walk import Stretch, Walk
@@ -44,6 +44,9 @@ class blocks:
     passes: float = 2.0
     bf16: bool = False
     streams: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, size=self.size, passes=self.passes)
 
     def __call__(
         self,

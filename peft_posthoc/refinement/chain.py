@@ -78,6 +78,11 @@ class Chain:
         but = [self.blocks, self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         return self._weights.held(self.model, but=but)
 
+    @property
+    def width(self) -> int:
+        """Features of an embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
     def enter(self, batch: Batch) -> Tensor:
         """The hidden states that the first block reads."""
         return self._with_ids(batch)[0].hidden
@@ -125,7 +130,7 @@ class Chain:
     def _nothing(self, *shape: int) -> Tensor:
         """What the embeddings may have given."""
         weight = self.model.get_input_embeddings().weight
-        return torch.zeros(*shape, weight.shape[1], dtype=weight.dtype, device=self._device)
+        return torch.zeros(*shape, self.width, dtype=weight.dtype, device=self._device)
 
     def _calls(self, **inputs: Tensor) -> list[Call]:
         odd: Exception | None = None
@@ -174,10 +179,20 @@ class Chain:
 
 
 def chains_of(live: Live) -> tuple[Chain, Chain]:
-    """Both models, to run a stretch at a time."""
+    """Both models, to run a stretch at a time.
+
+    Raises:
+        PosthocError: One is no chain, or they have other stretches.
+    """
     mine, theirs = live.weights
     where = live.tuned.device if theirs is None else live.device
-    return Chain(live.adapted, live.device, mine), Chain(live.tuned, where, theirs)
+    chains = Chain(live.adapted, live.device, mine), Chain(live.tuned, where, theirs)
+    base, tuned = (f"{len(chain.blocks)} blocks of {chain.width} features" for chain in chains)
+    if base != tuned:
+        raise PosthocError(
+            f"The base has {base}, and the tuned model {tuned}; `distil`, which compares logits alone, refines it."
+        )
+    return chains
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

@@ -15,7 +15,7 @@ from peft_posthoc.linalg.regression import damp, regress, root_of
 from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.layers import Layer, groups_of, layers_of, listed, watched
-from peft_posthoc.refinement.method import LATE, UNREAD, Fit, finite, kept_or_put_back
+from peft_posthoc.refinement.method import LATE, UNREAD, Fit, check_positive, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import copies, put
 from peft_posthoc.refinement.walk import Stretch, Walk
@@ -39,6 +39,9 @@ class compensated:
     damping: float = 0.03
     size: int = 8
     streams: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive(damping=self.damping, size=self.size)
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from peft_posthoc.compute.device import in_bfloat16
 from peft_posthoc.progress import progress_bar
-from peft_posthoc.refinement.method import LATE, UNREAD, Fit, better, finite, nearer
+from peft_posthoc.refinement.method import LATE, UNREAD, Fit, better, check_positive, finite, nearer
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
 from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
@@ -52,6 +52,9 @@ class distil:
     shard: bool = False
     bf16: bool = False
     streams: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, size=self.size, passes=self.passes)
 
     def __call__(
         self,

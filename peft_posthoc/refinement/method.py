@@ -112,6 +112,17 @@ def kept_or_put_back(
     return before, True
 
 
+def check_positive(**values: float | None) -> None:
+    """See that numbers, by their names, are more than 0 and finite; None is whatever is usual.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be more than 0, and finite. Got {value}.")
+
+
 def better(now: Score, best: Score, start: Score) -> bool:
     """Whether no kind of text is further off than at the start, and all together are nearer than the best."""
     if any(not now[kind].kl <= start[kind].kl for kind in start):

@@ -17,6 +17,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
+from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.movable import as_found
 from peft_posthoc.refinement.sharded import load_sharded
 from peft_posthoc.refinement.streamed import load_streamed
@@ -69,6 +70,12 @@ def opened(
         )
     if shard and any(isinstance(one, nn.Module) for one in (adapter, base, tuned)):
         raise ValueError("`distil(shard=True)` splits models as it loads them: give folders or hub ids, no live ones.")
+    if (
+        isinstance(adapter, nn.Module)
+        and isinstance(tuned, nn.Module)
+        and {*adapter.parameters()} & {*tuned.parameters()}
+    ):
+        raise ValueError("`tuned` is the model that the adapter is on, or shares weights with it: give one of its own.")
     after, before = _side(tuned, tuned_revision, "tuned"), None
     with TemporaryDirectory() as place:
         if isinstance(adapter, nn.Module):
@@ -94,6 +101,8 @@ def opened(
             apart = streams and isinstance(before, Checkpoint) and isinstance(after, Checkpoint)
             load: Any = load_streamed if apart else load_sharded if shard else load_live
             live = load(before, after, folder, file, device=pick_device(device), tokenizer=tokenizer)
+        if streams:
+            chains_of(live)  # Whether there are such is told before any text is written.
         with as_found(live.adapted, live.tuned):
             check_pair(live.adapted, live.tuned, [label(live.adapted if before is None else before), label(after)])
             live.adapted.set_adapter(live.name)

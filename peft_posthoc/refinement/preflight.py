@@ -29,8 +29,8 @@ from peft_posthoc.refinement.walk import AT_ONCE
 from peft_posthoc.running.live import check_sides, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
-from peft_posthoc.texts.sequences import held_out_of, places_of
-from peft_posthoc.texts.texts import Sampled, Texts, check_room, shares, usual_length
+from peft_posthoc.texts.sequences import places_of
+from peft_posthoc.texts.texts import Sampled, Texts, check_room, held_out, shares, usual_length
 from peft_posthoc.texts.writers import Writers
 
 # Python, PyTorch, transformers and PEFT alone.
@@ -144,8 +144,8 @@ def refine_preflight(
     length = length or usual_length(given, writers)
     length = min(length, places or length)
     check_room(given, writers, length)
-    kinds = shares(given, sequences)
-    sequences = sum(kinds)
+    fitted = sum(shares(given, sequences)) - held_out(given, sequences)
+    sequences = sum(shares(given, sequences))
     names = [name for module in file.modules.values() for name in module.tensor_names()]
     factors = sum(math.prod(file.headers[name].shape) for name in names)
     models_bytes, temporary = sum(map(_bytes, models)), 0
@@ -159,7 +159,6 @@ def refine_preflight(
         config = models[0].config.get_text_config()
         hidden = getattr(config, "hidden_size", None) or models[0].get_input_embeddings().weight.shape[1]
         temporary = 8 * hidden * sequences * length
-    fitted = sum(count - held_out_of(count) for count in kinds)
     if isinstance(chosen, compensated):
         steps, work = _closed_form(models[0], file, chosen.size * length, models_bytes)
     else:

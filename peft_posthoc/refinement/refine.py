@@ -21,7 +21,7 @@ from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.clock import Clock
-from peft_posthoc.refinement.method import Fit, Method
+from peft_posthoc.refinement.method import Fit, Method, check_positive
 from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
 from peft_posthoc.refinement.refined import Refined
@@ -179,6 +179,7 @@ def refine(
                         tensors, after = stored | saved, judged
                 put(factors, tensors)
         start = _report(found.file)
+        in_place = not kept and out is not None and is_same(found.called, out)
         beside = adapter.beside if isinstance(adapter, Adapter) else copied(found.file.place)
     return Refined(
         adapter=found.called,
@@ -204,9 +205,7 @@ def refine(
             "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
-        notes=tuple(
-            _notes(given, state, fit, clock, in_place=not kept and out is not None and is_same(found.called, out))
-        ),
+        notes=tuple(_notes(given, parts, state, fit, clock, in_place=in_place)),
     )
 
 
@@ -221,8 +220,7 @@ def check_numbers(sequences: int, length: int | None, minutes: float | None, see
     for name, value, least in (("sequences", sequences, 4), ("length", length, 2)):
         if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"`minutes` must be more than 0. Got {minutes}.")
+    check_positive(minutes=minutes)
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ class _Work:
         return found, time.monotonic() - start
 
 
-def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock, *, in_place: bool) -> Iterator[str]:
+def _notes(given: Texts, parts: Split, state: State | None, fit: Fit, clock: Clock, *, in_place: bool) -> Iterator[str]:
     on_command_line = asked("force").startswith("-")
     if given == _GUESSED:
         prompts = asked("prompts", None) if on_command_line else "texts=Prompts([...])"
@@ -291,6 +289,8 @@ def _notes(given: Texts, state: State | None, fit: Fit, clock: Clock, *, in_plac
             "Fitted to text that the models wrote, and judged by it. Your task may be another, and come out worse. "
             f"A few dozen prompts of it are better: `{prompts}`."
         )
+    if not parts.prompts_held_out:
+        yield "With fewer than ten prompts none is held out: it was judged by other answers to the same ones."
     if state is not None and fit.interrupted and in_place:
         yield "It takes the place of what the fit began with: the same again starts from here, and does not go on."
     elif state is not None and fit.interrupted:

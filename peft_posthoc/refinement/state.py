@@ -22,7 +22,7 @@ from peft_posthoc.errors import AdapterError, PosthocError
 from peft_posthoc.texts.sequences import Tokens
 
 _TEXTS, _FIT = "texts.safetensors", "fit.safetensors"
-_FORM = 3
+_FORM = 4
 """Of what is kept, and of what its numbers mean: those of another form are not gone on from."""
 
 
@@ -48,14 +48,25 @@ class State:
         """Of fits to the same place with other models, options or adapters."""
         return [folder for folder in _beside(self._out) if folder != self.folder]
 
+    def begin(self) -> None:
+        """Make its folder: that there is no place for it is told before the work.
+
+        Raises:
+            AdapterError: It cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._not_kept(error) from error
+
     def texts(self) -> list[Tokens] | None:
         """The text that was written; None if it was not, or is damaged."""
         if (found := self._read(_TEXTS)) is None:
             return None
         tensors, rest = found
         return [
-            Tokens(tuple(ids.tolist()), kind, tuple(fixed))
-            for ids, (kind, fixed) in zip(tensors["ids"].split(tensors["lengths"].tolist()), rest, strict=True)
+            Tokens(tuple(ids.tolist()), kind, tuple(fixed), prompt)
+            for ids, (kind, fixed, prompt) in zip(tensors["ids"].split(tensors["lengths"].tolist()), rest, strict=True)
         ]
 
     def keep_texts(self, texts: Sequence[Tokens]) -> None:
@@ -101,15 +112,16 @@ class State:
             return None
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], numbers: Any) -> None:
+        self.begin()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             partial = self.folder / f"{name}.partial"
             save_file({key: x.contiguous() for key, x in tensors.items()}, partial, {"numbers": json.dumps(numbers)})
             partial.replace(self.folder / name)
         except (OSError, SafetensorError) as error:
-            raise AdapterError(
-                f"What an interrupted run goes on from cannot be kept in `{self.folder}`: {error}."
-            ) from error
+            raise self._not_kept(error) from error
+
+    def _not_kept(self, error: Exception) -> AdapterError:
+        return AdapterError(f"What an interrupted run goes on from cannot be kept in `{self.folder}`: {error}.")
 
 
 def state_of(out: str | os.PathLike[str], parts: Sequence[Any]) -> State | None:
@@ -145,9 +157,13 @@ def _known(part: Any) -> Any:
 def going_on(state: State | None) -> Iterator[None]:
     """Tell of what is kept, where the `with` block is interrupted; remove it, where it fails for good."""
     try:
+        if state is not None:
+            state.begin()
         yield
     except KeyboardInterrupt as interrupt:
-        if state is not None and state.folder.is_dir():
+        if state is not None and not any(state.folder.iterdir()):
+            state.remove()
+        elif state is not None:
             interrupt.add_note(f"Text and fit are kept in `{state.folder}`. The same command goes on from there.")
         raise
     except (PosthocError, ValueError):

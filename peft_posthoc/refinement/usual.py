@@ -11,7 +11,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.memory import free_memory
 from peft_posthoc.refinement.blocks import blocks
 from peft_posthoc.refinement.distil import distil
-from peft_posthoc.refinement.method import Method
+from peft_posthoc.refinement.method import Method, check_positive
 from peft_posthoc.sources import Source, open_checkpoint
 
 # Of the free memory, what both models may take: the rest is for a batch.
@@ -33,6 +33,9 @@ class Usual:
     lr: float | None = None
     passes: float | None = None
     bf16: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, passes=self.passes)
 
     def method(
         self,

@@ -35,15 +35,25 @@ def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, parts: boo
         parts: Give contents that are texts as lists of one part (see `takes_parts`).
 
     Raises:
+        ValueError: A part of a content is no text, and the template takes texts alone.
         Exception: Of any kind: templates are programs, and some refuse roles, or an order of them.
     """
-    given = [
-        {**one, "content": [{"type": "text", "text": one["content"]}]}
-        if parts and isinstance(one["content"], str)
-        else one
-        for one in messages
-    ]
+    given = [{**one, "content": (_in_parts if parts else _joined)(one["content"])} for one in messages]
     return list(tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False))
+
+
+def _in_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _joined(content: Any) -> str:
+    """As servers give a content in parts to a template that takes texts: with an end of line between them."""
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type", "text") == "text"]
+    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("it takes texts alone, and a part of what is said is none.")
+    return "\n".join(map(str, texts))
 
 
 def takes_parts(tokenizer: Any) -> bool:

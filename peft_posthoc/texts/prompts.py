@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_posthoc.errors import MissingExtraError, PosthocError, one_line
 from peft_posthoc.files import regular
-from peft_posthoc.json_file import read_json
+from peft_posthoc.json_file import parse_json
 from peft_posthoc.text import asked
 
 FIELDS = ("prompt", "messages", "conversations", "question", "instruction", "input", "text")
@@ -96,9 +96,9 @@ def _records(file: Path, field: str | None) -> Iterable[Any]:
             with file.open(encoding="utf-8-sig") as lines:
                 for i, line in enumerate(lines):
                     if line.strip():
-                        yield _of_line(line, i + 1)
+                        yield _json(line.rstrip(), i)
         case ".json":
-            content = read_json(file)
+            content = _json(file.read_text(encoding="utf-8-sig"))
             yield from content if isinstance(content, list) else _rows(content, field)
         case ".parquet":
             try:
@@ -114,17 +114,20 @@ def _records(file: Path, field: str | None) -> Iterable[Any]:
 
 
 def _rows(content: Any, field: str | None) -> Iterable[Any]:
-    """The records in an object: `{"data": [...]}`, as some tools write, a column by itself, or one record."""
+    """The records in an object: `{"data": [...]}`, as some tools write, a column by its name, or one record."""
     if not isinstance(content, Mapping):
         return [content]
-    names = {field} if field else {*FIELDS}
+    names = [field] if field else FIELDS
     lists = [value for value in content.values() if isinstance(value, list)]
     for rows in lists:
-        if any(isinstance(row, Mapping) and names & row.keys() for row in rows):
+        if any(isinstance(row, Mapping) and {*names} & row.keys() for row in rows):
             return rows
-    if any(isinstance(value, str) or _is_conversation(value) for name, value in content.items() if name in names):
-        return [content]
-    return next(iter(lists), [content])
+    for name in names:
+        if isinstance(value := content.get(name), list) and not _is_conversation(value):
+            return ({name: one} for one in value)
+        if value:
+            return [content]
+    return lists[0] if len(lists) == 1 else [content]
 
 
 def _is_conversation(value: Any) -> bool:
@@ -133,11 +136,12 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _of_line(line: str, number: int) -> Any:
+def _json(text: str, before: int = 0) -> Any:
+    """What a text says, with so many lines before it."""
     try:
-        return json.loads(line.rstrip())
+        return parse_json(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}, column {error.colno}: {error.msg}.") from error
+        raise ValueError(f"line {before + error.lineno}, column {error.colno}: {error.msg}.") from error
 
 
 def _prompt(record: Any, field: str | None, where: str) -> Any:
@@ -147,13 +151,23 @@ def _prompt(record: Any, field: str | None, where: str) -> Any:
             own = ", ".join(map(str, record))
             raise PosthocError(f"{where} has the fields {own}: name the one with the prompt, `{asked('field', None)}`.")
         record = next((record[name] for name in known if record[name]), None)
+    elif field and record and not (isinstance(record, str) and record.isspace()):
+        raise PosthocError(f"{where} has no fields: leave out `{asked('field', None)}`.")
     if record is None:
         return None
     if isinstance(record, list):
         return _messages(record, where)
-    if not isinstance(record, str):
-        raise PosthocError(f"{where} is no text but {type(record).__name__}.")
-    return record.strip()
+    return _text(record, where).strip()
+
+
+def _text(found: Any, where: str) -> str:
+    if not isinstance(found, str):
+        raise PosthocError(f"{where} is no text but {type(found).__name__}.")
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise PosthocError(f"{where} holds half of a character, {found[error.start]!a}.") from error
+    return found
 
 
 def _messages(turns: list[Any], where: str) -> list[dict[str, str]]:
@@ -173,4 +187,13 @@ def _messages(turns: list[Any], where: str) -> list[dict[str, str]]:
         raise PosthocError(f"{where} is no list of messages with role and content.")
     while said and said[-1]["role"] != "user":
         said.pop()
-    return [] if any(turn["content"] is None for turn in said) else said
+    if any(turn["content"] is None for turn in said):
+        return []
+    for turn in said:
+        _check_content(turn["content"], where)
+    return said
+
+
+def _check_content(content: Any, where: str) -> None:
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        _text(part.get("text", "") if isinstance(part, Mapping) else part, where)

@@ -21,6 +21,8 @@ class Tokens(NamedTuple):
     """Whether it looks like the task's, or is there to keep everything else as it is."""
     fixed: tuple[int, ...] = ()
     """Places of tokens that stand in every text, as a chat template's do: no model ever has to say them."""
+    prompt: int = 0
+    """How many tokens its prompt has, where it is an answer to one."""
 
 
 class Batch(NamedTuple):
@@ -41,6 +43,8 @@ class Split(NamedTuple):
     held_out: list[Tokens]
     guessed: bool = False
     """Whether nothing was said of the task: the models wrote the prompts, and what they wrote may be another."""
+    prompts_held_out: bool = True
+    """Whether no answer to a prompt is fitted on where another one judges; of a few prompts none can be spared."""
 
 
 def places_of(config: Any) -> int | None:
@@ -54,23 +58,40 @@ def places_of(config: Any) -> int | None:
 
 
 def held_out_of(count: int) -> int:
-    """How many of so many different texts of a kind are held out: a tenth, and at least one."""
+    """How many of so many different prompts, or texts without one, are held out: a tenth, and at least one."""
     return max(1, round(0.1 * count)) if count > 1 else 0
 
 
+def spares(prompts: int) -> bool:
+    """Whether of so many different prompts a tenth is one or more, so that some can be held out with all answers."""
+    return prompts >= 10
+
+
 def split(texts: Sequence[Tokens]) -> Split:
-    """Hold out every tenth text of each kind, and at least one; the same text is never on both sides.
+    """Hold out every tenth prompt of each kind with all its answers, and of texts without one every tenth text.
+
+    At least one is held out. Of fewer than ten prompts every tenth answer is: another to its prompt may be fitted on,
+    but never the same text.
 
     Args:
         texts: In any order; a text may stand there more than once.
     """
-    held_out: list[Tokens] = []
+    prompts = {kind: {text.ids[: text.prompt] for text in texts if text.kind == kind and text.prompt} for kind in KINDS}
+
+    def judged_as(text: Tokens) -> tuple[int, ...]:
+        return text.ids[: text.prompt] if text.prompt and spares(len(prompts[text.kind])) else text.ids
+
+    judges = set[tuple[Kind, tuple[int, ...]]]()
     for kind in KINDS:
-        own = list({text.ids: text for text in texts if text.kind == kind}.values())
+        own = list(dict.fromkeys(judged_as(text) for text in texts if text.kind == kind))
         count = held_out_of(len(own))
-        held_out += [own[i * len(own) // count] for i in range(count)]
-    judges = {(text.ids, text.kind) for text in held_out}
-    return Split([text for text in texts if (text.ids, text.kind) not in judges], held_out)
+        judges |= {(kind, own[i * len(own) // count]) for i in range(count)}
+    sides: tuple[list[Tokens], list[Tokens]] = [], []
+    for text in texts:
+        sides[(text.kind, judged_as(text)) in judges].append(text)
+    once = {(text.kind, text.ids): text for text in sides[True]}
+    held_out = sorted(once.values(), key=lambda text: KINDS.index(text.kind))
+    return Split(sides[False], held_out, prompts_held_out=all(spares(len(own)) for own in prompts.values() if own))
 
 
 def batches(texts: Iterable[Tokens], size: int, *, device: torch.device) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ from peft_posthoc.text import asked
 from peft_posthoc.texts.chat import Turn, has_template, takes_parts, turn_of, written
 from peft_posthoc.texts.fixed import fixed_places
 from peft_posthoc.texts.sampling import without_end
-from peft_posthoc.texts.sequences import Tokens
+from peft_posthoc.texts.sequences import Tokens, held_out_of, spares
 from peft_posthoc.texts.writers import Writers
 
 _LENGTH, _ANSWER, _MOST = 128, 64, 1024
@@ -140,6 +140,7 @@ class Prompts:
         if too_long:
             left = f"{too_long} of {len(own) + too_long} prompts are left out: they have {length} tokens or more."
             warnings.warn(f"{left} Allow longer texts (`{asked('length', None)}`).", LeftOutWarning, stacklevel=2)
+        own = _drawn(own, task, draw, "prompts")
         # Each prompt is answered as often as it takes; another answer is another text.
         starts = [own[i % len(own)] for i in range(task)]
         openings = writers.openings(general, draw)
@@ -179,20 +180,35 @@ class Given:
 
     def write(self, writers: Writers, *, count: int, length: int, seed: int, progress: bool) -> list[Tokens]:
         """Some `count` texts of at most `length` tokens, the same for the same seed."""
-        read = (writers.encode(text, whole=True) if isinstance(text, str) else list(text) for text in self.texts)
-        own = [ids[:length] for ids in read if ids]
+        own = self._tokens(writers)
         if not own:
             raise PosthocError("There are no texts.")
         writers.check(own)
         draw, (task, general) = random.Random(seed), shares(self, count)
+        if cut := sum(len(ids) > length for ids in own):
+            left = f"{cut} of {len(own)} texts are cut to {length} tokens."
+            warnings.warn(f"{left} Allow longer texts (`{asked('length', None)}`).", LeftOutWarning, stacklevel=2)
+        own = [ids[:length] for ids in _drawn(own, task, draw, "texts")]
         openings = writers.openings(general, draw)
         with _seeded(seed), progress_bar(total=general, desc="Writing text", progress=progress) as bar:
             written = writers.general(openings, length, bar)
-        own = own[:task]
         return [
             *(Tokens(tuple(ids), "task", fixed) for ids, fixed in zip(own, fixed_places(own), strict=True)),
             *written,
         ]
+
+    def _tokens(self, writers: Writers) -> list[list[int]]:
+        read = (writers.encode(text, whole=True) if isinstance(text, str) else list(text) for text in self.texts)
+        return [ids for ids in read if ids]
+
+
+def _drawn(own: list[list[int]], count: int, draw: random.Random, what: str) -> list[list[int]]:
+    """So many of what is given, in its order; all if it is no more."""
+    if len(own) <= count:
+        return own
+    used = f"{count} of {len(own)} {what} are used, drawn by the seed."
+    warnings.warn(f"{used} Use more (`{asked('sequences', None)}`).", LeftOutWarning, stacklevel=3)
+    return [own[i] for i in sorted(draw.sample(range(len(own)), count))]
 
 
 def _check_list(texts: Sequence[Any]) -> None:
@@ -202,22 +218,39 @@ def _check_list(texts: Sequence[Any]) -> None:
 
 def shares(texts: Texts, count: int) -> tuple[int, int]:
     """Of some `count` texts, those like the task's, and the general ones."""
-    general = max(2, count // (4 if isinstance(texts, Sampled) else 8))
+    general = max(2, count // 4) if isinstance(texts, Sampled) else count - of_data(count)
     task = count - general
     return min(task, len(texts.texts)) if isinstance(texts, Given) else task, general
 
 
+def of_data(count: int) -> int:
+    """Of some `count` texts, those that are of the user's data."""
+    return count - max(2, count // 8)
+
+
+def held_out(texts: Texts, count: int) -> int:
+    """Of some `count` texts of a kind like the task's, and general ones, those that `split` holds out."""
+    task, general = shares(texts, count)
+    prompts = min(len(texts.prompts), task) if isinstance(texts, Prompts) else 0
+    if spares(prompts):
+        judges = held_out_of(prompts)
+        return held_out_of(general) + sum(len(range(i * prompts // judges, task, prompts)) for i in range(judges))
+    return held_out_of(general) + held_out_of(task)
+
+
 def usual_length(texts: Texts, writers: Writers) -> int:
-    """Tokens of a text at most where nobody says: room for every prompt and an answer to it, within reason.
+    """Tokens of a text at most where nobody says: room for every text, or every prompt and an answer, within reason.
 
     What a chat template puts around a turn that is sampled takes no room from it.
     """
     if isinstance(texts, Sampled) and (turn := _turn(texts, writers.tokenizer)) is not None:
         return min(_LENGTH + len(turn.before) + len(turn.after), _MOST)
-    if not isinstance(texts, Prompts):
-        return _LENGTH
-    longest = max(map(len, _encoded(writers, texts.prompts)), default=0)
-    return max(_LENGTH, min(longest + _ANSWER, _MOST))
+    longest = 0
+    if isinstance(texts, Prompts):
+        longest = _ANSWER + max(map(len, _encoded(writers, texts.prompts)), default=0)
+    elif isinstance(texts, Given):
+        longest = max(map(len, texts._tokens(writers)), default=0)
+    return max(_LENGTH, min(longest, _MOST))
 
 
 def check_room(texts: Texts, writers: Writers, length: int) -> None:
@@ -243,7 +276,7 @@ def _answered(writers: Writers, starts: Sequence[list[int]], length: int, bar: A
     room = [length - len(start) for start in starts]
     written = writers.write_on(writers.tuned, starts, room, ends=writers.ends, progress=bar, share=share)
     return [
-        Tokens((*start, *more), "task", fixed)
+        Tokens((*start, *more), "task", fixed, len(start))
         for start, more, fixed in zip(starts, written, fixed_places(starts, starts=True), strict=True)
         if more is not None
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from peft_posthoc import extract
+from peft_posthoc import Sampled, extract
 from peft_posthoc.cli.main import main
 from peft_posthoc.refinement import usual
 
@@ -79,6 +79,11 @@ def test_the_method_is_chosen_with_its_options(
         (["--damping", "1", "--method", "distil"], 2, "--damping does not belong to --method distil"),
         (["--bf16", "--method", "compensated"], 2, "--bf16 does not belong to --method compensated"),
         (["--damping", "1", "--lr", "1"], 2, "No method takes --damping and --lr together"),
+        (["--lr", "nan"], 2, "`lr` must be more than 0, and finite. Got nan."),
+        (["--lr", "inf", "--method", "blocks"], 2, "`lr` must be more than 0, and finite. Got inf."),
+        (["--passes", "nan"], 2, "`passes` must be more than 0, and finite. Got nan."),
+        (["--damping", "inf"], 2, "`damping` must be more than 0, and finite. Got inf."),
+        (["--minutes", "nan"], 2, "`minutes` must be more than 0, and finite. Got nan."),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(
@@ -89,6 +94,17 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
     assert told in done.stderr
     assert "Unexpected" not in done.stderr
     assert not (here / "out").exists()
+
+
+def test_that_there_is_no_place_for_it_is_told_before_text_is_written(
+    here: Path, llama_pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampled, "write", None)
+    line = ["refine", str(here / "adapter"), str(here / ("o" * 240)), "--base", llama_pair[0]]
+    done = CliRunner().invoke(main, [*line, "--tuned", llama_pair[1]])
+    assert done.exit_code == 1
+    assert "cannot be kept in" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_adapter_that_is_there_is_replaced_only_by_force(here: Path, llama_pair: tuple[str, str]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_posthoc import Given, MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.refinement.distil import _loss as loss_of
-from peft_posthoc.refinement.method import Fit
+from peft_posthoc.refinement.method import Fit, better
 from peft_posthoc.refinement.streamed import Streamed
 from peft_posthoc.running.live import Live
+from peft_posthoc.texts.distance import Distance
 from peft_posthoc.texts.sequences import Tokens
+from tests.make import models
 from tests.make.texts import tokenizer
 
 CONFIG = LlamaConfig(
@@ -244,6 +247,43 @@ def test_a_prefix_without_a_tokenizer_is_refused(pair: tuple[Path, Path], tmp_pa
 def test_senseless_numbers_are_refused(pair: tuple[Path, Path], tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         refine(tmp_path, *pair, **{**SMALL, **wrong})
+
+
+@pytest.mark.parametrize("make", [distil, blocks, compensated])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_settings_of_a_method_are_more_than_nothing_and_finite(make: Any, value: float) -> None:
+    for name in {field.name for field in fields(make)} - {"shard", "bf16"}:
+        with pytest.raises(ValueError, match=f"`{name}` must be more than 0, and finite"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize("kinds", [("task", "general"), ("general", "task")])
+def test_nothing_is_better_that_is_further_off_on_one_kind(kinds: tuple[Any, Any]) -> None:
+    def score(one: float, other: float) -> Any:
+        return {kinds[0]: Distance(one, 1.0, 10), kinds[1]: Distance(other, 1.0, 10)}
+
+    start = score(1.0, 1.0)
+    assert not better(score(0.1, 1.01), start, start)
+    assert better(score(0.9, 1.0), start, start)
+    assert not better(score(0.9, 1.0), score(0.8, 1.0), start)
+
+
+@pytest.mark.parametrize("method", [blocks(), compensated()])
+@pytest.mark.parametrize("sizes", [{"hidden_size": 48}, {"num_hidden_layers": 3}])
+def test_a_teacher_with_other_blocks_is_refused_where_blocks_are_compared(
+    llama_pair: tuple[str, str], tmp_path: Path, method: Any, sizes: dict[str, int]
+) -> None:
+    tuned = models.save(models.llama(**sizes), tmp_path / "tuned")
+    adapter = extract(*llama_pair, 2).save(tmp_path / "svd")
+    with pytest.raises(PosthocError, match=r"The base has .* blocks of .* features, and the tuned model .*`distil`"):
+        refine(adapter, llama_pair[0], tuned, method=method, out=tmp_path / "out", **SMALL)
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "svd"}
+
+
+def test_a_model_is_no_teacher_of_itself(llama_pair: tuple[str, str], tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(models.load(llama_pair[0]), extract(*llama_pair, 2).save(tmp_path / "svd"))
+    with pytest.raises(ValueError, match="`tuned` is the model that the adapter is on"):
+        refine(model, tuned=model.get_base_model(), **SMALL)
 
 
 @pytest.mark.parametrize("wrong", [{"method": "distil"}, {"texts": "prompts.txt"}, {"texts": ["a", "b"]}])

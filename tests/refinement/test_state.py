@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_posthoc import PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.cli.main import main
@@ -274,9 +275,26 @@ def test_time_leaves_room_for_the_last_step_and_the_last_judging(monkeypatch: py
 
 
 def test_texts_that_are_kept_come_back_as_they_were(tmp_path: Path) -> None:
-    texts = [Tokens((1, 2, 3), "task", (0, 2)), Tokens((4,), "general")]
+    texts = [Tokens((1, 2, 3), "task", (0, 2), 2), Tokens((4,), "general")]
     State(tmp_path / "out", "of one run").keep_texts(texts)
     assert State(tmp_path / "out", "of one run").texts() == texts
+
+
+def test_another_teacher_or_another_adapter_begins_anew(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
+) -> None:
+    tuned = Path(shutil.copytree(llama_pair[1], tmp_path / "tuned"))
+    out, options = tmp_path / "out", {"texts": Counted(), **QUICK}
+    _breaks_off(6, adapter, llama_pair[0], tuned, out=out, **options)
+    tensors = load_file(tuned / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": 1.5 * tensors["model.norm.weight"]}, tuned / "model.safetensors")
+    _breaks_off(6, adapter, llama_pair[0], tuned, out=out, **options)
+    assert len(Counted.times) == 2
+    factors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 1.01 * x for name, x in factors.items()}, adapter / "adapter_model.safetensors")
+    _breaks_off(6, adapter, llama_pair[0], tuned, out=out, **options)
+    assert len(Counted.times) == 3
+    assert len(_kept(tmp_path)) == 3
 
 
 def test_what_counted_otherwise_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

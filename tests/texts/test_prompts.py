@@ -12,6 +12,7 @@ from peft_posthoc import PosthocError
 from peft_posthoc.texts.prompts import read_prompts, read_texts
 
 TURNS = [{"role": "user", "content": "Why?"}]
+PARTS = [{"type": "text", "text": "Why?"}]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,14 @@ TURNS = [{"role": "user", "content": "Why?"}]
         ("a.json", json.dumps({"prompt": "one", "tags": []}), ["one"]),
         ("a.json", json.dumps({"messages": TURNS}), [TURNS]),
         ("a.json", json.dumps({"prompt": ["one", "two"]}), ["one", "two"]),
+        ("a.json", json.dumps({"answers": ["no", "no"], "prompt": ["one", "two"]}), ["one", "two"]),
+        ("a.json", json.dumps({"version": 1, "lines": ["one", "two"]}), ["one", "two"]),
+        ("a.json", '\ufeff"one"', ["one"]),
+        (
+            "a.json",
+            json.dumps({"messages": [{"role": "user", "content": PARTS}]}),
+            [[{"role": "user", "content": PARTS}]],
+        ),
         ("a.json", json.dumps({"messages": [TURNS, TURNS]}), [TURNS, TURNS]),
         ("a.json", json.dumps({"conversations": [{"messages": TURNS}]}), [TURNS]),
         ("a.json", json.dumps({"text": "about", "data": [{"prompt": "one"}]}), ["one"]),
@@ -59,9 +68,25 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 def test_a_field_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "no", "ask": "yes"}', encoding="utf-8")
     assert read_prompts(tmp_path / "a.jsonl", "ask") == ["yes"]
-    for content in ({"ask": "yes", "tags": ["no"]}, {"ask": ["yes"]}, {"prompt": "no", "data": [{"ask": "yes"}]}):
+    contents = [
+        {"ask": "yes", "tags": ["no"]},
+        {"ask": ["yes"]},
+        {"prompt": ["no"], "ask": ["yes"]},
+        {"prompt": "no", "data": [{"ask": "yes"}]},
+    ]
+    for content in contents:
         (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
         assert read_prompts(tmp_path / "a.json", "ask") == ["yes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.json", '{"prompt": ["no"], "id": ["no"]}'), ("a.txt", "no"), ("a.json", '["no"]'), ("a.jsonl", '{"id": 3}')],
+)
+def test_a_field_that_is_not_there_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(PosthocError, match=r"has (no|the) fields.*field"):
+        read_prompts(tmp_path / name, "ask")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +101,12 @@ def test_a_field_can_be_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": [{"content": "one"}]}', "record 1 is no list of messages"),
         ("a.jsonl", "3\n", "no text but int"),
         ("a.jsonl", '{"id": 3}\n', "has the fields id"),
+        ("a.json", '{"id": ["a", "b"], "answer": ["c"]}', "has the fields id, answer"),
+        ("a.json", '["one",\n"two"', "line 2, column 6"),
+        ("a.jsonl", "[" * 100_000, "nested too deep"),
+        ("a.jsonl", '"one"\n"\\ud800"', r"record 2 holds half of a character, '\\ud800'"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": {"a": 1}}]}', "no text but dict"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"text": 5}]}]}', "no text but int"),
         ("a.csv", "one", "must end in"),
     ],
 )

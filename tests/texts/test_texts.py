@@ -18,7 +18,7 @@ from peft_posthoc.texts.chat import turn_of
 from peft_posthoc.texts.distance import Distance, distances, divergence
 from peft_posthoc.texts.sampling import write_on
 from peft_posthoc.texts.sequences import Batch, Tokens, batches, shuffled, split
-from peft_posthoc.texts.texts import check_room, shares, usual_length
+from peft_posthoc.texts.texts import check_room, held_out, shares, usual_length
 from peft_posthoc.texts.writers import Writers
 from tests.make import multimodal
 
@@ -246,12 +246,34 @@ def test_where_nobody_says_how_long_texts_are_every_prompt_has_room_with_an_answ
     assert usual_length(Sampled("c"), _writers(TEMPLATE)) == 128
     assert usual_length(Sampled(), _writers("c " * 2000 + TEMPLATE)) == 1024
     assert usual_length(Prompts(["c " * 5000]), _writers()) == 1024
+    assert [usual_length(Given(["c", "c " * one]), _writers()) for one in (9, 200, 5000)] == [128, 200, 1024]
 
 
 def test_prompts_that_are_left_out_are_told_of() -> None:
     with pytest.warns(LeftOutWarning, match="1 of 3 prompts are left out: they have 10 tokens or more"):
         written = _written(Prompts(["c", "d " * 10, "e"]))
     assert {_text(text)[0] for text in written if text.kind == "task"} == {"c", "e"}
+
+
+def test_of_more_than_are_used_some_are_drawn_and_it_is_told() -> None:
+    prompts = [f"{one} {other}" for one in "abcdefgh" for other in "abcdefgh"]
+    for given, kind in ((Prompts(prompts), "prompts"), (Given(prompts), "texts")):
+        drawn = []
+        for seed in (0, 0, 1):
+            with pytest.warns(LeftOutWarning, match=rf"14 of 64 {kind} are used, drawn by the seed. .*sequences=..."):
+                written = given.write(_writers(), count=16, length=10, seed=seed, progress=False)
+            drawn.append([_text(text)[:3] for text in written if text.kind == "task"])
+        assert drawn[0] == drawn[1] != drawn[2]
+        for own in drawn:
+            assert len({*own}) == 14
+            assert own == sorted(own)
+            assert own != prompts[:14]
+
+
+def test_texts_that_are_cut_are_told_of() -> None:
+    with pytest.warns(LeftOutWarning, match=r"1 of 2 texts are cut to 10 tokens. .*length=..."):
+        written = _written(Given(["c " * 11, "d " * 10]))
+    assert [len(text.ids) for text in written if text.kind == "task"] == [10, 10]
 
 
 def test_a_text_ends_where_the_model_ends_it() -> None:
@@ -388,6 +410,19 @@ def test_a_template_of_parts_is_given_parts() -> None:
     assert said == {"<user> c d <bot>", "<user> e <bot>", "<user> f <bot>"}
 
 
+def test_a_template_of_texts_is_given_parts_as_one_text() -> None:
+    def asked(content: Any) -> Prompts:
+        return Prompts([[{"role": "user", "content": content}]])
+
+    parts = [{"type": "text", "text": "e"}, {"type": "text", "text": "f g"}]
+    said = {
+        _text(text).partition(" b")[0] for text in _written(asked(parts), _writers(TEMPLATE)) if text.kind == "task"
+    }
+    assert said == {"<s> <user> e f g <bot>"}
+    with pytest.raises(PosthocError, match="it takes texts alone"):
+        _written(asked([*parts, {"type": "image", "url": "x"}]), _writers(TEMPLATE))
+
+
 def test_prompts_that_all_come_to_the_same_are_refused() -> None:
     for writers in (_writers("<user> x <bot>"), _writers()):
         with pytest.raises(PosthocError, match="makes the same tokens of every prompt"):
@@ -480,6 +515,36 @@ def test_no_text_is_on_both_sides() -> None:
     assert Counter(text.kind for text in parts.held_out) == {"task": 1, "general": 3}
     assert len(parts.fitted) == 60 + 27
     assert parts == split(texts)
+
+
+def test_prompts_are_held_out_with_all_their_answers() -> None:
+    answers = [Tokens((i % 20, 7, i), "task", (), 2) for i in range(70)]
+    parts = split([*answers, *(Tokens((i, 2), "general") for i in range(10))])
+    fitted, held_out = ([text for text in own if text.kind == "task"] for own in parts[:2])
+    prompts = [{text.ids[:2] for text in own} for own in (fitted, held_out)]
+    assert prompts[1] == {(0, 7), (10, 7)}
+    assert not prompts[0] & prompts[1]
+    assert len(held_out) == 4 + 3
+    assert fitted == [text for text in answers if text.ids[0] % 10]
+    assert parts.prompts_held_out
+
+
+def test_where_no_prompt_can_be_spared_other_answers_to_them_judge() -> None:
+    answers = [Tokens((i % 9, i), "task", (), 1) for i in range(90)]
+    parts = split([*answers, *(Tokens((i, 2), "general") for i in range(10))])
+    held_out = [text for text in parts.held_out if text.kind == "task"]
+    assert held_out == answers[::10]
+    assert not {*held_out} & {*parts.fitted}
+    assert not parts.prompts_held_out
+
+
+@pytest.mark.parametrize("given", [Prompts(["p"] * 20), Prompts(["p"] * 9), Prompts(["p"] * 500), Sampled()])
+def test_how_many_are_held_out_is_known_before_they_are_written(given: Any) -> None:
+    task, general = shares(given, 123)
+    prompts = len(given.prompts) if isinstance(given, Prompts) else task
+    answers = [Tokens((i % prompts, 7, i), "task", (), 2) for i in range(task)]
+    parts = split([*answers, *(Tokens((i, 2), "general") for i in range(general))])
+    assert held_out(given, 123) == len(parts.held_out)
 
 
 def test_a_text_is_the_same_whatever_of_it_counts() -> None:
