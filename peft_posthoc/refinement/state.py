@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -161,15 +161,17 @@ def going_on(state: State | None) -> Iterator[None]:
             state.begin()
         yield
     except KeyboardInterrupt as interrupt:
-        if state is not None and not any(state.folder.iterdir()):
-            state.remove()
-        elif state is not None:
+        if state is not None and any(state.folder.glob("*")):
             interrupt.add_note(f"Text and fit are kept in `{state.folder}`. The same command goes on from there.")
         raise
     except (PosthocError, ValueError):
         if state is not None:
             state.remove()
         raise
+    finally:
+        if state is not None:
+            with suppress(OSError):  # Not empty, or gone.
+                state.folder.rmdir()
 
 
 def is_same(adapter: str, out: str | os.PathLike[str]) -> bool:

@@ -280,6 +280,21 @@ def test_texts_that_are_kept_come_back_as_they_were(tmp_path: Path) -> None:
     assert State(tmp_path / "out", "of one run").texts() == texts
 
 
+def test_what_ends_before_there_is_text_leaves_nothing(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: Any, **__: Any) -> None:
+        assert len(_kept(tmp_path)) == 1
+        raise error
+
+    monkeypatch.setattr(Sampled, "write", stops)
+    for error in (KeyboardInterrupt(), MemoryError()):
+        with pytest.raises(type(error)) as raised:
+            refine(adapter, *llama_pair, out=tmp_path / "out", **QUICK)
+        assert not hasattr(raised.value, "__notes__")
+        assert not _kept(tmp_path)
+
+
 def test_another_teacher_or_another_adapter_begins_anew(
     llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
 ) -> None:
