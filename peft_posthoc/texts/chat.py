@@ -38,7 +38,9 @@ def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, parts: boo
         ValueError: A part of a content is no text, and the template takes texts alone.
         Exception: Of any kind: templates are programs, and some refuse roles, or an order of them.
     """
-    given = [{**one, "content": (_in_parts if parts else _joined)(one["content"])} for one in messages]
+    put = _in_parts if parts else _joined
+    # Who calls a tool may say nothing.
+    given = [one if one.get("content") is None else {**one, "content": put(one["content"])} for one in messages]
     return list(tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False))
 
 

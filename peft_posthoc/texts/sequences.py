@@ -91,7 +91,8 @@ def split(texts: Sequence[Tokens]) -> Split:
         sides[(text.kind, judged_as(text)) in judges].append(text)
     once = {(text.kind, text.ids): text for text in sides[True]}
     held_out = sorted(once.values(), key=lambda text: KINDS.index(text.kind))
-    return Split(sides[False], held_out, prompts_held_out=all(spares(len(own)) for own in prompts.values() if own))
+    fitted, judging = ({(text.kind, text.ids[: text.prompt]) for text in own if text.prompt} for own in sides)
+    return Split(sides[False], held_out, prompts_held_out=not fitted & judging)
 
 
 def batches(texts: Iterable[Tokens], size: int, *, device: torch.device) -> Iterator[Batch]:

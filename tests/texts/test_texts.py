@@ -419,6 +419,9 @@ def test_a_template_of_texts_is_given_parts_as_one_text() -> None:
         _text(text).partition(" b")[0] for text in _written(asked(parts), _writers(TEMPLATE)) if text.kind == "task"
     }
     assert said == {"<s> <user> e f g <bot>"}
+    calls = "<s> {% for m in messages %}<user> {{ m.content if m.content else 'h' }} <bot> {% endfor %}"
+    called = Prompts([[{"role": "user", "content": "c"}, {"role": "assistant", "tool_calls": []}]])
+    assert _text(_written(called, _writers(calls))[0]).startswith("<s> <user> c <bot> <user> h <bot> b")
     with pytest.raises(PosthocError, match="it takes texts alone"):
         _written(asked([*parts, {"type": "image", "url": "x"}]), _writers(TEMPLATE))
 
@@ -536,6 +539,7 @@ def test_where_no_prompt_can_be_spared_other_answers_to_them_judge() -> None:
     assert held_out == answers[::10]
     assert not {*held_out} & {*parts.fitted}
     assert not parts.prompts_held_out
+    assert split([Tokens((i, i), "task", (), 1) for i in range(5)]).prompts_held_out  # An answer each: none is shared.
 
 
 @pytest.mark.parametrize("given", [Prompts(["p"] * 20), Prompts(["p"] * 9), Prompts(["p"] * 500), Sampled()])
