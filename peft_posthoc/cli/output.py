@@ -8,13 +8,14 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from peft_posthoc.errors import OutputError, PosthocError, brief, one_line, printable
+from peft_posthoc.errors import LeftOutWarning, OutputError, PosthocError, brief, one_line, printable
 from peft_posthoc.files import write_whole
 from peft_posthoc.text import asked_on
 
@@ -23,7 +24,7 @@ from peft_posthoc.text import asked_on
 def one_line_errors(
     program: str, *, debug: bool, option: str = "--debug", nothing: str = "Nothing was written.", mistyped: int = 1
 ) -> Iterator[None]:
-    """End the process with one line on stderr where something goes wrong.
+    """End the process with one line on stderr where something goes wrong; what is left out is told in a line, too.
 
     Args:
         program: What is running.
@@ -40,7 +41,7 @@ def one_line_errors(
         sys.exit(status)
 
     try:
-        with asked_on("command line"):
+        with asked_on("command line"), _one_line_warnings():
             yield
     except click.ClickException as error:
         error.message = brief(error.message)  # type: ignore[misc]  # it is set by `__init__` alone, says click
@@ -59,6 +60,24 @@ def one_line_errors(
         what = "" if known else f"Unexpected {type(error).__name__} (see it with {option}): "
         of_a_value = isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError)
         fail(f"{what}{one_line(error)}", mistyped if of_a_value else 1)
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Our own warnings without the place in our code; those of others as they are."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, LeftOutWarning):
+            click.echo(printable(f"Warning: {message}"), err=True)
+        else:
+            before(message, category, *where, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def check_file(path: str | Path | None, option: str) -> None:

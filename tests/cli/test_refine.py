@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from peft_posthoc import Sampled, extract
 from peft_posthoc.cli.main import main
 from peft_posthoc.refinement import usual
+from tests.make.texts import tokenizer
 
 
 @pytest.fixture
@@ -105,6 +107,15 @@ def test_that_there_is_no_place_for_it_is_told_before_text_is_written(
     assert done.exit_code == 1
     assert "cannot be kept in" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("default::peft_posthoc.LeftOutWarning")
+def test_what_is_not_used_is_told_in_a_line(here: Path, llama_pair: tuple[str, str]) -> None:
+    base = shutil.copytree(llama_pair[0], here / "base")
+    tokenizer().save_pretrained(base)
+    (here / "prompts.txt").write_text("\n".join(f"w{i} w{i + 1}" for i in range(40)))
+    done = _run(here, (str(base), llama_pair[1]), "--prompts", str(here / "prompts.txt"), "--quiet")
+    assert done.stderr == "Warning: 14 of 40 prompts are used, drawn by the seed. Use more (`--sequences`).\n"
 
 
 def test_an_adapter_that_is_there_is_replaced_only_by_force(here: Path, llama_pair: tuple[str, str]) -> None:
