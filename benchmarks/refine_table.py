@@ -1,8 +1,9 @@
-"""`refine_table.py` puts the table into docs/refine.md, out of the rows that `refine.py` has made."""
+"""`refine_table.py` puts the tables into docs/refine.md, out of the rows that `refine.py` has made."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import ceil, floor
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 Row = Mapping[str, Any]
 ROWS = Path(__file__).parent / "refine_rows"
 PAGE = Path(__file__).parents[1] / "docs" / "refine.md"
-_HEAD = "| pair | rank | adapter | seeds | task loss | of the gap closed | exact match | general KL | CPU seconds |"
 
 
 def rows_in(folder: Path) -> list[Row]:
@@ -20,36 +20,59 @@ def rows_in(folder: Path) -> list[Row]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
 
 
+def overview(rows: Iterable[Row]) -> Iterator[str]:
+    """By pair and text, the share of the gap that refining closes at each rank; of several seeds as in `table`."""
+    found = list(rows)
+    ranks = sorted({row["rank"] for row in found if row["method"] == "refined"})
+    yield f"| pair | text | {' | '.join(f'rank {rank}' for rank in ranks)} |"
+    yield f"|---|---|{'--:|' * len(ranks)}"
+    for pair in dict.fromkeys(row["pair"] for row in found):
+        own = [row for row in found if row["pair"] == pair]
+        for prompts in sorted({row["prompts"] for row in own if row["method"] == "refined"}):
+            closed = ([_closed(own, row) for row in _alike(own, "refined", rank, prompts)] for rank in ranks)
+            cells = (_cell(shares, 1, floor, " %") if shares else "" for shares in closed)
+            yield f"| {pair} | {_text(prompts)} | {' | '.join(cells)} |"
+
+
 def table(rows: Iterable[Row]) -> Iterator[str]:
     """A row for every adapter; of several seeds the mean, and the least and the most in brackets."""
     found = list(rows)
-    yield _HEAD
+    yield "| pair | rank | adapter | seeds | task loss | of the gap closed | exact match | general KL | CPU seconds |"
     yield "|---|--:|---|--:|--:|--:|--:|--:|--:|"
     for pair in dict.fromkeys(row["pair"] for row in found):
         own = [row for row in found if row["pair"] == pair]
-        (tuned,) = (row for row in own if row["method"] == "tuned")
-        (base,) = (row for row in own if row["method"] == "base")
-        for title, row in (("base", base), ("tuned", tuned)):
+        for title in ("base", "tuned"):
+            (row,) = _alike(own, title, 0)
             yield f"| {pair} | | {title} | | {row['loss']:.3f} | | {row['exact']:.1%} | {row['general']:.4f} | |"
         for rank in sorted({row["rank"] for row in own if row["method"] == "SVD"}):
-            (svd,) = (row for row in own if row["method"] == "SVD" and row["rank"] == rank)
+            (svd,) = _alike(own, "SVD", rank)
             yield f"| {pair} | {rank} | SVD | | {svd['loss']:.3f} | | {svd['exact']:.1%} | {svd['general']:.4f} | |"
             kinds = sorted({(row["method"], row["prompts"]) for row in own if row["rank"] == rank} - {("SVD", 0)})
             for method, prompts in kinds:
-                same = [row for row in own if (row["method"], row["rank"], row["prompts"]) == (method, rank, prompts)]
-                yield _line(pair, rank, f"{method}, {f'{prompts} prompts' if prompts else 'no data'}", same, svd, tuned)
+                same = _alike(own, method, rank, prompts)
+                cells = [
+                    _cell([row["loss"] for row in same], 3, ceil),
+                    _cell([_closed(own, row) for row in same], 1, floor, " %"),
+                    _cell([100 * row["exact"] for row in same], 1, floor, " %"),
+                    _cell([row["general"] for row in same], 4, ceil),
+                    f"{ceil(mean(row['seconds'] for row in same))}",
+                ]
+                yield f"| {pair} | {rank} | {method}, {_text(prompts)} | {len(same)} | {' | '.join(cells)} |"
 
 
-def _line(pair: str, rank: int, title: str, rows: Sequence[Row], svd: Row, tuned: Row) -> str:
-    closed = [(svd["loss"] - row["loss"]) / (svd["loss"] - tuned["loss"]) for row in rows]
-    cells = [
-        _cell([row["loss"] for row in rows], 3, ceil),
-        _cell([100 * one for one in closed], 1, floor, " %"),
-        _cell([100 * row["exact"] for row in rows], 1, floor, " %"),
-        _cell([row["general"] for row in rows], 4, ceil),
-        f"{ceil(mean(row['seconds'] for row in rows))}",
-    ]
-    return f"| {pair} | {rank} | {title} | {len(rows)} | {' | '.join(cells)} |"
+def _alike(own: Iterable[Row], method: str, rank: int, prompts: int = 0) -> list[Row]:
+    """The rows of all seeds, out of those of a pair."""
+    return [row for row in own if (row["method"], row["rank"], row["prompts"]) == (method, rank, prompts)]
+
+
+def _closed(own: Sequence[Row], row: Row) -> float:
+    """How much of the gap between the SVD's loss at its rank and the tuned model's is closed, in percent."""
+    (tuned,), (svd,) = _alike(own, "tuned", 0), _alike(own, "SVD", row["rank"])
+    return 100 * (svd["loss"] - row["loss"]) / (svd["loss"] - tuned["loss"])
+
+
+def _text(prompts: int) -> str:
+    return f"{prompts} prompts" if prompts else "no data"
 
 
 def _cell(values: Sequence[float], digits: int, to: Callable[[float], int], unit: str = "") -> str:
@@ -61,11 +84,13 @@ def _cell(values: Sequence[float], digits: int, to: Callable[[float], int], unit
 
 
 def put(lines: Iterable[str], page: Path) -> None:
-    """Write the table into the place of the first one on the page."""
-    above, _, below = page.read_text(encoding="utf-8").partition(_HEAD)
-    _, blank, below = below.partition("\n\n")
-    page.write_text(above + "\n".join(lines) + blank + below, encoding="utf-8")
+    """Write a table into the place of the one on the page whose first two columns have the same names."""
+    head, *rest = lines
+    old = re.compile(re.escape("|".join(head.split("|")[:3])) + r".*\n(\|.*\n)*")
+    new = "".join(f"{line}\n" for line in (head, *rest))
+    page.write_text(old.sub(lambda _: new, page.read_text(encoding="utf-8"), count=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    put(table(rows_in(ROWS)), PAGE)
+    for lines in (overview, table):
+        put(lines(rows_in(ROWS)), PAGE)

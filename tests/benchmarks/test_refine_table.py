@@ -1,11 +1,11 @@
-"""The table of docs/refine.md: what it makes of rows whose shares are known."""
+"""The tables of docs/refine.md: what they make of rows whose shares are known."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.refine_table import PAGE, ROWS, put, rows_in, table
+from benchmarks.refine_table import PAGE, ROWS, overview, put, rows_in, table
 
 
 def _row(method: str, loss: float, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -28,17 +28,30 @@ def test_a_share_of_the_gap_is_rounded_against_us() -> None:
     )
 
 
-def test_a_table_takes_the_place_of_the_one_that_is_there(tmp_path: Path) -> None:
-    page, found = tmp_path / "page.md", [_row("base", 9.0, rank=0), _row("tuned", 1.0, rank=0), _row("SVD", 5.0)]
-    head, *_ = old = list(table([]))
-    page.write_text("\n".join(["Above", "", *old, "", "Below |", ""]), encoding="utf-8")
-    put(table(found), page)
+def test_shares_at_all_ranks_stand_side_by_side() -> None:
+    found = [_row("base", 9.0, rank=0), _row("tuned", 1.0, rank=0), _row("SVD", 5.0), _row("SVD", 3.0, rank=16)]
+    found += [_row("refined", 3.0), _row("refined", 2.0, seed=1), _row("compensated", 1.5)]
+    found += [_row("refined", 4.0, prompts=64, rank=16)]
+    assert list(overview(found))[::2] == [
+        "| pair | text | rank 8 | rank 16 |",
+        "| pair | no data | 62.5 % (50.0 to 75.0) |  |",
+    ]
+    assert list(overview(found))[1::2] == ["|---|---|--:|--:|", "| pair | 64 prompts |  | -50.0 % |"]
+
+
+def test_tables_take_the_places_of_those_that_are_there(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    found = [_row("base", 9.0, rank=0), _row("tuned", 1.0, rank=0), _row("SVD", 5.0), _row("refined", 3.0)]
+    first, second = (list(one(found[:3])) for one in (overview, table))
+    page.write_text("\n".join(["Above |", "", *first, "", "Between |", "", *second, ""]), encoding="utf-8")
+    for one in (overview, table):
+        put(one(found), page)
     text = page.read_text(encoding="utf-8")
-    assert text.count(head) == 1
-    assert text == "\n".join(["Above", "", *table(found), "", "Below |", ""])
+    assert text == "\n".join(["Above |", "", *overview(found), "", "Between |", "", *table(found), ""])
 
 
-def test_the_page_has_the_table_of_the_rows_that_are_kept() -> None:
-    found = rows_in(ROWS)
+def test_the_page_has_the_tables_of_the_rows_that_are_kept() -> None:
+    found, text = rows_in(ROWS), PAGE.read_text(encoding="utf-8")
     assert len({row["pair"] for row in found}) == 7
-    assert "\n\n" + "\n".join(table(found)) + "\n\n" in PAGE.read_text(encoding="utf-8")
+    assert "\n\n" + "\n".join(overview(found)) + "\n\n" in text
+    assert text.endswith("\n\n" + "\n".join(table(found)) + "\n")
