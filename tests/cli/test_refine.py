@@ -109,7 +109,7 @@ def test_that_there_is_no_place_for_it_is_told_before_text_is_written(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.filterwarnings("default::peft_posthoc.LeftOutWarning")
+@pytest.mark.filterwarnings("default:14 of 40:peft_posthoc.LeftOutWarning")
 def test_what_is_not_used_is_told_in_a_line(here: Path, llama_pair: tuple[str, str]) -> None:
     base = shutil.copytree(llama_pair[0], here / "base")
     tokenizer().save_pretrained(base)
