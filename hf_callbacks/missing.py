@@ -58,13 +58,15 @@ def make_missing(run: Run, *, best: bool | None, refining: Refining | None, prog
     left = {step: folder for step, folder in missing.items() if step not in {one.job.step for one in done}}
     steps = progress_bar(left.items(), progress=progress, desc="Adapters")
     done += [done for step, folder in steps for done in run.make(folder, step)]
-    if run.adapters() and refining is not None and not _is_refined(run):
+    if run.adapters() and refining is not None and _is_refined(run):
+        warnings.append(f"`{FINAL}` is refined already, and stays as it is. Remove it to have it refined anew.")
+    elif run.adapters() and (refining is not None or not (run.out / FINAL).exists()):
         step = _final_step(run, warnings, best=best)
-        if step not in run.checkpoints():
-            raise PosthocError(f"The checkpoint of step {step} is gone, and `{FINAL}` cannot be refined.")
-        done += run.make(run.checkpoints()[step], step, name=FINAL, refining=refining)
-    elif run.adapters() and not (run.out / FINAL).exists():
-        done.append(run.copy(_final_step(run, warnings, best=best), name=FINAL))
+        if refining is not None and step in run.checkpoints():
+            done += run.make(run.checkpoints()[step], step, name=FINAL, refining=refining)
+        else:
+            why = None if refining is None else f"the checkpoint of step {step} is gone"
+            done.append(run.copy(step, name=FINAL)._replace(unrefined=why))
     failures = [f"There is no adapter `{job.name}`: {failure}" for job, failure, *_ in done if failure is not None]
     failures += [f"`{one.job.name}` is not refined: {one.unrefined}" for one in done if one.unrefined is not None]
     run.losses = eval_losses(_state(run).get("log_history"))

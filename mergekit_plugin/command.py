@@ -195,7 +195,8 @@ def main(
         if refining is not None:
             quiet_hosts()
             device = merge_options.device or "cpu"
-            made = refining(adapter, merge.base, Path(out_path), device=device, out=target, progress=progress)
+            # Nothing is kept to go on from: the next merge is another model.
+            made = refining(adapter, merge.base, Path(out_path), device=device, progress=progress)
         made.save(target, force=force)
         done.close()
         with noting(f"The adapter is at `{target}`."):

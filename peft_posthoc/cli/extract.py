@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def _one(
     json_to: str | None,
     **options: Any,
 ) -> None:
+    since = time.monotonic()
     from peft_posthoc.adapters.writer import check_target
     from peft_posthoc.extraction.extract import extract as run
     from peft_posthoc.extraction.preflight import preflight
@@ -185,7 +187,7 @@ def _one(
         return
     if asked is not None:
         revisions = {name: options[name] for name in ("base_revision", "tuned_revision")}
-        asked.check(base, tuned, **revisions)
+        asked.check(base, tuned, processes=processes.size, **revisions)
         quiet_hosts()
     try:
         adapter = run(
@@ -207,6 +209,7 @@ def _one(
                     **revisions,
                     device=options["device"],
                     out=out,
+                    since=since,
                     processes=processes,
                     progress=not quiet and not processes.rank,
                 )

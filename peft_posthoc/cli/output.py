@@ -138,6 +138,7 @@ def quiet_hosts() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
 
 
 def _print(text: str) -> None:

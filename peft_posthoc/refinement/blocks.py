@@ -18,7 +18,7 @@ from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.chain import chains_of
 from peft_posthoc.refinement.method import LATE, UNREAD, Fit, check_positive, finite, kept_or_put_back
 from peft_posthoc.refinement.state import State
-from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
+from peft_posthoc.refinement.steps import Steps, check_steps, copies, modules_of, movable_by_steps, put, still
 from peft_posthoc.refinement.walk import Stretch, Walk
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.distance import divergence
@@ -61,6 +61,7 @@ class blocks:
     ) -> Fit:
         """Fit the factors in place (`Method`)."""
         began, interrupted, done, earlier = time.monotonic(), False, 0, 0.0
+        check_steps(factors)
         before, start = finite(live.distances(texts.held_out, size=self.size)), copies(factors)
         # The last judging takes as long as the first.
         end = math.inf if seconds is None else 2 * began + seconds - time.monotonic()
@@ -76,6 +77,14 @@ class blocks:
             put(factors, tensors)
             moved, entering = set(numbers["moved"]), set(numbers["entering"])
             reached, done, earlier = numbers["reached"], numbers["done"], numbers["seconds"]
+
+        def keep() -> None:
+            if state is not None:
+                numbers = {"moved": sorted(moved), "entering": sorted(entering), "reached": reached}
+                taken = earlier + time.monotonic() - began
+                state.keep(copies(factors), {**numbers, "done": done, "seconds": taken})
+
+        ended = None
         try:
             with walk:
                 total = steps * walk.count
@@ -84,8 +93,11 @@ class blocks:
                     for number, stretch in enumerate(walk.stretches()):
                         if number < reached:
                             continue
-                        left = live.together.first(end - time.monotonic())
-                        own = _used(stretch, factors)
+                        own = movable_by_steps(_used(stretch, factors))
+                        # From each stretch to the next it takes as long as to this one.
+                        now = time.monotonic()
+                        walking = 0.0 if ended is None else (walk.count - number - 1) * (now - ended)
+                        left = live.together.first(end - now - walking)
                         if stretch.role == "entry":
                             entering, own = {*own}, {}
                         if left <= 0:
@@ -96,9 +108,8 @@ class blocks:
                             moved |= own.keys()
                         reached = number + 1
                         if state is not None and state.is_due:
-                            taken = earlier + time.monotonic() - began
-                            numbers = {"moved": sorted(moved), "entering": sorted(entering), "reached": reached}
-                            state.keep(copies(factors), {**numbers, "done": done, "seconds": taken})
+                            keep()
+                        ended = time.monotonic()
         except KeyboardInterrupt:
             if live.together.size > 1:
                 raise  # The others may be elsewhere.
@@ -106,7 +117,11 @@ class blocks:
         except BaseException:
             put(factors, start)
             raise
-        after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
+        after, kept = before, True
+        if moved:
+            if not interrupted:
+                keep()  # Judging takes long enough to be interrupted.
+            after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         alike = set[str]() if kept else {name for name in moved if torch.equal(factors[name], start[name])}
         reasons = {
             "no step brought its block nearer": alike,
@@ -132,10 +147,11 @@ class blocks:
         optimizer, done, order = Steps(factors, self.lr), 0, list[int]()
         with stretch.held():
             before = _judged(stretch, places[1])
+            seconds -= time.monotonic() - began  # It is judged again.
             try:
                 while done < steps:
                     order = order or draw.sample(places[0], len(places[0]))
-                    share = live.together.first(max(done / steps, (time.monotonic() - began) / seconds))
+                    share = live.together.first(max(done / steps, (time.monotonic() - began) / max(seconds, 1e-9)))
                     if share >= 1:
                         break
                     with in_bfloat16(live.device, self.bf16):

@@ -195,6 +195,20 @@ def chains_of(live: Live) -> tuple[Chain, Chain]:
     return chains
 
 
+@torch.no_grad()
+def check_chains(live: Live) -> None:
+    """See on a few tokens that both models can be run a stretch at a time.
+
+    Raises:
+        PosthocError: One cannot.
+    """
+    ids = torch.arange(min(live.vocabulary, 8))[None]
+    batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids))
+    for chain in chains_of(live):
+        with chain.rest_held(), chain.held(-1):
+            chain.check(batch)
+
+
 def blocks_of(model: Any) -> nn.ModuleList:
     """The list of a language model's blocks: as many as its configuration says.
 

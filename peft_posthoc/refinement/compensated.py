@@ -67,6 +67,13 @@ class compensated:
             tensors, numbers = found
             put(factors, tensors)
             fitted, unmoved, earlier = set(numbers["fitted"]), numbers["unmoved"], numbers["seconds"]
+
+        def keep() -> None:
+            if state is not None:
+                taken = earlier + time.monotonic() - began
+                state.keep(copies(factors), {"fitted": sorted(fitted), "unmoved": unmoved, "seconds": taken})
+
+        longest = 0.0  # Of the times that a group took.
         bar = progress_bar(
             total=len(layers.linear), initial=len(fitted), desc="Fitting", unit=" layers", progress=progress
         )
@@ -77,17 +84,17 @@ class compensated:
                     groups, odd = _groups(stretch, waiting) if waiting else ([], {})
                     unmoved |= odd
                     for group in groups:
-                        if seconds is not None and live.together.first(time.monotonic() - began > seconds - judging):
+                        turn = time.monotonic()
+                        if seconds is not None and live.together.first(turn + longest - began > seconds - judging):
                             raise _OutOfTime
                         if self._fit(stretch, len(parts), group):
                             fitted |= {one.name for one in group}
                         else:
                             unmoved |= dict.fromkeys((one.name for one in group), _NOTHING)
                         bar.update(len(group))
+                        longest = max(longest, time.monotonic() - turn)
                         if state is not None and state.is_due:
-                            taken = earlier + time.monotonic() - began
-                            numbers = {"fitted": sorted(fitted), "unmoved": unmoved, "seconds": taken}
-                            state.keep(copies(factors), numbers)
+                            keep()
         except _OutOfTime:
             late = True
         except KeyboardInterrupt:
@@ -101,7 +108,11 @@ class compensated:
             bar.close()
         why = LATE if late or interrupted else UNREAD
         unmoved |= dict.fromkeys(sorted(layers.linear.keys() - fitted - unmoved.keys()), why)
-        after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
+        after, kept = before, True
+        if fitted:
+            if not interrupted:
+                keep()  # Judging takes long enough to be interrupted.
+            after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         taken = earlier + time.monotonic() - began
         return Fit(before, after, kept, len(fitted), taken, interrupted, unmoved)
 

@@ -18,7 +18,7 @@ from peft_posthoc.progress import progress_bar
 from peft_posthoc.refinement.method import LATE, UNREAD, Fit, better, check_positive, finite, nearer
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
-from peft_posthoc.refinement.steps import Steps, copies, modules_of, put, still
+from peft_posthoc.refinement.steps import Steps, check_steps, copies, modules_of, put, still
 from peft_posthoc.running.live import Live, says
 from peft_posthoc.texts.distance import Distance, Model, Score, divergence
 from peft_posthoc.texts.sequences import Split, Tokens, batches, shuffled
@@ -70,6 +70,7 @@ class distil:
         """Fit the factors in place (`Method`)."""
         start, (model, wanted) = time.monotonic(), (says(live.model), says(live.tuned, live.device))
         together = live.together
+        check_steps(factors)
 
         def judge() -> Score:
             return live.distances(texts.held_out, size=self.size)

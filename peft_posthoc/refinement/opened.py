@@ -17,7 +17,7 @@ from peft_posthoc.checkpoints.checkpoint import Checkpoint
 from peft_posthoc.compute.device import pick_device
 from peft_posthoc.errors import AdapterError
 from peft_posthoc.extraction.adapter import Adapter
-from peft_posthoc.refinement.chain import chains_of
+from peft_posthoc.refinement.chain import check_chains
 from peft_posthoc.refinement.movable import as_found
 from peft_posthoc.refinement.sharded import load_sharded
 from peft_posthoc.refinement.streamed import load_streamed
@@ -101,14 +101,14 @@ def opened(
             apart = streams and isinstance(before, Checkpoint) and isinstance(after, Checkpoint)
             load: Any = load_streamed if apart else load_sharded if shard else load_live
             live = load(before, after, folder, file, device=pick_device(device), tokenizer=tokenizer)
-        if streams:
-            chains_of(live)  # Whether there are such is told before any text is written.
         with as_found(live.adapted, live.tuned):
             check_pair(live.adapted, live.tuned, [label(live.adapted if before is None else before), label(after)])
             live.adapted.set_adapter(live.name)
             live.adapted.base_model.enable_adapter_layers()
             live.adapted.eval()
             live.tuned.eval()
+            if streams:
+                check_chains(live)  # Before any text is written.
             known = [getattr(side, "identity", None) for side in (before, after)]
             yield Opened(called, file, live, label(after), known if all(known) else None)
 

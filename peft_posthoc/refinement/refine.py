@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
+from peft_posthoc.adapters.card import KINDS as IN_WORDS
 from peft_posthoc.adapters.card import REPORT
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.adapters.writer import copied
@@ -29,6 +30,7 @@ from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.state import State, going_on, is_same, state_of
 from peft_posthoc.refinement.steps import put
 from peft_posthoc.refinement.usual import Usual
+from peft_posthoc.running.inputs import identity_of
 from peft_posthoc.running.live import Live
 from peft_posthoc.sources import Source
 from peft_posthoc.text import asked
@@ -39,6 +41,8 @@ from peft_posthoc.texts.writers import Writers
 
 _WRITING = 0.5
 """Of the time that is left after loading, what may go into text."""
+_FEW = 3
+"""Held-out texts of a kind that are too few to tell distances well."""
 _GUESSED = Sampled()
 """Text that nobody said anything of: the task may be another."""
 
@@ -161,7 +165,8 @@ def refine(
         work = _Work(replace(found.live, together=together), given, chosen, clock, seed, progress)
         state = None
         if out is not None and not together.rank:
-            state = state_of(out, [found.models, stored, dict(found.file.config), given, chosen, asked_for])
+            encodes = identity_of(found.live.tokenizer)
+            state = state_of(out, [found.models, encodes, stored, dict(found.file.config), given, chosen, asked_for])
         with together.alike(), going_on(state):
             parts = work.texts(sequences, length, state)
             alone, judging = work.alone(parts)
@@ -205,7 +210,7 @@ def refine(
             "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
-        notes=tuple(_notes(given, parts, state, fit, clock, in_place=in_place)),
+        notes=tuple(_notes(given, parts, state, fit, clock, alone=alone, config=found.file.config, in_place=in_place)),
     )
 
 
@@ -281,7 +286,17 @@ class _Work:
         return found, time.monotonic() - start
 
 
-def _notes(given: Texts, parts: Split, state: State | None, fit: Fit, clock: Clock, *, in_place: bool) -> Iterator[str]:
+def _notes(
+    given: Texts,
+    parts: Split,
+    state: State | None,
+    fit: Fit,
+    clock: Clock,
+    *,
+    alone: Score,
+    config: Mapping[str, Any],
+    in_place: bool,
+) -> Iterator[str]:
     on_command_line = asked("force").startswith("-")
     if given == _GUESSED:
         prompts = asked("prompts", None) if on_command_line else "texts=Prompts([...])"
@@ -291,6 +306,17 @@ def _notes(given: Texts, parts: Split, state: State | None, fit: Fit, clock: Clo
         )
     if not parts.prompts_held_out:
         yield "With fewer than ten prompts none is held out: it was judged by other answers to the same ones."
+    if config.get("bias", "none") != "none":
+        yield "Its biases stay on the base where the adapter is switched off: what is told of the base is with them."
+    if all(fit.before[kind].kl > alone[kind].kl for kind in alone):
+        yield (
+            "The adapter took the base further from the tuned model than it is by itself. Is it of these two models, "
+            "in this order?"
+        )
+    judges = Counter(text.kind for text in parts.held_out)
+    if min(judges.values()) < _FEW:
+        few = " and ".join(f"{judges[kind]} {said}" for kind, said in IN_WORDS.items())
+        yield f"Few texts judge ({few}): the distances are rough. Use more: `{asked('sequences', None)}`."
     if state is not None and fit.interrupted and in_place:
         yield "It takes the place of what the fit began with: the same again starts from here, and does not go on."
     elif state is not None and fit.interrupted:

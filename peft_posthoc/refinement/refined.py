@@ -60,7 +60,7 @@ class Refined(CanPush):
             name: {kind: asdict(distance) for kind, distance in score.items()}
             for name, score in (("base", self.base), ("before", self.before), ("after", self.after))
         }
-        plain = ("adapter", "kept", "interrupted", "steps", "lr", "unmoved", "texts", "seconds", "options")
+        plain = ("adapter", "kept", "interrupted", "steps", "lr", "unmoved", "texts", "seconds", "options", "notes")
         return {"format": 1, **{name: getattr(self, name) for name in plain}, **scores}
 
     def table(self) -> str:

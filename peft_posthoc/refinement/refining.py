@@ -20,6 +20,7 @@ from peft_posthoc.refinement.opened import Refinable
 from peft_posthoc.refinement.preflight import RefinePreflight, refine_preflight
 from peft_posthoc.refinement.refine import check_numbers, refine
 from peft_posthoc.refinement.refined import Refined
+from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.running.live import check_sides
 from peft_posthoc.sources import Source, open_pair
@@ -88,6 +89,7 @@ class Refining:
         tuned_revision: str | None = None,
         device: str = "cpu",
         out: str | os.PathLike[str] | None = None,
+        since: float | None = None,
         processes: Processes = ALONE,
         progress: bool = False,
     ) -> Refined:
@@ -100,20 +102,30 @@ class Refining:
             tuned_revision=tuned_revision,
             device=device,
             out=out,
+            since=since,
             processes=processes,
             progress=progress,
             **vars(self),
         )
 
     def check(
-        self, base: Source, tuned: Source, *, base_revision: str | None = None, tuned_revision: str | None = None
+        self,
+        base: Source,
+        tuned: Source,
+        *,
+        base_revision: str | None = None,
+        tuned_revision: str | None = None,
+        processes: int = 1,
     ) -> None:
         """See before an extraction, from configurations alone, whether there will be models to fit to.
 
         Raises:
+            PosthocError: Models are to be split, and there is one process.
             CheckpointError: A model cannot be read, or is none that says next tokens.
             MismatchError: They are of two classes.
         """
+        if getattr(self.method, "shard", False):
+            check_processes(processes)
         check_sides(*open_pair(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision))
 
     def preflight(

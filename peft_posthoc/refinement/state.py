@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_posthoc.errors import AdapterError, PosthocError
+from peft_posthoc.errors import OutputError, PosthocError
 from peft_posthoc.texts.sequences import Tokens
 
 _TEXTS, _FIT = "texts.safetensors", "fit.safetensors"
@@ -52,7 +52,7 @@ class State:
         """Make its folder: that there is no place for it is told before the work.
 
         Raises:
-            AdapterError: It cannot be made.
+            OutputError: It cannot be made.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class State:
         """Keep what was written.
 
         Raises:
-            AdapterError: It cannot be.
+            OutputError: It cannot be.
         """
         lengths = torch.tensor([len(text.ids) for text in texts])
         ids = torch.tensor([token for text in texts for token in text.ids])
@@ -92,16 +92,38 @@ class State:
         """Keep where the fit has come to, in place of what was kept before.
 
         Raises:
-            AdapterError: It cannot be.
+            OutputError: It cannot be.
         """
         start = time.monotonic()
         self._write(_FIT, tensors, numbers)
         self._written = time.monotonic()
         self.patience = max(self.patience, 50 * (self._written - start))  # A large one on a slow disk.
 
+    @property
+    def has_fit(self) -> bool:
+        """Whether a fit has come far enough to be kept."""
+        return self._has(_FIT)
+
+    @property
+    def told(self) -> str | None:
+        """What is kept, and that it is of use; None if nothing is."""
+        if self.has_fit:
+            what = "Text and fit are"
+        elif self._has(_TEXTS):
+            what = "The text is"
+        else:
+            return None
+        return f"{what} kept in `{self.folder}`. The same command goes on from there."
+
     def remove(self) -> None:
         """Remove all of it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _has(self, name: str) -> bool:
+        try:
+            return (self.folder / name).is_file()
+        except OSError:  # No folder can have that name.
+            return False
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         try:
@@ -120,8 +142,8 @@ class State:
         except (OSError, SafetensorError) as error:
             raise self._not_kept(error) from error
 
-    def _not_kept(self, error: Exception) -> AdapterError:
-        return AdapterError(f"What an interrupted run goes on from cannot be kept in `{self.folder}`: {error}.")
+    def _not_kept(self, error: Exception) -> OutputError:
+        return OutputError(f"What an interrupted run goes on from cannot be kept in `{self.folder}`: {error}.")
 
 
 def state_of(out: str | os.PathLike[str], parts: Sequence[Any]) -> State | None:
@@ -148,25 +170,26 @@ def _known(part: Any) -> Any:
             digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
             digest.update(x.contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
-    if isinstance(part, Mapping | list):
+    if isinstance(part, Mapping | list | str):
         return part
     return [type(part).__name__, {field.name: getattr(part, field.name) for field in fields(part)}]
 
 
 @contextmanager
 def going_on(state: State | None) -> Iterator[None]:
-    """Tell of what is kept, where the `with` block is interrupted; remove it, where it fails for good."""
+    """Tell of what is kept, where the `with` block is interrupted, or has no room; remove it, where it fails for good.
+
+    What fails after a fit was kept may have failed by accident.
+    """
     try:
         if state is not None:
             state.begin()
         yield
-    except KeyboardInterrupt as interrupt:
-        if state is not None and any(state.folder.glob("*")):
-            interrupt.add_note(f"Text and fit are kept in `{state.folder}`. The same command goes on from there.")
-        raise
-    except (PosthocError, ValueError):
-        if state is not None:
+    except (KeyboardInterrupt, PosthocError, ValueError) as error:
+        if state is not None and not state.has_fit and not isinstance(error, KeyboardInterrupt | OutputError):
             state.remove()
+        if state is not None and (told := state.told) is not None:
+            error.add_note(told)
         raise
     finally:
         if state is not None:

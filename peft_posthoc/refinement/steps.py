@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from peft_posthoc.adapters.names import PREFIX
 from peft_posthoc.compute.together import ALONE, Together
+from peft_posthoc.errors import PosthocError
 
 
 class Steps:
@@ -24,7 +25,7 @@ class Steps:
 
     def __init__(self, factors: Mapping[str, Parameter], lr: float, together: Together = ALONE) -> None:
         self._lr, self._together = lr, together
-        self._moved = {name: own for name, own in factors.items() if own.any()}
+        self._moved = movable_by_steps(factors)
         groups = [{"params": [own], "size": _size(own)} for own in self._moved.values()]
         self._adam = torch.optim.Adam(groups, lr=0.0)
 
@@ -65,10 +66,25 @@ class Steps:
         self._adam.load_state_dict({**self._adam.state_dict(), "state": known})
 
 
+def movable_by_steps(factors: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The factors that have a size."""
+    return {name: own for name, own in factors.items() if own.any()}
+
+
+def check_steps(factors: Mapping[str, Parameter]) -> None:
+    """See that there are some.
+
+    Raises:
+        PosthocError: There are none.
+    """
+    if not movable_by_steps(factors):
+        raise PosthocError("Every factor of the adapter is zero: there is nothing that could be refined.")
+
+
 def still(factors: Mapping[str, Parameter]) -> dict[str, str]:
     """Modules with a factor that no step moves, and why."""
-    zero = [name for name, own in factors.items() if not own.any()]
-    return dict.fromkeys(modules_of(zero), "one of the two is zero, and steps are relative to its size")
+    zero = factors.keys() - movable_by_steps(factors).keys()
+    return dict.fromkeys(modules_of(zero), "a factor of it is zero, and steps are relative to its size")
 
 
 def modules_of(factors: Iterable[str]) -> list[str]:

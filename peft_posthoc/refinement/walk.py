@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from peft_posthoc.errors import PosthocError, one_line
+from peft_posthoc.errors import OutputError, one_line
 from peft_posthoc.refinement.chain import Chain
 from peft_posthoc.texts.sequences import Batch
 
@@ -122,7 +122,7 @@ class Walk:
         try:
             torch.save(hidden, file)
         except (OSError, RuntimeError) as error:  # PyTorch's own, of a full disk too.
-            raise PosthocError(
+            raise OutputError(
                 f"What goes from a block to the next cannot be kept in `{self._folder}`: {one_line(error)} Is the disk "
                 "full? Set TMPDIR to a folder on another."
             ) from error

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from peft_posthoc.adapters.arrivals import loaded
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import CheckpointError
+from peft_posthoc.errors import AdapterError, CheckpointError
 from peft_posthoc.models.as_model import as_model
 from peft_posthoc.models.find import layout_of
 from peft_posthoc.running.load import config_of, told_of, with_adapter, write_as_told
@@ -45,12 +45,16 @@ def empty_with_adapter(model: Any, adapter: str | PathLike[str], file: AdapterFi
     """A model without weights, with an adapter that has its own, in float32.
 
     Raises:
-        AdapterError: PEFT cannot load it.
+        AdapterError: PEFT cannot load it, or does not hold what is in the file.
     """
     wrapped = with_adapter(model, adapter, empty=True)
     for name, tensor in loaded(wrapped, {name: file.tensor(name) for name in file.headers}).items():
         module, _, leaf = name.rpartition(".")
-        wrapped.get_submodule(module)._parameters[leaf] = Parameter(tensor.float(), requires_grad=False)
+        try:
+            own = wrapped.get_submodule(module)
+        except AttributeError as error:
+            raise AdapterError(f"PEFT does not hold `{name}` of `{file.label}`; it is not refined.") from error
+        own._parameters[leaf] = Parameter(tensor.float(), requires_grad=False)
     return wrapped
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +71,23 @@ def inputs_for(
         )
     random = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (8, 32), generator=random)], f"on 8 sequences of 32 random tokens{why}"
+
+
+def identity_of(tokenizer: Any) -> str | None:
+    """A digest of what a tokenizer makes of texts and conversations; None where it does not tell.
+
+    Args:
+        tokenizer: transformers', or None.
+    """
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        encodes = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+        told = [type(tokenizer).__name__, encodes, tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return None
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:

@@ -122,14 +122,31 @@ def load_live(
     before = load_side(base, device)
     if isinstance(base, nn.Module):
         before = copy.deepcopy(before)
-    rows = [rows_of(model) for model in (before, after)]
-    if rows[0] != rows[1]:
-        if not any(file.headers[name].shape[:1] == (rows[1],) for name in file.whole):
-            raise MismatchError(f"`{label(base)}` knows {rows[0]} tokens, `{label(tuned)}` {rows[1]}.")
-        before.resize_token_embeddings(rows[1], mean_resizing=False)
+    if (rows := rows_brought(file, (label(base), before), (label(tuned), after))) is not None:
+        before.resize_token_embeddings(rows, mean_resizing=False)
     with torch.random.fork_rng():  # PEFT draws what it then replaces.
         adapted = with_adapter(before, adapter)
     return Live(adapted, after, tokenizer_beside(tokenizer, tuned, base))
+
+
+def rows_brought(file: AdapterFile, base: tuple[str, Any], tuned: tuple[str, Any]) -> int | None:
+    """The tokens that the base will know with an adapter that brings rows for more; None where it knows as many.
+
+    Args:
+        file: The adapter's.
+        base: What messages call it, and the model.
+        tuned: The same.
+
+    Raises:
+        MismatchError: The models know other tokens, and the adapter brings none.
+    """
+    (name, before), (other, after) = base, tuned
+    own, wanted = rows_of(before), rows_of(after)
+    if own == wanted:
+        return None
+    if not any(file.headers[name].shape[:1] == (wanted,) for name in file.whole):
+        raise MismatchError(f"`{name}` knows {own} tokens, `{other}` {wanted}.")
+    return wanted
 
 
 def tokenizer_beside(tokenizer: Any, *sides: Side) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -31,7 +31,12 @@ def is_loadable(checkpoint: Checkpoint) -> bool:
 
 
 def load_model(
-    checkpoint: Checkpoint, cls: Any, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32
+    checkpoint: Checkpoint,
+    cls: Any,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    *,
+    lacking: bool = False,
 ) -> Any:
     """The model of a checkpoint.
 
@@ -43,6 +48,7 @@ def load_model(
         cls: Its class in transformers.
         device: Where it goes.
         dtype: What it computes in; `auto`: the file's own, and float32 of what is handed over.
+        lacking: Take a folder that lacks weights, which transformers then draws.
 
     Raises:
         CheckpointError: transformers cannot load it, or it lacks a weight.
@@ -56,9 +62,16 @@ def load_model(
             model = _of_tensors(handed, cls, config, torch.float32 if dtype == "auto" else dtype)
             write_as_told(model, handed)
         else:
-            model = cls.from_pretrained(
-                checkpoint.folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+            model, told = cls.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
+            if not lacking:
+                _check_whole(checkpoint, cls, told)
         return model.to(device).eval()
 
 
@@ -108,9 +121,17 @@ def _of_tensors(checkpoint: Checkpoint, cls: Any, config: Any, dtype: torch.dtyp
     model, told = cls.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
-    if missing := sorted(told["missing_keys"]):
-        raise CheckpointError(f"`{checkpoint.label}` lacks weights of a {cls.__name__}: {', '.join(missing[:5])}.")
+    _check_whole(checkpoint, cls, told)
     return model
+
+
+def _check_whole(checkpoint: Checkpoint, cls: Any, told: Mapping[str, Any]) -> None:
+    """See that transformers had to draw no weight."""
+    if missing := sorted(told["missing_keys"]):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(
+            f"`{checkpoint.label}` lacks weights of a {cls.__name__}: {', '.join(missing[:5])}{more}."
+        )
 
 
 class _Read:

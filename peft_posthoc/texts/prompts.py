@@ -150,7 +150,8 @@ def _prompt(record: Any, field: str | None, where: str) -> Any:
         if not known:
             own = ", ".join(map(str, record))
             raise PosthocError(f"{where} has the fields {own}: name the one with the prompt, `{asked('field', None)}`.")
-        record = next((record[name] for name in known if record[name]), None)
+        said = next((name for name in known if record[name]), None)
+        record = _with_input(record) if said == "instruction" and not field else record[said] if said else None
     elif field and record and not (isinstance(record, str) and record.isspace()):
         raise PosthocError(f"{where} has no fields: leave out `{asked('field', None)}`.")
     if record is None:
@@ -158,6 +159,12 @@ def _prompt(record: Any, field: str | None, where: str) -> Any:
     if isinstance(record, list):
         return _messages(record, where)
     return _text(record, where).strip()
+
+
+def _with_input(record: Mapping[str, Any]) -> Any:
+    """An instruction, and what it is about, where that is a field of its own (Alpaca's form)."""
+    said, about = record["instruction"], record.get("input")
+    return f"{said}\n{about}" if isinstance(said, str) and isinstance(about, str) and about else said
 
 
 def _text(found: Any, where: str) -> str:

@@ -20,8 +20,10 @@ from peft_posthoc.texts.sampling import without_end
 from peft_posthoc.texts.sequences import Tokens, held_out_of, spares
 from peft_posthoc.texts.writers import Writers
 
-_LENGTH, _ANSWER, _MOST = 128, 64, 1024
-"""Tokens of a text, of an answer behind a long prompt, and of both."""
+_LENGTH, _ANSWER = 128, 64
+"""Tokens of a text, and of an answer behind a long prompt."""
+MOST = 1024
+"""Tokens of a text at most where nobody says."""
 _LOW = 0.7
 """The temperature at which the tuned model writes prompts: at 1 what it was tuned on is rare behind a random token."""
 
@@ -244,13 +246,13 @@ def usual_length(texts: Texts, writers: Writers) -> int:
     What a chat template puts around a turn that is sampled takes no room from it.
     """
     if isinstance(texts, Sampled) and (turn := _turn(texts, writers.tokenizer)) is not None:
-        return min(_LENGTH + len(turn.before) + len(turn.after), _MOST)
+        return min(_LENGTH + len(turn.before) + len(turn.after), MOST)
     longest = 0
     if isinstance(texts, Prompts):
         longest = _ANSWER + max(map(len, _encoded(writers, texts.prompts)), default=0)
     elif isinstance(texts, Given):
         longest = max(map(len, texts._tokens(writers)), default=0)
-    return max(_LENGTH, min(longest, _MOST))
+    return max(_LENGTH, min(longest, MOST))
 
 
 def check_room(texts: Texts, writers: Writers, length: int) -> None:

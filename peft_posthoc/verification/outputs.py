@@ -76,7 +76,7 @@ def compare_outputs(
     if cls is None:
         return None, None, f"transformers has no class {names[0][0]}{not_run(tuned.config or base.config or {})}"
     with progress_bar(total=3, desc="Outputs", progress=progress) as bar:
-        model = load_model(tuned, cls, device)
+        model = load_model(tuned, cls, device, lacking=True)
         rows = rows_of(model)
         first = getattr(model, "main_input_name", "input_ids")
         if rows is None or first != "input_ids":
@@ -86,7 +86,7 @@ def compare_outputs(
             raise ValueError(f"Token id {outside[0]} is not in the vocabulary of `{tuned.label}`, 0 to {rows - 1}.")
         wanted = _say(model, inputs)
         bar.update()
-        model = load_model(base, cls, device)
+        model = load_model(base, cls, device, lacking=True)
         if rows_of(model) != rows and extended:
             model.resize_token_embeddings(rows, mean_resizing=False)
         if rows_of(model) != rows:

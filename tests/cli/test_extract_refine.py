@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +89,32 @@ def test_what_cannot_be_refined_is_told_before_anything_is_factored(tmp_path: Pa
     assert "causal" in done.stderr
     assert "Nothing was written" not in done.stderr  # which is said of a fit that failed
     assert not (tmp_path / "out").exists()
+
+
+def test_models_that_no_other_process_shares_are_told_of_before_anything_is_factored(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_posthoc.extraction.extract.read_pairs", None)
+    done = _run(pair, tmp_path / "out", "--refine", "--shard", *FEW)
+    assert done.exit_code == 1
+    assert "torchrun" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_extraction_is_of_the_budget(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, now = time.monotonic(), [0.0]
+
+    def slow(*args: Any, **how: Any) -> Any:
+        now[0] += 300
+        return read_pairs(*args, **how)
+
+    monkeypatch.setattr("time.monotonic", lambda: began + now[0])
+    monkeypatch.setattr("peft_posthoc.extraction.extract.read_pairs", slow)
+    done = _run(pair, tmp_path / "out", "--refine", "--minutes", "4", *FEW)
+    assert done.exit_code == 1
+    assert "Give more time: `--minutes" in done.stderr
 
 
 def test_the_tokenizer_that_is_copied_beside_the_adapter_is_beside_the_refined_one(

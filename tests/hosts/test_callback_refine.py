@@ -1,14 +1,16 @@
 """`PosthocLoraCallback(refine=...)`: `final`, fitted on what the trainer has to read."""
 
 import json
+import shutil
 
+import datasets
 import pytest
 import torch
 import transformers
 
 from hf_callbacks import PosthocLoraCallback
 from hf_callbacks.data import on_data_of
-from peft_posthoc import Given, Sampled, refine
+from peft_posthoc import Given, Sampled, extract, refine
 from peft_posthoc.refinement.refining import Refining
 from tests.hosts.test_catch_up import run_catch_up
 from tests.make import models
@@ -79,10 +81,14 @@ def test_final_is_fitted_on_the_eval_set_or_else_on_the_train_set(base, tmp_path
 def test_without_a_checkpoint_the_live_model_is_what_it_is_fitted_to(base, tmp_path):
     training = train(base, tmp_path / "run", here(rank=2, refine=FEW, when="end"), save_strategy="no")
     training.model.save_pretrained(tmp_path / "tuned")
+    pair = base, tmp_path / "tuned"
+    by_hand = refine(extract(*pair, 2), *pair, texts=Given(of_rows(rows(40))), sequences=40, length=6)
     assert all(parameter.requires_grad for parameter in training.model.parameters())
     assert training.model.training
-    final = report(tmp_path / "run/phlora/final")
-    assert final["refined"]["after"]["task"]["kl"] < final["refined"]["before"]["task"]["kl"]
+    final = report(tmp_path / "run/phlora/final")["refined"]
+    assert final["before"]["task"]["kl"] == pytest.approx(by_hand.before["task"].kl)
+    assert final["after"]["task"]["kl"] == pytest.approx(by_hand.after["task"].kl)
+    assert final["after"]["task"]["kl"] < final["before"]["task"]["kl"]
 
 
 def test_where_the_fit_fails_final_is_as_it_was_extracted_and_the_reason_is_told(base, tmp_path, log):
@@ -156,6 +162,40 @@ def test_data_that_is_read_leaves_the_random_numbers_as_they_are(base, tmp_path)
     assert found.length == 4  # no text has more
 
 
+def test_a_data_set_that_is_a_stream_is_read_as_the_trainer_reads_it(base, tmp_path):
+    training = trainer(base, tmp_path)
+    texts = [[i, i + 1, i + 2] for i in range(30)]
+    of_ids = datasets.IterableDataset.from_generator(lambda: ({"input_ids": ids, "note": "x"} for ids in texts))
+    for stream in (of_ids, of_ids.map(lambda row: {"labels": row["input_ids"]})):
+        training.eval_dataset = stream
+        assert on_data_of(training, Refining(sequences=16)).texts == Given(texts[:14])
+
+
+@pytest.mark.parametrize(
+    ("length", "kept", "told"),
+    [
+        (None, [[1, 2, 3, 4], [5, 6, 7, 8]], None),
+        (3, [[1, 2, 3]], "2 rows 1 are cut to 3 tokens, and 1 are left out"),
+        (2, [[1, 2]], "2 rows 1 are cut to 2 tokens, and 1 are left out"),
+    ],
+)
+def test_no_row_loses_its_answer_in_silence(base, tmp_path, log, length, kept, told):
+    """The answer of one begins with its second token, that of the other with its last."""
+    training = trainer(base, tmp_path)
+    training.data_collator = lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    training.eval_dataset = [
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
+    ]
+    assert on_data_of(training, Refining(length=length)).texts == Given(kept)
+    assert len(log.of("rows", "left out")) == (told is not None)
+    if told is not None:
+        assert log.of(told)
+    training.eval_dataset = training.eval_dataset[1:]
+    assert on_data_of(training, Refining(length=3)).texts is None
+    assert log.of("No answer", "within 3 tokens", "models write")
+
+
 def test_data_without_token_ids_is_told_and_the_models_write(base, tmp_path, log):
     training = trainer(base, tmp_path)
     training.data_collator = list
@@ -172,3 +212,22 @@ def test_a_run_that_is_over_is_caught_up_with_and_refined(base, tmp_path):
     by_hand.save(tmp_path / "by-hand")
     assert same_factors(tmp_path / "phlora/final", tmp_path / "by-hand")
     assert "refined" in report(tmp_path / "phlora/final")
+
+
+def test_what_is_refined_already_stays_and_is_told(base, tmp_path):
+    train(base, tmp_path, here(rank=2, refine=FEW))
+    before = (tmp_path / "phlora/final/adapter_model.safetensors").read_bytes()
+    done = run_catch_up(tmp_path, "--refine", "--sequences", "40", "--length", "8", "--lr", "0.3")
+    assert done.exit_code == 0, done.output
+    assert "`final` is refined already" in done.stderr
+    assert (tmp_path / "phlora/final/adapter_model.safetensors").read_bytes() == before
+
+
+def test_without_its_checkpoint_final_is_as_it_was_extracted(base, tmp_path):
+    train(base, tmp_path, here(rank=2))
+    for gone in (tmp_path / "phlora/final", tmp_path / "checkpoint-6"):
+        shutil.rmtree(gone)
+    done = run_catch_up(tmp_path, "--refine", "--sequences", "40", "--length", "8")
+    assert done.exit_code == 1
+    assert "`final` is not refined: the checkpoint of step 6 is gone" in done.stderr
+    assert same_factors(tmp_path / "phlora/final", tmp_path / "phlora/step-6")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,10 +13,22 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_posthoc import Given, MismatchError, PosthocError, Sampled, blocks, compensated, distil, extract, refine
+from peft_posthoc import (
+    AdapterError,
+    CheckpointError,
+    Given,
+    MismatchError,
+    PosthocError,
+    Sampled,
+    blocks,
+    compensated,
+    distil,
+    extract,
+    refine,
+)
 from peft_posthoc.refinement.distil import _loss as loss_of
 from peft_posthoc.refinement.method import Fit, better
 from peft_posthoc.refinement.streamed import Streamed
@@ -302,6 +315,90 @@ def test_whatever_the_method_two_vocabularies_are_told_by_the_models_names(
     for method in (distil(), compensated()):
         with pytest.raises(MismatchError, match=rf"{pair[0]}` knows 48 tokens, `{tmp_path / 'tuned'}` 56"):
             refine(adapter, pair[0], tmp_path / "tuned", method=method)
+
+
+@pytest.mark.parametrize("method", [distil(), compensated()])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_model_that_lacks_a_weight_is_not_given_a_random_one(
+    pair: tuple[Path, Path], tmp_path: Path, method: Any, side: int
+) -> None:
+    adapter, name = _adapter(pair, tmp_path / "adapter"), "model.layers.1.mlp.up_proj.weight"
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(pair[side], spoiled)
+    weights = load_file(spoiled / "model.safetensors")
+    del weights[name]
+    save_file(weights, spoiled / "model.safetensors", {"format": "pt"})
+    sides = [spoiled if i == side else one for i, one in enumerate(pair)]
+    with pytest.raises(CheckpointError, match=rf"`{spoiled}` (lacks|holds no).*{name}"):
+        refine(adapter, *sides, method=method, **SMALL)
+
+
+def test_rows_that_an_adapter_brings_are_for_models_as_a_whole(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(pair[1])
+    model.resize_token_embeddings(56, mean_resizing=False)
+    model.save_pretrained(tmp_path / "tuned")
+    both = pair[0], tmp_path / "tuned"
+    extract(*both, 2, vocab="extend", form="peft").save(tmp_path / "adapter")
+    assert refine(tmp_path / "adapter", *both, **SMALL).after
+    for method in (compensated(), blocks()):
+        with pytest.raises(MismatchError, match=r"brings rows for the 56 tokens.*`distil` refines it"):
+            refine(tmp_path / "adapter", *both, method=method, **SMALL)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT's own words for it.
+@pytest.mark.parametrize("method", [distil(), compensated(), blocks()])
+def test_a_module_that_the_model_has_not_is_one_line(pair: tuple[Path, Path], tmp_path: Path, method: Any) -> None:
+    adapter = _adapter(pair, tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    odd = {name.replace("layers.1.", "layers.7."): x for name, x in weights.items()}
+    save_file(odd, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"PEFT does not hold .*layers\.7.*it is not refined"):
+        refine(adapter, *pair, method=method, **SMALL)
+
+
+def test_where_no_factor_has_a_size_there_is_nothing_to_refine(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    nothing = {name: torch.zeros_like(x) for name, x in weights.items()}
+    save_file(nothing, adapter / "adapter_model.safetensors", {"format": "pt"})
+    for method in (distil(), blocks()):
+        with pytest.raises(PosthocError, match="Every factor of the adapter is zero"):
+            refine(adapter, *pair, method=method, **SMALL)
+
+
+def test_an_adapter_of_other_models_is_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = _adapter(pair, tmp_path / "adapter")
+    for sides, wrong in ((pair, False), (pair[::-1], True)):
+        found = refine(adapter, *sides, method=distil(passes=0.1), sequences=320, length=8)
+        assert (found.before["task"].kl > found.base["task"].kl) == wrong
+        assert ("in this order?" in found.table()) == wrong
+        assert any("in this order?" in note for note in found.to_dict()["notes"]) == wrong
+
+
+@pytest.mark.parametrize(("count", "told"), [(48, "4 like the task's and 1 general"), (160, None)])
+def test_few_judges_are_told(pair: tuple[Path, Path], tmp_path: Path, count: int, told: str | None) -> None:
+    adapter = _adapter(pair, tmp_path / "adapter")
+    table = refine(adapter, *pair, method=distil(passes=0.1), sequences=count, length=8).table()
+    assert ("Few texts judge" in table) == (told is not None)
+    assert told is None or told in table
+
+
+@pytest.mark.filterwarnings("ignore:Careful")  # PEFT's own words for it.
+def test_biases_that_stay_where_an_adapter_is_switched_off_are_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    sides = [tmp_path / name for name in ("base", "tuned")]
+    config = LlamaConfig(**{**CONFIG.to_dict(), "attention_bias": True})
+    for side in sides:
+        LlamaForCausalLM(config).save_pretrained(side)
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(sides[0]), LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    )
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            if "lora_" in name or name.endswith("bias"):
+                own.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    found = refine(tmp_path / "adapter", *sides, method=distil(passes=0.1), **SMALL)
+    assert "Its biases stay on the base" in found.table()
 
 
 def test_factors_that_are_zero_and_stay_so_are_told_of(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -18,14 +19,20 @@ from safetensors.torch import load_file, save_file
 
 from peft_posthoc import PosthocError, Sampled, blocks, compensated, distil, extract, refine
 from peft_posthoc.cli.main import main
+from peft_posthoc.errors import OutputError
 from peft_posthoc.refinement import blocks as blocks_module
 from peft_posthoc.refinement import compensated as compensated_module
 from peft_posthoc.refinement import distil as distil_module
 from peft_posthoc.refinement import state as state_module
 from peft_posthoc.refinement.pace import At, Pace
 from peft_posthoc.refinement.state import State
+from peft_posthoc.refinement.steps import Steps
+from peft_posthoc.refinement.streamed import Streamed
+from peft_posthoc.refinement.walk import Walk
+from peft_posthoc.running.live import Live
 from peft_posthoc.texts.sequences import Tokens
 from tests.make.limits import HANG
+from tests.make.texts import tokenizer
 
 QUICK: dict[str, Any] = {"sequences": 48, "length": 12}
 # Ends itself at once, as `kill -9` does, when the state is written for the third time.
@@ -220,6 +227,58 @@ def test_ctrl_c_before_the_fit_tells_what_is_kept(
     assert "The same command goes on" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize(
+    ("method", "module", "work"),
+    [(compensated(), compensated_module, "regress"), (blocks(passes=1), blocks_module, "_judged")],
+    ids=["compensated", "blocks"],
+)
+def test_ctrl_c_while_a_fit_is_judged_loses_nothing_of_it(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, method: Any, module: Any, work: str
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    options = {"method": method, "out": tmp_path / "out", **QUICK}
+    whole = refine(adapter, *llama_pair, method=method, **QUICK)
+    for where, kept in (("finite", "The text is"), ("kept_or_put_back", "Text and fit are")):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(State, "patience", 10.0**6)
+            patched.setattr(module, where, never)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                refine(adapter, *llama_pair, **options)
+        assert caught.value.__notes__[0].startswith(f"{kept} kept in")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, work, never)
+        assert _same(refine(adapter, *llama_pair, **options), whole)
+
+
+def test_a_full_disk_takes_nothing_of_what_is_done(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = {"method": compensated(), "out": tmp_path / "out", "texts": Counted(), **QUICK}
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.save", full)
+        with pytest.raises(OutputError, match="Is the disk full") as caught:
+            refine(adapter, *llama_pair, **options)
+    assert "The text is kept" in caught.value.__notes__[0]
+    again = refine(adapter, *llama_pair, **options)
+    assert len(Counted.times) == 1
+    assert _same(again, refine(adapter, *llama_pair, method=compensated(), texts=Counted(), **QUICK))
+
+
+def test_text_of_another_tokenizer_is_not_gone_on_from(
+    llama_pair: tuple[str, str], adapter: Path, tmp_path: Path
+) -> None:
+    out, own = tmp_path / "out", tokenizer()
+    for template, written in ((None, 1), (None, 1), ("{{ messages[0].content }} w1", 2)):
+        own.chat_template = template
+        _breaks_off(3, adapter, *llama_pair, out=out, tokenizer=own, texts=Counted(), **QUICK)
+        assert len(Counted.times) == written
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"length": 11}, {"method": distil(lr=0.01)}, {"texts": Sampled("a")}])
 def test_another_fit_begins_anew_and_says_so(
     llama_pair: tuple[str, str],
@@ -272,6 +331,51 @@ def test_time_leaves_room_for_the_last_step_and_the_last_judging(monkeypatch: py
     assert pace.due(at) == 0  # Judging takes long: once, at the end.
     now[0] += 20
     assert pace.at(2, 1000, 0).share == 1
+
+
+class Takes:
+    """A clock that the work itself moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch, self.passed = monkeypatch, 0.0
+        monkeypatch.setattr("time.monotonic", lambda: 100.0 + self.passed)
+
+    def __call__(self, seconds: float, owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def slow(*args: Any, **options: Any) -> Any:
+            self.passed += seconds
+            return real(*args, **options)
+
+        self._monkeypatch.setattr(owner, name, slow)
+
+
+@pytest.mark.parametrize("method", [distil(passes=10**4), blocks(passes=10**4), compensated()], ids=str)
+def test_a_budget_is_kept_with_all_that_takes_time(
+    llama_pair: tuple[str, str], adapter: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    takes = Takes(monkeypatch)
+    for kind in (Live, Streamed):
+        takes(4.0, kind, "distances")
+    takes(0.5, Steps, "step")
+    takes(0.3, blocks_module, "_judged")
+    takes(0.1, Walk, "_write")
+    takes(9.0, compensated, "_fit")
+    refined = refine(adapter, *llama_pair, method=method, minutes=1.0, **QUICK)
+    assert refined.steps > 1
+    assert 40 < takes.passed <= 60
+
+
+@pytest.mark.parametrize("method", [blocks(), compensated()], ids=str)
+def test_where_nothing_was_fitted_nothing_is_judged_again(
+    llama_pair: tuple[str, str], adapter: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    takes = Takes(monkeypatch)
+    for kind in (Live, Streamed):
+        takes(40.0, kind, "distances")
+    refined = refine(adapter, *llama_pair, method=method, minutes=1.0, **QUICK)
+    assert (refined.kept, refined.steps) == (True, 0)
+    assert takes.passed == 80  # The base, and the start.
 
 
 def test_texts_that_are_kept_come_back_as_they_were(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ PARTS = [{"type": "text", "text": "Why?"}]
         ("a.jsonl", '\ufeff{"prompt": "one"}\n{"prompt": ""}\n{"prompt": null}\n', ["one"]),
         ("a.JSONL", '"one"', ["one"]),
         ("a.json", '"one"', ["one"]),
+        ("a.jsonl", '{"instruction": "Say it.", "input": "one", "output": "1"}', ["Say it.\none"]),
+        ("a.jsonl", '{"instruction": "Say it.", "input": ""}\n{"instruction": "Or not."}', ["Say it.", "Or not."]),
         ("a.json", json.dumps(["one", {"question": "two"}]), ["one", "two"]),
         ("a.json", json.dumps({"version": 1, "data": [{"text": "one"}]}), ["one"]),
         ("a.json", json.dumps({"prompt": "one", "tags": []}), ["one"]),

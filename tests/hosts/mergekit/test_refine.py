@@ -27,6 +27,22 @@ def test_the_adapter_is_refined_towards_the_merge(three, tmp_path):
     assert "refined" in json.loads((tmp_path / "refined/phlora/phlora_report.json").read_text())
 
 
+def test_an_interrupted_fit_leaves_the_merge_and_nothing_to_go_on_from(three, tmp_path, monkeypatch):
+    """The next merge is another model."""
+
+    def never(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_posthoc.refinement.distil.distil.__call__", never)
+    config = mergekit_runs.config(three / "base", three / "tuned", method="task_arithmetic", each={"weight": 0.7})
+    done = mergekit_runs.phlora(config, tmp_path / "out", *FEW)
+    assert done.exit_code == 130
+    assert "The merged model is in" in done.stderr
+    assert "goes on" not in done.stderr
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if "phlora" in path.name]
+
+
 @pytest.mark.parametrize(
     ("method", "flags", "told"),
     [("task_arithmetic", ("--no-model",), "--no-model"), ("phlora", (), "nothing to come near to")],
