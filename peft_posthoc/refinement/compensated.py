@@ -22,6 +22,9 @@ from peft_posthoc.refinement.walk import Stretch, Walk
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.sequences import Split, batches
 
+_MOST = 1e6
+"""Of the damping."""
+
 
 @dataclass(frozen=True)
 class compensated:
@@ -42,6 +45,10 @@ class compensated:
 
     def __post_init__(self) -> None:
         check_positive(damping=self.damping, size=self.size)
+        if self.damping > _MOST:
+            raise ValueError(
+                f"`damping` must be at most {_MOST:g}: more leaves nothing of the text. Got {self.damping}."
+            )
 
     def __call__(
         self,

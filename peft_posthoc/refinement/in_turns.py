@@ -14,7 +14,6 @@ import torch
 
 from peft_posthoc.adapters.reader import AdapterFile
 from peft_posthoc.checkpoints.checkpoint import Checkpoint
-from peft_posthoc.errors import MismatchError
 from peft_posthoc.running.empty import Weights, empty_model, empty_with_adapter
 from peft_posthoc.running.live import Live, check_classes, check_finite, load_side, rows_brought, tokenizer_beside
 from peft_posthoc.running.load import load_model
@@ -100,11 +99,7 @@ def load_empty(
 
     with torch.random.fork_rng():  # Classes and PEFT draw what is then replaced.
         before, after = (load_side(side, device, empty) for side in (base, tuned))
-        if (rows := rows_brought(file, (base.label, before), (tuned.label, after))) is not None:
-            raise MismatchError(
-                f"The adapter brings rows for the {rows} tokens of `{tuned.label}`. `distil` refines it, with both "
-                "models in memory."
-            )
+        rows_brought(file, (base.label, before), (tuned.label, after), whole=False)
         adapted = empty_with_adapter(before, adapter, file)
     weights = Weights(adapted, base, device), Weights(after, tuned, device)
     # In the type of the file: it only writes, and in half the memory.

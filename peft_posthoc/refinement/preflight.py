@@ -26,7 +26,7 @@ from peft_posthoc.refinement.method import Method
 from peft_posthoc.refinement.sharded import check_processes
 from peft_posthoc.refinement.usual import Usual
 from peft_posthoc.refinement.walk import AT_ONCE
-from peft_posthoc.running.live import check_sides, tokenizer_beside
+from peft_posthoc.running.live import check_sides, rows_brought, tokenizer_beside
 from peft_posthoc.sources import Source, open_pair
 from peft_posthoc.text import size
 from peft_posthoc.texts.sequences import places_of
@@ -128,7 +128,7 @@ def refine_preflight(
     Raises:
         AdapterError: The folder is no plain LoRA adapter.
         CheckpointError: A model cannot be read, or is of no class that is known.
-        MismatchError: The two are not of one class.
+        MismatchError: The two are not of one class, or know other tokens.
         PosthocError: No text of that length has room for an answer.
     """
     file: AdapterFile = open_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
@@ -139,6 +139,9 @@ def refine_preflight(
         chosen = chosen.method(*pair, device=where, processes=processes)
     check_sides(*pair)
     models = [_built(one) for one in pair]
+    apart = chosen.streams or getattr(chosen, "shard", False)
+    sides = [(one.label, model) for one, model in zip(pair, models, strict=True)]
+    rows_brought(file, *sides, whole=not apart)
     places, given = places_of(models[0].config), texts or Sampled()
     writers = Writers(None, None, tokenizer_beside(None, *reversed(pair)), 0)
     length = length or usual_length(given, writers)

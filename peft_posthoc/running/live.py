@@ -129,23 +129,31 @@ def load_live(
     return Live(adapted, after, tokenizer_beside(tokenizer, tuned, base))
 
 
-def rows_brought(file: AdapterFile, base: tuple[str, Any], tuned: tuple[str, Any]) -> int | None:
+def rows_brought(file: AdapterFile, base: tuple[str, Any], tuned: tuple[str, Any], *, whole: bool = True) -> int | None:
     """The tokens that the base will know with an adapter that brings rows for more; None where it knows as many.
 
     Args:
         file: The adapter's.
         base: What messages call it, and the model.
         tuned: The same.
+        whole: Whether the base will be in memory as a whole, and can be given rows.
 
     Raises:
-        MismatchError: The models know other tokens, and the adapter brings none.
+        MismatchError: The models know other tokens, and the adapter brings none, or they cannot be given.
     """
     (name, before), (other, after) = base, tuned
     own, wanted = rows_of(before), rows_of(after)
     if own == wanted:
         return None
     if not any(file.headers[name].shape[:1] == (wanted,) for name in file.whole):
-        raise MismatchError(f"`{name}` knows {own} tokens, `{other}` {wanted}.")
+        raise MismatchError(
+            f"`{name}` knows {own} tokens, `{other}` {wanted}, and the adapter brings no rows for them."
+        )
+    if not whole:
+        raise MismatchError(
+            f"The adapter brings rows for the {wanted} tokens of `{other}`. `distil` refines it, with both models in "
+            "memory."
+        )
     return wanted
 
 
@@ -192,7 +200,9 @@ def check_sides(base: Side, tuned: Side) -> None:
 def _language_model(side: Checkpoint) -> Any:
     """The class of a checkpoint that is a language model."""
     if not is_loadable(side):
-        raise CheckpointError(f"`{side.label}` is no model in a folder or on the hub; only such are loaded.")
+        raise CheckpointError(
+            f"`{side.label}` cannot be loaded: only a model in a folder or on the hub is, by its own names."
+        )
     cls = class_of(_class_name(side))
     if cls is None or not hasattr(cls, "generate"):
         raise CheckpointError(f"`{side.label}` is no language model of transformers: it says no next tokens.")

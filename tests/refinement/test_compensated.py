@@ -184,3 +184,9 @@ def test_padding_stays_zero(tmp_path: Path) -> None:
     for name, x in before.items():
         assert torch.equal((x == 0).all(dim=0), (refined.tensors[name] == 0).all(dim=0))
         assert torch.equal((x == 0).all(dim=1), (refined.tensors[name] == 0).all(dim=1))
+
+
+def test_damping_that_leaves_nothing_of_the_text_is_refused() -> None:
+    assert compensated(damping=1e6).damping == 1e6
+    with pytest.raises(ValueError, match="`damping` must be at most 1e\\+06"):
+        compensated(damping=1e38)

@@ -31,6 +31,7 @@ from peft_posthoc import (
 )
 from peft_posthoc.refinement.distil import _loss as loss_of
 from peft_posthoc.refinement.method import Fit, better
+from peft_posthoc.refinement.preflight import refine_preflight
 from peft_posthoc.refinement.streamed import Streamed
 from peft_posthoc.running.live import Live
 from peft_posthoc.texts.distance import Distance
@@ -343,6 +344,8 @@ def test_rows_that_an_adapter_brings_are_for_models_as_a_whole(pair: tuple[Path,
     for method in (compensated(), blocks()):
         with pytest.raises(MismatchError, match=r"brings rows for the 56 tokens.*`distil` refines it"):
             refine(tmp_path / "adapter", *both, method=method, **SMALL)
+        with pytest.raises(MismatchError, match="brings rows for the 56 tokens"):
+            refine_preflight(tmp_path / "adapter", *both, method=method, **SMALL)
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT's own words for it.
