@@ -113,12 +113,12 @@ class compensated:
             raise
         finally:
             bar.close()
+        if fitted and not interrupted:
+            keep()  # Judging takes long enough to be interrupted.
         why = LATE if late or interrupted else UNREAD
         unmoved |= dict.fromkeys(sorted(layers.linear.keys() - fitted - unmoved.keys()), why)
         after, kept = before, True
         if fitted:
-            if not interrupted:
-                keep()  # Judging takes long enough to be interrupted.
             after, kept = kept_or_put_back(live, texts.held_out, self.size, before, factors, start)
         taken = earlier + time.monotonic() - began
         return Fit(before, after, kept, len(fitted), taken, interrupted, unmoved)

@@ -210,7 +210,8 @@ def refine(
             "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
-        notes=tuple(_notes(given, parts, state, fit, clock, alone=alone, config=found.file.config, in_place=in_place)),
+        notes=tuple(_notes(given, parts, fit, clock, alone=alone, config=found.file.config)),
+        left=tuple(_left(state, fit, in_place=in_place)),
     )
 
 
@@ -287,19 +288,10 @@ class _Work:
 
 
 def _notes(
-    given: Texts,
-    parts: Split,
-    state: State | None,
-    fit: Fit,
-    clock: Clock,
-    *,
-    alone: Score,
-    config: Mapping[str, Any],
-    in_place: bool,
+    given: Texts, parts: Split, fit: Fit, clock: Clock, *, alone: Score, config: Mapping[str, Any]
 ) -> Iterator[str]:
-    on_command_line = asked("force").startswith("-")
     if given == _GUESSED:
-        prompts = asked("prompts", None) if on_command_line else "texts=Prompts([...])"
+        prompts = asked("prompts", None) if _on_command_line() else "texts=Prompts([...])"
         yield (
             "Fitted to text that the models wrote, and judged by it. Your task may be another, and come out worse. "
             f"A few dozen prompts of it are better: `{prompts}`."
@@ -317,15 +309,22 @@ def _notes(
     if min(judges.values()) < _FEW:
         few = " and ".join(f"{judges[kind]} {said}" for kind, said in IN_WORDS.items())
         yield f"Few texts judge ({few}): the distances are rough. Use more: `{asked('sequences', None)}`."
+    if clock.seconds is not None and not fit.steps:
+        yield f"The time was over before the fit began. Give more (`{asked('minutes', None)}`)."
+
+
+def _left(state: State | None, fit: Fit, *, in_place: bool) -> Iterator[str]:
     if state is not None and fit.interrupted and in_place:
         yield "It takes the place of what the fit began with: the same again starts from here, and does not go on."
     elif state is not None and fit.interrupted:
-        again = f"The same command with `{asked('force')}`" if on_command_line else "The same call"
+        again = f"The same command with `{asked('force')}`" if _on_command_line() else "The same call"
         yield f"What it goes on from is kept in `{state.folder}`. {again} goes on from there."
     if state is not None and state.others:
         yield "What an interrupted run with other options or models had kept for this place was not used."
-    if clock.seconds is not None and not fit.steps:
-        yield f"The time was over before the fit began. Give more (`{asked('minutes', None)}`)."
+
+
+def _on_command_line() -> bool:
+    return asked("force").startswith("-")
 
 
 def _report(source: AdapterFile) -> Any:

@@ -52,7 +52,9 @@ class Refined(CanPush):
     beside: Mapping[str, Path] = field(default_factory=dict)
     """What was copied beside the adapter before, such as the tokenizer, and goes with it."""
     notes: tuple[str, ...] = ()
-    """What else there is to say of the run."""
+    """What else there is to say of the adapter."""
+    left: tuple[str, ...] = ()
+    """What the run, or one before it, left behind here."""
 
     def to_dict(self) -> dict[str, Any]:
         """The account as plain JSON values."""
@@ -86,7 +88,7 @@ class Refined(CanPush):
                 f"{count} {'module keeps its' if count == 1 else 'modules keep their'} factors: {why}."
                 for why, count in by_reason.items()
             ]
-        stopped += self.notes
+        stopped += [*self.notes, *self.left]
         if self.kept:
             return [f"Nothing better was found on both kinds of text: the adapter is as it was. {made}", *stopped]
         nearer = ", ".join(
