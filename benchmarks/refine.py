@@ -31,6 +31,7 @@ from refine_table import ROWS, rows_in, table
 from smollm2_pair import make_pair
 
 from peft_posthoc import refine
+from peft_posthoc.refinement.blocks import blocks
 from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.distil import distil
 from peft_posthoc.refinement.method import Method
@@ -70,6 +71,7 @@ def refined(method: Method | None, models: Models, case: Case, text: Text) -> di
 METHODS: dict[str, Callable[[Models, Case, Text], dict[str, Any]]] = {
     "refined": lambda models, case, text: refined(None, models, case, text),
     "refined in bfloat16": lambda models, case, text: refined(distil(bf16=True), models, case, text),
+    "blocks": lambda models, case, text: refined(blocks(), models, case, text),
     "compensated": lambda models, case, text: refined(compensated(), models, case, text),
     "whitened SVD": lambda models, case, text: whitened(models, case.rank, case.prompts, case.seed, text),
     "LoRA from zero": lambda models, case, text: from_start(True, models, case.rank, case.prompts, case.seed, text),
