@@ -36,7 +36,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     *,
-    lacking: bool = False,
+    drawn: list[str] | None = None,
 ) -> Any:
     """The model of a checkpoint.
 
@@ -48,7 +48,7 @@ def load_model(
         cls: Its class in transformers.
         device: Where it goes.
         dtype: What it computes in; `auto`: the file's own, and float32 of what is handed over.
-        lacking: Take a folder that lacks weights, which transformers then draws.
+        drawn: Gets the names of weights that the folder lacks, which transformers then draws. Without it none may be.
 
     Raises:
         CheckpointError: transformers cannot load it, or it lacks a weight.
@@ -70,8 +70,10 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=False,
             )
-            if not lacking:
+            if drawn is None:
                 _check_whole(checkpoint, cls, told)
+            else:
+                drawn += sorted(told["missing_keys"])
         return model.to(device).eval()
 
 

@@ -42,6 +42,15 @@ def test_a_whole_adapter_is_the_tuned_model_in_weights_and_logits(pair, whole):
     assert "random tokens" in result.outputs_note
 
 
+def test_a_weight_that_transformers_drew_is_told(pair, part, tmp_path):
+    tuned, name = shutil.copytree(pair[1], tmp_path / "tuned"), "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(tuned / "model.safetensors")
+    del weights[name]
+    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    assert f"lacks {name}, which transformers drew" in verify(part, pair[0], tuned).outputs_note
+    assert "drew" not in verify(part, *pair).outputs_note
+
+
 def test_a_part_of_it_is_measured_against_the_whole_delta(pair, part):
     result = verify(part, *pair, outputs=False)
     deltas = models.true_deltas(*pair)
