@@ -87,8 +87,8 @@ class blocks:
         ended = None
         try:
             with walk:
-                total = steps * walk.count
-                bar = progress_bar(total=total, initial=done, desc="Fitting", unit=" steps", progress=progress)
+                total, at = steps * walk.count, steps * reached
+                bar = progress_bar(total=total, initial=at, desc="Fitting", unit=" steps", progress=progress)
                 with bar:
                     for number, stretch in enumerate(walk.stretches()):
                         if number < reached:
@@ -107,6 +107,7 @@ class blocks:
                             done += self._fit(live, stretch, own, places, steps, share, seed, bar)
                             moved |= own.keys()
                         reached = number + 1
+                        bar.update(steps * reached - bar.n)  # Of those that time, or what it is, left out.
                         if state is not None and state.is_due:
                             keep()
                         ended = time.monotonic()

@@ -92,6 +92,7 @@ class distil:
                 at = pace.at(at.done, steps, at.judged)
                 if seconds is not None:
                     at = together.first(at)
+                bar.total = pace.steps(at, steps)
                 if at.done and at.judged != (due := pace.due(at)):
                     at = at._replace(judged=due)
                     if better(now := judge(), best, before):

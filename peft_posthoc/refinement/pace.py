@@ -50,6 +50,10 @@ class Pace:
         share = min(1.0, max(done / steps, timed))
         return At(done, share, judged, self._first.seconds + now - self._start)
 
+    def steps(self, at: At, steps: int) -> int:
+        """How many steps it will have made, of all, when time ends it."""
+        return min(steps, max(at.done, round(at.done / at.share))) if at.done else steps
+
     def due(self, at: At) -> int:
         """Points on the way that it has come past."""
         return int(at.share * self._points)

@@ -76,20 +76,17 @@ def compare_outputs(
     if cls is None:
         return None, None, f"transformers has no class {names[0][0]}{not_run(tuned.config or base.config or {})}"
     with progress_bar(total=3, desc="Outputs", progress=progress) as bar:
-        drawn = list[str]()
-        model = load_model(tuned, cls, device, drawn=drawn)
+        model = load_model(tuned, cls, device, drawn=(of_tuned := list[str]()))
         rows = rows_of(model)
         first = getattr(model, "main_input_name", "input_ids")
         if rows is None or first != "input_ids":
             return None, None, f"the model reads no tokens{'' if first == 'input_ids' else f' but `{first}`'}"
         inputs, note = inputs_for(base, tuned, prompts, token_ids)
-        if drawn:
-            note = f"{note}; `{tuned.label}` lacks {', '.join(drawn[:5])}, which transformers drew"
         if outside := [token for ids in inputs for token in ids.flatten().tolist() if not 0 <= token < rows]:
             raise ValueError(f"Token id {outside[0]} is not in the vocabulary of `{tuned.label}`, 0 to {rows - 1}.")
         wanted = _say(model, inputs)
         bar.update()
-        model = load_model(base, cls, device, drawn=[])
+        model = load_model(base, cls, device, drawn=(of_base := list[str]()))
         if rows_of(model) != rows and extended:
             model.resize_token_embeddings(rows, mean_resizing=False)
         if rows_of(model) != rows:
@@ -99,6 +96,9 @@ def compare_outputs(
         bar.update()
         adapted = _distance(_say(with_adapter(model, adapter), inputs), wanted, has_logits=has_logits)
         bar.update()
+    for checkpoint, drawn in ((tuned, of_tuned), (base, of_base)):
+        if drawn:
+            note = f"{note}; `{checkpoint.label}` lacks {', '.join(drawn[:5])}, which transformers drew"
     return adapted, alone, note
 
 

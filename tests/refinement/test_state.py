@@ -366,6 +366,38 @@ def test_a_budget_is_kept_with_all_that_takes_time(
     assert 40 < takes.passed <= 60
 
 
+@pytest.mark.parametrize(
+    ("method", "module"), [(distil(passes=10**4), distil_module), (blocks(passes=10**4), blocks_module)], ids=str
+)
+def test_of_a_fit_that_time_ends_the_bar_is_full(
+    llama_pair: tuple[str, str], adapter: Path, monkeypatch: pytest.MonkeyPatch, method: Any, module: Any
+) -> None:
+    bars, moved, real = [], [], module.progress_bar
+
+    def seen(**told: Any) -> Any:
+        bars.append(bar := real(**told | {"progress": True}))
+        update = bar.update
+
+        def moves(steps: int = 1) -> None:
+            update(steps)
+            moved.append(bar.n / bar.total)
+
+        bar.update = moves
+        return bar
+
+    monkeypatch.setattr(module, "progress_bar", seen)
+    takes = Takes(monkeypatch)
+    for kind in (Live, Streamed):
+        takes(1.0, kind, "distances")
+    takes(0.5, Steps, "step")
+    refined = refine(adapter, *llama_pair, method=method, minutes=1.0, **QUICK)
+    (bar,) = bars
+    assert 1 < refined.steps <= 120
+    assert bar.n == bar.total
+    half = len(moved) // 2
+    assert 0.3 < moved[half] < 0.7
+
+
 @pytest.mark.parametrize("method", [blocks(), compensated()], ids=str)
 def test_where_nothing_was_fitted_nothing_is_judged_again(
     llama_pair: tuple[str, str], adapter: Path, monkeypatch: pytest.MonkeyPatch, method: Any

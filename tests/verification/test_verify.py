@@ -43,11 +43,14 @@ def test_a_whole_adapter_is_the_tuned_model_in_weights_and_logits(pair, whole):
 
 
 def test_a_weight_that_transformers_drew_is_told(pair, part, tmp_path):
-    tuned, name = shutil.copytree(pair[1], tmp_path / "tuned"), "model.layers.1.mlp.up_proj.weight"
-    weights = load_file(tuned / "model.safetensors")
-    del weights[name]
-    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
-    assert f"lacks {name}, which transformers drew" in verify(part, pair[0], tuned).outputs_note
+    name = "model.norm.weight"
+    for lacks in (0, 1):
+        models = [*pair]
+        models[lacks] = shutil.copytree(pair[lacks], tmp_path / f"of-{lacks}")
+        weights = load_file(models[lacks] / "model.safetensors")
+        del weights[name]
+        save_file(weights, models[lacks] / "model.safetensors", {"format": "pt"})
+        assert f"`{models[lacks]}` lacks {name}, which transformers drew" in verify(part, *models).outputs_note
     assert "drew" not in verify(part, *pair).outputs_note
 
 
