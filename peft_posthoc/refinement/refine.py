@@ -22,6 +22,7 @@ from peft_posthoc.extraction.adapter import Adapter
 from peft_posthoc.extraction.processes import ALONE, Processes
 from peft_posthoc.json_file import read_json
 from peft_posthoc.refinement.clock import Clock
+from peft_posthoc.refinement.compensated import compensated
 from peft_posthoc.refinement.method import Fit, Method, check_positive
 from peft_posthoc.refinement.movable import factors_of, movable, rounded
 from peft_posthoc.refinement.opened import Refinable, opened
@@ -210,7 +211,7 @@ def refine(
             "options": asked_for,
             "versions": {name: metadata.version(name) for name in ("peft-posthoc", "peft", "torch", "transformers")},
         },
-        notes=tuple(_notes(given, parts, fit, clock, alone=alone, config=found.file.config)),
+        notes=tuple(_notes(work, parts, fit, alone=alone, config=found.file.config)),
         left=tuple(_left(state, fit, in_place=in_place)),
     )
 
@@ -287,15 +288,18 @@ class _Work:
         return found, time.monotonic() - start
 
 
-def _notes(
-    given: Texts, parts: Split, fit: Fit, clock: Clock, *, alone: Score, config: Mapping[str, Any]
-) -> Iterator[str]:
-    if given == _GUESSED:
+def _notes(work: _Work, parts: Split, fit: Fit, *, alone: Score, config: Mapping[str, Any]) -> Iterator[str]:
+    if work.given == _GUESSED:
         prompts = asked("prompts", None) if _on_command_line() else "texts=Prompts([...])"
         yield (
             "Fitted to text that the models wrote, and judged by it. Your task may be another, and come out worse. "
             f"A few dozen prompts of it are better: `{prompts}`."
         )
+        if isinstance(work.method, compensated):
+            yield (
+                "`compensated` gives each layer what this text needs, and lets go of the rest. Without prompts "
+                "`blocks`, which takes as little memory, loses less of what looks otherwise."
+            )
     if not parts.prompts_held_out:
         yield "With fewer than ten prompts none is held out: it was judged by other answers to the same ones."
     if config.get("bias", "none") != "none":
@@ -309,7 +313,7 @@ def _notes(
     if min(judges.values()) < _FEW:
         few = " and ".join(f"{judges[kind]} {said}" for kind, said in IN_WORDS.items())
         yield f"Few texts judge ({few}): the distances are rough. Use more: `{asked('sequences', None)}`."
-    if clock.seconds is not None and not fit.steps:
+    if work.clock.seconds is not None and not fit.steps:
         yield f"The time was over before the fit began. Give more (`{asked('minutes', None)}`)."
 
 

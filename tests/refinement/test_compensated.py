@@ -23,7 +23,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from peft_posthoc import compensated, extract, refine, truncated_svd
+from peft_posthoc import Sampled, blocks, compensated, extract, refine, truncated_svd
 from peft_posthoc.models.kinds import LINEAR
 from peft_posthoc.refinement.layers import Layer
 from peft_posthoc.refinement.walk import Piece, Stretch
@@ -173,6 +173,19 @@ def test_at_full_rank_nothing_changes_beyond_rounding(tmp_path: Path) -> None:
     for key in (key for key in before if "lora_A" in key):
         old, new = (one[key.replace("lora_A", "lora_B")] @ one[key] for one in (before, refined.tensors))
         torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "told"),
+    [(Sampled(), compensated(), True), (Sampled(prefix=""), compensated(), False), (Sampled(), blocks(), False)],
+    ids=["guessed", "told", "blocks"],
+)
+def test_without_a_word_of_the_task_it_says_what_loses_less(
+    tmp_path: Path, given: Sampled, method: Any, told: bool
+) -> None:
+    pair = _pair(tmp_path)
+    refined = refine(_adapter(pair, tmp_path / "svd"), *pair, texts=given, method=method, sequences=24, length=12)
+    assert any("Without prompts `blocks`," in note for note in refined.notes) == told
 
 
 def test_padding_stays_zero(tmp_path: Path) -> None:
