@@ -35,8 +35,8 @@ class Pace:
     def __init__(self, first: At, seconds: float | None, judging: float) -> None:
         self._first, self._start, self._last, self._step = first, time.monotonic(), time.monotonic(), math.inf
         self._most = math.inf if seconds is None else max(seconds - judging, 1e-9)
-        # No more than a quarter of the time goes into judging.
-        self._points = max(1, int(min(_POINTS, self._most / (4 * judging))))
+        # No more than a quarter of the time goes into judging. Clocks may be too coarse to tell what that takes.
+        self._points = max(1, int(min(_POINTS, self._most / max(4 * judging, 1e-9))))
 
     def at(self, done: int, steps: int, judged: int) -> At:
         """Where a fit is after some of its steps; called before each."""

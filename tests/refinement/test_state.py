@@ -30,6 +30,7 @@ from peft_posthoc.refinement.steps import Steps
 from peft_posthoc.refinement.streamed import Streamed
 from peft_posthoc.refinement.walk import Walk
 from peft_posthoc.running.live import Live
+from peft_posthoc.texts import sampling as sampling_module
 from peft_posthoc.texts.sequences import Tokens
 from tests.make.limits import HANG
 from tests.make.texts import tokenizer
@@ -308,13 +309,6 @@ def test_a_damaged_state_is_done_again(llama_pair: tuple[str, str], adapter: Pat
     assert _same(refine(adapter, *llama_pair, out=out, **QUICK), refine(adapter, *llama_pair, **QUICK))
 
 
-def test_writing_stops_in_time_for_a_fit(llama_pair: tuple[str, str], adapter: Path) -> None:
-    """More text than can be written in that time."""
-    refined = refine(adapter, *llama_pair, sequences=20_000, length=64, minutes=0.15)
-    assert 0 < sum(refined.texts.values()) < 18_000
-    assert refined.steps > 0
-
-
 def test_no_time_at_all_is_told(llama_pair: tuple[str, str], adapter: Path) -> None:
     with pytest.raises(PosthocError, match="Give more time: `minutes="):
         refine(adapter, *llama_pair, **QUICK, minutes=1.0, since=time.monotonic() - 60)
@@ -331,6 +325,7 @@ def test_time_leaves_room_for_the_last_step_and_the_last_judging(monkeypatch: py
     assert pace.due(at) == 0  # Judging takes long: once, at the end.
     now[0] += 20
     assert pace.at(2, 1000, 0).share == 1
+    assert Pace(At(), 50.0, 0.0).due(At(share=1.0)) == 6  # No time that a clock can tell.
 
 
 class Takes:
@@ -348,6 +343,19 @@ class Takes:
             return real(*args, **options)
 
         self._monkeypatch.setattr(owner, name, slow)
+
+
+def test_writing_stops_in_time_for_a_fit(
+    llama_pair: tuple[str, str], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More text than can be written in that time."""
+    takes = Takes(monkeypatch)
+    takes(2.0, sampling_module, "_written")
+    takes(0.5, Steps, "step")
+    refined = refine(adapter, *llama_pair, method=distil(passes=100), sequences=20_000, length=16, minutes=1.0)
+    assert 0 < sum(refined.texts.values()) < 18_000
+    assert 20 < refined.steps <= 60  # Text has half of the minute.
+    assert takes.passed <= 60
 
 
 @pytest.mark.parametrize("method", [distil(passes=10**4), blocks(passes=10**4), compensated()], ids=str)
