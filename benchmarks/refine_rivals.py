@@ -24,7 +24,7 @@ from peft_posthoc.texts.writers import Writers
 
 SEQUENCES = 960  # `refine`'s default
 DAMPING = 0.03  # as in `compensated`
-LR = 1e-3  # usual for LoRA, and not searched for
+LR = 1e-3  # usual for LoRA; docs/refine.md says what others come to
 
 
 class Text(NamedTuple):
