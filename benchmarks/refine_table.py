@@ -13,6 +13,8 @@ from typing import Any
 Row = Mapping[str, Any]
 ROWS = Path(__file__).parent / "refine_rows"
 PAGE = Path(__file__).parents[1] / "docs" / "refine.md"
+METHODS = ("whitened SVD", "compensated", "blocks", "refined", "LoRA from zero", "LoRA from PiSSA")
+"""Those of `refine.py` that are compared, in this order."""
 
 
 def rows_in(folder: Path) -> list[Row]:
@@ -20,27 +22,36 @@ def rows_in(folder: Path) -> list[Row]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
 
 
-def overview(rows: Iterable[Row]) -> Iterator[str]:
+def by_rank(rows: Sequence[Row]) -> Iterator[str]:
     """By pair and text, the share of the gap that refining closes at each rank; of several seeds as in `table`."""
-    found = list(rows)
-    ranks = sorted({row["rank"] for row in found if row["method"] == "refined"})
-    yield f"| pair | text | {' | '.join(f'rank {rank}' for rank in ranks)} |"
-    yield f"|---|---|{'--:|' * len(ranks)}"
-    for pair in dict.fromkeys(row["pair"] for row in found):
-        own = [row for row in found if row["pair"] == pair]
-        for prompts in sorted({row["prompts"] for row in own if row["method"] == "refined"}):
-            closed = ([_closed(own, row) for row in _alike(own, "refined", rank, prompts)] for rank in ranks)
+    ranks = sorted({row["rank"] for row in rows if row["method"] == "refined"})
+    return _side_by_side(rows, "text", {f"rank {rank}": ("refined", rank) for rank in ranks})
+
+
+def by_method(rows: Sequence[Row], rank: int = 8) -> Iterator[str]:
+    """By pair and text, the share of the gap that each method closes at a rank."""
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    return _side_by_side(rows, f"text, rank {rank}", {method: (method, rank) for method in methods})
+
+
+def _side_by_side(rows: Sequence[Row], text: str, columns: Mapping[str, tuple[str, int]]) -> Iterator[str]:
+    """A table of shares, with a column for each method and rank under its title."""
+    yield f"| pair | {text} | {' | '.join(columns)} |"
+    yield f"|---|---|{'--:|' * len(columns)}"
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        own = [row for row in rows if row["pair"] == pair]
+        for prompts in sorted({row["prompts"] for row in own if (row["method"], row["rank"]) in columns.values()}):
+            closed = ([_closed(own, row) for row in _alike(own, *column, prompts)] for column in columns.values())
             cells = (_cell(shares, 1, floor, " %") if shares else "" for shares in closed)
             yield f"| {pair} | {_text(prompts)} | {' | '.join(cells)} |"
 
 
-def table(rows: Iterable[Row]) -> Iterator[str]:
+def table(rows: Sequence[Row]) -> Iterator[str]:
     """A row for every adapter; of several seeds the mean, and the least and the most in brackets."""
-    found = list(rows)
     yield "| pair | rank | adapter | seeds | task loss | of the gap closed | exact match | general KL | CPU seconds |"
     yield "|---|--:|---|--:|--:|--:|--:|--:|--:|"
-    for pair in dict.fromkeys(row["pair"] for row in found):
-        own = [row for row in found if row["pair"] == pair]
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        own = [row for row in rows if row["pair"] == pair]
         for title in ("base", "tuned"):
             (row,) = _alike(own, title, 0)
             yield f"| {pair} | | {title} | | {row['loss']:.3f} | | {row['exact']:.1%} | {row['general']:.4f} | |"
@@ -92,5 +103,5 @@ def put(lines: Iterable[str], page: Path) -> None:
 
 
 if __name__ == "__main__":
-    for lines in (overview, table):
+    for lines in (by_rank, by_method, table):
         put(lines(rows_in(ROWS)), PAGE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.refine_table import PAGE, ROWS, overview, put, rows_in, table
+from benchmarks.refine_table import PAGE, ROWS, by_method, by_rank, put, rows_in, table
 
 
 def _row(method: str, loss: float, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -32,26 +32,41 @@ def test_shares_at_all_ranks_stand_side_by_side() -> None:
     found = [_row("base", 9.0, rank=0), _row("tuned", 1.0, rank=0), _row("SVD", 5.0), _row("SVD", 3.0, rank=16)]
     found += [_row("refined", 3.0), _row("refined", 2.0, seed=1), _row("compensated", 1.5)]
     found += [_row("refined", 4.0, prompts=64, rank=16)]
-    assert list(overview(found))[::2] == [
+    assert list(by_rank(found))[::2] == [
         "| pair | text | rank 8 | rank 16 |",
         "| pair | no data | 62.5 % (50.0 to 75.0) |  |",
     ]
-    assert list(overview(found))[1::2] == ["|---|---|--:|--:|", "| pair | 64 prompts |  | -50.0 % |"]
+    assert list(by_rank(found))[1::2] == ["|---|---|--:|--:|", "| pair | 64 prompts |  | -50.0 % |"]
+
+
+def test_shares_of_all_methods_at_a_rank_stand_side_by_side() -> None:
+    found = [_row("base", 9.0, rank=0), _row("tuned", 1.0, rank=0), _row("SVD", 5.0), _row("SVD", 3.0, rank=16)]
+    found += [_row("refined", 3.0), _row("refined", 2.0, seed=1), _row("refined", 2.0, rank=16)]
+    found += [_row("compensated", 7.0), _row("LoRA from zero", 4.0, prompts=64)]
+    assert list(by_method(found)) == [
+        "| pair | text, rank 8 | compensated | refined | LoRA from zero |",
+        "|---|---|--:|--:|--:|",
+        "| pair | no data | -50.0 % | 62.5 % (50.0 to 75.0) |  |",
+        "| pair | 64 prompts |  |  | 25.0 % |",
+    ]
 
 
 def test_tables_take_the_places_of_those_that_are_there(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     found = [_row("base", 9.0, rank=0), _row("tuned", 1.0, rank=0), _row("SVD", 5.0), _row("refined", 3.0)]
-    first, second = (list(one(found[:3])) for one in (overview, table))
-    page.write_text("\n".join(["Above |", "", *first, "", "Between |", "", *second, ""]), encoding="utf-8")
-    for one in (overview, table):
+    first, second, third = (list(one(found[:3])) for one in (by_rank, by_method, table))
+    page.write_text("\n".join(["Above |", "", *first, "", "Between |", "", *second, "", *third, ""]), encoding="utf-8")
+    for one in (by_rank, by_method, table):
         put(one(found), page)
     text = page.read_text(encoding="utf-8")
-    assert text == "\n".join(["Above |", "", *overview(found), "", "Between |", "", *table(found), ""])
+    assert text == "\n".join(
+        ["Above |", "", *by_rank(found), "", "Between |", "", *by_method(found), "", *table(found), ""]
+    )
 
 
 def test_the_page_has_the_tables_of_the_rows_that_are_kept() -> None:
     found, text = rows_in(ROWS), PAGE.read_text(encoding="utf-8")
     assert len({row["pair"] for row in found}) == 7
-    assert "\n\n" + "\n".join(overview(found)) + "\n\n" in text
+    for one in (by_rank, by_method):
+        assert "\n\n" + "\n".join(one(found)) + "\n\n" in text
     assert text.endswith("\n\n" + "\n".join(table(found)) + "\n")
