@@ -22,10 +22,10 @@ def rows_in(folder: Path) -> list[Row]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
 
 
-def by_rank(rows: Sequence[Row]) -> Iterator[str]:
-    """By pair and text, the share of the gap that refining closes at each rank; of several seeds as in `table`."""
-    ranks = sorted({row["rank"] for row in rows if row["method"] == "refined"})
-    return _side_by_side(rows, "text", {f"rank {rank}": ("refined", rank) for rank in ranks})
+def by_rank(rows: Sequence[Row], method: str = "refined") -> Iterator[str]:
+    """By pair and text, the share of the gap that a method closes at each rank; of several seeds as in `table`."""
+    ranks = sorted({row["rank"] for row in rows if row["method"] == method})
+    return _side_by_side(rows, f"text, {method}", {f"rank {rank}": (method, rank) for rank in ranks})
 
 
 def by_method(rows: Sequence[Row], rank: int = 8) -> Iterator[str]:
@@ -103,5 +103,6 @@ def put(lines: Iterable[str], page: Path) -> None:
 
 
 if __name__ == "__main__":
-    for lines in (by_rank, by_method, table):
-        put(lines(rows_in(ROWS)), PAGE)
+    found = rows_in(ROWS)
+    for lines in (by_rank(found), by_rank(found, "compensated"), by_method(found), table(found)):
+        put(lines, PAGE)

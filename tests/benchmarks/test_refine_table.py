@@ -33,10 +33,14 @@ def test_shares_at_all_ranks_stand_side_by_side() -> None:
     found += [_row("refined", 3.0), _row("refined", 2.0, seed=1), _row("compensated", 1.5)]
     found += [_row("refined", 4.0, prompts=64, rank=16)]
     assert list(by_rank(found))[::2] == [
-        "| pair | text | rank 8 | rank 16 |",
+        "| pair | text, refined | rank 8 | rank 16 |",
         "| pair | no data | 62.5 % (50.0 to 75.0) |  |",
     ]
     assert list(by_rank(found))[1::2] == ["|---|---|--:|--:|", "| pair | 64 prompts |  | -50.0 % |"]
+    assert list(by_rank(found, "compensated"))[::2] == [
+        "| pair | text, compensated | rank 8 |",
+        "| pair | no data | 87.5 % |",
+    ]
 
 
 def test_shares_of_all_methods_at_a_rank_stand_side_by_side() -> None:
@@ -67,6 +71,6 @@ def test_tables_take_the_places_of_those_that_are_there(tmp_path: Path) -> None:
 def test_the_page_has_the_tables_of_the_rows_that_are_kept() -> None:
     found, text = rows_in(ROWS), PAGE.read_text(encoding="utf-8")
     assert len({row["pair"] for row in found}) == 7
-    for one in (by_rank, by_method):
-        assert "\n\n" + "\n".join(one(found)) + "\n\n" in text
+    for lines in (by_rank(found), by_rank(found, "compensated"), by_method(found)):
+        assert "\n\n" + "\n".join(lines) + "\n\n" in text
     assert text.endswith("\n\n" + "\n".join(table(found)) + "\n")
